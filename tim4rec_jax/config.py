@@ -1,0 +1,293 @@
+"""Frozen settings of a model, its data, its training and its evaluation.
+
+Every program resolves to one `ExperimentConfig`; derived sizes are cached properties, so no size is written twice.
+"""
+
+import dataclasses
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Literal, get_args
+
+Dtype = Literal["float32", "bfloat16", "float64"]
+LogFormat = Literal["auto", "recbole", "movielens", "amazon", "kuairand", "csv", "parquet"]
+Baseline = Literal["popularity", "time_off"]
+TimestampPrecision = Literal["float32", "int64"]
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+def _require_rate(name: str, rate: float) -> None:
+    _require(0.0 <= rate < 1.0, f"{name}={rate} must lie in [0, 1); use 0 to switch dropout off")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Shape and behaviour of a sequential recommender (REFERENCE sections 2 and 3; TiM4Rec, arXiv 2409.16182).
+
+    Attributes:
+      name: registered model, see `tim4rec_jax.models.MODELS`.
+      vocab_size: v, rows of the item embedding: every item plus row 0 for padding; 0 means "take it from the data".
+      max_len: l, positions the model reads; the faithful time path has parameters of this size.
+      d_model: d, width of the hidden state.
+      num_layers: mixer + feed-forward blocks.
+      d_state: n, width of the SSD state.
+      d_conv: taps of the causal depthwise convolutions.
+      expand: inner width e is `expand * d_model`.
+      head_dim: p, width of one head; must divide e.
+      chunk_size: c, positions handled densely at once; changes speed only.
+      dropout: rate on embeddings, mixer and feed-forward outputs, and on the raw time gaps.
+      time_dropout: rate inside the time branch.
+      norm_eps: epsilon of the norms (the feed-forward norm keeps 1e-12).
+      use_ffn: a feed-forward block follows each mixer.
+      use_time: the time-aware mask; off gives the SSD-only model (SSD4Rec).
+      time_gate_per_position: the time channel's residual gate has one value a position (`p2p_residual`), else one a head.
+      kaiming_init: convolutions start N(0, 2 / (channels * d_conv)) with zero bias, else uniform(+-1/sqrt(d_conv)).
+      mask_padded_time: a padded position has a gap of 0 (the original: minus the last timestamp).
+      log_time: gaps are compressed to sign(gap) * log1p(|gap|) (the original: raw seconds).
+      dtype: arithmetic; "bfloat16" keeps parameters, norms, softplus, decays and loss in float32.
+      ssd_implementation: backend of `kernels.ssd.ssd`; None picks by platform and shape.
+    """
+
+    name: str = "tim4rec"
+    vocab_size: int = 0
+    max_len: int = 50
+    d_model: int = 64
+    num_layers: int = 2
+    d_state: int = 32
+    d_conv: int = 4
+    expand: int = 2
+    head_dim: int = 32
+    chunk_size: int = 32
+    dropout: float = 0.2
+    time_dropout: float = 0.2
+    norm_eps: float = 1e-12
+    use_ffn: bool = True
+    use_time: bool = True
+    time_gate_per_position: bool = False
+    kaiming_init: bool = True
+    mask_padded_time: bool = False
+    log_time: bool = False
+    dtype: Dtype = "float32"
+    ssd_implementation: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("max_len", "d_model", "num_layers", "d_state", "d_conv", "expand", "head_dim", "chunk_size"):
+            value = getattr(self, name)
+            _require(value >= 1, f"{name}={value} must be at least 1")
+        _require(self.vocab_size >= 0, f"vocab_size={self.vocab_size} must be at least 0 (0: taken from the data)")
+        _require(
+            self.d_inner % self.head_dim == 0,
+            f"head_dim={self.head_dim} must divide expand*d_model={self.d_inner}; "
+            f"choose one of {[p for p in (16, 32, 64, 128, 256) if self.d_inner % p == 0]}",
+        )
+        _require_rate("dropout", self.dropout)
+        _require_rate("time_dropout", self.time_dropout)
+        _require(self.norm_eps > 0, f"norm_eps={self.norm_eps} must be positive")
+        _require(self.dtype in get_args(Dtype), f"dtype={self.dtype!r} must be one of {get_args(Dtype)}")
+
+    @cached_property
+    def d_inner(self) -> int:
+        """e, the width inside the mixer."""
+        return self.expand * self.d_model
+
+    @cached_property
+    def num_heads(self) -> int:
+        """h, heads of the SSD."""
+        return self.d_inner // self.head_dim
+
+    @cached_property
+    def activation(self) -> Literal["silu", "hard_swish"]:
+        """Activation of the convolutions: the original takes silu only where its fast kernel ran (heads in eights)."""
+        return "silu" if self.num_heads % 8 == 0 else "hard_swish"
+
+
+@dataclass(frozen=True)
+class SyntheticConfig:
+    """A log made on the spot in which the next item depends on the last item and on the time since the one before.
+
+    Attributes:
+      num_users: users.
+      num_items: items.
+      min_events, max_events: events a user, drawn uniformly.
+      noise: share of events whose item is drawn from the popularity distribution instead of the rule.
+      seed: of the generator.
+    """
+
+    num_users: int = 2000
+    num_items: int = 400
+    min_events: int = 8
+    max_events: int = 30
+    noise: float = 0.1
+    seed: int = 7
+
+    def __post_init__(self) -> None:
+        _require(self.num_users >= 1, f"num_users={self.num_users} must be at least 1")
+        _require(self.num_items >= 2, f"num_items={self.num_items} must be at least 2")
+        _require(
+            3 <= self.min_events <= self.max_events,
+            f"min_events={self.min_events}, max_events={self.max_events} must satisfy 3 <= min <= max",
+        )
+        _require(0.0 <= self.noise <= 1.0, f"noise={self.noise} must lie in [0, 1]")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Which log to read and how to clean it.
+
+    Attributes:
+      name: a data set of the catalog, "synthetic", or "custom" for a file of your own (then `path` is needed).
+      path: file or folder to read instead of the catalog's download.
+      item_path: file with item titles; None looks beside `path` for a file of the same stem ending in `.item`.
+      format: file format; "auto" decides by name and header.
+      user_column, item_column, time_column: column names in CSV and Parquet logs.
+      k_core: users and items with fewer interactions are removed, repeatedly, to a fixpoint; 0 keeps all.
+      timestamp_precision: "int64" seconds, or "float32" as the original program has them (sorting included).
+      loader: "device" keeps the log on the device and gathers inside the step; "grain" gathers on the host.
+      cache_dir: where downloads and cleaned logs are kept.
+      synthetic: the generated log of `name="synthetic"`.
+    """
+
+    name: str = "synthetic"
+    path: str | None = None
+    item_path: str | None = None
+    format: LogFormat = "auto"
+    user_column: str = "user"
+    item_column: str = "item"
+    time_column: str = "timestamp"
+    k_core: int = 5
+    timestamp_precision: TimestampPrecision = "float32"
+    loader: Literal["device", "grain"] = "device"
+    cache_dir: str = "~/.cache/tim4rec_jax"
+    synthetic: SyntheticConfig = field(default_factory=SyntheticConfig)
+
+    def __post_init__(self) -> None:
+        _require(self.k_core >= 0, f"k_core={self.k_core} must be at least 0 (0 keeps every user and item)")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How the parameters are fitted.
+
+    Attributes:
+      epochs: most passes over the training examples.
+      max_steps: most optimiser steps; None for no limit.
+      batch_size: examples a step.
+      learning_rate: peak rate of Adam.
+      adam_b1, adam_b2, adam_eps: Adam's constants.
+      weight_decay: decoupled (AdamW); 0 is Adam.
+      clip_norm: global-norm gradient clipping; None for none.
+      schedule: "constant", or "cosine" decay to 0 over all steps.
+      warmup_steps: linear warm-up from 0 ahead of the schedule.
+      loss: "ce" over the whole catalogue or "bpr" with one sampled negative.
+      seed: of initial values, shuffling, dropout and negatives.
+      patience: validations in a row without improvement that stop training.
+      length_groups: static lengths a batch's rows are grouped into; 1 pads every row to max_len.
+      microbatch_tokens: positions computed at once within a batch; None computes each length group's rows at once up to
+        a size that suits the platform.
+      log_every: steps between log lines.
+      checkpoint_every: steps between checkpoints inside an epoch; None saves at the end of each epoch only.
+      progress: show the progress bar.
+      tensorboard: write TensorBoard event files beside metrics.jsonl.
+    """
+
+    epochs: int = 300
+    max_steps: int | None = None
+    batch_size: int = 2048
+    learning_rate: float = 1e-3
+    adam_b1: float = 0.9
+    adam_b2: float = 0.999
+    adam_eps: float = 1e-8
+    weight_decay: float = 0.0
+    clip_norm: float | None = None
+    schedule: Literal["constant", "cosine"] = "constant"
+    warmup_steps: int = 0
+    loss: Literal["ce", "bpr"] = "ce"
+    seed: int = 2020
+    patience: int = 20
+    length_groups: int = 6
+    microbatch_tokens: int | None = None
+    log_every: int = 50
+    checkpoint_every: int | None = None
+    progress: bool = True
+    tensorboard: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size", "length_groups", "log_every"):
+            _require(getattr(self, name) >= 1, f"{name}={getattr(self, name)} must be at least 1")
+        for name in ("max_steps", "microbatch_tokens", "checkpoint_every"):
+            value = getattr(self, name)
+            _require(value is None or value >= 1, f"{name}={value} must be at least 1, or None")
+        for name in ("patience", "warmup_steps", "weight_decay", "seed"):
+            _require(getattr(self, name) >= 0, f"{name}={getattr(self, name)} must be at least 0")
+        _require(self.learning_rate > 0, f"learning_rate={self.learning_rate} must be positive")
+        _require(self.clip_norm is None or self.clip_norm > 0, f"clip_norm={self.clip_norm} must be positive, or None")
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """How a model is measured: full ranking over all items (REFERENCE section 5).
+
+    Attributes:
+      batch_size: users scored at once.
+      top_k: list lengths k of hit@k, ndcg@k and mrr@k.
+      monitor: the validation metric of early stopping.
+      exclude_seen: leave items of the user's own history out of the ranking (the paper: no).
+      baselines: what is measured beside the model: "popularity" of the training part, and "time_off", the same model
+        trained without its time branch.
+    """
+
+    batch_size: int = 4096
+    top_k: tuple[int, ...] = (10, 20, 50)
+    monitor: str = "ndcg@10"
+    exclude_seen: bool = False
+    baselines: tuple[Baseline, ...] = ("popularity",)
+
+    def __post_init__(self) -> None:
+        _require(self.batch_size >= 1, f"batch_size={self.batch_size} must be at least 1")
+        _require(len(self.top_k) > 0 and min(self.top_k) >= 1, f"top_k={self.top_k} needs list lengths of at least 1")
+        known = [f"{metric}@{k}" for k in self.top_k for metric in ("hit", "ndcg", "mrr")]
+        _require(self.monitor in known, f"monitor={self.monitor!r} must be one of {known}")
+
+
+@dataclass(frozen=True)
+class ExperimentConfig:
+    """One experiment: what `experiments.train` runs and what a run folder's config.json holds."""
+
+    name: str
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns nested plain values, ready for JSON."""
+        return dataclasses.asdict(self)
+
+
+def _from_dict(cls: type, values: dict[str, Any], path: str) -> Any:
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    unknown = sorted(set(values) - set(fields))
+    _require(not unknown, f"unknown settings {[path + key for key in unknown]}; known: {sorted(fields)}")
+    nested = {
+        "model": ModelConfig, "data": DataConfig, "train": TrainConfig, "eval": EvalConfig, "synthetic": SyntheticConfig,
+    }  # fmt: skip
+    return cls(
+        **{
+            key: _from_dict(nested[key], value, f"{path}{key}.")
+            if key in nested and isinstance(value, dict)
+            else (tuple(value) if isinstance(value, list) else value)
+            for key, value in values.items()
+        }
+    )
+
+
+def experiment_from_dict(values: dict[str, Any]) -> ExperimentConfig:
+    """Rebuilds an `ExperimentConfig` from `ExperimentConfig.to_dict()`.
+
+    Raises:
+      ValueError: for unknown keys or values out of range.
+    """
+    return _from_dict(ExperimentConfig, values, "")

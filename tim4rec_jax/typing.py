@@ -1,0 +1,23 @@
+"""Array aliases and the axis legend of the whole library.
+
+Axis letters: `b` batch, `l` length (position), `d` model width, `e` inner width (expand * d), `h` heads, `p` head
+width, `n` state width, `v` catalogue size with the padding row, `k` list length, `c` chunk.
+"""
+
+from collections.abc import Mapping
+from typing import Any, TypeAlias
+
+from jaxtyping import Array, Bool, Float, Int, Key, Shaped
+
+Items: TypeAlias = Int[Array, "b l"]
+Lengths: TypeAlias = Int[Array, " b"]
+Timestamps: TypeAlias = Shaped[Array, "b t"]
+Hidden: TypeAlias = Float[Array, "b l d"]
+LastHidden: TypeAlias = Float[Array, "b d"]
+Scores: TypeAlias = Float[Array, "b v"]
+Params: TypeAlias = Mapping[str, Any]
+
+__all__ = [
+    "Array", "Bool", "Float", "Hidden", "Int", "Items", "Key", "LastHidden", "Lengths", "Params", "Scores", "Shaped",
+    "Timestamps",
+]  # fmt: skip
