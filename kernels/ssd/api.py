@@ -1,0 +1,172 @@
+"""State space duality (Mamba-2): the public operator and its checks."""
+
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from kernels.ssd.config import DEFAULT_CHUNK_SIZE, default_implementation
+from kernels.ssd.reference import dense_mask as _dense_mask
+from kernels.ssd.reference import ssd_reference
+from kernels.ssd.xla import ssd_last_xla, ssd_xla
+
+Implementation = Literal["reference", "xla"]
+IMPLEMENTATIONS: tuple[str, ...] = ("reference", "xla")
+
+
+def step_size(dt: Array, dt_bias: Array | None = None, lengths: Array | None = None) -> Array:
+    """Turns raw steps into step sizes, delta = softplus(dt + dt_bias), and stops the clock after a row's end.
+
+    Args:
+      dt: [b, l, h] raw steps.
+      dt_bias: [h], or None for 0.
+      lengths: int [b] real positions a row, or None for all; later positions get delta = 0 exactly.
+
+    Returns:
+      [b, l, h] in float32, or float64 where dt is float64.
+    """
+    dt = dt.astype(jnp.promote_types(dt.dtype, jnp.float32))
+    delta = jax.nn.softplus(dt if dt_bias is None else dt + dt_bias.astype(dt.dtype))
+    if lengths is not None:
+        real = jnp.arange(dt.shape[1]) < lengths[:, None]
+        delta = jnp.where(real[..., None], delta, jnp.zeros((), delta.dtype))
+    return delta
+
+
+def _check(name: str, array: Array | None, expected: tuple[int, ...]) -> None:
+    if array is not None and array.shape != expected:
+        raise ValueError(f"{name} has shape {array.shape}, expected {expected}")
+
+
+def _check_inputs(x: Array, dt: Array, A: Array, B: Array) -> None:
+    if x.ndim != 4:
+        raise ValueError(f"x has shape {x.shape}, expected [b, l, h, p]")
+    batch, length, heads, _ = x.shape
+    if length < 1:
+        raise ValueError(f"x has shape {x.shape}: its length {length} must be at least 1")
+    _check("dt", dt, (batch, length, heads))
+    _check("A", A, (heads,))
+    if B.ndim != 4 or heads % B.shape[2]:
+        raise ValueError(f"B has shape {B.shape}, expected [b, l, n] or [b, l, g, n] with g dividing h={heads}")
+    _check("B", B, (batch, length, *B.shape[2:]))
+
+
+def _wide(*arrays: Array | None) -> list[Array | None]:
+    """Decays, skips and states are float32 at least, also beside bfloat16 inputs."""
+    return [None if a is None else a.astype(jnp.promote_types(a.dtype, jnp.float32)) for a in arrays]
+
+
+def ssd(
+    x: Array,
+    dt: Array,
+    A: Array,
+    B: Array,
+    C: Array,
+    *,
+    D: Array | None = None,
+    dt_bias: Array | None = None,
+    initial_state: Array | None = None,
+    return_final_state: bool = False,
+    lengths: Array | None = None,
+    chunk_size: int = DEFAULT_CHUNK_SIZE,
+    implementation: Implementation | None = None,
+) -> Array | tuple[Array, Array]:
+    """Applies a selective state space layer with one scalar decay a head.
+
+      delta_t = softplus(dt_t + dt_bias)
+      state_t = exp(delta_t A) state_{t-1} + delta_t x_t B_t^T
+      y_t     = state_t C_t + D x_t
+
+    Args:
+      x: [b, l, h, p] values; float32, bfloat16 (products accumulate in float32) or float64.
+      dt: [b, l, h] raw steps.
+      A: [h] decay rates, negative.
+      B: [b, l, n], or [b, l, g, n] with one map for each group of h/g heads.
+      C: like B.
+      D: [h] skip weights, or None.
+      dt_bias: [h] added to dt before softplus, or None.
+      initial_state: [b, h, p, n], or None for zeros.
+      return_final_state: also return the state after the last position.
+      lengths: int [b] real positions a row, or None for all; later positions leave the state as it is.
+      chunk_size: positions handled densely at once; any length works, and the result does not depend on it.
+      implementation: "xla" (chunked), "reference" (step by step) or None for the best on this platform.
+
+    Returns:
+      y [b, l, h, p] in the dtype of x; with `return_final_state` also the state [b, h, p, n], float32 or wider.
+
+    Raises:
+      ValueError: for shapes that do not fit, a chunk size under 1 or an unknown implementation.
+
+    Source: Dao & Gu 2024 (Mamba-2), sections 3 to 6.
+    """
+    if B.ndim == 3:
+        B, C = B[:, :, None], C[:, :, None] if C.ndim == 3 else C
+    _check_inputs(x, dt, A, B)
+    _check("C", C, B.shape)
+    batch, _, heads, width = x.shape
+    for name, per_head in (("D", D), ("dt_bias", dt_bias)):
+        _check(name, per_head, (heads,))
+    _check("initial_state", initial_state, (batch, heads, width, B.shape[-1]))
+    _check("lengths", lengths, (batch,))
+    if chunk_size < 1:
+        raise ValueError(f"chunk_size={chunk_size} must be at least 1")
+    implementation = implementation or default_implementation()
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(f"implementation={implementation!r} must be one of {IMPLEMENTATIONS}, or None")
+
+    A, D, initial_state = _wide(A, D, initial_state)
+    delta = step_size(dt, dt_bias, lengths)
+    if implementation == "reference":
+        y, state = ssd_reference(x, delta, A, B, C, D, initial_state)
+    else:
+        y, state = ssd_xla(x, delta, A, B, C, D, initial_state, chunk_size=chunk_size)
+    return (y, state) if return_final_state else y
+
+
+def ssd_last(
+    x: Array,
+    dt: Array,
+    A: Array,
+    B: Array,
+    C_last: Array,
+    lengths: Array,
+    *,
+    D: Array | None = None,
+    dt_bias: Array | None = None,
+) -> Array:
+    """Returns `ssd`'s output at each row's last real position only, in one linear pass.
+
+      y_T = sum_{j<=T} exp(A sum_{k=j+1..T} delta_k) delta_j (C_T . B_j) x_j + D x_T,    T = length - 1
+
+    Args:
+      x, dt, A, B, D, dt_bias: as in `ssd`.
+      C_last: [b, n] or [b, g, n], C at position T.
+      lengths: int [b], 1 to l.
+
+    Returns:
+      [b, h, p] in the dtype of x.
+
+    Raises:
+      ValueError: for shapes that do not fit.
+    """
+    if B.ndim == 3:
+        B, C_last = B[:, :, None], C_last[:, None] if C_last.ndim == 2 else C_last
+    _check_inputs(x, dt, A, B)
+    _check("C_last", C_last, (x.shape[0], *B.shape[2:]))
+    _check("lengths", lengths, (x.shape[0],))
+    for name, per_head in (("D", D), ("dt_bias", dt_bias)):
+        _check(name, per_head, (x.shape[2],))
+    A, D = _wide(A, D)
+    return ssd_last_xla(x, step_size(dt, dt_bias, lengths), A, B, C_last, D, lengths - 1)
+
+
+def dense_mask(dt: Array, A: Array, *, dt_bias: Array | None = None) -> Array:
+    """Builds the [b, h, l, l] decay mask L of the dual form Y = (L o (C B^T)) (delta x) + D x, for looking at.
+
+    Args:
+      dt: [b, l, h] raw steps; for the time-aware mask of TiM4Rec, the raw step times the time factor.
+      A: [h] decay rates, negative.
+      dt_bias: [h], or None.
+    """
+    return _dense_mask(step_size(dt, dt_bias), A)

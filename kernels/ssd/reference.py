@@ -1,0 +1,76 @@
+"""The definition of the state space duality operator: a step-by-step recurrence and its dense dual form."""
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+
+def ssd_reference(
+    x: Array,
+    delta: Array,
+    A: Array,
+    B: Array,
+    C: Array,
+    D: Array | None,
+    initial_state: Array | None,
+) -> tuple[Array, Array]:
+    """Runs the recurrence one position after the other, in the widest dtype of the inputs.
+
+      state_t = exp(delta_t A) state_{t-1} + delta_t x_t B_t^T,    y_t = state_t C_t + D x_t
+
+    Args:
+      x: [b, l, h, p] values.
+      delta: [b, l, h] step sizes after softplus; 0 leaves the state as it is.
+      A: [h] decay rates, negative.
+      B: [b, l, g, n] input maps, one for each group of h/g heads.
+      C: [b, l, g, n] output maps.
+      D: [h] skip weights, or None.
+      initial_state: [b, h, p, n], or None for zeros.
+
+    Returns:
+      y [b, l, h, p] and the final state [b, h, p, n].
+
+    Source: Dao & Gu 2024 (Mamba-2), section 3.
+    """
+    batch, _, heads, width = x.shape
+    dtype = jnp.result_type(x, delta, A, B, C)
+    heads_per_group = heads // B.shape[2]
+    B, C = (jnp.repeat(m.astype(dtype), heads_per_group, axis=2) for m in (B, C))
+    state = jnp.zeros((batch, heads, width, B.shape[-1]), dtype)
+    if initial_state is not None:
+        state = initial_state.astype(dtype)
+
+    def step(state: Array, inputs: tuple[Array, ...]) -> tuple[Array, Array]:
+        x_t, delta_t, B_t, C_t = inputs
+        decay = jnp.exp(delta_t * A)[..., None, None]
+        state = decay * state + jnp.einsum("bh,bhp,bhn->bhpn", delta_t, x_t, B_t)
+        return state, jnp.einsum("bhpn,bhn->bhp", state, C_t)
+
+    by_time = [jnp.moveaxis(a.astype(dtype), 1, 0) for a in (x, delta, B, C)]
+    state, y = jax.lax.scan(step, state, tuple(by_time))
+    y = jnp.moveaxis(y, 0, 1)
+    if D is not None:
+        y = y + D[:, None] * x
+    return y.astype(x.dtype), state
+
+
+def dense_mask(delta: Array, A: Array) -> Array:
+    """Builds the decay mask of the dual form, for looking at.
+
+      L[i, j] = exp(A * sum_{k=j+1..i} delta_k) for i >= j, else 0;    Y = (L o (C B^T)) (delta x) + D x
+
+    With delta = softplus(dt * g + dt_bias) this is the time-aware mask of TiM4Rec (arXiv 2409.16182).
+
+    Args:
+      delta: [b, l, h] step sizes after softplus.
+      A: [h] decay rates, negative.
+
+    Returns:
+      [b, h, l, l] with zeros above the diagonal.
+    """
+    log_decay = jnp.moveaxis(delta * A, 1, 2)
+    cumulative = jnp.cumsum(log_decay, axis=-1)
+    segments = cumulative[..., :, None] - cumulative[..., None, :]
+    causal = jnp.tril(jnp.ones(segments.shape[-2:], bool))
+    # The mask comes before exp: above the diagonal the sums are positive and overflow for strong decay.
+    return jnp.exp(jnp.where(causal, segments, -jnp.inf))
