@@ -1,0 +1,81 @@
+"""Settings of the original PyTorch programs as a `ModelConfig`."""
+
+import difflib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from tim4rec_jax.config import ModelConfig
+
+_MODEL_NAMES = {"tim4rec": "tim4rec", "ssd4rec": "tim4rec"}
+
+
+def _flag(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise ValueError("expected true or false")
+    return value
+
+
+def _whole(value: Any) -> int:
+    if isinstance(value, bool) or int(value) != float(value):
+        raise ValueError("expected a whole number")
+    return int(value)
+
+
+# Original name -> (our name, conversion). YAML reads "1e-5" as text, so numbers are converted and not just taken.
+_Fields = dict[str, tuple[str, Callable[[Any], Any]]]
+_REQUIRED: _Fields = {
+    "hidden_size": ("d_model", _whole),
+    "num_layers": ("num_layers", _whole),
+    "dropout_prob": ("dropout", float),
+    "d_state": ("d_state", _whole),
+    "d_conv": ("d_conv", _whole),
+    "expand": ("expand", _whole),
+    "head_dim": ("head_dim", _whole),
+    "chunk_size": ("chunk_size", _whole),
+    "norm_eps": ("norm_eps", float),
+    "is_ffn": ("use_ffn", _flag),
+    "is_kai_ming_init": ("kaiming_init", _flag),
+    "MAX_ITEM_LIST_LENGTH": ("max_len", _whole),
+}
+_WITH_TIME: _Fields = {
+    "is_time": ("use_time", _flag),
+    "time_drop_out": ("time_dropout", float),
+    "p2p_residual": ("time_gate_per_position", _flag),
+}
+
+
+def config_from_upstream(model_name: str, settings: Mapping[str, Any]) -> ModelConfig:
+    """Returns the settings of an original program (its YAML file's mapping) as ours.
+
+    Settings that do not describe the model (data, training, logging) are left to the reader; a missing model setting
+    is an error, never a default. `n_items` counts the rows of the embedding, padding included; without it vocab_size is
+    0 and is taken from the data or the checkpoint.
+
+    Args:
+      model_name: "TiM4Rec" or "SSD4Rec", in any case.
+      settings: names and values as in the original's configuration.
+
+    Raises:
+      ValueError: for an unknown model, or listing every missing setting and every value of a wrong type.
+    """
+    key = model_name.lower()
+    if key not in _MODEL_NAMES:
+        near = difflib.get_close_matches(key, _MODEL_NAMES, n=3, cutoff=0.3) or sorted(_MODEL_NAMES)
+        raise ValueError(f"model_name={model_name!r} is unknown; nearest: {', '.join(near)}")
+    fields = _REQUIRED | (_WITH_TIME if key == "tim4rec" else {})
+    missing = [name for name in fields if name not in settings]
+    # Time off makes the settings of the time branch irrelevant.
+    if settings.get("is_time") is False:
+        missing = [name for name in missing if name not in _WITH_TIME]
+    problems = [f"missing: {name}" for name in missing]
+    values: dict[str, Any] = {} if key == "tim4rec" else {"use_time": False}
+    for name, (ours, convert) in (fields | {"n_items": ("vocab_size", _whole)}).items():
+        if name not in settings:
+            continue
+        try:
+            values[ours] = convert(settings[name])
+        except (TypeError, ValueError):
+            problems.append(f"{name}={settings[name]!r} is not a valid {convert.__name__.strip('_')}")
+    if problems:
+        raise ValueError(f"the settings do not describe a {model_name}:\n  " + "\n  ".join(problems))
+    return ModelConfig(name=_MODEL_NAMES[key], **values)
