@@ -1,0 +1,347 @@
+"""Cleaned interaction logs: one flat row block a user, in time order, with the statistics of the cleaning."""
+
+import dataclasses
+import hashlib
+import json
+import pathlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+import polars as pl
+from rich.console import Console
+
+from tim4rec_jax.config import DataConfig, TimestampPrecision
+from tim4rec_jax.data import cache, catalog
+from tim4rec_jax.data.readers import LogColumns, RawLog, find_log, read_log
+from tim4rec_jax.data.sources import Source
+from tim4rec_jax.data.statistics import MIN_EVENTS, LogStatistics
+from tim4rec_jax.data.synthetic import generate
+from tim4rec_jax.data.titles import find_titles, read_titles
+
+SHORT_USERS = f"users with fewer than {MIN_EVENTS} events"
+BLANK_LINES = "blank lines"
+_CACHE_VERSION = 1  # raise it whenever cleaning or the layout of a cached log changes
+
+
+@dataclass(frozen=True, eq=False)
+class InteractionLog:
+    """A cleaned log; user u's events are the rows `offsets[u] : offsets[u + 1]`, in time order.
+
+    Attributes:
+      items: int32 [rows], 1 .. num_items.
+      timestamps: int64 [rows], epoch seconds.
+      offsets: int64 [users + 1].
+      user_ids: raw id (String) of user u at position u.
+      item_ids: raw id (String) of item i at position i - 1.
+      titles: title (String, null where unknown) in the order of `item_ids`; None where no item file is known.
+      statistics: of the cleaning.
+      fingerprint: sha256 hex digest of the source bytes and of every setting of the cleaning.
+    """
+
+    items: np.ndarray
+    timestamps: np.ndarray
+    offsets: np.ndarray
+    user_ids: pl.Series
+    item_ids: pl.Series
+    titles: pl.Series | None = field(repr=False)
+    statistics: LogStatistics
+    fingerprint: str
+
+    @property
+    def num_users(self) -> int:
+        """Users."""
+        return len(self.offsets) - 1
+
+    @property
+    def num_items(self) -> int:
+        """Items, padding not counted."""
+        return len(self.item_ids)
+
+    @property
+    def num_rows(self) -> int:
+        """Interactions."""
+        return len(self.items)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held, ids and titles included."""
+        columns = [self.user_ids, self.item_ids] + ([] if self.titles is None else [self.titles])
+        arrays = self.items.nbytes + self.timestamps.nbytes + self.offsets.nbytes
+        return arrays + sum(column.estimated_size() for column in columns)
+
+
+def load_log(config: DataConfig, console: Console | None = None) -> InteractionLog:
+    """Reads, cleans and caches the log that a configuration names.
+
+    `data.path` is read where it is set, whatever the name; else the name's generated or downloaded log. Files are
+    cleaned once: the result is kept in `cache_dir/cleaned` under the hash of their content and of the settings.
+
+    Args:
+      config: which log, and how to clean it.
+      console: where notes go; standard error by default.
+
+    Returns:
+      The cleaned log.
+
+    Raises:
+      FileNotFoundError: if nothing is at `data.path` or `data.item_path`.
+      ConnectionError: if a download fails.
+      ValueError: for an unknown name, bad input (the message names file and line), or a log that cleaning leaves empty.
+    """
+    console = console or Console(stderr=True)
+    if config.name not in ("synthetic", "custom"):
+        catalog.find_entry(config.name)
+    if config.path is None and config.name == "synthetic":
+        frame = generate(config.synthetic)
+        return clean(frame, k_core=config.k_core, timestamp_precision=config.timestamp_precision)
+    columns = LogColumns(config.user_column, config.item_column, config.time_column)
+    sources, log_format = _locate(config, columns, console)
+    fingerprint = _fingerprint(config, sources, log_format)
+    path = pathlib.Path(config.cache_dir).expanduser() / "cleaned" / f"{fingerprint}.npz"
+    log = _from_cache(path, fingerprint, console)
+    if log is None:
+        _note(console, f"reading {', '.join(map(str, sources))} ({log_format})")
+        log = _clean_raw(read_log(sources, log_format, columns), config, fingerprint)
+        _to_cache(path, log, console)
+    if config.k_core == 5:
+        mismatch = catalog.expected_mismatch(config.name, log.num_users, log.num_items, log.num_rows)
+        if mismatch:
+            _note(console, f"warning: {mismatch}")
+    title_source = find_titles(sources[0], config.item_path)
+    return log if title_source is None else with_titles(log, read_titles(title_source))
+
+
+def _locate(config: DataConfig, columns: LogColumns, console: Console) -> tuple[list[Source], str]:
+    if config.name == "custom" and config.path is None:
+        raise ValueError("data.name=custom needs data.path, the file or folder to read")
+    if config.name == "synthetic":
+        _note(console, f"data.path is set: reading {config.path} instead of generating the synthetic log")
+    entry = catalog.CATALOG.get(config.name)
+    path = config.path or str(catalog.fetch(config.name, config.cache_dir, console))
+    folder = pathlib.Path(path).expanduser()
+    if entry is not None and folder.is_dir():
+        # A known data set has one file that its published numbers belong to, whatever lies beside it.
+        found = sorted(folder.rglob(entry.log_file))
+        if len(found) == 1:
+            return find_log(str(found[0]), entry.format if config.format == "auto" else config.format, columns)
+        if config.path is None:
+            raise FileNotFoundError(
+                f"{folder} holds {len(found)} files {entry.log_file} where one is expected; delete the folder to "
+                "unpack it again, or set data.path to the log"
+            )
+    return find_log(path, config.format, columns)
+
+
+def _fingerprint(config: DataConfig, sources: list[Source], log_format: str) -> str:
+    settings = {
+        "version": _CACHE_VERSION,
+        "format": log_format,
+        "columns": [config.user_column, config.item_column, config.time_column],
+        "k_core": config.k_core,
+        "timestamp_precision": config.timestamp_precision,
+        "sources": [source.sha256() for source in sources],
+    }
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+
+
+def _from_cache(path: pathlib.Path, fingerprint: str, console: Console) -> InteractionLog | None:
+    try:
+        entry = cache.read_entry(path)
+    except FileNotFoundError:
+        return None
+    except cache.CorruptEntryError as error:
+        _note(console, f"warning: the cached log cannot be used and is built again: {error}")
+        return None
+    return InteractionLog(
+        **entry.arrays,
+        user_ids=entry.tables["users"]["id"],
+        item_ids=entry.tables["items"]["id"],
+        titles=None,
+        statistics=LogStatistics(**entry.record),
+        fingerprint=fingerprint,
+    )
+
+
+def _to_cache(path: pathlib.Path, log: InteractionLog, console: Console) -> None:
+    try:
+        cache.write_entry(
+            path,
+            arrays={"items": log.items, "timestamps": log.timestamps, "offsets": log.offsets},
+            tables={"users": log.user_ids.to_frame("id"), "items": log.item_ids.to_frame("id")},
+            record=dataclasses.asdict(log.statistics),
+        )
+    except OSError as error:
+        # The log itself is fine; only the next start is slower.
+        _note(console, f"warning: the cleaned log could not be cached at {path} ({error}); set data.cache_dir")
+
+
+def _clean_raw(raw: RawLog, config: DataConfig, fingerprint: str) -> InteractionLog:
+    return clean(
+        raw.frame,
+        k_core=config.k_core,
+        timestamp_precision=config.timestamp_precision,
+        fingerprint=fingerprint,
+        dropped={BLANK_LINES: raw.blank_lines} if raw.blank_lines else {},
+        rounded_timestamps=raw.rounded_timestamps,
+    )
+
+
+def clean(
+    frame: pl.DataFrame,
+    *,
+    k_core: int,
+    timestamp_precision: TimestampPrecision,
+    fingerprint: str | None = None,
+    dropped: Mapping[str, int] | None = None,
+    rounded_timestamps: int = 0,
+) -> InteractionLog:
+    """Filters, numbers and sorts a log; `with_titles` adds titles.
+
+    Users and items with fewer than `k_core` rows, and users with fewer than 3, are removed until none is left. Raw ids
+    become 1, 2, ... (items) and 0, 1, ... (users) by first appearance in what remains, in file order. Then each user's
+    rows are sorted by time, stably: with "float32" by float32(seconds), as the original program does, so that rows
+    within 64 s may keep file order; with "int64" by the exact second. `timestamps` keeps the exact second either way.
+
+    Args:
+      frame: user (String), item (String), timestamp (Int64 seconds), one row an interaction, in file order.
+      k_core: least rows of a user and of an item; 0 keeps all.
+      timestamp_precision: "float32" or "int64".
+      fingerprint: content hash to keep with the log; None hashes the frame and the settings.
+      dropped: rows left out earlier, by reason.
+      rounded_timestamps: for the statistics.
+
+    Raises:
+      ValueError: for missing ids or times, negative times, or when nothing is left (the message names the filter).
+    """
+    _check_frame(frame)
+    dropped = dict(dropped or {})
+    users, user_ids = _codes(frame["user"])
+    items, item_ids = _codes(frame["item"])
+    keep, filtered = _filter(users, items, k_core)
+    users, user_order = _by_first_appearance(users[keep], len(user_ids))
+    items, item_order = _by_first_appearance(items[keep], len(item_ids))
+    timestamps = frame["timestamp"].to_numpy()[keep]
+    order = np.lexsort((timestamps.astype(timestamp_precision), users))
+    users, items, timestamps = users[order], items[order], timestamps[order]
+    statistics = LogStatistics(
+        rows_read=frame.height + sum(dropped.values()),
+        dropped=dropped | filtered,
+        duplicates=len(items) - pl.Series(users * len(item_order) + items).n_unique(),
+        rounded_timestamps=rounded_timestamps,
+        users=len(user_order),
+        items=len(item_order),
+        rows=len(items),
+        first_time=int(timestamps.min()),
+        last_time=int(timestamps.max()),
+        tied_share=_tied_share(users, timestamps.astype(timestamp_precision)),
+    )
+    return InteractionLog(
+        items=(items + 1).astype(np.int32),
+        timestamps=timestamps,
+        offsets=np.concatenate([[0], np.cumsum(np.bincount(users))]).astype(np.int64),
+        user_ids=user_ids.gather(user_order),
+        item_ids=item_ids.gather(item_order),
+        titles=None,
+        statistics=statistics,
+        fingerprint=fingerprint or _frame_fingerprint(frame, k_core, timestamp_precision),
+    )
+
+
+def with_titles(log: InteractionLog, titles: pl.DataFrame) -> InteractionLog:
+    """Adds item titles to a log.
+
+    Args:
+      log: cleaned log.
+      titles: item (String, unique) and title (String).
+
+    Returns:
+      The log with `titles` in the order of its item ids, null where unknown.
+    """
+    joined = log.item_ids.to_frame("item").join(titles, on="item", how="left", maintain_order="left")
+    return dataclasses.replace(log, titles=joined["title"])
+
+
+def _check_frame(frame: pl.DataFrame) -> None:
+    for name, dtype in (("user", pl.String), ("item", pl.String), ("timestamp", pl.Int64)):
+        if name not in frame.columns:
+            raise ValueError(f"no column {name!r} in the frame; its columns are {', '.join(frame.columns)}")
+        if frame[name].dtype != dtype:
+            raise ValueError(f"column {name!r} is {frame[name].dtype}; cast it to {dtype}")
+        if frame[name].null_count():
+            row = frame[name].is_null().arg_true()[0]
+            raise ValueError(f"row {row}: no {name}; every interaction needs a user, an item and a timestamp")
+    if not frame.height:
+        raise ValueError("the log has no rows")
+    if frame["timestamp"].min() < 0:
+        row = frame["timestamp"].arg_min()
+        raise ValueError(f"row {row}: timestamp {frame['timestamp'][row]} is negative; give epoch seconds")
+
+
+def _codes(ids: pl.Series) -> tuple[np.ndarray, pl.Series]:
+    distinct = ids.unique(maintain_order=True).rename("id")
+    table = distinct.to_frame().with_row_index("code")
+    codes = ids.to_frame("id").join(table, on="id", how="left", maintain_order="left")["code"]
+    return codes.to_numpy().astype(np.int64), distinct
+
+
+def _filter(users: np.ndarray, items: np.ndarray, k_core: int) -> tuple[np.ndarray, dict[str, int]]:
+    core = f"{k_core}-core"
+    dropped = {core: 0} if k_core > 1 else {}
+    keep = np.arange(len(users))
+    while True:
+        user_rows, item_rows = np.bincount(users[keep]), np.bincount(items[keep])
+        reason = core
+        fine = (user_rows[users[keep]] >= k_core) & (item_rows[items[keep]] >= k_core)
+        if fine.all():
+            reason = SHORT_USERS
+            fine = user_rows[users[keep]] >= MIN_EVENTS
+        if fine.all():
+            return keep, dropped
+        dropped[reason] = dropped.get(reason, 0) + int((~fine).sum())
+        keep = keep[fine]
+        if not keep.size:
+            counts = ", ".join(f"{rows:,} by {name}" for name, rows in dropped.items() if rows)
+            raise ValueError(
+                f"{_meaning(reason, k_core)} left none of the log's {len(users):,} rows ({users.max() + 1:,} users, "
+                f"{items.max() + 1:,} items; dropped {counts}); "
+                + (
+                    "lower data.k_core"
+                    if reason == core
+                    else "every user needs one event each to train, validate, test"
+                )
+            )
+
+
+def _meaning(reason: str, k_core: int) -> str:
+    if reason == SHORT_USERS:
+        return f"leaving out {SHORT_USERS}"
+    return f"the {reason} filter (users and items with fewer than {k_core} interactions, removed repeatedly)"
+
+
+def _by_first_appearance(codes: np.ndarray, num_codes: int) -> tuple[np.ndarray, np.ndarray]:
+    first = np.full(num_codes, -1)
+    # Of repeated indices the last assignment stays: walking backwards leaves the first row.
+    first[codes[::-1]] = np.arange(len(codes))[::-1]
+    present = np.flatnonzero(first >= 0)
+    order = present[np.argsort(first[present])]
+    number = np.empty(num_codes, np.int64)
+    number[order] = np.arange(len(order))
+    return number[codes], order
+
+
+def _tied_share(users: np.ndarray, times: np.ndarray) -> float:
+    ties = (users[1:] == users[:-1]) & (times[1:] == times[:-1])
+    return int(ties.sum()) / len(users)
+
+
+def _frame_fingerprint(frame: pl.DataFrame, k_core: int, timestamp_precision: str) -> str:
+    digest = hashlib.sha256(f"{_CACHE_VERSION} {k_core} {timestamp_precision}".encode())
+    for name in ("user", "item"):
+        digest.update("\0".join(frame[name]).encode())
+    digest.update(frame["timestamp"].to_numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _note(console: Console, text: str) -> None:
+    console.print(text, markup=False, highlight=False, soft_wrap=True)

@@ -1,0 +1,176 @@
+"""Batches of training examples: gathered inside the step from a log that lies on the device, or by Grain on the host.
+
+For a seed both give the same batches in the same order, and both start at any batch of any epoch.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import flax.struct
+import grain
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from tim4rec_jax.data.examples import Examples, Windows, gather_windows
+from tim4rec_jax.data.interactions import InteractionLog
+
+
+@flax.struct.dataclass
+class Batch:
+    """Examples of one step.
+
+    Attributes:
+      items: int32 [b, l], padded on the right with 0.
+      lengths: int32 [b], at least 1.
+      timestamps: float32 or int32 [b, l] seconds, padded with 0.
+      targets: int32 [b].
+      weights: float32 [b]; 0 marks a row that only fills the batch.
+    """
+
+    items: Array
+    lengths: Array
+    timestamps: Array
+    targets: Array
+    weights: Array
+
+
+def timestamps_for_device(timestamps: np.ndarray, precision: str) -> np.ndarray:
+    """Casts int64 seconds to what the model reads.
+
+    Args:
+      timestamps: int64 seconds, any shape.
+      precision: "float32" (as the original program has them) or "int64", held as int32 on the device.
+
+    Raises:
+      ValueError: where a second does not fit into int32.
+    """
+    if precision == "float32":
+        return timestamps.astype(np.float32)
+    limits = np.iinfo(np.int32)
+    if timestamps.size and (timestamps.max() > limits.max or timestamps.min() < limits.min):
+        worst = timestamps.max() if timestamps.max() > limits.max else timestamps.min()
+        raise ValueError(
+            f"timestamp {worst} does not fit into the int32 seconds of timestamp_precision='int64' "
+            f"(at most {limits.max}, 2038-01-19); if these are milliseconds give seconds, else choose 'float32'"
+        )
+    return timestamps.astype(np.int32)
+
+
+def epoch_order(seed: int, epoch: int, num_examples: int) -> np.ndarray:
+    """Returns the order of the examples in an epoch, int [n]; a function of its arguments alone."""
+    return np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(num_examples)
+
+
+class Loader(Protocol):
+    """Gives what a step needs to have its batch.
+
+    Attributes:
+      num_batches: steps of an epoch; the last one may be short and is filled with rows of weight 0.
+      resident: arrays that stay on the device and are handed to every step.
+    """
+
+    num_batches: int
+    resident: Any
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[Any]:
+        """Yields the payload of every batch of an epoch from batch `start` on."""
+        ...
+
+    def batch(self, resident: Any, payload: Any) -> Batch:
+        """Turns a payload into the batch, inside the jitted step."""
+        ...
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """Which examples each batch holds."""
+
+    examples: Examples
+    batch_size: int
+    seed: int
+
+    @property
+    def num_batches(self) -> int:
+        return -(-len(self.examples) // self.batch_size)
+
+    def rows(self, order: np.ndarray, batch: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Returns users, ends and weights [b] of a batch; a short one is filled with its first example, weight 0."""
+        chosen = order[batch * self.batch_size : (batch + 1) * self.batch_size]
+        filled = np.concatenate([chosen, np.full(self.batch_size - len(chosen), chosen[0])])
+        weights = (np.arange(self.batch_size) < len(chosen)).astype(np.float32)
+        return self.examples.users[filled], self.examples.ends[filled], weights
+
+
+def _to_batch(windows: Windows, weights: Any) -> Batch:
+    return Batch(windows.items, windows.lengths, windows.timestamps, windows.targets, weights)
+
+
+class DeviceLoader:
+    """Keeps the log on the device; a payload is two integers and a weight an example, gathered inside the step."""
+
+    def __init__(
+        self, log: InteractionLog, examples: Examples, *, max_len: int, batch_size: int, seed: int, precision: str
+    ) -> None:
+        self._plan = _Plan(examples, batch_size, seed)
+        self.num_batches = self._plan.num_batches
+        timestamps = timestamps_for_device(log.timestamps, precision)
+        self.resident = jax.device_put((np.asarray(log.items, np.int32), timestamps, np.asarray(log.offsets, np.int32)))
+        self._max_len = max_len
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[np.ndarray, ...]]:
+        """Yields (users, ends, weights) of every batch from `start` on."""
+        order = epoch_order(self._plan.seed, epoch, len(self._plan.examples))
+        for batch in range(start, self.num_batches):
+            yield self._plan.rows(order, batch)
+
+    def batch(self, resident: tuple[Array, ...], payload: tuple[Array, ...]) -> Batch:
+        """Gathers the windows, inside the jitted step."""
+        users, ends, weights = payload
+        return _to_batch(gather_windows(*resident, users, ends, self._max_len, xp=jnp), weights)
+
+
+class _HostBatches:
+    """The batches of one epoch as a random-access source for Grain."""
+
+    def __init__(self, loader: "GrainLoader", epoch: int) -> None:
+        self._loader = loader
+        self._order = epoch_order(loader.plan.seed, epoch, len(loader.plan.examples))
+
+    def __len__(self) -> int:
+        return self._loader.num_batches
+
+    def __getitem__(self, batch: int) -> Batch:
+        return self._loader.gather(self._order, batch)
+
+
+class GrainLoader:
+    """Gathers whole batches on the host, a few ahead of the step, in Grain's threads."""
+
+    def __init__(
+        self, log: InteractionLog, examples: Examples, *, max_len: int, batch_size: int, seed: int, precision: str
+    ) -> None:
+        self.plan = _Plan(examples, batch_size, seed)
+        self.num_batches = self.plan.num_batches
+        self.resident = ()
+        self._columns = (log.items, timestamps_for_device(log.timestamps, precision), log.offsets)
+        self._max_len = max_len
+
+    def gather(self, order: np.ndarray, batch: int) -> Batch:
+        """Returns one batch as NumPy arrays."""
+        users, ends, weights = self.plan.rows(order, batch)
+        return _to_batch(gather_windows(*self._columns, users, ends, self._max_len, xp=np), weights)
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+        """Yields every batch from `start` on."""
+        batches = grain.MapDataset.source(_HostBatches(self, epoch))[start:]
+        yield from batches.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=8))
+
+    def batch(self, resident: tuple[()], payload: Batch) -> Batch:
+        """The payload is the batch."""
+        return payload
+
+
+LOADERS = {"device": DeviceLoader, "grain": GrainLoader}
