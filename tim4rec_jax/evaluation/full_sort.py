@@ -1,0 +1,222 @@
+"""Full ranking: every evaluated user's target is ranked against the whole catalogue (RecBole 1.2 protocol).
+
+No [users, v] matrix exists: users are encoded in batches and scored in tiles. Rows are sorted by length once and worked
+through in a few static lengths, so a short history is not computed at max_len.
+"""
+
+import dataclasses
+import functools
+import time
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from tim4rec_jax.config import ExperimentConfig
+from tim4rec_jax.data.examples import Examples, gather_windows
+from tim4rec_jax.data.interactions import InteractionLog
+from tim4rec_jax.data.length_groups import choose_lengths
+from tim4rec_jax.data.loader import timestamps_for_device
+from tim4rec_jax.evaluation.metrics import check_top_k, rank_of_target, summarise
+
+SCORE_TILE_BYTES = 64 * 2**20
+# Positions encoded in one call: on a CPU small enough for its caches, elsewhere large enough to fill the device.
+ENCODE_TOKENS = {"cpu": 2**14}
+ENCODE_TOKENS_ACCELERATOR = 2**18
+# Positions a further static length must save in each evaluation before compiling for it pays.
+GROUP_PENALTY_TOKENS = 2**16
+LENGTH_STEP = 8
+MAX_GROUPS = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluationResult:
+    """What one evaluation found.
+
+    Attributes:
+      metrics: {"hit@10": ...}, means over the examples in float64.
+      ranks: [n] int32 from 1, in the order of the examples.
+      seconds: wall time.
+    """
+
+    metrics: dict[str, float]
+    ranks: np.ndarray
+    seconds: float
+
+
+class _DeviceLog(NamedTuple):
+    """The log's columns on the device: items [rows], timestamps [rows], offsets [users + 1]."""
+
+    items: jax.Array
+    timestamps: jax.Array
+    offsets: jax.Array
+
+
+class _Batch(NamedTuple):
+    """Rows of one static shape: `rows` are their places among the examples, users and ends [tiles * tile]."""
+
+    rows: np.ndarray
+    users: jax.Array
+    ends: jax.Array
+    length: int
+    tile: int
+
+
+def _batch_shape(num_rows: int, row_limit: int, tile_limit: int) -> tuple[int, int, int]:
+    """Splits rows evenly: (batches, tiles a batch, rows a tile) with the least padding within the limits."""
+    batches = -(-num_rows // row_limit)
+    rows = -(-num_rows // batches)
+    tiles = -(-rows // tile_limit)
+    return batches, tiles, -(-rows // tiles)
+
+
+@functools.partial(jax.jit, static_argnames=("model", "max_len", "length", "tile", "seen_len"))
+def _rank_batch(
+    params: Any,
+    log: _DeviceLog,
+    users: jax.Array,
+    ends: jax.Array,
+    *,
+    model: nn.Module,
+    max_len: int,
+    length: int,
+    tile: int,
+    seen_len: int,
+) -> tuple[jax.Array, jax.Array]:
+    """Ranks one batch's targets; returns ranks [b] int32 and whether all scores of a row are finite [b] bool."""
+    windows = gather_windows(*log, users, ends, max_len, xp=jnp)
+    variables = {"params": params}
+    hidden = model.apply(
+        variables,
+        windows.items[:, :length],
+        windows.lengths,
+        windows.timestamps,
+        deterministic=True,
+        method="encode_last",
+    )
+
+    def rank_tile(rows: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
+        hidden, targets, users, ends = rows
+        scores = model.apply(variables, hidden, method="score")
+        excluded = None
+        if seen_len:
+            seen = gather_windows(*log, users, ends, seen_len, xp=jnp).items
+            excluded = jnp.zeros(scores.shape, bool).at[jnp.arange(tile)[:, None], seen].set(True)
+        return rank_of_target(scores, targets, excluded=excluded), jnp.isfinite(scores).all(axis=1)
+
+    tiles = jax.tree.map(lambda x: x.reshape(-1, tile, *x.shape[1:]), (hidden, windows.targets, users, ends))
+    ranks, finite = jax.lax.map(rank_tile, tiles)
+    return ranks.reshape(-1), finite.reshape(-1)
+
+
+class FullSortEvaluator:
+    """Ranks the targets of fixed examples under changing parameters; batches and programs are made once.
+
+    The log lies on the device from the start; a call moves nothing there.
+    """
+
+    def __init__(self, model: nn.Module, log: InteractionLog, examples: Examples, config: ExperimentConfig):
+        """Lays out the batches.
+
+        Args:
+          model: from `build_model(config.model)`.
+          log: the cleaned log.
+          examples: what to predict, by user and end position.
+          config: reads model.max_len, data.timestamp_precision and eval.
+
+        Raises:
+          ValueError: without examples, for a k larger than the catalogue, or a timestamp beyond the precision.
+        """
+        if len(examples.users) == 0:
+            raise ValueError("there are 0 examples to evaluate; does the log have users with at least 3 events?")
+        check_top_k(config.eval.top_k, log.num_items, "eval.top_k")
+        self.model, self.config = model, config
+        self.num_examples = len(examples.users)
+        self._log = _DeviceLog(
+            jax.device_put(np.asarray(log.items, np.int32)),
+            jax.device_put(timestamps_for_device(log.timestamps, config.data.timestamp_precision)),
+            jax.device_put(np.asarray(log.offsets, np.int32)),
+        )
+        self._seen_len = int(examples.ends.max()) if config.eval.exclude_seen else 0
+        self._batches = self._lay_out(examples, log.num_items + 1)
+
+    def _lay_out(self, examples: Examples, v: int) -> list[_Batch]:
+        max_len = self.config.model.max_len
+        lengths = np.minimum(examples.ends, max_len)
+        order = np.argsort(lengths, kind="stable")
+        tokens = ENCODE_TOKENS.get(jax.default_backend(), ENCODE_TOKENS_ACCELERATOR)
+        tile_limit = max(1, SCORE_TILE_BYTES // (4 * max(v, self._seen_len)))
+        batches, first = [], 0
+        for length in choose_lengths(
+            lengths, max_len, max_groups=MAX_GROUPS, penalty=GROUP_PENALTY_TOKENS, step=LENGTH_STEP
+        ):
+            last = int(np.searchsorted(lengths[order], length, side="right"))
+            row_limit = min(self.config.eval.batch_size, max(1, tokens // length))
+            count, tiles, tile = _batch_shape(last - first, row_limit, tile_limit)
+            for rows in np.split(order[first:last], range(tiles * tile, last - first, tiles * tile)):
+                # A short batch is filled by repeating its last row; `rows` says how many results are kept.
+                filled = np.pad(rows, (0, tiles * tile - len(rows)), mode="edge")
+                users = jax.device_put(examples.users[filled].astype(np.int32))
+                ends = jax.device_put(examples.ends[filled].astype(np.int32))
+                batches.append(_Batch(rows, users, ends, length, tile))
+            first = last
+        return batches
+
+    def __call__(self, params: Any) -> EvaluationResult:
+        """Evaluates one set of parameters.
+
+        Args:
+          params: the model's parameter tree.
+
+        Raises:
+          FloatingPointError: where scores are not finite.
+        """
+        started = time.perf_counter()
+        outputs = [
+            _rank_batch(
+                params,
+                self._log,
+                batch.users,
+                batch.ends,
+                model=self.model,
+                max_len=self.config.model.max_len,
+                length=batch.length,
+                tile=batch.tile,
+                seen_len=self._seen_len,
+            )
+            for batch in self._batches
+        ]
+        ranks = np.zeros(self.num_examples, np.int32)
+        broken = 0
+        for batch, (batch_ranks, finite) in zip(self._batches, jax.device_get(outputs), strict=True):
+            ranks[batch.rows] = batch_ranks[: len(batch.rows)]
+            broken += int(np.count_nonzero(~finite[: len(batch.rows)]))
+        if broken:
+            raise FloatingPointError(
+                f"the scores of {broken} of {self.num_examples} evaluated rows are not finite; "
+                "the parameters hold NaN or infinity, or overflow: lower the learning rate or set clip_norm"
+            )
+        return EvaluationResult(
+            metrics=summarise(ranks, self.config.eval.top_k), ranks=ranks, seconds=time.perf_counter() - started
+        )
+
+
+def evaluate(
+    model: nn.Module, params: Any, log: InteractionLog, examples: Examples, config: ExperimentConfig
+) -> EvaluationResult:
+    """Evaluates once; for repeated calls on the same examples keep a `FullSortEvaluator`.
+
+    Args:
+      model: from `build_model(config.model)`.
+      params: the model's parameter tree.
+      log: the cleaned log.
+      examples: what to predict, by user and end position.
+      config: reads model.max_len, data.timestamp_precision and eval.
+
+    Raises:
+      ValueError: without examples, for a k larger than the catalogue, or a timestamp beyond the precision.
+      FloatingPointError: where scores are not finite.
+    """
+    return FullSortEvaluator(model, log, examples, config)(params)

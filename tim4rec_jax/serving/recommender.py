@@ -1,0 +1,355 @@
+"""Recommendations from a run folder: histories in, the k best items out, in jitted batches of few static shapes."""
+
+import dataclasses
+import difflib
+import functools
+import pathlib
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import polars as pl
+
+from tim4rec_jax.config import ExperimentConfig
+from tim4rec_jax.data.loader import timestamps_for_device
+from tim4rec_jax.evaluation.metrics import check_top_k
+from tim4rec_jax.run_dir import read_histories, read_items
+from tim4rec_jax.serving.stored_run import load_model
+
+SCORE_TILE_BYTES = 64 * 2**20
+BATCH_TOKENS = 2**15
+SHORTEST_LENGTH = 8
+LATEST_SECOND = 10**11  # the year 5138: larger numbers are milliseconds
+
+
+@dataclasses.dataclass(frozen=True)
+class History:
+    """What one user did, oldest first.
+
+    Attributes:
+      items: [l] int32, item indices from 1 (rows of the embedding).
+      timestamps: [l] int64 seconds since 1970, never backwards.
+      label: how messages call it, such as "user '42'".
+      assumed_gap: seconds put between consecutive items because no times were given; None where times were given.
+    """
+
+    items: np.ndarray
+    timestamps: np.ndarray
+    label: str = "the history"
+    assumed_gap: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Recommendation:
+    """One recommended item: its raw id, the model's score (a logit) and its title, None where no titles are known."""
+
+    item_id: str
+    score: float
+    title: str | None
+
+
+def _next_power_of_two(n: int) -> int:
+    return 1 << (n - 1).bit_length()
+
+
+def _nearest(word: str, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(word, known, n=3, cutoff=0.5) or list(known[:3])
+    return ", ".join(repr(name) for name in close)
+
+
+def _checked_times(times: Sequence[int], num_items: int, label: str) -> np.ndarray:
+    if len(times) != num_items:
+        raise ValueError(f"{label} has {num_items} items but {len(times)} times; give one time an item, or none at all")
+    seconds = np.asarray(times)
+    if seconds.dtype.kind not in "iu":
+        raise ValueError(f"{label}: times must be whole seconds since 1970, got {list(times)[:3]}")
+    seconds = seconds.astype(np.int64)
+    for limit, wrong in ((0, seconds < 0), (LATEST_SECOND, seconds > LATEST_SECOND)):
+        if wrong.any():
+            raise ValueError(
+                f"{label}: time {seconds[wrong][0]} at position {np.argmax(wrong) + 1} is beyond {limit}; "
+                "give seconds since 1970, not milliseconds"
+            )
+    backwards = np.flatnonzero(np.diff(seconds) < 0)
+    if backwards.size:
+        i = backwards[0]
+        raise ValueError(
+            f"{label}: times go backwards at position {i + 2}: {seconds[i + 1]} after {seconds[i]}; "
+            "give items and times oldest first"
+        )
+    return seconds
+
+
+@functools.partial(jax.jit, static_argnames=("model", "k"))
+def _top_k(
+    params: Any,
+    items: jax.Array,
+    lengths: jax.Array,
+    timestamps: jax.Array,
+    excluded: jax.Array,
+    *,
+    model: nn.Module,
+    k: int,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The k best columns a row: scores [b, k], indices [b, k], and whether all scores of a row are finite [b].
+
+    `excluded` [b, s] lists columns to leave out; its zeros leave out column 0, the padding, which is always wanted.
+    """
+    variables = {"params": params}
+    hidden = model.apply(variables, items, lengths, timestamps, deterministic=True, method="encode_last")
+    scores = model.apply(variables, hidden, method="score")
+    finite = jnp.isfinite(scores).all(axis=1)
+    scores = scores.at[jnp.arange(scores.shape[0])[:, None], excluded].set(-jnp.inf)
+    best, indices = jax.lax.top_k(scores, k)
+    return best, indices, finite
+
+
+class Recommender:
+    """A trained model with the ids, titles and histories of its log."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        params: Any,
+        config: ExperimentConfig,
+        *,
+        item_ids: Sequence[str],
+        titles: Sequence[str | None] | None,
+        histories: pl.DataFrame,
+    ):
+        """Holds what recommending needs; `from_run` reads it all from a run folder.
+
+        Args:
+          model: from `build_model(config.model)`.
+          params: its parameter tree.
+          config: reads model.max_len and data.timestamp_precision.
+          item_ids: raw id of item 1, 2, ...
+          titles: title of item 1, 2, ..., or None where no titles are known.
+          histories: columns user_id (String), items (List of item indices), timestamps (List of int64 seconds).
+        """
+        self.model, self.params, self.config = model, params, config
+        self.item_ids, self.titles = list(item_ids), None if titles is None else list(titles)
+        self.num_items = len(self.item_ids)
+        self._histories = histories
+        self._index_of_item = {item_id: index for index, item_id in enumerate(self.item_ids, start=1)}
+
+    @classmethod
+    def from_run(cls, run: pathlib.Path, *, report: Callable[[str], None] = print) -> "Recommender":
+        """Reads a run folder; nothing outside it is needed.
+
+        Args:
+          run: the run folder.
+          report: receives a line for every damaged checkpoint that had to be passed over.
+
+        Raises:
+          FileNotFoundError: the folder is no run, or holds no best checkpoint yet.
+          ValueError: the run has another format, or its items do not fit its model.
+          CheckpointError: best checkpoints are there but none is intact.
+        """
+        run = pathlib.Path(run)
+        stored = load_model(run, report=report)
+        items = read_items(run)
+        if len(items) + 1 != stored.config.model.vocab_size:
+            raise ValueError(
+                f"{run}: item_ids.parquet lists {len(items)} items, but the model has "
+                f"vocab_size={stored.config.model.vocab_size} (items + 1); the folder mixes two runs"
+            )
+        titles = None if items["title"].is_null().all() else items["title"].to_list()
+        return cls(
+            stored.model,
+            stored.params,
+            stored.config,
+            item_ids=items["item_id"].to_list(),
+            titles=titles,
+            histories=read_histories(run),
+        )
+
+    @cached_property
+    def _row_of_user(self) -> dict[str, int]:
+        return {user: row for row, user in enumerate(self._histories["user_id"].to_list())}
+
+    @cached_property
+    def typical_gap(self) -> int:
+        """Median seconds between consecutive events of a user in the run's log."""
+        gaps = self._histories.select(pl.col("timestamps").list.diff().explode().drop_nulls().median()).item()
+        return 0 if gaps is None else round(gaps)
+
+    @cached_property
+    def newest_time(self) -> int:
+        """Time of the newest event in the run's log, seconds since 1970."""
+        return int(self._histories.select(pl.col("timestamps").list.max().max()).item())
+
+    def history_of_user(self, raw_user_id: str) -> History:
+        """The stored history of a user, test event included: what comes next is what nobody has seen yet.
+
+        Args:
+          raw_user_id: id as in the log.
+
+        Raises:
+          ValueError: for an unknown user; the nearest known ids are shown.
+        """
+        row = self._row_of_user.get(str(raw_user_id))
+        if row is None:
+            raise ValueError(
+                f"unknown user {str(raw_user_id)!r}; "
+                f"nearest known: {_nearest(str(raw_user_id), list(self._row_of_user))}; "
+                f"histories.parquet in the run folder lists all {len(self._row_of_user)} "
+                "(users removed in cleaning are not among them: give their items as a history instead)"
+            )
+        stored = self._histories.row(row, named=True)
+        return History(
+            np.asarray(stored["items"], np.int32),
+            np.asarray(stored["timestamps"], np.int64),
+            label=f"user {str(raw_user_id)!r}",
+        )
+
+    def history_from_ids(
+        self, raw_item_ids: Sequence[str], times: Sequence[int] | None = None, *, label: str = "the history"
+    ) -> History:
+        """A history from raw item ids.
+
+        Without times, consecutive items are taken to lie `typical_gap` seconds apart and the last of them at
+        `newest_time`; the history says so in `assumed_gap`. A model without time does not read them.
+
+        Args:
+          raw_item_ids: ids as in the log, oldest first.
+          times: whole seconds since 1970, one an item, never backwards.
+          label: how messages call it.
+
+        Raises:
+          ValueError: for no item, an unknown item (the nearest ids are shown), a number of times that differs from the
+            number of items, or times that are no seconds or go backwards.
+        """
+        ids = [str(item_id) for item_id in raw_item_ids]
+        if not ids:
+            raise ValueError(f"{label} is empty; give at least 1 item id")
+        for position, item_id in enumerate(ids, start=1):
+            if item_id not in self._index_of_item:
+                raise ValueError(
+                    f"{label}: unknown item {item_id!r} at position {position}; nearest known: "
+                    f"{_nearest(item_id, self.item_ids)}; item_ids.parquet in the run folder lists all {self.num_items}"
+                )
+        items = np.array([self._index_of_item[item_id] for item_id in ids], np.int32)
+        if times is None:
+            steps_back = np.arange(len(ids))[::-1]
+            return History(items, self.newest_time - steps_back * self.typical_gap, label, self.typical_gap)
+        return History(items, _checked_times(times, len(ids), label), label)
+
+    def recommend(
+        self, histories: Sequence[History], k: int, *, exclude_seen: bool = False
+    ) -> list[list[Recommendation]]:
+        """The k items that come next most likely, best first, for each history.
+
+        Args:
+          histories: of any length; the last max_len events are read.
+          k: items a history.
+          exclude_seen: leave every item of a history out of its list.
+
+        Raises:
+          ValueError: for an empty history, a k under 1, or a k over the catalogue or what exclude_seen leaves of it.
+          FloatingPointError: where scores are not finite.
+        """
+        indices, scores = self.top_k(histories, k, exclude_seen=exclude_seen)
+        return [
+            [
+                Recommendation(self.item_ids[i - 1], float(score), None if self.titles is None else self.titles[i - 1])
+                for i, score in zip(row, row_scores, strict=True)
+            ]
+            for row, row_scores in zip(indices, scores, strict=True)
+        ]
+
+    def top_k(
+        self, histories: Sequence[History], k: int, *, exclude_seen: bool = False
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """As `recommend`, in arrays.
+
+        Args:
+          histories: n of them, of any length; the last max_len events are read.
+          k: items a history.
+          exclude_seen: leave every item of a history out of its list.
+
+        Returns:
+          Item indices from 1 [n, k] int32 and their scores [n, k] float32, best first; equal scores in order of index.
+
+        Raises:
+          ValueError: for an empty history, a k under 1, or a k over the catalogue or what exclude_seen leaves of it.
+          FloatingPointError: where scores are not finite.
+        """
+        self._check(histories, k, exclude_seen)
+        indices = np.zeros((len(histories), k), np.int32)
+        scores = np.zeros((len(histories), k), np.float32)
+        max_len = self.config.model.max_len
+        lengths = np.array([min(len(history.items), max_len) for history in histories], np.int32)
+        order = np.argsort(lengths, kind="stable")
+        first = 0
+        while first < len(order):
+            # Ascending lengths: the batch's static length is that of the last row that still fits.
+            row_limit = self._row_limit(lengths[order[first]])
+            rows = order[first : first + row_limit]
+            length = self._static_length(lengths[rows[-1]])
+            rows = rows[: self._row_limit(length)]
+            length = self._static_length(lengths[rows[-1]])
+            indices[rows], scores[rows] = self._run(
+                [histories[i] for i in rows], lengths[rows], length, k, exclude_seen
+            )
+            first += len(rows)
+        return indices, scores
+
+    def _static_length(self, length: int) -> int:
+        return min(max(_next_power_of_two(int(length)), SHORTEST_LENGTH), self.config.model.max_len)
+
+    def _row_limit(self, length: int) -> int:
+        rows = min(BATCH_TOKENS // self._static_length(length), SCORE_TILE_BYTES // (4 * (self.num_items + 1)))
+        return 1 << (max(1, rows).bit_length() - 1)
+
+    def _check(self, histories: Sequence[History], k: int, exclude_seen: bool) -> None:
+        check_top_k((k,), self.num_items)
+        for history in histories:
+            if len(history.items) == 0:
+                raise ValueError(f"{history.label} is empty; give at least 1 item id")
+            unseen = self.num_items - len(np.unique(history.items)) if exclude_seen else self.num_items
+            if k > unseen:
+                raise ValueError(
+                    f"k={k}, but {history.label} leaves only {unseen} of {self.num_items} items unseen; "
+                    "lower k or do not exclude seen items"
+                )
+
+    def _run(
+        self, histories: Sequence[History], lengths: np.ndarray, length: int, k: int, exclude_seen: bool
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """One device call; all sizes are rounded up to powers of two, so that later calls find a compiled program."""
+        n, max_len = len(histories), self.config.model.max_len
+        b = _next_power_of_two(n)
+        seen = _next_power_of_two(max(len(history.items) for history in histories)) if exclude_seen else 1
+        items = np.zeros((b, length), np.int32)
+        timestamps = np.zeros((b, max_len), np.int64)
+        excluded = np.zeros((b, seen), np.int32)
+        for row, history in enumerate(histories):
+            items[row, : lengths[row]] = history.items[-lengths[row] :]
+            timestamps[row, : lengths[row]] = history.timestamps[-lengths[row] :]
+            if exclude_seen:
+                excluded[row, : len(history.items)] = history.items
+        # Filling rows read item 0 once: any valid row will do, their results are dropped.
+        filled_lengths = np.ones(b, np.int32)
+        filled_lengths[:n] = lengths
+        best, indices, finite = jax.device_get(
+            _top_k(
+                self.params,
+                items,
+                filled_lengths,
+                timestamps_for_device(timestamps, self.config.data.timestamp_precision),
+                excluded,
+                model=self.model,
+                k=min(_next_power_of_two(k), self.num_items),
+            )
+        )
+        if not finite[:n].all():
+            raise FloatingPointError(
+                f"the scores for {histories[int(np.argmin(finite[:n]))].label} are not finite; "
+                "the run's parameters hold NaN or infinity: train again or choose another run"
+            )
+        return indices[:n, :k], best[:n, :k]

@@ -1,0 +1,109 @@
+"""What a finished or running training left in its folder: the best parameters and the log they were fitted on."""
+
+import pathlib
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from tim4rec_jax.config import ExperimentConfig
+from tim4rec_jax.data.interactions import InteractionLog
+from tim4rec_jax.data.statistics import LogStatistics
+from tim4rec_jax.models import SequentialModel, build_model
+from tim4rec_jax.run_dir import CHECKPOINTS, read_config, read_environment, read_histories, read_items
+from tim4rec_jax.training.checkpoint import Checkpointer
+
+
+class StoredModel(NamedTuple):
+    """The best model of a run.
+
+    Attributes:
+      config: the run's resolved settings.
+      model: the Linen module.
+      params: its best parameters, on the device.
+      step: optimiser steps after which they were saved.
+    """
+
+    config: ExperimentConfig
+    model: SequentialModel
+    params: Any
+    step: int
+
+
+def load_model(run: pathlib.Path, *, report: Callable[[str], None] = print) -> StoredModel:
+    """Builds a run's model and restores its best parameters.
+
+    Args:
+      run: the run folder.
+      report: receives a line for every damaged checkpoint that had to be passed over.
+
+    Raises:
+      FileNotFoundError: the folder is no run, or holds no best checkpoint yet.
+      ValueError: the run has another format, or its checkpoint does not fit its settings.
+      CheckpointError: best checkpoints are there but none is intact.
+    """
+    run = pathlib.Path(run)
+    config = read_config(run)
+    model = build_model(config.model)
+    items = jnp.ones((1, config.model.max_len), jnp.int32)
+    timestamps = jnp.zeros((1, config.model.max_len), jnp.float32)
+    template = jax.eval_shape(
+        lambda key: model.init(
+            key, items, jnp.ones(1, jnp.int32), timestamps, deterministic=True, method="encode"
+        )["params"],
+        jax.random.key(0),
+    )  # fmt: skip
+    with Checkpointer(run / CHECKPOINTS, report=report) as checkpointer:
+        restored = checkpointer.restore_best(template)
+    if restored is None:
+        raise FileNotFoundError(
+            f"{run / CHECKPOINTS} holds no best checkpoint: the run has not finished its first validation; train on"
+        )
+    step, params, _ = restored
+    return StoredModel(config, model, params, step)
+
+
+def load_log(run: pathlib.Path) -> InteractionLog:
+    """Rebuilds the cleaned log that a run was trained on, in its numbering and order, from the run folder alone.
+
+    Args:
+      run: the run folder.
+
+    Returns:
+      The log; its statistics describe what is stored, what cleaning had left out is not known here.
+
+    Raises:
+      FileNotFoundError: the folder is no run.
+    """
+    run = pathlib.Path(run)
+    items_table, histories = read_items(run), read_histories(run)
+    items = histories["items"].explode().to_numpy().astype(np.int32)
+    timestamps = histories["timestamps"].explode().to_numpy().astype(np.int64)
+    counts = histories["items"].list.len().to_numpy().astype(np.int64)
+    users = np.repeat(np.arange(len(counts)), counts)
+    pairs = users * np.int64(len(items_table) + 1) + items
+    key = timestamps.astype(read_config(run).data.timestamp_precision)
+    tied = (np.diff(users) == 0) & (np.diff(key) == 0)
+    return InteractionLog(
+        items=items,
+        timestamps=timestamps,
+        offsets=np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
+        user_ids=histories["user_id"],
+        item_ids=items_table["item_id"],
+        titles=None if items_table["title"].is_null().all() else items_table["title"],
+        statistics=LogStatistics(
+            rows_read=len(items),
+            dropped={},
+            duplicates=len(items) - len(np.unique(pairs)),
+            rounded_timestamps=0,
+            users=len(counts),
+            items=len(items_table),
+            rows=len(items),
+            first_time=int(timestamps.min()),
+            last_time=int(timestamps.max()),
+            tied_share=float(tied.sum() / max(1, len(tied))),
+        ),
+        fingerprint=read_environment(run)["data_fingerprint"],
+    )
