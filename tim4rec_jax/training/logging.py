@@ -1,0 +1,298 @@
+"""What a run says while it trains: metrics.jsonl, TensorBoard events, training curves and the progress bar.
+
+A line of metrics.jsonl is one strict JSON object with "kind" first. A number that is not finite is written as the
+string "NaN", "Infinity" or "-Infinity", which `read_metrics` turns back into the number.
+"""
+
+import json
+import math
+import pathlib
+import time
+from collections.abc import Mapping
+from typing import Any, Literal, get_args
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from tensorboardX import SummaryWriter
+
+from tim4rec_jax.run_dir import CURVES, METRICS, replacing, write_atomically
+
+Kind = Literal["train", "valid", "test", "event"]
+NEEDED = {"train": ("step", "loss"), "valid": ("step", "epoch"), "test": (), "event": ()}
+_NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
+
+
+class MetricLogger:
+    """Appends the lines of a run to metrics.jsonl and, if asked, its scalars to TensorBoard event files.
+
+    A last line that a kill left half-written is dropped, and an event line says so.
+
+    Args:
+      run_dir: folder of the run; made if it is not there.
+      tensorboard: also write event files to `run_dir/tensorboard`.
+    """
+
+    def __init__(self, run_dir: pathlib.Path, *, tensorboard: bool) -> None:
+        self._file = pathlib.Path(run_dir) / METRICS
+        self._file.parent.mkdir(parents=True, exist_ok=True)
+        self._tensorboard = self._file.parent / "tensorboard" if tensorboard else None
+        self._writer: SummaryWriter | None = None
+        self._purge_step: int | None = None
+        torn = _drop_torn_line(self._file)
+        self._stream = self._file.open("a", encoding="utf-8")
+        if torn:
+            self.log("event", message=f"dropped a half-written last line of {torn} bytes")
+
+    def __enter__(self) -> "MetricLogger":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def log(self, kind: Kind, **values: Any) -> None:
+        """Writes one line, which is with the operating system when the call returns.
+
+        Args:
+          kind: "train" lines need `step` and `loss`, "valid" lines `step` and `epoch`.
+          values: numbers (also 0-d arrays), strings, None, and lists and dicts of these. Numbers of a line that has a
+            `step` also go to TensorBoard as `kind/name`.
+
+        Raises:
+          ValueError: the kind is unknown, a needed value is absent, or a value has no JSON form.
+        """
+        if kind not in get_args(Kind):
+            raise ValueError(f"kind={kind!r} must be one of {get_args(Kind)}")
+        if missing := [name for name in NEEDED[kind] if name not in values]:
+            raise ValueError(f"a {kind} line needs {missing} besides {sorted(values)}")
+        line = {"kind": kind} | {name: _jsonable(name, value) for name, value in values.items()}
+        self._stream.write(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n")
+        self._stream.flush()
+        if self._tensorboard is not None and "step" in values:
+            self._log_scalars(kind, line)
+
+    def _log_scalars(self, kind: str, line: Mapping[str, Any]) -> None:
+        if self._writer is None:
+            # File names carry whole seconds: without the suffix a second writer overwrites the first one's file.
+            self._writer = SummaryWriter(
+                str(self._tensorboard), purge_step=self._purge_step, filename_suffix=f".{time.time_ns()}"
+            )
+        for name, value in _numbers_restored(line).items():
+            if name != "step" and isinstance(value, int | float) and not isinstance(value, bool):
+                self._writer.add_scalar(f"{kind}/{name}", value, line["step"])
+
+    def truncate_after(self, step: int) -> int:
+        """Drops the lines written after `step` and returns how many, so that a resumed run repeats none of them.
+
+        A line without a `step` of its own belongs to the step of the line before it.
+
+        Args:
+          step: optimiser steps done at the checkpoint that training resumes from.
+        """
+        self._stream.close()
+        position, kept, dropped = 0, [], 0
+        for line, values in _lines(self._file):
+            position = values.get("step", position)
+            if position <= step:
+                kept.append(line + "\n")
+            else:
+                dropped += 1
+        write_atomically(self._file, "".join(kept).encode())
+        self._stream = self._file.open("a", encoding="utf-8")
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+        self._purge_step = step + 1
+        return dropped
+
+    def close(self) -> None:
+        """Closes the files."""
+        self._stream.close()
+        if self._writer is not None:
+            self._writer.close()
+
+
+def read_metrics(run_dir: pathlib.Path) -> list[dict[str, Any]]:
+    """Returns the lines of metrics.jsonl in order; a half-written last line is left out.
+
+    Raises:
+      FileNotFoundError: there is no metrics.jsonl.
+      ValueError: a line is no JSON object; the line is named.
+    """
+    return [_numbers_restored(values) for _, values in _lines(pathlib.Path(run_dir) / METRICS)]
+
+
+def _lines(file: pathlib.Path) -> list[tuple[str, dict[str, Any]]]:
+    if not file.is_file():
+        raise FileNotFoundError(f"{file} is missing: nothing has been logged in this run")
+    complete = file.read_bytes().split(b"\n")[:-1]
+    lines = []
+    for number, raw in enumerate(complete, start=1):
+        try:
+            line = raw.decode()
+            values = json.loads(line)
+        except ValueError as error:
+            raise ValueError(f"{file}:{number} is not JSON: {error}") from error
+        if not isinstance(values, dict):
+            raise ValueError(f"{file}:{number} is a {type(values).__name__} where an object is expected")
+        lines.append((line, values))
+    return lines
+
+
+def _drop_torn_line(file: pathlib.Path) -> int:
+    """Cuts what follows the last line break and returns its size in bytes."""
+    if not file.exists():
+        return 0
+    content = file.read_bytes()
+    torn = len(content) - (content.rfind(b"\n") + 1)
+    if torn:
+        write_atomically(file, content[: len(content) - torn])
+    return torn
+
+
+def _jsonable(name: str, value: Any) -> Any:
+    if value is None or isinstance(value, str | bool):
+        return value
+    if isinstance(value, Mapping):
+        return {str(key): _jsonable(f"{name}.{key}", item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_jsonable(name, item) for item in value]
+    if hasattr(value, "item") and np.ndim(value) == 0:
+        value = value.item()
+    if isinstance(value, float) and not math.isfinite(value):
+        return next(text for text, number in _NOT_FINITE.items() if number == value or text == "NaN" and value != value)
+    if isinstance(value, bool | int | float):
+        return value
+    raise ValueError(f"{name}={value!r} of type {type(value).__name__} has no place in a line of metrics.jsonl")
+
+
+def _numbers_restored(values: Any) -> Any:
+    if isinstance(values, dict):
+        return {name: _numbers_restored(value) for name, value in values.items()}
+    if isinstance(values, list):
+        return [_numbers_restored(value) for value in values]
+    return _NOT_FINITE.get(values, values) if isinstance(values, str) else values
+
+
+def plot_training_curves(run_dir: pathlib.Path, *, monitor: str = "ndcg@10") -> pathlib.Path:
+    """Draws curves.png from metrics.jsonl and returns its path.
+
+    One panel shows the loss by step, three the validation hit, ndcg and mrr by epoch; a line marks the best epoch.
+
+    Args:
+      run_dir: folder of the run.
+      monitor: the metric whose best value, rounded to 4 decimals, makes the best epoch; of equals the last.
+
+    Raises:
+      ValueError: nothing to draw, or the validation lines lack `monitor`.
+    """
+    lines = read_metrics(run_dir)
+    train = [line for line in lines if line["kind"] == "train"]
+    valid = [line for line in lines if line["kind"] == "valid"]
+    if not train and not valid:
+        raise ValueError(f"{pathlib.Path(run_dir) / METRICS} has no train or valid line to draw")
+    if lacking := [line for line in valid if monitor not in line]:
+        raise ValueError(f"the valid line of epoch {lacking[0]['epoch']} lacks {monitor}; it has {sorted(lacking[0])}")
+    figure = Figure(figsize=(16, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    loss, *panels = figure.subplots(1, 4)
+    loss.plot([line["step"] for line in train], [line["loss"] for line in train], linewidth=1)
+    loss.set(title="training loss", xlabel="step")
+    epochs = [line["epoch"] for line in valid]
+    best = max(valid, key=lambda line: (round(line[monitor], 4), line["epoch"]), default=None)
+    for panel, metric in zip(panels, ("hit", "ndcg", "mrr"), strict=True):
+        panel.set(title=f"validation {metric}", xlabel="epoch")
+        names = [name for name in (valid[-1] if valid else ()) if name.startswith(f"{metric}@")]
+        for name in names:
+            panel.plot(epochs, [line.get(name, math.nan) for line in valid], marker=".", label=name)
+        if best is not None:
+            label = f"best {monitor}: epoch {best['epoch']}"
+            panel.axvline(best["epoch"], color="grey", linestyle="--", linewidth=1, label=label)
+            panel.legend(fontsize="small")
+    for panel in (loss, *panels):
+        panel.grid(alpha=0.3)
+    path = pathlib.Path(run_dir) / CURVES
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=100)
+    return path
+
+
+class TrainingProgress:
+    """Shows an epoch's progress as a bar with examples/s, loss and time left, and prints one line an epoch.
+
+    Without a terminal, or when switched off, there is no bar and the lines alone are printed.
+
+    Args:
+      epochs: most epochs of the run.
+      examples: training examples an epoch.
+      enabled: show the bar.
+      console: where to print; None is standard output.
+    """
+
+    def __init__(self, *, epochs: int, examples: int, enabled: bool = True, console: Console | None = None) -> None:
+        self._epochs, self._examples = epochs, examples
+        self._console = Console() if console is None else console
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[rate]}"),
+            TextColumn("{task.fields[loss]}"),
+            TimeRemainingColumn(),
+            console=self._console,
+            disable=not (enabled and self._console.is_terminal),
+            transient=True,
+        )
+        self._task = self._bar.add_task("", total=examples, rate="", loss="", visible=False)
+        self._began, self._done = time.perf_counter(), 0
+
+    def __enter__(self) -> "TrainingProgress":
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def start_epoch(self, epoch: int, *, done: int = 0) -> None:
+        """Starts the bar of an epoch (counted from 1), `done` examples into it."""
+        self._began, self._done = time.perf_counter(), 0
+        self._bar.reset(
+            self._task, description=f"epoch {epoch}/{self._epochs}", completed=done, rate="", loss="", visible=True
+        )
+
+    def advance(self, examples: int, *, loss: float | None = None) -> None:
+        """Counts examples trained on; `loss` is shown until the next one is given."""
+        self._done += examples
+        self._bar.update(self._task, advance=examples, rate=f"{self.examples_per_second:,.0f} examples/s")
+        if loss is not None:
+            self._bar.update(self._task, loss=f"loss {loss:.4f}")
+
+    @property
+    def seconds(self) -> float:
+        """Time since this epoch was started or resumed."""
+        return time.perf_counter() - self._began
+
+    @property
+    def examples_per_second(self) -> float:
+        """Examples trained on since this epoch was started or resumed, by `seconds`."""
+        return self._done / max(self.seconds, 1e-9)
+
+    def end_epoch(self, epoch: int, *, loss: float, seconds: float, rate: float, metrics: Mapping[str, float]) -> None:
+        """Prints the line of an epoch.
+
+        Args:
+          epoch: counted from 1.
+          loss: mean training loss of the epoch.
+          seconds: training time.
+          rate: examples a second.
+          metrics: validation metrics to show, by name.
+        """
+        self._bar.update(self._task, visible=False)
+        shown = "".join(f"  {name} {value:.4f}" for name, value in metrics.items())
+        self.report(f"epoch {epoch}/{self._epochs}  loss {loss:.4f}  {seconds:.1f} s  {rate:,.0f} examples/s{shown}")
+
+    def report(self, message: str) -> None:
+        """Prints a line above the bar."""
+        self._console.print(message, markup=False, highlight=False, soft_wrap=True)

@@ -1,0 +1,320 @@
+"""The training run: epochs, validation, early stop, checkpoints, and the test of the best epoch."""
+
+import ctypes
+import dataclasses
+import functools
+import pathlib
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from types import FrameType
+from typing import Any
+
+import jax
+import numpy as np
+from jax import Array
+
+from tim4rec_jax.config import ExperimentConfig
+from tim4rec_jax.data.interactions import InteractionLog
+from tim4rec_jax.data.length_groups import LengthGroup, plan_length_groups
+from tim4rec_jax.data.loader import LOADERS, Loader
+from tim4rec_jax.data.splits import Split, leave_one_out
+from tim4rec_jax.evaluation.full_sort import FullSortEvaluator
+from tim4rec_jax.models import SequentialModel, build_model
+from tim4rec_jax.run_dir import CHECKPOINTS, write_results
+from tim4rec_jax.training.checkpoint import Checkpointer
+from tim4rec_jax.training.early_stop import EarlyStop
+from tim4rec_jax.training.logging import MetricLogger, TrainingProgress, plot_training_curves
+from tim4rec_jax.training.step import TrainState, init_state, learning_rate_schedule, make_optimizer, train_step
+
+
+class Interrupted(Exception):
+    """Training was asked to stop by a signal; its state is saved."""
+
+    def __init__(self, message: str, number: int) -> None:
+        super().__init__(message)
+        self.signal = number
+
+
+@dataclass
+class Position:
+    """Where a run stands between two steps; all of it goes into the checkpoint.
+
+    Attributes:
+      epoch: running epoch, from 1.
+      batch: batches of it that are done.
+      stop: early stopping.
+      epoch_losses: sum of the epoch's step losses and their number, as far as they were fetched.
+      pending: step losses since the last log line.
+      seconds: training time of the epoch before this process took it up.
+      finished: the last epoch is done.
+    """
+
+    epoch: int = 1
+    batch: int = 0
+    stop: EarlyStop = field(default_factory=lambda: EarlyStop(0))
+    epoch_losses: tuple[float, int] = (0.0, 0)
+    pending: list[float] = field(default_factory=list)
+    seconds: float = 0.0
+    finished: bool = False
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self) | {"epoch_losses": list(self.epoch_losses)}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any], patience: int) -> "Position":
+        stop = EarlyStop(**(values["stop"] | {"patience": patience}))
+        return cls(**(values | {"stop": stop, "epoch_losses": tuple(values["epoch_losses"])}))
+
+
+@contextmanager
+def _stop_requests() -> Iterator[list[int]]:
+    """Collects the first Ctrl-C or SIGTERM instead of dying of it; a second one acts as usual."""
+    received: list[int] = []
+    previous: dict[int, Any] = {}
+
+    def note(number: int, _: FrameType | None) -> None:
+        received.append(number)
+        for known, handler in previous.items():
+            signal.signal(known, handler)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        try:
+            previous[number] = signal.signal(number, note)
+        except ValueError:  # not the main thread: whoever runs us has the signals
+            break
+    try:
+        yield received
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _return_freed_memory() -> None:
+    """Gives memory that compilation used and freed back to the system; glibc keeps gigabytes of it otherwise."""
+    if sys.platform == "linux":
+        try:
+            ctypes.CDLL("libc.so.6").malloc_trim(0)
+        except (OSError, AttributeError):  # another C library: nothing to return by this name
+            return
+
+
+class Trainer:
+    """One run of one model on one log.
+
+    Args:
+      config: settings with `model.vocab_size` filled in.
+      log: cleaned log.
+      run_dir: folder made by `run_dir.create_run`.
+      resume: go on from the newest checkpoint there, if any.
+    """
+
+    def __init__(self, config: ExperimentConfig, log: InteractionLog, run_dir: pathlib.Path, *, resume: bool) -> None:
+        self.config, self.log, self.run_dir, self.resume = config, log, run_dir, resume
+        self.split: Split = leave_one_out(log)
+        if len(self.split.train) == 0:
+            raise ValueError("the log has 0 training examples: every user has 3 events or fewer; give longer histories")
+        self.model: SequentialModel = build_model(config.model)
+        self.loader: Loader = LOADERS[config.data.loader](
+            log, self.split.train, max_len=config.model.max_len, batch_size=config.train.batch_size,
+            seed=config.train.seed, precision=config.data.timestamp_precision,
+        )  # fmt: skip
+        total_steps = config.train.epochs * self.loader.num_batches
+        if config.train.max_steps is not None:
+            total_steps = min(total_steps, config.train.max_steps)
+        self.total_steps = total_steps
+        self.schedule = learning_rate_schedule(config.train, total_steps)
+        self.optimizer = make_optimizer(config.train, total_steps)
+        self.groups = self._plan_groups()
+        self.state: TrainState = init_state(self.model, self.optimizer, config.train.seed)
+        self.position = Position(stop=EarlyStop(config.train.patience))
+        self._step = None
+        self._unfetched: list[Array] = []
+
+    def _plan_groups(self) -> tuple[LengthGroup, ...]:
+        train = self.config.train
+        lengths = np.minimum(self.split.train.ends, self.config.model.max_len)
+        return plan_length_groups(
+            lengths, self.config.model.max_len, max_groups=train.length_groups, batch_size=train.batch_size,
+            vocab_size=self.config.model.vocab_size, microbatch_tokens=train.microbatch_tokens,
+            platform=jax.default_backend(),
+        )  # fmt: skip
+
+    @property
+    def num_parameters(self) -> int:
+        return sum(leaf.size for leaf in jax.tree.leaves(self.state.params))
+
+    def run(self) -> dict[str, Any]:
+        """Trains, validates each epoch, stops early, tests the best epoch; returns what results.json holds.
+
+        Raises:
+          FloatingPointError: a loss or a score is not finite; the checkpoint before it is kept.
+          Interrupted: a signal asked to stop; the state is saved.
+          CheckpointError: a save failed; the checkpoint before it is kept.
+        """
+        train = self.config.train
+        with (
+            TrainingProgress(epochs=train.epochs, examples=len(self.split.train), enabled=train.progress) as progress,
+            MetricLogger(self.run_dir, tensorboard=train.tensorboard) as logger,
+            Checkpointer(self.run_dir / CHECKPOINTS, report=progress.report) as checkpoints,
+            _stop_requests() as stop_requests,
+        ):
+            self._progress, self._logger, self._checkpoints = progress, logger, checkpoints
+            self._stop_requests = stop_requests
+            if self.resume:
+                self._restore()
+            validate = FullSortEvaluator(self.model, self.log, self.split.valid, self.config)
+            while not self.position.finished:
+                self._train_epoch()
+                self._finish_epoch(validate)
+            return self._test()
+
+    def _restore(self) -> None:
+        restored = self._checkpoints.restore_latest(self.state)
+        if restored is None:
+            self._progress.report("nothing to resume: no checkpoint yet, training starts from the beginning")
+            return
+        step, self.state, progress = restored
+        self.position = Position.from_dict(progress, self.config.train.patience)
+        self._logger.truncate_after(step)
+        # A longer run may have been asked for than the one that finished.
+        self.position.finished = self.position.finished and self._is_last(step)
+        self._progress.report(f"resuming at step {step}, epoch {self.position.epoch}, batch {self.position.batch}")
+
+    def _is_last(self, step: int) -> bool:
+        return step >= self.total_steps or self.position.stop.should_stop
+
+    def _compiled_step(self, payload: Any) -> Any:
+        """Compiles the step once; the state is donated, so an update needs no second copy of it."""
+        if self._step is None:
+            self._progress.report(
+                "compiling the step for rows of "
+                + ", ".join(f"{group.length} ({group.rows} at once)" for group in self.groups)
+                + " positions"
+            )
+            step = functools.partial(train_step, self.model, self.optimizer, self.config, self.groups, self.loader)
+            self._step = jax.jit(step, donate_argnums=0).lower(self.state, self.loader.resident, payload).compile()
+            _return_freed_memory()
+        return self._step
+
+    def _train_epoch(self) -> None:
+        position, train = self.position, self.config.train
+        size, total = train.batch_size, len(self.split.train)
+        self._progress.start_epoch(position.epoch, done=position.batch * size)
+        done = int(self.state.step)
+        for payload in self.loader.epoch(position.epoch, position.batch):
+            if done >= self.total_steps:
+                break
+            self.state, loss = self._compiled_step(payload)(self.state, self.loader.resident, payload)
+            self._unfetched.append(loss)
+            position.batch += 1
+            done += 1
+            self._progress.advance(min(size, total - (position.batch - 1) * size))
+            if done % train.log_every == 0:
+                self._log_line(done)
+            if self._stop_requests:
+                self._save_and_stop(done)
+            inside = position.batch < self.loader.num_batches and done < self.total_steps
+            if train.checkpoint_every and done % train.checkpoint_every == 0 and inside:
+                self._save(done)
+
+    def _fetch_losses(self) -> None:
+        """Takes the losses of the steps since the last fetch from the device, and stops if one is not finite."""
+        losses = [float(loss) for loss in jax.device_get(self._unfetched)]
+        self._unfetched.clear()
+        bad = next((i for i, loss in enumerate(losses) if not np.isfinite(loss)), None)
+        if bad is not None:
+            step = int(self.state.step) - len(losses) + bad + 1
+            rate = float(self.schedule(step - 1))
+            self._logger.log("event", message="loss is not finite", step=step, loss=losses[bad], learning_rate=rate)
+            raise FloatingPointError(
+                f"the loss is {losses[bad]} at step {step} (learning rate {rate:g}); the last good checkpoint "
+                f"is kept in {self.run_dir}: start anew with a lower train.learning_rate, or set train.clip_norm"
+            )
+        total, count = self.position.epoch_losses
+        for loss in losses:
+            total += loss
+        self.position.epoch_losses = (total, count + len(losses))
+        self.position.pending += losses
+
+    def _log_line(self, step: int) -> None:
+        self._fetch_losses()
+        loss = float(np.mean(self.position.pending))
+        self.position.pending = []
+        self._logger.log(
+            "train", step=step, epoch=self.position.epoch, loss=loss, learning_rate=float(self.schedule(step - 1)),
+            examples_per_second=self._progress.examples_per_second,
+            seconds=self.position.seconds + self._progress.seconds,
+        )  # fmt: skip
+        self._progress.advance(0, loss=loss)
+
+    def _save(self, step: int) -> None:
+        self._fetch_losses()
+        progress = self.position.to_dict() | {"seconds": self.position.seconds + self._progress.seconds}
+        self._checkpoints.save_latest(step, self.state, progress)
+
+    def _save_and_stop(self, step: int) -> None:
+        self._progress.report("asked to stop: saving")
+        self._save(step)
+        self._checkpoints.wait()
+        raise Interrupted(f"stopped at step {step}; the state is saved in {self.run_dir}", self._stop_requests[0])
+
+    def _finish_epoch(self, validate: FullSortEvaluator) -> None:
+        """Validates, keeps the best, and moves to the next epoch."""
+        position = self.position
+        self._fetch_losses()
+        seconds = position.seconds + self._progress.seconds
+        rate = self._progress.examples_per_second
+        step = int(self.state.step)
+        if position.pending:
+            self._log_line(step)
+        result = validate(self.state.params)
+        _return_freed_memory()
+        monitor = self.config.eval.monitor
+        position.stop = position.stop.after(result.metrics[monitor], position.epoch)
+        total, count = position.epoch_losses
+        loss = total / max(count, 1)
+        self._logger.log(
+            "valid", step=step, epoch=position.epoch, train_loss=loss, train_seconds=seconds,
+            valid_seconds=result.seconds, examples_per_second=rate, **result.metrics,
+        )  # fmt: skip
+        shown = {monitor: result.metrics[monitor], "best": position.stop.best}
+        self._progress.end_epoch(position.epoch, loss=loss, seconds=seconds, rate=rate, metrics=shown)
+        if position.stop.improved:
+            info = {"epoch": position.epoch, "valid": result.metrics}
+            self._checkpoints.save_best(step, self.state.params, info)
+        finished = self._is_last(step)
+        if not finished:
+            self.position = Position(epoch=position.epoch + 1, stop=position.stop)
+        position = self.position
+        position.finished = finished
+        self._checkpoints.save_latest(step, self.state, position.to_dict() | {"epoch_losses": [0.0, 0], "pending": []})
+        plot_training_curves(self.run_dir, monitor=monitor)
+
+    def _test(self) -> dict[str, Any]:
+        """Tests the best epoch once and writes results.json."""
+        restored = self._checkpoints.restore_best(self.state.params)
+        if restored is None:
+            raise ValueError(f"{self.run_dir} has no best checkpoint; remove the folder and train again")
+        step, params, info = restored
+        started = time.perf_counter()
+        result = FullSortEvaluator(self.model, self.log, self.split.test, self.config)(params)
+        self._logger.log(
+            "test", step=step, epoch=info["epoch"], seconds=time.perf_counter() - started, **result.metrics
+        )
+        results = {
+            "model": self.config.model.name,
+            "use_time": self.config.model.use_time,
+            "seed": self.config.train.seed,
+            "parameters": self.num_parameters,
+            "epochs": self.position.epoch,
+            "steps": int(self.state.step),
+            "best_epoch": info["epoch"],
+            "valid": info["valid"],
+            "test": result.metrics,
+        }
+        write_results(self.run_dir, results)
+        return results

@@ -1,0 +1,52 @@
+"""Losses of next-item prediction, one value an example."""
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+
+def cross_entropy(scores: Array, targets: Array) -> Array:
+    """Softmax cross-entropy over all rows of the embedding, row 0 (padding) included as in the original program.
+
+      loss = log sum_v exp(score_v) - score_target
+
+    Args:
+      scores: [b, v]; the arithmetic is float32 or wider.
+      targets: int [b].
+
+    Returns:
+      [b].
+    """
+    scores = scores.astype(jnp.promote_types(scores.dtype, jnp.float32))
+    at_target = jnp.take_along_axis(scores, targets[:, None], axis=1)[:, 0]
+    return jax.nn.logsumexp(scores, axis=1) - at_target
+
+
+BPR_GAMMA = 1e-10
+
+
+def bpr(positive: Array, negative: Array) -> Array:
+    """Bayesian personalised ranking (Rendle et al. 2009), with RecBole's guard inside the logarithm.
+
+      loss = -log(1e-10 + sigmoid(positive - negative))
+
+    Args:
+      positive: [b] scores of the targets.
+      negative: [b] scores of the sampled negatives.
+
+    Returns:
+      [b].
+    """
+    return -jnp.log(BPR_GAMMA + jax.nn.sigmoid(positive - negative))
+
+
+def sample_negative(key: Array, target: Array, vocab_size: int) -> Array:
+    """Draws one item uniformly from 1 to vocab_size - 1 without the target.
+
+    Args:
+      key: PRNG key.
+      target: int [], the item that must not be drawn.
+      vocab_size: rows of the embedding, at least 3.
+    """
+    draw = jax.random.randint(key, (), 1, vocab_size - 1)
+    return jnp.where(draw >= target, draw + 1, draw)

@@ -1,0 +1,159 @@
+"""One optimiser step: loss, gradients by groups of rows of like length, one update."""
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+
+from tim4rec_jax.config import ExperimentConfig, TrainConfig
+from tim4rec_jax.data.length_groups import LengthGroup
+from tim4rec_jax.data.loader import Batch, Loader
+from tim4rec_jax.models.base import SequentialModel
+from tim4rec_jax.training.losses import bpr, cross_entropy, sample_negative
+
+
+@flax.struct.dataclass
+class TrainState:
+    """All that an update changes.
+
+    Attributes:
+      step: int32 [], updates made.
+      params: parameter tree.
+      opt_state: Optax state.
+      key: uint32 [2], base of dropout masks and negatives; the step is folded in.
+    """
+
+    step: Array
+    params: Any
+    opt_state: Any
+    key: Array
+
+
+def learning_rate_schedule(config: TrainConfig, total_steps: int) -> optax.Schedule:
+    """Returns the learning rate by step: linear warm-up, then constant or a cosine to 0 at `total_steps`."""
+    if config.schedule == "cosine":
+        decay = optax.cosine_decay_schedule(config.learning_rate, max(total_steps - config.warmup_steps, 1))
+    else:
+        decay = optax.constant_schedule(config.learning_rate)
+    if config.warmup_steps == 0:
+        return decay
+    warmup = optax.linear_schedule(0.0, config.learning_rate, config.warmup_steps)
+    return optax.join_schedules([warmup, decay], [config.warmup_steps])
+
+
+def make_optimizer(config: TrainConfig, total_steps: int) -> optax.GradientTransformation:
+    """Returns Adam (AdamW with weight decay) after optional clipping of the global norm."""
+    adam = optax.adamw(
+        learning_rate_schedule(config, total_steps), b1=config.adam_b1, b2=config.adam_b2, eps=config.adam_eps,
+        weight_decay=config.weight_decay,
+    )  # fmt: skip
+    return adam if config.clip_norm is None else optax.chain(optax.clip_by_global_norm(config.clip_norm), adam)
+
+
+def init_state(model: SequentialModel, optimizer: optax.GradientTransformation, seed: int) -> TrainState:
+    """Returns the state before the first step; initial values and dropout follow from the seed."""
+    config = model.config
+    init_key, dropout_key = jax.random.split(jax.random.key(seed, impl="threefry2x32"))
+    items = jnp.ones((1, config.max_len), jnp.int32)
+    timestamps = jnp.zeros((1, config.max_len), jnp.float32)
+    params = jax.jit(
+        lambda key: model.init(
+            key, items, jnp.ones(1, jnp.int32), timestamps, deterministic=True, method="encode"
+        )["params"]
+    )(init_key)  # fmt: skip
+    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), jax.random.key_data(dropout_key))
+
+
+def _loss_sum(model: SequentialModel, loss: str, params: Any, rows: Batch, example_ids: Array, key: Array) -> Array:
+    """Returns the weighted sum of the rows' losses; a row's value depends on its id, not on the rows beside it."""
+    dropout_key, negative_key = jax.random.split(key)
+    hidden = model.apply(
+        {"params": params}, rows.items, rows.lengths, rows.timestamps, deterministic=False, example_ids=example_ids,
+        rngs={"dropout": dropout_key}, method="encode_last",
+    )  # fmt: skip
+    scores = model.apply({"params": params}, hidden, method="score")
+    if loss == "ce":
+        return jnp.sum(rows.weights * cross_entropy(scores, rows.targets))
+    keys = jax.vmap(lambda i: jax.random.fold_in(negative_key, i))(example_ids)
+    negatives = jax.vmap(sample_negative, in_axes=(0, 0, None))(keys, rows.targets, scores.shape[1])
+    at = lambda ids: jnp.take_along_axis(scores, ids[:, None], axis=1)[:, 0]  # noqa: E731
+    return jnp.sum(rows.weights * bpr(at(rows.targets), at(negatives)))
+
+
+def grouped_value_and_grad(
+    loss_sum: Callable[[Any, Batch, Array], Array], params: Any, batch: Batch, groups: tuple[LengthGroup, ...]
+) -> tuple[Array, Any]:
+    """Returns the summed loss and its gradient, computed group by group in microbatches of static shape.
+
+    Rows go by descending length. Each group takes microbatches until no row is left that is longer than the next
+    group's length; the last microbatch of a group is filled with shorter rows, so only the end of the batch is padded.
+
+    Args:
+      loss_sum: (params, rows, example ids [rows]) -> sum of weighted losses.
+      params: parameter tree.
+      batch: rows of any length up to the first group's.
+      groups: by descending length.
+    """
+    if len(groups) == 1 and groups[0].rows >= batch.lengths.shape[0]:
+        return jax.value_and_grad(loss_sum)(params, batch, jnp.arange(batch.lengths.shape[0]))
+    order = jnp.argsort(batch.lengths, descending=True, stable=True)
+    spare = max(group.rows for group in groups)
+    fill = jnp.concatenate([order, jnp.broadcast_to(order[-1:], (spare,))])
+    real = jnp.arange(fill.shape[0]) < order.shape[0]
+    rows = jax.tree.map(lambda a: a[fill], batch)
+    rows = rows.replace(weights=jnp.where(real, rows.weights, 0.0))
+
+    total = (jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, params))
+    taken = jnp.zeros((), jnp.int32)
+    for group, next_length in zip(groups, [g.length for g in groups[1:]] + [0], strict=True):
+        longer = jnp.sum(batch.lengths > next_length, dtype=jnp.int32)
+        count = jnp.maximum(longer - taken + group.rows - 1, 0) // group.rows
+
+        def add_microbatch(k: Array, total: Any, *, group: LengthGroup = group, taken: Array = taken) -> Any:
+            start = taken + k * group.rows
+            part, ids = jax.tree.map(lambda a: jax.lax.dynamic_slice_in_dim(a, start, group.rows), (rows, fill))
+            part = part.replace(items=part.items[:, : group.length])
+            return jax.tree.map(jnp.add, total, jax.value_and_grad(loss_sum)(params, part, ids))
+
+        total = jax.lax.fori_loop(0, count, add_microbatch, total)
+        taken = taken + count * group.rows
+    return total
+
+
+def train_step(
+    model: SequentialModel,
+    optimizer: optax.GradientTransformation,
+    config: ExperimentConfig,
+    groups: tuple[LengthGroup, ...],
+    loader: Loader,
+    state: TrainState,
+    resident: Any,
+    payload: Any,
+) -> tuple[TrainState, Array]:
+    """Makes one update from the mean loss of the batch's real rows.
+
+    Args:
+      model, optimizer, config, groups, loader: fixed for the run.
+      state: is donated when jitted.
+      resident: the loader's arrays on the device.
+      payload: one of the loader's, see `data.loader.Loader`.
+
+    Returns:
+      The new state and the mean loss [], both on the device.
+    """
+    batch = loader.batch(resident, payload)
+    key = jax.random.fold_in(jax.random.wrap_key_data(state.key, impl="threefry2x32"), state.step)
+
+    def loss_sum(params: Any, rows: Batch, example_ids: Array) -> Array:
+        return _loss_sum(model, config.train.loss, params, rows, example_ids, key)
+
+    total, grads = grouped_value_and_grad(loss_sum, state.params, batch, groups)
+    weight = jnp.sum(batch.weights)
+    grads = jax.tree.map(lambda g: g / weight, grads)
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    return TrainState(state.step + 1, params, opt_state, state.key), total / weight
