@@ -1,0 +1,132 @@
+"""Measures the best model of a run by full ranking, from the run folder alone.
+
+    python -m experiments.evaluate --run=runs/quickstart
+    python -m experiments.evaluate --run=runs/quickstart --split=valid --eval.exclude_seen
+
+The numbers of the test part equal those that training printed at its end (results.json), which stand beside them.
+"""
+
+import argparse
+import dataclasses
+import pathlib
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from tim4rec_jax.config import EvalConfig
+from tim4rec_jax.data.splits import leave_one_out
+from tim4rec_jax.evaluation.full_sort import EvaluationResult, evaluate
+from tim4rec_jax.evaluation.metrics import standard_errors
+from tim4rec_jax.run_dir import read_config, read_results
+from tim4rec_jax.serving.stored_run import load_log, load_model
+from tim4rec_jax.training.checkpoint import CheckpointError
+
+
+@dataclass(frozen=True)
+class EvalOptions:
+    """What may differ from the run's own evaluation; defaults are the run's.
+
+    Attributes:
+      batch_size: users scored at once.
+      top_k: list lengths k of hit@k, ndcg@k and mrr@k.
+      exclude_seen: leave items of the user's own history out of the ranking (never compare such numbers with others).
+    """
+
+    batch_size: int
+    top_k: tuple[int, ...]
+    exclude_seen: bool
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Measures the best model of a run by full ranking.
+
+    Attributes:
+      run: the run folder.
+      eval: settings of the ranking.
+      split: the part of the log to predict.
+    """
+
+    run: pathlib.Path
+    eval: EvalOptions
+    split: Literal["test", "valid"] = "test"
+
+
+def parse(argv: Sequence[str]) -> Arguments:
+    """Reads the command line; the run's own settings are the defaults.
+
+    Raises:
+      FileNotFoundError, ValueError: the folder is no run that this program reads.
+    """
+    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    finder.add_argument("--run", type=pathlib.Path)
+    run = finder.parse_known_args(argv)[0].run
+    stored = EvalConfig() if run is None else read_config(run).eval
+    options = EvalOptions(stored.batch_size, tuple(stored.top_k), stored.exclude_seen)
+    default = Arguments(run=tyro.MISSING if run is None else run, eval=options)
+    return tyro.cli(Arguments, args=list(argv), default=default, prog="experiments.evaluate")
+
+
+def recorded_metrics(arguments: Arguments) -> Mapping[str, float]:
+    """The numbers training wrote for the same measurement; empty where there are none to compare with."""
+    stored = read_config(arguments.run).eval
+    if arguments.split != "test" or arguments.eval.exclude_seen != stored.exclude_seen:
+        return {}
+    try:
+        return read_results(arguments.run).get("test", {})
+    except FileNotFoundError:
+        return {}
+
+
+def report(arguments: Arguments, result: EvaluationResult, recorded: Mapping[str, float]) -> Table:
+    """The metrics with their standard errors, beside what training recorded."""
+    seen = "excluded" if arguments.eval.exclude_seen else "not excluded"
+    table = Table(
+        title=f"{arguments.run} · {arguments.split} · {len(result.ranks):,} users · {result.seconds:.1f} s",
+        caption=f"full ranking, padding excluded, items already seen {seen}; ties are read in the target's favour",
+    )
+    table.add_column("metric")
+    table.add_column("value", justify="right")
+    table.add_column("standard error", justify="right")
+    table.add_column("results.json", justify="right")
+    errors = standard_errors(result.ranks, arguments.eval.top_k) if len(result.ranks) > 1 else {}
+    for name, value in result.metrics.items():
+        error = f"{errors[name]:.4f}" if name in errors else "–"
+        table.add_row(name, f"{value:.4f}", error, f"{recorded[name]:.4f}" if name in recorded else "–")
+    return table
+
+
+def run(arguments: Arguments) -> EvaluationResult:
+    """Evaluates as asked.
+
+    Raises:
+      FileNotFoundError, ValueError, CheckpointError: the run cannot be read, or the settings do not fit it.
+      FloatingPointError: the model's scores are not finite.
+    """
+    stored = load_model(arguments.run, report=lambda line: print(line, file=sys.stderr))
+    log = load_log(arguments.run)
+    options = arguments.eval
+    settings = EvalConfig(options.batch_size, options.top_k, f"ndcg@{options.top_k[0]}", options.exclude_seen)
+    examples = getattr(leave_one_out(log), arguments.split)
+    return evaluate(stored.model, stored.params, log, examples, dataclasses.replace(stored.config, eval=settings))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The program; returns its exit code."""
+    try:
+        arguments = parse(sys.argv[1:] if argv is None else argv)
+        result = run(arguments)
+        Console().print(report(arguments, result, recorded_metrics(arguments)))
+    except (ValueError, FileNotFoundError, CheckpointError, FloatingPointError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,242 @@
+"""Recommends what comes next, for a user of the log, a history given by hand, or a file of either.
+
+    python -m experiments.recommend --run=runs/ml1m --user=42 --k=10
+    python -m experiments.recommend --run=runs/ml1m --history="1193,661,914" --times="978300760,978302109,978301968"
+    python -m experiments.recommend --run=runs/ml1m --input=histories.jsonl --output=top.parquet --exclude-seen
+
+A line of the input file is {"user": "42"} or {"history": ["1193", "661"], "times": [978300760, 978302109]}, times
+optional. Where times are missing they are assumed, and the output says so. The output file has one row a recommended
+item: line, user, rank, item_id, score, title, assumed_gap (seconds; null where times are known).
+"""
+
+import json
+import pathlib
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import polars as pl
+import tyro
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from tim4rec_jax.run_dir import replacing
+from tim4rec_jax.serving.recommender import History, Recommendation, Recommender
+from tim4rec_jax.training.checkpoint import CheckpointError
+
+SHOWN_BAD_LINES = 5
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Recommends what comes next; give one of --user, --history and --input.
+
+    Attributes:
+      run: the run folder.
+      user: raw id of a user of the run's log.
+      history: raw item ids, oldest first, separated by commas.
+      times: seconds since 1970, one an item of --history, separated by commas.
+      input: JSON-lines file with a user or a history a line.
+      output: Parquet file for the recommendations of --input.
+      k: items to recommend.
+      exclude_seen: leave the items of the history out.
+    """
+
+    run: pathlib.Path
+    user: str | None = None
+    history: str | None = None
+    times: str | None = None
+    input: pathlib.Path | None = None
+    output: pathlib.Path | None = None
+    k: int = 10
+    exclude_seen: bool = False
+
+
+def check(arguments: Arguments) -> None:
+    """Refuses options that do not go together.
+
+    Raises:
+      ValueError: unless exactly one of user, history and input is given, each with its own companions only.
+    """
+    given = [f"--{name}" for name in ("user", "history", "input") if getattr(arguments, name) is not None]
+    if len(given) != 1:
+        raise ValueError(f"give exactly one of --user, --history and --input; got {' and '.join(given) or 'none'}")
+    if arguments.times is not None and arguments.history is None:
+        raise ValueError(f"--times belongs to --history; got {given[0]}")
+    if (arguments.input is None) != (arguments.output is None):
+        raise ValueError("--input and --output belong together: a JSON-lines file in, a Parquet file out")
+
+
+class _Line(NamedTuple):
+    """One good line of the input file: its number from 1, the user if it named one, and the history."""
+
+    number: int
+    user: str | None
+    history: History
+
+
+def _split(option: str, text: str) -> list[str]:
+    parts = [part.strip() for part in text.split(",")] if text.strip() else []
+    if "" in parts:
+        raise ValueError(f"{option}: nothing stands at position {parts.index('') + 1} of {text!r}; remove the comma")
+    return parts
+
+
+def _seconds(texts: Sequence[str]) -> list[int]:
+    for text in texts:
+        if not text.lstrip("-").isdecimal():
+            raise ValueError(f"--times: {text!r} is not a whole number of seconds since 1970")
+    return [int(text) for text in texts]
+
+
+def _raw_id(value: Any) -> str:
+    """A JSON string or whole number as a raw id; ids that look like numbers are often written as such."""
+    if isinstance(value, bool) or not isinstance(value, str | int):
+        raise ValueError(f"id {json.dumps(value)} must be a string or a whole number")
+    return str(value)
+
+
+def _parse_line(recommender: Recommender, text: str) -> tuple[str | None, History]:
+    try:
+        values = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"not JSON ({error})") from error
+    if not isinstance(values, dict) or ("user" in values) == ("history" in values):
+        raise ValueError('must be an object with either "user" or "history"')
+    unknown = sorted(set(values) - ({"user"} if "user" in values else {"history", "times"}))
+    if unknown:
+        raise ValueError(f'unknown keys {unknown}; known: "user", or "history" with "times"')
+    if "user" in values:
+        user = _raw_id(values["user"])
+        return user, recommender.history_of_user(user)
+    history, times = values["history"], values.get("times")
+    if not isinstance(history, list):
+        raise ValueError(f'"history" must be a list of item ids, not {json.dumps(history)}')
+    if times is not None and (
+        not isinstance(times, list) or any(isinstance(t, bool) or not isinstance(t, int) for t in times)
+    ):
+        raise ValueError(f'"times" must be a list of whole seconds since 1970, not {json.dumps(times)}')
+    return None, recommender.history_from_ids([_raw_id(item) for item in history], times)
+
+
+def read_lines(recommender: Recommender, path: pathlib.Path) -> list[_Line]:
+    """Reads an input file whole; blank lines are skipped.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      ValueError: for bad lines, with their numbers, or a file without any line.
+    """
+    lines, bad = [], []
+    with path.open(encoding="utf-8") as file:
+        for number, text in enumerate(file, start=1):
+            if not text.strip():
+                continue
+            try:
+                lines.append(_Line(number, *_parse_line(recommender, text)))
+            except ValueError as error:
+                bad.append(f"line {number}: {error}")
+    if bad:
+        more = f" (and {len(bad) - SHOWN_BAD_LINES} more bad lines)" if len(bad) > SHOWN_BAD_LINES else ""
+        raise ValueError(f"{path}: {' | '.join(bad[:SHOWN_BAD_LINES])}{more}; nothing was written")
+    if not lines:
+        raise ValueError(f"{path} holds no lines; write one JSON object a line")
+    return lines
+
+
+def _assumption(recommender: Recommender, history: History) -> str | None:
+    if history.assumed_gap is None:
+        return None
+    unread = "" if recommender.model.uses_time else " (this model does not read times)"
+    return (
+        f"no times given: consecutive items are taken to lie {history.assumed_gap:,} s apart, the median of the run's "
+        f"log, and the last at its newest event, {recommender.newest_time}{unread}"
+    )
+
+
+def show(recommendations: Sequence[Recommendation], title: str, caption: str | None) -> Table:
+    """A table of one list; titles where they are known."""
+    table = Table(title=Text(title), caption=None if caption is None else Text(caption))
+    table.add_column("rank", justify="right")
+    table.add_column("item", overflow="fold")
+    table.add_column("score", justify="right")
+    if any(r.title is not None for r in recommendations):
+        table.add_column("title", overflow="fold")
+    for rank, r in enumerate(recommendations, start=1):
+        cells = [str(rank), Text(r.item_id), f"{r.score:.4f}", Text(r.title or "")]
+        table.add_row(*cells[: len(table.columns)])
+    return table
+
+
+def recommend_file(recommender: Recommender, arguments: Arguments) -> pl.DataFrame:
+    """Recommends for every line of the input file and writes the output file, whole or not at all.
+
+    Raises:
+      FileNotFoundError: the input file or the folder of the output file is missing.
+      ValueError: for bad lines, or a k that does not fit.
+    """
+    lines = read_lines(recommender, arguments.input)
+    if not arguments.output.absolute().parent.is_dir():
+        raise FileNotFoundError(
+            f"there is no folder {arguments.output.absolute().parent} to write {arguments.output} to"
+        )
+    k = arguments.k
+    indices, scores = recommender.top_k([line.history for line in lines], k, exclude_seen=arguments.exclude_seen)
+    flat = indices.reshape(-1) - 1
+    repeat = np.repeat(np.arange(len(lines)), k)
+    table = pl.DataFrame(
+        {
+            "line": pl.Series([line.number for line in lines], dtype=pl.Int64).gather(repeat),
+            "user": pl.Series([line.user for line in lines], dtype=pl.String).gather(repeat),
+            "rank": np.tile(np.arange(1, k + 1, dtype=np.int32), len(lines)),
+            "item_id": pl.Series(recommender.item_ids, dtype=pl.String).gather(flat),
+            "score": scores.reshape(-1),
+            "title": pl.Series(recommender.titles or [None] * recommender.num_items, dtype=pl.String).gather(flat),
+            "assumed_gap": pl.Series([line.history.assumed_gap for line in lines], dtype=pl.Int64).gather(repeat),
+        }
+    )
+    with replacing(arguments.output) as temporary:
+        table.write_parquet(temporary)
+    return table
+
+
+def run(arguments: Arguments, console: Console) -> None:
+    """Recommends as asked and prints what was done.
+
+    Raises:
+      FileNotFoundError, ValueError, CheckpointError: the run or the input cannot be read, or the settings do not fit.
+      FloatingPointError: the model's scores are not finite.
+    """
+    check(arguments)
+    recommender = Recommender.from_run(arguments.run, report=lambda line: print(line, file=sys.stderr))
+    if arguments.input is not None:
+        table = recommend_file(recommender, arguments)
+        assumed = table.filter((pl.col("rank") == 1) & pl.col("assumed_gap").is_not_null()).height
+        note = f"; {assumed:,} histories came without times (column assumed_gap)" if assumed else ""
+        done = f"{arguments.output}: {arguments.k} items for each of {table.height // arguments.k:,} histories{note}"
+        console.print(Text(done), soft_wrap=True)
+        return
+    if arguments.user is not None:
+        history = recommender.history_of_user(arguments.user)
+    else:
+        times = None if arguments.times is None else _seconds(_split("--times", arguments.times))
+        history = recommender.history_from_ids(_split("--history", arguments.history), times)
+    [recommendations] = recommender.recommend([history], arguments.k, exclude_seen=arguments.exclude_seen)
+    title = f"next for {history.label}, after {len(history.items)} events"
+    console.print(show(recommendations, title, _assumption(recommender, history)))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The program; returns its exit code."""
+    try:
+        run(tyro.cli(Arguments, args=argv, prog="experiments.recommend"), Console())
+    except (ValueError, FileNotFoundError, CheckpointError, FloatingPointError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

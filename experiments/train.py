@@ -1,0 +1,155 @@
+"""Trains a model on a log, tests its best epoch, and leaves a run folder.
+
+    python -m experiments.train --config=quickstart
+    python -m experiments.train --config=ml1m_tim4rec --train.learning_rate=3e-4 --run_dir=runs/try
+    python -m experiments.train --config=ml1m_tim4rec --resume
+
+Every setting of `tim4rec_jax.config` is an option by its path. Exit codes: 0 done, 2 an error (one line on standard
+error), 130 stopped by Ctrl-C and 0 by SIGTERM with the state saved.
+"""
+
+import argparse
+import dataclasses
+import pathlib
+import signal
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from experiments.command_line import option_names, require_known_options, run_program
+from experiments.configs import config_names, load_config
+from experiments.published import PUBLISHED
+from tim4rec_jax.config import DataConfig, EvalConfig, ExperimentConfig, ModelConfig, TrainConfig
+from tim4rec_jax.data.interactions import InteractionLog, load_log
+from tim4rec_jax.data.splits import leave_one_out
+from tim4rec_jax.evaluation.baselines import popularity_counts, popularity_ranks
+from tim4rec_jax.evaluation.metrics import summarise
+from tim4rec_jax.run_dir import create_run, write_results
+from tim4rec_jax.training.loop import Interrupted, Trainer
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Options of the program; `model`, `data`, `train` and `eval` start from the named experiment.
+
+    Attributes:
+      model, data, train, eval: settings, each an option by its path.
+      config: the experiment's name.
+      run_dir: run folder; None is runs/<name of the experiment>.
+      resume: continue the run in that folder.
+    """
+
+    model: ModelConfig
+    data: DataConfig
+    train: TrainConfig
+    eval: EvalConfig
+    config: str
+    run_dir: pathlib.Path | None = None
+    resume: bool = False
+
+
+def parse(argv: Sequence[str]) -> tuple[ExperimentConfig, pathlib.Path, bool]:
+    """Reads the command line into the experiment's settings, the run folder and whether to resume.
+
+    Raises:
+      ValueError: for an unknown experiment or option (the nearest are shown) or a value out of range.
+    """
+    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    finder.add_argument("--config", default="quickstart")
+    name = finder.parse_known_args(argv)[0].config
+    base = load_config(name)
+    default = Arguments(base.model, base.data, base.train, base.eval, name)
+    require_known_options(argv, option_names(default))
+    # A value out of range is our own error, not a page of usage.
+    arguments = tyro.cli(
+        Arguments, args=list(argv), default=default, prog="experiments.train",
+        description=f"Experiments: {', '.join(config_names())}",
+    )  # fmt: skip
+    config = ExperimentConfig(base.name, arguments.model, arguments.data, arguments.train, arguments.eval)
+    return config, arguments.run_dir or pathlib.Path("runs") / base.name, arguments.resume
+
+
+def train_one(config: ExperimentConfig, log: InteractionLog, run_dir: pathlib.Path, resume: bool) -> dict[str, Any]:
+    """Makes or opens the run folder and trains; returns the results with wall time added."""
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=log.num_items + 1))
+    create_run(run_dir, config, log, resume=resume)
+    started = time.perf_counter()
+    results = Trainer(config, log, run_dir, resume=resume).run()
+    results |= {"wall_seconds_of_this_process": time.perf_counter() - started}
+    write_results(run_dir, results)
+    return results
+
+
+def popularity(config: ExperimentConfig, log: InteractionLog) -> dict[str, float]:
+    """Test metrics of ranking by popularity in the training part."""
+    split = leave_one_out(log)
+    ranks = popularity_ranks(
+        log, popularity_counts(log, split.valid), split.test, exclude_seen=config.eval.exclude_seen
+    )
+    return summarise(ranks, config.eval.top_k)
+
+
+def final_table(config: ExperimentConfig, rows: Sequence[tuple[str, Mapping[str, float], str]]) -> Table:
+    """Our numbers and published ones side by side."""
+    seen = "excluded" if config.eval.exclude_seen else "not excluded"
+    table = Table(
+        title=f"{config.name}: test, full ranking, seen items {seen}",
+        caption=f"{config.data.name}; published rows: full ranking, seen items not excluded",
+    )
+    columns = [f"{metric}@{k}" for k in config.eval.top_k for metric in ("hit", "ndcg", "mrr")]
+    table.add_column("model")
+    for column in columns:
+        table.add_column(column, justify="right")
+    table.add_column("source")
+    for name, metrics, source in rows:
+        table.add_row(name, *(f"{metrics[c]:.4f}" if c in metrics else "–" for c in columns), source)
+    return table
+
+
+def _name(config: ExperimentConfig) -> str:
+    return config.model.name if config.model.use_time else f"{config.model.name}, time off"
+
+
+def run(config: ExperimentConfig, run_dir: pathlib.Path, resume: bool, console: Console) -> None:
+    """Trains the model and its baselines and prints the final table."""
+    log = load_log(config.data)
+    console.print(log.statistics.table(config.data.name))
+    results = train_one(config, log, run_dir, resume)
+    rows = [(_name(config), results["test"], f"this run, best epoch {results['best_epoch']} of {results['epochs']}")]
+    if "time_off" in config.eval.baselines and config.model.use_time:
+        console.print("the same model with time off")
+        plain = dataclasses.replace(config, model=dataclasses.replace(config.model, use_time=False))
+        other = train_one(plain, log, run_dir / "time_off", resume)
+        rows.append((_name(plain), other["test"], f"this run, best epoch {other['best_epoch']} of {other['epochs']}"))
+    if "popularity" in config.eval.baselines:
+        rows.append(("popularity", popularity(config, log), "this log, counts of the training part"))
+    write_results(run_dir, results | {"baselines": {name: metrics for name, metrics, _ in rows[1:]}})
+    rows += [(row.model, row.metrics, row.source) for row in PUBLISHED.get(config.data.name, [])]
+    console.print(final_table(config, rows))
+    console.print(f"run folder: {run_dir}", soft_wrap=True)
+
+
+def program(argv: list[str]) -> int:
+    """The program behind `main`."""
+    config, run_dir, resume = parse(argv)
+    console = Console()
+    try:
+        run(config, run_dir, resume, console)
+    except Interrupted as stopped:
+        console.print(f"{stopped}\ncontinue with the same command and --resume", soft_wrap=True, markup=False)
+        return 0 if stopped.signal == signal.SIGTERM else 130
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The program; returns its exit code."""
+    return run_program(program, argv)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
