@@ -1,35 +1,33 @@
 """What the programs share: settings from the command line, and errors as one line."""
 
+import dataclasses
 import difflib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 from tim4rec_jax.training.checkpoint import CheckpointError
 
 EXPECTED_ERRORS = (ValueError, FileNotFoundError, FileExistsError, CheckpointError, FloatingPointError, PermissionError)
 
 
-def option_names(fields: object, prefix: str = "--") -> list[str]:
-    """Returns the option of every field of nested dataclasses, as in --train.learning_rate."""
-    import dataclasses
-
-    names = []
-    for field in dataclasses.fields(fields):  # type: ignore[arg-type]
-        value = getattr(fields, field.name)
+def _options(settings: Any, prefix: str = "--") -> Iterator[tuple[str, Any]]:
+    """Yields the option of every field of nested dataclasses, as in --train.learning_rate, with its value."""
+    for field in dataclasses.fields(settings):
+        value = getattr(settings, field.name)
         if dataclasses.is_dataclass(value):
-            names += option_names(value, f"{prefix}{field.name}.")
+            yield from _options(value, f"{prefix}{field.name}.")
         else:
-            names.append(f"{prefix}{field.name}")
-    return names
+            yield f"{prefix}{field.name}", value
 
 
-def require_known_options(arguments: Sequence[str], known: Sequence[str]) -> None:
+def require_known_options(arguments: Sequence[str], default: object) -> None:
     """Refuses an unknown option and names the nearest ones.
 
     Raises:
       ValueError: for the first option that is not known.
     """
-    folded = {name.replace("-", "_").lstrip("_"): name for name in known}
+    folded = {name.replace("-", "_").lstrip("_"): name for name, _ in _options(default)}
     for argument in arguments:
         if not argument.startswith("--") or argument == "--":
             continue
@@ -40,6 +38,30 @@ def require_known_options(arguments: Sequence[str], known: Sequence[str]) -> Non
             continue
         near = difflib.get_close_matches(plain, folded, n=3, cutoff=0.4) or sorted(folded)
         raise ValueError(f"unknown option {option}; nearest: {', '.join(folded[n] for n in near)}")
+
+
+_FLAG_VALUES = {"true": True, "1": True, "false": False, "0": False}
+
+
+def with_flags(arguments: Sequence[str], default: object) -> list[str]:
+    """Rewrites --model.use_time=False as --model.no-use-time, so that yes-or-no settings are given like all others.
+
+    Raises:
+      ValueError: for a value that is neither true nor false.
+    """
+    flags = {name.replace("-", "_"): name for name, value in _options(default) if isinstance(value, bool)}
+    rewritten = []
+    for argument in arguments:
+        option, equals, value = argument.partition("=")
+        if not equals or option.replace("-", "_") not in flags:
+            rewritten.append(argument)
+            continue
+        if value.lower() not in _FLAG_VALUES:
+            raise ValueError(f"{option}={value}: expected true or false")
+        head, _, last = option.rpartition(".")
+        negative = f"{head}.no-{last}" if head else f"--no-{option.lstrip('-')}"
+        rewritten.append(option if _FLAG_VALUES[value.lower()] else negative)
+    return rewritten
 
 
 def run_program(program: Callable[[list[str]], int], argv: Sequence[str] | None = None) -> int:

@@ -21,7 +21,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from experiments.command_line import option_names, require_known_options, run_program
+from experiments.command_line import require_known_options, run_program, with_flags
 from experiments.configs import config_names, load_config
 from experiments.published import PUBLISHED
 from tim4rec_jax.config import DataConfig, EvalConfig, ExperimentConfig, ModelConfig, TrainConfig
@@ -64,10 +64,9 @@ def parse(argv: Sequence[str]) -> tuple[ExperimentConfig, pathlib.Path, bool]:
     name = finder.parse_known_args(argv)[0].config
     base = load_config(name)
     default = Arguments(base.model, base.data, base.train, base.eval, name)
-    require_known_options(argv, option_names(default))
-    # A value out of range is our own error, not a page of usage.
+    require_known_options(argv, default)
     arguments = tyro.cli(
-        Arguments, args=list(argv), default=default, prog="experiments.train",
+        Arguments, args=with_flags(argv, default), default=default, prog="experiments.train",
         description=f"Experiments: {', '.join(config_names())}",
     )  # fmt: skip
     config = ExperimentConfig(base.name, arguments.model, arguments.data, arguments.train, arguments.eval)

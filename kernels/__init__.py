@@ -1,1 +1,1 @@
-"""Operators of state space recommenders: arrays in, arrays out; each has a plain-JAX form behind one public function."""
+"""Operators of state space recommenders: arrays in, arrays out; each has a plain-JAX form behind a public function."""

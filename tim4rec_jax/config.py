@@ -43,7 +43,7 @@ class ModelConfig:
       norm_eps: epsilon of the norms (the feed-forward norm keeps 1e-12).
       use_ffn: a feed-forward block follows each mixer.
       use_time: the time-aware mask; off gives the SSD-only model (SSD4Rec).
-      time_gate_per_position: the time channel's residual gate has one value a position (`p2p_residual`), else one a head.
+      time_gate_per_position: the time channel's residual gate has a value a position (`p2p_residual`), else one a head.
       kaiming_init: convolutions start N(0, 2 / (channels * d_conv)) with zero bias, else uniform(+-1/sqrt(d_conv)).
       mask_padded_time: a padded position has a gap of 0 (the original: minus the last timestamp).
       log_time: gaps are compressed to sign(gap) * log1p(|gap|) (the original: raw seconds).
@@ -271,9 +271,8 @@ def _from_dict(cls: type, values: dict[str, Any], path: str) -> Any:
     fields = {f.name: f for f in dataclasses.fields(cls)}
     unknown = sorted(set(values) - set(fields))
     _require(not unknown, f"unknown settings {[path + key for key in unknown]}; known: {sorted(fields)}")
-    nested = {
-        "model": ModelConfig, "data": DataConfig, "train": TrainConfig, "eval": EvalConfig, "synthetic": SyntheticConfig,
-    }  # fmt: skip
+    nested = {"model": ModelConfig, "data": DataConfig, "train": TrainConfig, "eval": EvalConfig}
+    nested["synthetic"] = SyntheticConfig
     return cls(
         **{
             key: _from_dict(nested[key], value, f"{path}{key}.")

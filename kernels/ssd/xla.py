@@ -1,7 +1,7 @@
 """State space duality in plain JAX: dense inside a chunk, a short recurrence of states between chunks.
 
-The inner function works on u = delta x and log decays a = delta A, cut into k chunks of c positions, with the heads as
-g groups of r. Axes: values [b, k, g, r, c, p], maps [b, k, g, c, n], log decays [b, k, g, r, c], states [b, g, r, p, n].
+The inner function works on u = delta x and log decays a = delta A, cut into k chunks of c positions, with the heads
+as g groups of r. Axes: values [b, k, g, r, c, p], maps [b, k, g, c, n], log decays [b, k, g, r, c], states [b, g, r, p, n].
 """
 
 import functools
@@ -24,7 +24,7 @@ def _add_up(a: Array) -> Array:
 
 
 def _sum_heads(a: Array) -> Array:
-    """Sums [b, k, g, r, c, c] over r by additions: on CPUs a reduction fused with the product before it is far slower."""
+    """Sums [b, k, g, r, c, c] over r by additions: on CPUs a reduction fused with the product before it is slow."""
     heads = [a[:, :, :, r] for r in range(a.shape[3])]
     return functools.reduce(jnp.add, heads)
 
