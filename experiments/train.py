@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import tyro
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -93,21 +94,22 @@ def popularity(config: ExperimentConfig, log: InteractionLog) -> dict[str, float
     return summarise(ranks, config.eval.top_k)
 
 
-def final_table(config: ExperimentConfig, rows: Sequence[tuple[str, Mapping[str, float], str]]) -> Table:
-    """Our numbers and published ones side by side."""
+def final_tables(config: ExperimentConfig, rows: Sequence[tuple[str, Mapping[str, float], str]]) -> list[Table]:
+    """Our numbers and published ones side by side, a table for each list length."""
     seen = "excluded" if config.eval.exclude_seen else "not excluded"
-    table = Table(
-        title=f"{config.name}: test, full ranking, seen items {seen}",
-        caption=f"{config.data.name}; published rows: full ranking, seen items not excluded",
-    )
-    columns = [f"{metric}@{k}" for k in config.eval.top_k for metric in ("hit", "ndcg", "mrr")]
-    table.add_column("model")
-    for column in columns:
-        table.add_column(column, justify="right")
-    table.add_column("source")
-    for name, metrics, source in rows:
-        table.add_row(name, *(f"{metrics[c]:.4f}" if c in metrics else "–" for c in columns), source)
-    return table
+    tables = []
+    for k in config.eval.top_k:
+        columns = [f"{metric}@{k}" for metric in ("hit", "ndcg", "mrr")]
+        table = Table(title=f"{config.name}: test, full ranking, seen items {seen}", box=box.SIMPLE_HEAD)
+        table.add_column("model")
+        for column in columns:
+            table.add_column(column, justify="right", no_wrap=True)
+        table.add_column("source")
+        for name, metrics, source in rows:
+            if any(column in metrics for column in columns):
+                table.add_row(name, *(f"{metrics[c]:.4f}" if c in metrics else "–" for c in columns), source)
+        tables.append(table)
+    return tables
 
 
 def _name(config: ExperimentConfig) -> str:
@@ -129,7 +131,7 @@ def run(config: ExperimentConfig, run_dir: pathlib.Path, resume: bool, console: 
         rows.append(("popularity", popularity(config, log), "this log, counts of the training part"))
     write_results(run_dir, results | {"baselines": {name: metrics for name, metrics, _ in rows[1:]}})
     rows += [(row.model, row.metrics, row.source) for row in PUBLISHED.get(config.data.name, [])]
-    console.print(final_table(config, rows))
+    console.print(*final_tables(config, rows))
     console.print(f"run folder: {run_dir}", soft_wrap=True)
 
 

@@ -106,7 +106,7 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class SyntheticConfig:
-    """A log made on the spot in which the next item depends on the last item and on the time since the one before.
+    """A log made on the spot in which the next item depends on the last item and on the time since the one before it.
 
     Attributes:
       num_users: users.
@@ -116,16 +116,16 @@ class SyntheticConfig:
       seed: of the generator.
     """
 
-    num_users: int = 2000
-    num_items: int = 400
-    min_events: int = 8
+    num_users: int = 1000
+    num_items: int = 100
+    min_events: int = 21
     max_events: int = 30
     noise: float = 0.1
     seed: int = 7
 
     def __post_init__(self) -> None:
         _require(self.num_users >= 1, f"num_users={self.num_users} must be at least 1")
-        _require(self.num_items >= 2, f"num_items={self.num_items} must be at least 2")
+        _require(self.num_items >= 2, f"num_items={self.num_items} must be at least 2: one for each half")
         _require(
             3 <= self.min_events <= self.max_events,
             f"min_events={self.min_events}, max_events={self.max_events} must satisfy 3 <= min <= max",

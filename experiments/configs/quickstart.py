@@ -11,10 +11,10 @@ def config() -> ExperimentConfig:
     return ExperimentConfig(
         name="quickstart",
         model=ModelConfig(
-            max_len=20, d_model=32, d_state=16, head_dim=16, chunk_size=32, dropout=0.1, time_dropout=0.0,
+            max_len=20, d_model=32, num_layers=1, d_state=16, head_dim=16, dropout=0.0, time_dropout=0.0,
             mask_padded_time=True, log_time=True,
         ),
         data=DataConfig(name="synthetic", synthetic=SyntheticConfig()),
-        train=TrainConfig(epochs=12, batch_size=512, learning_rate=3e-3, patience=3, log_every=20, length_groups=1),
-        eval=EvalConfig(baselines=("popularity", "time_off")),
+        train=TrainConfig(epochs=16, batch_size=256, learning_rate=1e-2, patience=15, log_every=40, length_groups=1),
+        eval=EvalConfig(top_k=(1, 5, 10), baselines=("popularity", "time_off")),
     )  # fmt: skip

@@ -47,7 +47,7 @@ def _check_inputs(x: Array, dt: Array, A: Array, B: Array) -> None:
         raise ValueError(f"x has shape {x.shape}: its length {length} must be at least 1")
     _check("dt", dt, (batch, length, heads))
     _check("A", A, (heads,))
-    if B.ndim != 4 or heads % B.shape[2]:
+    if B.ndim != 4 or B.shape[2] < 1 or heads % B.shape[2]:
         raise ValueError(f"B has shape {B.shape}, expected [b, l, n] or [b, l, g, n] with g dividing h={heads}")
     _check("B", B, (batch, length, *B.shape[2:]))
 

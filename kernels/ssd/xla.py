@@ -1,7 +1,8 @@
 """State space duality in plain JAX: dense inside a chunk, a short recurrence of states between chunks.
 
 The inner function works on u = delta x and log decays a = delta A, cut into k chunks of c positions, with the heads
-as g groups of r. Axes: values [b, k, g, r, c, p], maps [b, k, g, c, n], log decays [b, k, g, r, c], states [b, g, r, p, n].
+as g groups of r. Axes: values [b, k, g, r, c, p], maps [b, k, g, c, n], log decays [b, k, g, r, c], states
+[b, g, r, p, n].
 """
 
 import functools
@@ -17,9 +18,13 @@ from jax import Array
 _COARSE_STEP = 1.0 / 64.0
 
 
-def _add_up(a: Array) -> Array:
-    """Cumulative sum over the last axis as a product with ones: a few dozen terms, one operation."""
-    triangle = jnp.triu(jnp.ones((a.shape[-1], a.shape[-1]), a.dtype))
+def _add_up(a: Array, *, reverse: bool = False, exclusive: bool = False) -> Array:
+    """Cumulative sum over the last axis as a product with ones: a few dozen terms, one operation.
+
+    `reverse` sums from the end; `exclusive` leaves the position itself out.
+    """
+    ones = jnp.ones((a.shape[-1], a.shape[-1]), a.dtype)
+    triangle = jnp.tril(ones, -int(exclusive)) if reverse else jnp.triu(ones, int(exclusive))
     return jnp.matmul(a, triangle, precision=jax.lax.Precision.HIGHEST)
 
 
@@ -30,7 +35,7 @@ def _sum_heads(a: Array) -> Array:
 
 
 class _Decays(NamedTuple):
-    """Decay factors of a chunk: between positions [.., c, c], from its start and to its end [.., c]."""
+    """Decay factors of a chunk: between a position and earlier ones [.., c, c], from its start, to its end [.., c]."""
 
     between: Array
     from_start: Array
@@ -41,10 +46,10 @@ def _decays(log_decay: Array) -> _Decays:
     coarse = jnp.round(log_decay / _COARSE_STEP) * _COARSE_STEP
     parts = _add_up(coarse), _add_up(log_decay - coarse)
     segments = sum(part[..., :, None] - part[..., None, :] for part in parts)
-    causal = jnp.tril(jnp.ones((log_decay.shape[-1],) * 2, bool))
+    earlier = jnp.tril(jnp.ones((log_decay.shape[-1],) * 2, bool), -1)
     # The mask comes before exp: above the diagonal the sums are positive and overflow for strong decay.
-    between = jnp.exp(jnp.where(causal, segments, -jnp.inf))
-    return _Decays(between, jnp.exp(sum(parts)), between[..., -1, :])
+    between = jnp.exp(jnp.where(earlier, segments, -jnp.inf))
+    return _Decays(between, jnp.exp(sum(parts)), jnp.exp(sum(part[..., -1:] - part for part in parts)))
 
 
 def _carry(state: Array, inputs: tuple[Array, Array]) -> tuple[Array, Array]:
@@ -53,15 +58,16 @@ def _carry(state: Array, inputs: tuple[Array, Array]) -> tuple[Array, Array]:
     return decay[..., None, None] * state + added, state
 
 
-def _forward(u: Array, log_decay: Array, B: Array, C: Array, state: Array | None) -> tuple[Array, Array, Array]:
-    """Returns outputs [b, k, g, r, c, p], the final state, and the states before each chunk [k, b, g, r, p, n]."""
+def _forward(u: Array, log_decay: Array, B: Array, C: Array, state: Array) -> tuple[Array, Array, Array]:
+    """Returns what outputs [b, k, g, r, c, p] have from before, the final state, and the states before each chunk
+    [k, b, g, r, p, n].
+    """
     wide = log_decay.dtype
     dot = partial(jnp.einsum, preferred_element_type=wide)
     decays = _decays(log_decay)
     scores = dot("bkgin,bkgjn->bkgij", C, B)
     y = dot("bkgrij,bkgrjp->bkgrip", (decays.between * scores[:, :, :, None]).astype(u.dtype), u)
     added = dot("bkgrcp,bkgcn->bkgrpn", (decays.to_end[..., None] * u).astype(u.dtype), B)
-    state = jnp.zeros_like(added[:, 0]) if state is None else state
     by_chunk = (jnp.moveaxis(decays.from_start[..., -1], 1, 0), jnp.moveaxis(added, 1, 0))
     final_state, before = jax.lax.scan(_carry, state, by_chunk)
     carried = dot("bkgcn,kbgrpn->bkgrcp", C, before.astype(C.dtype))
@@ -70,23 +76,28 @@ def _forward(u: Array, log_decay: Array, B: Array, C: Array, state: Array | None
 
 @jax.custom_vjp
 def _chunked(u: Array, log_decay: Array, B: Array, C: Array, state: Array) -> tuple[Array, Array]:
-    """Returns outputs and the final state; its gradient keeps no [c, c] array and recomputes them."""
+    """Returns what outputs have from earlier positions and the initial state, and the final state.
+
+    Its gradient keeps no [c, c] array and recomputes them. What a position gives to itself is added outside.
+    """
     y, final_state, _ = _forward(u, log_decay, B, C, state)
     return y, final_state
 
 
 def _chunked_fwd(*inputs: Array) -> tuple[tuple[Array, Array], tuple[Array, ...]]:
     y, final_state, before = _forward(*inputs)
-    return (y, final_state), (*inputs[:-1], y, before, final_state)
+    return (y, final_state), (*inputs[:-1], y, before)
 
 
 def _chunked_bwd(residuals: tuple[Array, ...], cotangents: tuple[Array, Array]) -> tuple[Array, ...]:
     """Gradient of `_chunked`.
 
-    With G = dy u^T and M = L o (C B^T), the sums over rows and columns of G o M that log decays need are
-    dy . y and du . u at each position, so no [c, c] array is reduced for them.
+    The gradient of a log decay is all that flows over its position, from before it to it or later. With G = dy u^T and
+    M = L o (C B^T) below the diagonal, the sums over rows and columns of G o M that it needs are dy . y and du . u at
+    each position, so no [c, c] array is reduced for them. The diagonal would cancel there, but under strong decay it is
+    nearly everything and its rounding would bury the rest; so each flow is also summed from the side where it is small.
     """
-    u, log_decay, B, C, y, before, final_state = residuals
+    u, log_decay, B, C, y, before = residuals
     dy, d_final = cotangents
     wide, narrow = log_decay.dtype, u.dtype
     dot = partial(jnp.einsum, preferred_element_type=wide)
@@ -100,20 +111,20 @@ def _chunked_bwd(residuals: tuple[Array, ...], cotangents: tuple[Array, Array]) 
     scores = dot("bkgin,bkgjn->bkgij", C, B)
     d_mixed = dot("bkgrip,bkgrjp->bkgrij", dy_n, u)
     d_scores = _sum_heads(d_mixed * decays.between).astype(narrow)
-    du = dot("bkgrij,bkgrip->bkgrjp", (decays.between * scores[:, :, :, None]).astype(narrow), dy_n)
+    du_inside = dot("bkgrij,bkgrip->bkgrjp", (decays.between * scores[:, :, :, None]).astype(narrow), dy_n)
     dB = dot("bkgij,bkgin->bkgjn", d_scores, C)
     dC = dot("bkgij,bkgjn->bkgin", d_scores, B)
     # Between chunks.
     d_after_n = d_after.astype(narrow)
-    du = du + decays.to_end[..., None] * dot("bkgcn,kbgrpn->bkgrcp", B, d_after_n)
+    du_beyond = decays.to_end[..., None] * dot("bkgcn,kbgrpn->bkgrcp", B, d_after_n)
     dB = dB + dot("bkgrcp,kbgrpn->bkgcn", (decays.to_end[..., None] * u).astype(narrow), d_after_n)
     dC = dC + dot("bkgrcp,kbgrpn->bkgcn", (decays.from_start[..., None] * dy).astype(narrow), before.astype(narrow))
-    # Log decays: at t, everything that flows from before t to t or later.
-    after = jnp.concatenate([before[1:], final_state[None]])
-    through = jnp.einsum("kbgrpn,kbgrpn->bkgr", d_after, after)
-    here = jnp.sum(dy * y - du * u, axis=-1)
-    d_log_decay = through[..., None] + jnp.flip(_add_up(jnp.flip(here, -1)), -1)
-    return du.astype(narrow), d_log_decay, dB.astype(B.dtype), dC.astype(C.dtype), d_initial
+    # Log decays: flows that end inside the chunk, that start inside and leave it, and that pass through all of it.
+    d_log_decay = _add_up(jnp.sum(dy * y - du_inside * u, axis=-1), reverse=True)
+    d_log_decay += _add_up(jnp.sum(du_beyond * u, axis=-1), exclusive=True)
+    through = chunk_decay * jnp.einsum("kbgrpn,kbgrpn->kbgr", d_after, before)
+    d_log_decay += jnp.moveaxis(through, 0, 1)[..., None]
+    return (du_inside + du_beyond).astype(narrow), d_log_decay, dB.astype(B.dtype), dC.astype(C.dtype), d_initial
 
 
 _chunked.defvjp(_chunked_fwd, _chunked_bwd)
@@ -150,14 +161,17 @@ def ssd_xla(
     wide = delta.dtype
     if initial_state is None:
         initial_state = jnp.zeros((batch, heads, width, state_width), wide)
+    u = (delta[..., None] * x).astype(x.dtype)
     y, final_state = _chunked(
-        to_chunks((delta[..., None] * x).astype(x.dtype), per_group),
+        to_chunks(u, per_group),
         to_chunks(delta * A, per_group),
         to_chunks(B, (groups,)),
         to_chunks(C, (groups,)),
         initial_state.astype(wide).reshape(batch, *per_group, width, state_width),
     )
     y = jnp.moveaxis(y, 4, 2).reshape(batch, num_chunks * chunk, heads, width)[:, :length]
+    own = jnp.einsum("blgn,blgn->blg", C, B, preferred_element_type=wide)
+    y = y + jnp.repeat(own, heads // groups, axis=2)[..., None] * u
     if D is not None:
         y = y + D[:, None] * x
     return y.astype(x.dtype), final_state.reshape(batch, heads, width, state_width)
@@ -179,8 +193,8 @@ def ssd_last_xla(x: Array, delta: Array, A: Array, B: Array, C_last: Array, D: A
     heads, groups = x.shape[2], B.shape[2]
     steps = jnp.moveaxis(delta, 1, 2)
     log_decay = steps * A[:, None]
-    # Sums from the end: what remains to be decayed after position j, itself excluded.
-    decay = jnp.exp(jnp.flip(_add_up(jnp.flip(log_decay, -1)), -1) - log_decay)
+    # What is still to be decayed after position j: summed without j, for a difference of sums cancels badly.
+    decay = jnp.exp(_add_up(log_decay, reverse=True, exclusive=True))
     scores = jnp.einsum("bgn,blgn->bgl", C_last, B, preferred_element_type=decay.dtype)
     weights = decay * steps * jnp.repeat(scores, heads // groups, axis=1)
     y = jnp.einsum("bhl,blhp->bhp", weights.astype(x.dtype), x, preferred_element_type=decay.dtype)

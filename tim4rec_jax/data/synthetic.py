@@ -1,14 +1,15 @@
 """A log made on the spot in which the next item depends on the last item and on the time gap seen last.
 
-With t_i the time of a user's i-th event and g_i = t_i - t_{i-1} (g_1 = 0), the item after x_i is
+The catalogue has two halves of m items, what is taken after a short gap and what is taken after a long one. With t_i
+the time of a user's i-th event and g_i = t_i - t_{i-1} (g_1 = 0), the item after x_i is
 
-    x_{i+1} = short[x_i]   if g_i < GAP_THRESHOLD        with probability 1 - noise
-            = long[x_i]    otherwise
-    x_{i+1} ~ popularity, P(x of popularity rank r) proportional to 1 / r       with probability noise
+    x_{i+1} = half(g_i) * m + follow[x_i]        with probability 1 - noise
+    half(g) = 1 if g >= GAP_THRESHOLD else 0
+    x_{i+1} ~ popularity, P(x of popularity rank r) proportional to 1 / r        with probability noise
 
-where `short` and `long` are two fixed random permutations of the items and half of all gaps are long. The gap that
-decides is one of the input history, never the gap to the target. A predictor that reads it is right about 1 - noise of
-the time; one that does not can only guess which of the two permutations was used.
+where `follow` is a fixed random map into a half and half of all gaps are long. The gap that decides is one of the input
+history, never the gap to the target. A predictor that reads it is right about 1 - noise of the time; one that does not
+can only guess which of two items comes, so short lists (hit@1, and ndcg) tell the two apart.
 
 Gaps are far from the 64 s by which float32 seconds step near 1e9: short ones are hours, long ones days.
 """
@@ -26,16 +27,18 @@ GAP_THRESHOLD = 86_400
 
 
 def transition_rules(config: SyntheticConfig) -> tuple[np.ndarray, np.ndarray]:
-    """The two permutations that rule the log.
+    """The two maps that rule the log.
 
     Args:
       config: the generator's settings; only `num_items` and `seed` matter here.
 
     Returns:
-      `short` and `long`, each [num_items] int64 over item indices from 0.
+      The item after each item when the gap was short and when it was long, each [num_items] int64, items from 0. With
+      an odd number of items the last one comes by noise alone.
     """
-    rng = np.random.default_rng([config.seed, 0])
-    return rng.permutation(config.num_items), rng.permutation(config.num_items)
+    half = config.num_items // 2
+    short = np.random.default_rng([config.seed, 0]).integers(0, half, config.num_items)
+    return short, half + short
 
 
 def popularity(config: SyntheticConfig) -> np.ndarray:

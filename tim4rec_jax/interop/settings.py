@@ -15,8 +15,14 @@ def _flag(value: Any) -> bool:
     return value
 
 
-def _whole(value: Any) -> int:
-    if isinstance(value, bool) or int(value) != float(value):
+def _number(value: Any) -> float:
+    if isinstance(value, bool):
+        raise ValueError("expected a number")
+    return float(value)
+
+
+def _whole_number(value: Any) -> int:
+    if int(value) != _number(value):
         raise ValueError("expected a whole number")
     return int(value)
 
@@ -24,23 +30,30 @@ def _whole(value: Any) -> int:
 # Original name -> (our name, conversion). YAML reads "1e-5" as text, so numbers are converted and not just taken.
 _Fields = dict[str, tuple[str, Callable[[Any], Any]]]
 _REQUIRED: _Fields = {
-    "hidden_size": ("d_model", _whole),
-    "num_layers": ("num_layers", _whole),
-    "dropout_prob": ("dropout", float),
-    "d_state": ("d_state", _whole),
-    "d_conv": ("d_conv", _whole),
-    "expand": ("expand", _whole),
-    "head_dim": ("head_dim", _whole),
-    "chunk_size": ("chunk_size", _whole),
-    "norm_eps": ("norm_eps", float),
+    "hidden_size": ("d_model", _whole_number),
+    "num_layers": ("num_layers", _whole_number),
+    "dropout_prob": ("dropout", _number),
+    "d_state": ("d_state", _whole_number),
+    "d_conv": ("d_conv", _whole_number),
+    "expand": ("expand", _whole_number),
+    "head_dim": ("head_dim", _whole_number),
+    "chunk_size": ("chunk_size", _whole_number),
+    "norm_eps": ("norm_eps", _number),
     "is_ffn": ("use_ffn", _flag),
     "is_kai_ming_init": ("kaiming_init", _flag),
-    "MAX_ITEM_LIST_LENGTH": ("max_len", _whole),
+    "MAX_ITEM_LIST_LENGTH": ("max_len", _whole_number),
 }
 _WITH_TIME: _Fields = {
     "is_time": ("use_time", _flag),
-    "time_drop_out": ("time_dropout", float),
+    "time_drop_out": ("time_dropout", _number),
     "p2p_residual": ("time_gate_per_position", _flag),
+}
+
+
+_KINDS: dict[Callable[[Any], Any], str] = {
+    _flag: "yes-or-no value (true or false)",
+    _number: "number",
+    _whole_number: "whole number",
 }
 
 
@@ -69,13 +82,13 @@ def config_from_upstream(model_name: str, settings: Mapping[str, Any]) -> ModelC
         missing = [name for name in missing if name not in _WITH_TIME]
     problems = [f"missing: {name}" for name in missing]
     values: dict[str, Any] = {} if key == "tim4rec" else {"use_time": False}
-    for name, (ours, convert) in (fields | {"n_items": ("vocab_size", _whole)}).items():
+    for name, (ours, convert) in (fields | {"n_items": ("vocab_size", _whole_number)}).items():
         if name not in settings:
             continue
         try:
             values[ours] = convert(settings[name])
-        except (TypeError, ValueError):
-            problems.append(f"{name}={settings[name]!r} is not a valid {convert.__name__.strip('_')}")
+        except (TypeError, ValueError, OverflowError):
+            problems.append(f"{name}={settings[name]!r} is not a {_KINDS[convert]}")
     if problems:
         raise ValueError(f"the settings do not describe a {model_name}:\n  " + "\n  ".join(problems))
     return ModelConfig(name=_MODEL_NAMES[key], **values)

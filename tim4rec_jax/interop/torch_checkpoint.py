@@ -115,8 +115,10 @@ def params_from_torch(config: ModelConfig, state_dict: Mapping[str, np.ndarray])
     """
     entries = _entries(config)
     arrays = {name: np.asarray(value) for name, value in state_dict.items()}
-    if config.vocab_size == 0 and "item_embedding.weight" in arrays:
-        config = dataclasses.replace(config, vocab_size=arrays["item_embedding.weight"].shape[0])
+    if config.vocab_size == 0:
+        # Without a table of two rows any size serves to list what is wrong.
+        rows = arrays["item_embedding.weight"].shape[:1] if "item_embedding.weight" in arrays else ()
+        config = dataclasses.replace(config, vocab_size=max(2, *rows, 0))
     names = {entry.torch_name for entry in entries}
     problems = [f"missing: {name}" for name in sorted(names - set(arrays))]
     problems += [f"unexpected: {name}" for name in sorted(set(arrays) - names)]
@@ -130,7 +132,7 @@ def params_from_torch(config: ModelConfig, state_dict: Mapping[str, np.ndarray])
         if given.shape != wanted:
             problems.append(f"shape of {entry.torch_name}: {given.shape}, expected {wanted}")
             continue
-        tree[entry.path] = jnp.asarray(entry.convert(given))
+        tree[entry.path] = jnp.array(entry.convert(given))
     if problems:
         raise ValueError(f"the state dict does not fit {config.name}:\n  " + "\n  ".join(problems))
     return unflatten_dict(tree)
@@ -149,4 +151,5 @@ def params_to_torch(config: ModelConfig, params: Mapping[str, Any]) -> dict[str,
     problems += [f"unexpected: {'/'.join(path)}" for path in sorted(set(flat) - paths)]
     if problems:
         raise ValueError(f"the parameters do not fit {config.name}:\n  " + "\n  ".join(problems))
-    return {e.torch_name: np.ascontiguousarray(e.convert(np.asarray(flat[e.path]))) for e in entries}
+    # Copies in C order, for PyTorch warns of arrays that cannot be written to.
+    return {e.torch_name: np.array(e.convert(np.asarray(flat[e.path])), order="C") for e in entries}

@@ -1,0 +1,1 @@
+"""Losses, the step, the loop, checkpoints and logs."""

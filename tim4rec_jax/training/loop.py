@@ -4,6 +4,7 @@ import ctypes
 import dataclasses
 import functools
 import pathlib
+import resource
 import signal
 import sys
 import time
@@ -100,6 +101,15 @@ def _return_freed_memory() -> None:
             ctypes.CDLL("libc.so.6").malloc_trim(0)
         except (OSError, AttributeError):  # another C library: nothing to return by this name
             return
+
+
+def _resident_mb() -> float | None:
+    """Memory this process holds now, in MiB; None where the system does not say."""
+    try:
+        pages = int(pathlib.Path("/proc/self/statm").read_text().split()[1])
+    except OSError:
+        return None
+    return pages * resource.getpagesize() / 2**20
 
 
 class Trainer:
@@ -271,6 +281,7 @@ class Trainer:
         step = int(self.state.step)
         if position.pending:
             self._log_line(step)
+        resident = _resident_mb()
         result = validate(self.state.params)
         _return_freed_memory()
         monitor = self.config.eval.monitor

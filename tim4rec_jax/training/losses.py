@@ -47,6 +47,11 @@ def sample_negative(key: Array, target: Array, vocab_size: int) -> Array:
       key: PRNG key.
       target: int [], the item that must not be drawn.
       vocab_size: rows of the embedding, at least 3.
+
+    Raises:
+      ValueError: for a smaller vocabulary.
     """
+    if vocab_size < 3:
+        raise ValueError(f"vocab_size={vocab_size} must be at least 3: the padding row, the target and another item")
     draw = jax.random.randint(key, (), 1, vocab_size - 1)
     return jnp.where(draw >= target, draw + 1, draw)

@@ -107,7 +107,8 @@ def grouped_value_and_grad(
     rows = jax.tree.map(lambda a: a[fill], batch)
     rows = rows.replace(weights=jnp.where(real, rows.weights, 0.0))
 
-    total = (jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, params))
+    wide = jnp.result_type(jnp.float32, *jax.tree.leaves(params))
+    total = (jnp.zeros((), wide), jax.tree.map(jnp.zeros_like, params))
     taken = jnp.zeros((), jnp.int32)
     for group, next_length in zip(groups, [g.length for g in groups[1:]] + [0], strict=True):
         longer = jnp.sum(batch.lengths > next_length, dtype=jnp.int32)
