@@ -290,7 +290,7 @@ class Trainer:
         loss = total / max(count, 1)
         self._logger.log(
             "valid", step=step, epoch=position.epoch, train_loss=loss, train_seconds=seconds,
-            valid_seconds=result.seconds, examples_per_second=rate, **result.metrics,
+            valid_seconds=result.seconds, examples_per_second=rate, resident_mb=resident, **result.metrics,
         )  # fmt: skip
         shown = {monitor: result.metrics[monitor], "best": position.stop.best}
         self._progress.end_epoch(position.epoch, loss=loss, seconds=seconds, rate=rate, metrics=shown)
