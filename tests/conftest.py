@@ -1,0 +1,34 @@
+"""Shared fixtures: JAX's 64-bit mode, and where the reference vectors and the real logs lie, if they are there."""
+
+import pathlib
+
+import jax
+import pytest
+
+_SHARED = pathlib.Path(__file__).resolve().parents[2] / "shared"
+
+
+def _folder(name: str) -> pathlib.Path:
+    folder = _SHARED / name
+    if not folder.is_dir():
+        pytest.skip(f"{name} files are kept outside the project and are absent here ({folder})")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def golden_dir() -> pathlib.Path:
+    """Numbers printed by the original PyTorch programs."""
+    return _folder("golden")
+
+
+@pytest.fixture(scope="session")
+def datasets_dir() -> pathlib.Path:
+    """Real interaction logs."""
+    return _folder("datasets")
+
+
+@pytest.fixture
+def x64():
+    """JAX's 64-bit mode for the length of a test."""
+    with jax.enable_x64(True):
+        yield

@@ -1,0 +1,177 @@
+"""Full ranking against the same thing done row by row."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.evaluation.logs import random_log
+from tests.evaluation.toy_model import ToyModel, init_toy
+from tim4rec_jax import build_model
+from tim4rec_jax.config import DataConfig, EvalConfig, ExperimentConfig, ModelConfig
+from tim4rec_jax.data.examples import Examples
+from tim4rec_jax.evaluation import full_sort
+from tim4rec_jax.evaluation.full_sort import FullSortEvaluator, evaluate
+
+MAX_LEN, NUM_ITEMS = 20, 37
+CONFIG = ExperimentConfig("toy", ModelConfig(max_len=MAX_LEN), eval=EvalConfig(batch_size=16, top_k=(10, 20)))
+EXCLUDING = dataclasses.replace(CONFIG, eval=dataclasses.replace(CONFIG.eval, exclude_seen=True))
+
+
+@pytest.fixture(scope="module")
+def log():
+    return random_log(num_users=53, num_items=NUM_ITEMS, min_events=3, max_events=45, seed=1)
+
+
+@pytest.fixture(scope="module")
+def examples(log):
+    order = np.random.default_rng(5).permutation(log.num_users)
+    return Examples(order.astype(np.int32), (np.diff(log.offsets)[order] - 1).astype(np.int32))
+
+
+def _row_by_row(model, params, log, examples, exclude_seen):
+    """One user at a time at full length, in NumPy from the scores on."""
+
+    @jax.jit
+    def score(items, length, stamps):
+        hidden = model.apply({"params": params}, items, length, stamps, deterministic=True, method="encode_last")
+        return model.apply({"params": params}, hidden, method="score")
+
+    ranks = []
+    for user, end in zip(examples.users, examples.ends, strict=True):
+        events = slice(log.offsets[user], log.offsets[user] + end)
+        seen, times, target = log.items[events], log.timestamps[events], log.items[events.stop]
+        items, stamps = np.zeros((1, MAX_LEN), np.int32), np.zeros((1, MAX_LEN), np.float32)
+        length = min(end, MAX_LEN)
+        items[0, :length], stamps[0, :length] = seen[-length:], times[-length:]
+        scores = np.asarray(score(items, np.array([length], np.int32), stamps))[0]
+        rivals = set(range(1, NUM_ITEMS + 1)) - {target}
+        if exclude_seen:
+            rivals -= set(seen.tolist())
+        ranks.append(1 + sum(scores[j] > scores[target] for j in rivals))
+    return np.array(ranks)
+
+
+@pytest.fixture
+def small_limits(monkeypatch):
+    """Several lengths, batches and tiles even for a small log."""
+    monkeypatch.setattr(full_sort, "SCORE_TILE_BYTES", 5 * 4 * (NUM_ITEMS + 1))
+    monkeypatch.setattr(full_sort, "GROUP_PENALTY_TOKENS", 1)
+    monkeypatch.setattr(full_sort, "ENCODE_TOKENS", {"cpu": 150})
+    monkeypatch.setattr(full_sort, "ENCODE_TOKENS_ACCELERATOR", 150)
+
+
+@pytest.mark.parametrize("config", [CONFIG, EXCLUDING], ids=["all items", "exclude_seen"])
+def test_equals_row_by_row(log, examples, config, small_limits):
+    model, params = init_toy(NUM_ITEMS + 1)
+    evaluator = FullSortEvaluator(model, log, examples, config)
+    assert {batch.length for batch in evaluator._batches} == {8, 16, 20}
+    assert len(evaluator._batches) > 3
+    result = evaluator(params)
+    expected = _row_by_row(model, params, log, examples, config.eval.exclude_seen)
+    np.testing.assert_array_equal(result.ranks, expected)
+    assert result.ranks.dtype == np.int32
+    assert result.metrics["hit@10"] == np.mean(expected <= 10)
+    assert result.metrics["mrr@20"] == pytest.approx(np.mean(np.where(expected <= 20, 1 / expected, 0)), rel=1e-12)
+    assert result.seconds > 0
+
+
+def test_short_rows_of_a_time_aware_model_are_cut_exactly(log, examples, monkeypatch):
+    monkeypatch.setattr(full_sort, "GROUP_PENALTY_TOKENS", 100)
+    settings = ModelConfig(vocab_size=NUM_ITEMS + 1, max_len=MAX_LEN, d_model=16, d_state=8, head_dim=16, num_layers=1)
+    model = build_model(settings)
+    variables = model.init(
+        jax.random.key(0),
+        jnp.ones((1, MAX_LEN), jnp.int32),
+        jnp.full(1, MAX_LEN),
+        jnp.zeros((1, MAX_LEN)),
+        deterministic=True,
+        method="encode_last",
+    )
+    evaluator = FullSortEvaluator(model, log, examples, CONFIG)
+    assert [batch.length for batch in evaluator._batches][0] < MAX_LEN
+    expected = _row_by_row(model, variables["params"], log, examples, exclude_seen=False)
+    np.testing.assert_array_equal(evaluator(variables["params"]).ranks, expected)
+
+
+def test_limits_do_not_change_ranks(log, examples, small_limits, monkeypatch):
+    model, params = init_toy(NUM_ITEMS + 1)
+    small = evaluate(model, params, log, examples, EXCLUDING).ranks
+    monkeypatch.undo()
+    np.testing.assert_array_equal(evaluate(model, params, log, examples, EXCLUDING).ranks, small)
+
+
+def test_excluding_seen_only_improves_ranks(log, examples):
+    model, params = init_toy(NUM_ITEMS + 1)
+    plain = evaluate(model, params, log, examples, CONFIG).ranks
+    excluding = evaluate(model, params, log, examples, EXCLUDING).ranks
+    assert (excluding <= plain).all() and (excluding < plain).any()
+
+
+def test_score_tiles_stay_within_the_memory_limit(log, examples, small_limits, monkeypatch):
+    shapes = []
+    plain_score = ToyModel.score
+
+    def recording(self, hidden):
+        shapes.append(hidden.shape)
+        return plain_score(self, hidden)
+
+    monkeypatch.setattr(ToyModel, "score", recording)
+    model, params = init_toy(NUM_ITEMS + 1)
+    shapes.clear()
+    jax.clear_caches()
+    evaluate(model, params, log, examples, CONFIG)
+    assert shapes and max(rows for rows, _ in shapes) <= 5
+
+
+def test_second_call_compiles_and_moves_nothing(log, examples, small_limits):
+    model, params = init_toy(NUM_ITEMS + 1)
+    evaluator = FullSortEvaluator(model, log, examples, CONFIG)
+    first = evaluator(params)
+    compiled = full_sort._rank_batch._cache_size()
+    other = jax.tree.map(lambda x: x * 2 + 1, params)
+    with jax.transfer_guard("disallow"):
+        second = evaluator(other)
+        again = evaluator(params)
+    assert full_sort._rank_batch._cache_size() == compiled
+    np.testing.assert_array_equal(first.ranks, again.ranks)
+    assert (second.ranks != first.ranks).any()
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [("float32", jnp.float32), ("int64", jnp.int32)])
+def test_timestamps_reach_the_model_in_the_chosen_precision(log, examples, precision, dtype):
+    model, _ = init_toy(NUM_ITEMS + 1)
+    config = dataclasses.replace(CONFIG, data=DataConfig(timestamp_precision=precision))
+    evaluator = FullSortEvaluator(model, log, examples, config)
+    assert evaluator._log.timestamps.dtype == dtype
+    np.testing.assert_array_equal(evaluator._log.timestamps, log.timestamps.astype(dtype))
+
+
+def test_timestamps_beyond_int32_are_refused(log, examples):
+    model, _ = init_toy(NUM_ITEMS + 1)
+    config = dataclasses.replace(CONFIG, data=DataConfig(timestamp_precision="int64"))
+    milliseconds = dataclasses.replace(log, timestamps=log.timestamps * 1000)
+    with pytest.raises(ValueError, match=rf"timestamp {milliseconds.timestamps.max()} does not fit .* 2147483647"):
+        FullSortEvaluator(model, milliseconds, examples, config)
+
+
+def test_scores_that_are_not_finite_stop(log, examples):
+    model, params = init_toy(NUM_ITEMS + 1)
+    broken = {**params, "time_shift": params["time_shift"].at[0].set(jnp.nan)}
+    with pytest.raises(FloatingPointError, match="scores of 53 of 53 evaluated rows are not finite"):
+        evaluate(model, broken, log, examples, CONFIG)
+
+
+def test_k_beyond_the_catalogue(log, examples):
+    model, _ = init_toy(NUM_ITEMS + 1)
+    config = dataclasses.replace(CONFIG, eval=EvalConfig(top_k=(10, 50)))
+    with pytest.raises(ValueError, match="k=50 is larger than the catalogue of 37 items; set eval.top_k to at most 37"):
+        FullSortEvaluator(model, log, examples, config)
+
+
+def test_no_examples(log):
+    model, _ = init_toy(NUM_ITEMS + 1)
+    with pytest.raises(ValueError, match="0 examples to evaluate"):
+        FullSortEvaluator(model, log, Examples(np.zeros(0, np.int32), np.zeros(0, np.int32)), CONFIG)

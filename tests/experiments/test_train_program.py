@@ -1,0 +1,211 @@
+"""The training program from the command line: a small log from start to recommendations, interruptions, bad input."""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from experiments import evaluate, recommend, train
+from experiments.published import PUBLISHED
+from tim4rec_jax.run_dir import CHECKPOINTS, read_config, read_environment, read_results
+from tim4rec_jax.training.checkpoint import Checkpointer
+from tim4rec_jax.training.logging import read_metrics
+from tim4rec_jax.training.loop import Trainer
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+SMALL = [
+    "--config=quickstart", "--data.synthetic.num_users=120", "--data.synthetic.num_items=30", "--model.max_len=10",
+    "--model.d_model=16", "--model.d_state=8", "--model.head_dim=16", "--train.batch_size=128", "--train.epochs=2",
+    "--train.log_every=3", "--train.progress=false", "--train.tensorboard=false",
+]  # fmt: skip
+
+
+def _run_folder(tmp_path: pathlib.Path, name: str = "run") -> list[str]:
+    return [f"--run_dir={tmp_path / name}"]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> pathlib.Path:
+    """A run of two epochs with both baselines."""
+    folder = tmp_path_factory.mktemp("runs") / "finished"
+    assert train.main([*SMALL, f"--run_dir={folder}"]) == 0
+    return folder
+
+
+def test_the_run_folder_holds_everything(finished):
+    for name in ("config.json", "metrics.jsonl", "item_ids.parquet", "histories.parquet", "environment.json",
+                 "results.json", "curves.png", "checkpoints/best", "checkpoints/latest"):  # fmt: skip
+        assert (finished / name).exists(), name
+    config = read_config(finished)
+    assert config.model.vocab_size == 31 and config.train.epochs == 2
+    assert read_environment(finished)["data_fingerprint"]
+    lines = read_metrics(finished)
+    steps = [line["step"] for line in lines if line["kind"] == "train"]
+    assert steps == sorted(set(steps)) and all(np.isfinite(line["loss"]) for line in lines if line["kind"] == "train")
+    assert [line["epoch"] for line in lines if line["kind"] == "valid"] == [1, 2]
+    results = read_results(finished)
+    assert set(results["baselines"]) == {"tim4rec, time off", "popularity"}
+    assert (finished / "time_off" / "results.json").exists()
+    assert not list(finished.rglob("*.pkl"))
+
+
+def test_evaluate_repeats_the_test_numbers(finished, capsys):
+    assert evaluate.main([f"--run={finished}"]) == 0
+    shown = capsys.readouterr().out
+    for value in read_results(finished)["test"].values():
+        assert f"{value:.4f}" in shown
+    arguments = evaluate.parse([f"--run={finished}"])
+    assert evaluate.run(arguments).metrics == pytest.approx(read_results(finished)["test"], abs=1e-12)
+
+
+def test_recommend_answers_from_the_run(finished, capsys):
+    assert recommend.main([f"--run={finished}", "--user=7", "--k=5"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) > 5
+
+
+def test_a_finished_run_is_not_overwritten(finished, capsys):
+    assert train.main([*SMALL, f"--run_dir={finished}"]) == 2
+    assert "already holds this run" in capsys.readouterr().err
+    assert train.main([*SMALL, f"--run_dir={finished}", "--train.learning_rate=0.5"]) == 2
+    assert "train.learning_rate: 0.005 → 0.5" in capsys.readouterr().err.replace("0.01", "0.005")
+
+
+def test_resuming_a_finished_run_changes_nothing(finished):
+    before = read_results(finished)["test"]
+    assert train.main([*SMALL, f"--run_dir={finished}", "--resume"]) == 0
+    assert read_results(finished)["test"] == before
+
+
+def test_both_loaders_train_alike(tmp_path):
+    options = [*SMALL, "--eval.baselines", "popularity", "--train.epochs=1", "--train.max_steps=4"]
+    for loader in ("device", "grain"):
+        assert train.main([*options, *_run_folder(tmp_path, loader), f"--data.loader={loader}"]) == 0
+    losses = [
+        [line["loss"] for line in read_metrics(tmp_path / loader) if line["kind"] == "train"]
+        for loader in ("device", "grain")
+    ]
+    assert losses[0] == losses[1] and len(losses[0]) == 2
+    assert [line["step"] for line in read_metrics(tmp_path / "grain") if line["kind"] == "train"] == [3, 4]
+
+
+def _state(folder: pathlib.Path) -> tuple[int, list[np.ndarray]]:
+    config = read_config(folder)
+    template = _template(folder, config)
+    with Checkpointer(folder / CHECKPOINTS) as checkpoints:
+        step, state, _ = checkpoints.restore_latest(template)
+    return step, [np.asarray(leaf) for leaf in jax.tree.leaves(state)]
+
+
+def _template(folder, config):
+    from tim4rec_jax.serving.stored_run import load_log
+
+    return Trainer(config, load_log(folder), folder, resume=False).state
+
+
+def _start(arguments: list[str]) -> subprocess.Popen:
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+    return subprocess.Popen(
+        [sys.executable, "-m", "experiments.train", *arguments], cwd=ROOT, env=environment, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+
+
+def _wait_for_step(folder: pathlib.Path, step: int, process: subprocess.Popen) -> None:
+    deadline = time.monotonic() + 240
+    file = folder / "metrics.jsonl"
+    while time.monotonic() < deadline:
+        if file.exists():
+            text = file.read_text().rpartition("\n")[0]
+            lines = [json.loads(line) for line in text.splitlines()]
+            if any(line["kind"] == "train" and line["step"] >= step for line in lines):
+                return
+        if process.poll() is not None:
+            raise AssertionError(f"the program ended early:\n{process.stdout.read()}")
+        time.sleep(0.02)
+    raise AssertionError("the program did not get there in time")
+
+
+LONG = [
+    *SMALL,
+    "--eval.baselines",
+    "popularity",
+    "--train.epochs=6",
+    "--train.checkpoint_every=2",
+    "--train.log_every=1",
+]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory) -> pathlib.Path:
+    folder = tmp_path_factory.mktemp("runs") / "uninterrupted"
+    assert train.main([*LONG, f"--run_dir={folder}"]) == 0
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
+def test_resuming_gives_the_bits_of_an_uninterrupted_run(tmp_path, uninterrupted, number):
+    folder = tmp_path / "run"
+    process = _start([*LONG, f"--run_dir={folder}"])
+    _wait_for_step(folder, 9, process)
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == {signal.SIGKILL: -9, signal.SIGINT: 130, signal.SIGTERM: 0}[number], output
+    if number != signal.SIGKILL:
+        assert "--resume" in output and "the state is saved" in output
+    assert not (folder / "results.json").exists()
+
+    assert train.main([*LONG, f"--run_dir={folder}", "--resume"]) == 0
+    step, leaves = _state(folder)
+    expected_step, expected = _state(uninterrupted)
+    assert step == expected_step
+    for ours, theirs in zip(leaves, expected, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+    def lines(run: pathlib.Path) -> list[tuple]:
+        kept = [line for line in read_metrics(run) if line["kind"] in ("train", "valid")]
+        return [(line["kind"], line["step"], line.get("loss"), line.get("ndcg@10")) for line in kept]
+
+    assert lines(folder) == lines(uninterrupted)
+    assert read_results(folder)["test"] == read_results(uninterrupted)["test"]
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, capsys):
+    options = [*SMALL, "--train.learning_rate=1e30", *_run_folder(tmp_path)]
+    assert train.main(options) == 2
+    message = capsys.readouterr().err
+    assert "at step" in message and "learning rate 1e+30" in message and str(tmp_path / "run") in message
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--config=quickstar"], "--config=quickstar is unknown; nearest: quickstart"),
+        (["--train.lerning_rate=1"], "unknown option --train.lerning_rate; nearest: --train.learning_rate"),
+        (["--train.progress=maybe"], "--train.progress=maybe: expected true or false"),
+        (["--model.head_dim=48"], "head_dim=48 must divide expand*d_model=64"),
+        (["--model.max_len=0"], "max_len=0 must be at least 1"),
+        (["--data.name=ml-2m"], "ml-1m"),
+        (["--data.name=custom", "--data.path=/nowhere/log.csv"], "/nowhere/log.csv"),
+        (["--data.k_core=500"], "500-core"),
+    ],
+)
+def test_bad_input_is_one_clear_line(tmp_path, capsys, options, message):
+    assert train.main([*_run_folder(tmp_path), *options]) == 2
+    error = capsys.readouterr().err
+    assert message in error and "Traceback" not in error
+
+
+def test_published_rows_name_their_source():
+    for rows in PUBLISHED.values():
+        for row in rows:
+            assert row.source and all(0 < value < 1 for value in row.metrics.values())
+    original = [row for row in PUBLISHED["amazon-beauty"] if row.model == "TiM4Rec"][0]
+    assert (original.metrics["hit@10"], original.metrics["ndcg@10"]) == (0.0779, 0.0369)

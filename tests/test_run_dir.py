@@ -1,0 +1,219 @@
+"""The run folder keeps what it is given and refuses what it must not mix."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import jax
+import numpy as np
+import polars as pl
+import pytest
+
+from tim4rec_jax import run_dir
+from tim4rec_jax.config import EvalConfig, ExperimentConfig, ModelConfig, TrainConfig
+
+CONFIG = ExperimentConfig(
+    "small", model=ModelConfig(vocab_size=4, max_len=8), eval=EvalConfig(top_k=(5, 10), monitor="ndcg@5")
+)
+COMMAND = ["python", "-m", "experiments.train"]
+
+
+def _log(**changes):
+    log = {
+        "items": np.array([1, 2, 3, 3, 1], np.int32),
+        "timestamps": np.array([10, 20, 2**40, 5, 6]),
+        "offsets": np.array([0, 3, 5]),
+        "user_ids": pl.Series(["u7", "u2"]),
+        "item_ids": pl.Series(["a", "b", "ç"]),
+        "titles": pl.Series(["A", None, "C"], dtype=pl.String),
+        "fingerprint": "f00d",
+    }
+    return SimpleNamespace(**(log | changes))
+
+
+def _with_train(**changes):
+    return dataclasses.replace(CONFIG, train=dataclasses.replace(CONFIG.train, **changes))
+
+
+@pytest.fixture
+def run(tmp_path):
+    return run_dir.create_run(tmp_path / "runs" / "one", CONFIG, _log(), command=COMMAND)
+
+
+def test_round_trip_of_everything(run):
+    assert run_dir.read_config(run) == CONFIG
+    assert json.loads((run / "config.json").read_text())["format_version"] == 1
+    items = run_dir.read_items(run)
+    assert items.schema == {"index": pl.Int32, "item_id": pl.String, "title": pl.String}
+    assert items.rows() == [(1, "a", "A"), (2, "b", None), (3, "ç", "C")]
+    histories = run_dir.read_histories(run)
+    assert histories.schema == {"user_id": pl.String, "items": pl.List(pl.Int32), "timestamps": pl.List(pl.Int64)}
+    assert histories.rows() == [("u7", [1, 2, 3], [10, 20, 2**40]), ("u2", [3, 1], [5, 6])]
+    run_dir.write_results(run, {"test": {"ndcg@10": 0.0369}, "epoch": 16})
+    assert run_dir.read_results(run) == {"test": {"ndcg@10": 0.0369}, "epoch": 16}
+    assert sorted(path.name for path in run.iterdir()) == [
+        "config.json", "environment.json", "histories.parquet", "item_ids.parquet", "results.json",
+    ]  # fmt: skip
+
+
+def test_titles_are_optional(tmp_path):
+    run = run_dir.create_run(tmp_path, CONFIG, _log(titles=None))
+    assert run_dir.read_items(run)["title"].to_list() == [None, None, None]
+
+
+def test_environment_names_what_a_result_depends_on(run):
+    environment = run_dir.read_environment(run)
+    assert environment["jax"] == jax.__version__
+    assert environment["python"] == ".".join(map(str, sys.version_info[:3]))
+    assert environment["backend"] == jax.default_backend()
+    assert (environment["device_kind"], environment["device_count"]) == (
+        jax.devices()[0].device_kind,
+        jax.device_count(),
+    )
+    assert environment["data_fingerprint"] == "f00d"
+    assert environment["command"] == COMMAND
+    assert environment["start_utc"].endswith("+00:00")
+    assert {"flax", "optax", "orbax", "jaxlib", "tim4rec_jax", "platform"} <= environment.keys()
+
+
+def test_git_state_of_a_checkout_and_elsewhere(tmp_path):
+    def git(*arguments):
+        identity = ("-c", "user.name=n", "-c", "user.email=e@x")
+        command = ["git", "-C", str(tmp_path), *identity, *arguments]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+    file = tmp_path / "package" / "module.py"
+    file.parent.mkdir()
+    file.write_text("x = 1\n")
+    nothing = {"git_commit": None, "git_dirty": None}
+    assert run_dir._git_state(file) == nothing
+    git("init", "-q")
+    assert run_dir._git_state(file) == nothing  # in a checkout, but not its own
+    git("add", ".")
+    git("commit", "-q", "-m", "m")
+    assert run_dir._git_state(file) == {"git_commit": git("rev-parse", "HEAD"), "git_dirty": False}
+    file.write_text("x = 2\n")
+    assert run_dir._git_state(file)["git_dirty"] is True
+
+
+def test_folder_that_is_no_run(tmp_path):
+    with pytest.raises(FileNotFoundError, match=f"there is no run folder {tmp_path / 'nowhere'}"):
+        run_dir.read_config(tmp_path / "nowhere")
+    for read, name in (
+        (run_dir.read_config, "config.json"),
+        (run_dir.read_items, "item_ids.parquet"),
+        (run_dir.read_histories, "histories.parquet"),
+    ):
+        with pytest.raises(FileNotFoundError, match=f"{tmp_path} is not a run folder: {name} is missing"):
+            read(tmp_path)
+    with pytest.raises(FileNotFoundError, match="results.json yet: the run has not finished"):
+        run_dir.read_results(tmp_path)
+
+
+@pytest.mark.parametrize(("version", "said"), [(2, "format 2"), (None, "format None")])
+def test_other_format_version_names_both(run, version, said):
+    values = json.loads((run / "config.json").read_text())
+    del values["format_version"]
+    (run / "config.json").write_text(json.dumps(values | ({} if version is None else {"format_version": version})))
+    with pytest.raises(ValueError, match=f"is a run folder of {said}, this program reads format 1"):
+        run_dir.read_config(run)
+    with pytest.raises(ValueError, match="this program reads format 1"):
+        run_dir.create_run(run, CONFIG, _log(), resume=True)
+
+
+def test_unreadable_and_unknown_settings(run):
+    values = json.loads((run / "config.json").read_text())
+    values["train"]["batchsize"] = 3
+    (run / "config.json").write_text(json.dumps(values))
+    with pytest.raises(ValueError, match=r"config.json: unknown settings \['train.batchsize'\]"):
+        run_dir.read_config(run)
+    (run / "config.json").write_text("{")
+    with pytest.raises(ValueError, match="config.json is not readable as JSON"):
+        run_dir.read_config(run)
+    (run / "config.json").write_text("[]")
+    with pytest.raises(ValueError, match="config.json holds a list"):
+        run_dir.read_config(run)
+
+
+def test_other_settings_are_refused_and_listed(run):
+    before = (run / "config.json").read_bytes()
+    other = dataclasses.replace(CONFIG, model=ModelConfig(vocab_size=5, max_len=8), train=TrainConfig(epochs=2))
+    with pytest.raises(ValueError, match="holds a run with other settings") as error:
+        run_dir.create_run(run, other, _log())
+    lines = [line.strip() for line in str(error.value).splitlines()[1:-1]]
+    assert lines == ["model.vocab_size: 4 → 5", "train.epochs: 300 → 2"]
+    assert (run / "config.json").read_bytes() == before
+
+
+def test_resume_takes_only_settings_that_keep_the_steps_taken(run):
+    (run / "metrics.jsonl").write_text("{}\n")
+    longer = _with_train(epochs=500, progress=False)
+    start = run_dir.read_environment(run)["start_utc"]
+    assert run_dir.create_run(run, longer, _log(), resume=True, command=["again"]) == run
+    assert run_dir.read_config(run) == longer
+    assert run_dir.read_environment(run)["start_utc"] == start
+    assert run_dir.read_environment(run)["command"] == COMMAND
+    assert (run / "metrics.jsonl").read_text() == "{}\n"
+    with pytest.raises(ValueError, match="train.seed: 2020 → 1\nresuming cannot change these"):
+        run_dir.create_run(run, _with_train(seed=1, epochs=7), _log(), resume=True)
+    assert run_dir.read_config(run) == longer
+
+
+def test_every_setting_changeable_on_resume_exists():
+    assert set(run_dir.CHANGEABLE_ON_RESUME) <= run_dir._flat(CONFIG.to_dict()).keys()
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_other_data_is_refused(run, resume):
+    with pytest.raises(ValueError, match="holds a run on other data: fingerprint f00d → beef"):
+        run_dir.create_run(run, CONFIG, _log(fingerprint="beef"), resume=resume)
+
+
+@pytest.mark.parametrize("trace", ["metrics.jsonl", "checkpoints", "results.json"])
+def test_begun_run_is_not_overwritten(run, trace):
+    assert run_dir.create_run(run, CONFIG, _log()) == run  # nothing done in it yet
+    (run / trace).mkdir() if trace == "checkpoints" else (run / trace).write_text("")
+    with pytest.raises(FileExistsError, match="already holds this run; continue it with resume"):
+        run_dir.create_run(run, CONFIG, _log())
+
+
+def test_resume_without_a_run_makes_one(tmp_path):
+    run = run_dir.create_run(tmp_path / "new", CONFIG, _log(), resume=True)
+    assert run_dir.read_config(run) == CONFIG
+    assert run_dir.read_histories(run).height == 2
+
+
+def test_user_without_events_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="2 users and 2 histories, 1 of them empty"):
+        run_dir.create_run(tmp_path, CONFIG, _log(offsets=np.array([0, 0, 5])))
+
+
+def test_creation_cut_short_is_no_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(run_dir, "environment", lambda *_, **__: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run_dir.create_run(tmp_path, CONFIG, _log())
+    with pytest.raises(FileNotFoundError, match="config.json is missing"):
+        run_dir.read_config(tmp_path)
+    monkeypatch.undo()
+    assert run_dir.read_config(run_dir.create_run(tmp_path, CONFIG, _log())) == CONFIG
+
+
+def test_failed_write_keeps_the_old_file(run, monkeypatch):
+    run_dir.write_results(run, {"epoch": 1})
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(run_dir.os, "fsync", full)
+    with pytest.raises(OSError, match="No space left on device"):
+        run_dir.write_results(run, {"epoch": 2})
+    assert run_dir.read_results(run) == {"epoch": 1}
+    assert not list(run.glob(".*"))
+
+
+def test_results_must_be_finite(run):
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        run_dir.write_results(run, {"hit@10": float("nan")})
+    assert not (run / "results.json").exists()

@@ -1,0 +1,72 @@
+"""The import rule and the shape of the tree."""
+
+import ast
+import pathlib
+
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+PACKAGES = ("kernels", "tim4rec_jax", "experiments")
+# What each room of the library may import of the others.
+ROOMS = {
+    "data": {"config"},
+    "layers": {"config"},
+    "models": {"config", "typing", "layers"},
+    "interop": {"config", "models"},
+    "evaluation": {"config", "data", "models"},
+    "training": {"config", "data", "models", "evaluation", "run_dir"},
+    "serving": {"config", "data", "models", "evaluation", "run_dir", "training"},
+}
+
+
+def _modules(package: str) -> list[pathlib.Path]:
+    return sorted((ROOT / package).rglob("*.py"))
+
+
+def _imports(file: pathlib.Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file}: relative import"
+            found.add(node.module or "")
+    return found
+
+
+@pytest.mark.parametrize(("package", "allowed"), [(p, set(PACKAGES[: i + 1])) for i, p in enumerate(PACKAGES)])
+def test_nothing_imports_back(package, allowed):
+    for file in _modules(package):
+        ours = {name.split(".")[0] for name in _imports(file)} & set(PACKAGES)
+        assert ours <= allowed, f"{file} imports {ours - allowed}"
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_rooms_know_only_what_they_may(room):
+    for file in (ROOT / "tim4rec_jax" / room).rglob("*.py"):
+        inner = {name.split(".")[1] for name in _imports(file) if name.startswith("tim4rec_jax.")}
+        assert inner <= ROOMS[room] | {room}, f"{file} imports {inner - ROOMS[room] - {room}}"
+
+
+def test_the_library_does_not_import_torch():
+    for package in ("kernels", "tim4rec_jax"):
+        for file in _modules(package):
+            assert not {"torch", "triton", "jax_triton"} & {name.split(".")[0] for name in _imports(file)}, file
+
+
+@pytest.mark.parametrize("package", [*PACKAGES, "tests"])
+def test_files_and_functions_stay_readable(package):
+    for file in _modules(package):
+        text = file.read_text(encoding="utf-8")
+        assert len(text.splitlines()) <= 420, file
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef):
+                assert (node.end_lineno or 0) - node.lineno < 70, f"{file}: {node.name}"
+        assert file.stem not in {"utils", "common", "helpers", "misc"}, file
+
+
+def test_public_modules_say_what_they_are():
+    for package in PACKAGES:
+        for file in _modules(package):
+            text = file.read_text(encoding="utf-8")
+            assert not text.strip() or ast.get_docstring(ast.parse(text)), f"{file} has no docstring"
