@@ -18,13 +18,13 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
+from experiments.command_line import run_program
 from tim4rec_jax.config import EvalConfig
 from tim4rec_jax.data.splits import leave_one_out
 from tim4rec_jax.evaluation.full_sort import EvaluationResult, evaluate
 from tim4rec_jax.evaluation.metrics import standard_errors
 from tim4rec_jax.run_dir import read_config, read_results
 from tim4rec_jax.serving.stored_run import load_log, load_model
-from tim4rec_jax.training.checkpoint import CheckpointError
 
 
 @dataclass(frozen=True)
@@ -116,16 +116,17 @@ def run(arguments: Arguments) -> EvaluationResult:
     return evaluate(stored.model, stored.params, log, examples, dataclasses.replace(stored.config, eval=settings))
 
 
+def program(argv: list[str]) -> int:
+    """The program behind `main`."""
+    arguments = parse(argv)
+    result = run(arguments)
+    Console().print(report(arguments, result, recorded_metrics(arguments)))
+    return 0
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """The program; returns its exit code."""
-    try:
-        arguments = parse(sys.argv[1:] if argv is None else argv)
-        result = run(arguments)
-        Console().print(report(arguments, result, recorded_metrics(arguments)))
-    except (ValueError, FileNotFoundError, CheckpointError, FloatingPointError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return run_program(program, argv)
 
 
 if __name__ == "__main__":

@@ -23,9 +23,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from experiments.command_line import run_program
 from tim4rec_jax.run_dir import replacing
 from tim4rec_jax.serving.recommender import History, Recommendation, Recommender
-from tim4rec_jax.training.checkpoint import CheckpointError
 
 SHOWN_BAD_LINES = 5
 
@@ -228,14 +228,15 @@ def run(arguments: Arguments, console: Console) -> None:
     console.print(show(recommendations, title, _assumption(recommender, history)))
 
 
+def program(argv: list[str]) -> int:
+    """The program behind `main`."""
+    run(tyro.cli(Arguments, args=argv, prog="experiments.recommend"), Console())
+    return 0
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """The program; returns its exit code."""
-    try:
-        run(tyro.cli(Arguments, args=argv, prog="experiments.recommend"), Console())
-    except (ValueError, FileNotFoundError, CheckpointError, FloatingPointError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return run_program(program, argv)
 
 
 if __name__ == "__main__":
