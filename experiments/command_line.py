@@ -1,13 +1,18 @@
 """What the programs share: settings from the command line, and errors as one line."""
 
+import contextlib
 import dataclasses
 import difflib
+import io
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, TypeVar
+
+import tyro
 
 from tim4rec_jax.training.checkpoint import CheckpointError
 
+Settings = TypeVar("Settings")
 EXPECTED_ERRORS = (ValueError, FileNotFoundError, FileExistsError, CheckpointError, FloatingPointError, PermissionError)
 
 
@@ -62,6 +67,27 @@ def with_flags(arguments: Sequence[str], default: object) -> list[str]:
         negative = f"{head}.no-{last}" if head else f"--no-{option.lstrip('-')}"
         rewritten.append(option if _FLAG_VALUES[value.lower()] else negative)
     return rewritten
+
+
+def parse_settings(cls: type[Settings], arguments: Sequence[str], default: Settings, **options: Any) -> Settings:
+    """Reads dataclass settings by `tyro.cli`; a value that a setting refuses is our own error, not a page of usage.
+
+    Raises:
+      ValueError: for an unknown option (the nearest are shown) or a value out of range.
+    """
+    require_known_options(arguments, default)
+    shown = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(shown):
+            return tyro.cli(cls, args=with_flags(arguments, default), default=default, **options)
+    except SystemExit as stop:
+        error: BaseException | None = stop
+        while error is not None and type(error) is not ValueError:
+            error = error.__context__
+        if error is not None:
+            raise error from None
+        sys.stderr.write(shown.getvalue())
+        raise
 
 
 def run_program(program: Callable[[list[str]], int], argv: Sequence[str] | None = None) -> int:

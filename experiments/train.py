@@ -17,12 +17,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import tyro
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from experiments.command_line import require_known_options, run_program, with_flags
+from experiments.command_line import parse_settings, run_program
 from experiments.configs import config_names, load_config
 from experiments.published import PUBLISHED
 from tim4rec_jax.config import DataConfig, EvalConfig, ExperimentConfig, ModelConfig, TrainConfig
@@ -65,11 +64,9 @@ def parse(argv: Sequence[str]) -> tuple[ExperimentConfig, pathlib.Path, bool]:
     name = finder.parse_known_args(argv)[0].config
     base = load_config(name)
     default = Arguments(base.model, base.data, base.train, base.eval, name)
-    require_known_options(argv, default)
-    arguments = tyro.cli(
-        Arguments, args=with_flags(argv, default), default=default, prog="experiments.train",
-        description=f"Experiments: {', '.join(config_names())}",
-    )  # fmt: skip
+    arguments = parse_settings(
+        Arguments, argv, default, prog="experiments.train", description=f"Experiments: {', '.join(config_names())}"
+    )
     config = ExperimentConfig(base.name, arguments.model, arguments.data, arguments.train, arguments.eval)
     return config, arguments.run_dir or pathlib.Path("runs") / base.name, arguments.resume
 

@@ -14,7 +14,7 @@ import pytest
 
 from experiments import evaluate, recommend, train
 from experiments.published import PUBLISHED
-from tim4rec_jax.run_dir import CHECKPOINTS, read_config, read_environment, read_results
+from tim4rec_jax.run_dir import CHECKPOINTS, read_config, read_environment, read_items, read_results
 from tim4rec_jax.training.checkpoint import Checkpointer
 from tim4rec_jax.training.logging import read_metrics
 from tim4rec_jax.training.loop import Trainer
@@ -44,7 +44,7 @@ def test_the_run_folder_holds_everything(finished):
                  "results.json", "curves.png", "checkpoints/best", "checkpoints/latest"):  # fmt: skip
         assert (finished / name).exists(), name
     config = read_config(finished)
-    assert config.model.vocab_size == 31 and config.train.epochs == 2
+    assert config.model.vocab_size == len(read_items(finished)) + 1 and config.train.epochs == 2
     assert read_environment(finished)["data_fingerprint"]
     lines = read_metrics(finished)
     steps = [line["step"] for line in lines if line["kind"] == "train"]
@@ -190,7 +190,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, capsys):
         (["--config=quickstar"], "--config=quickstar is unknown; nearest: quickstart"),
         (["--train.lerning_rate=1"], "unknown option --train.lerning_rate; nearest: --train.learning_rate"),
         (["--train.progress=maybe"], "--train.progress=maybe: expected true or false"),
-        (["--model.head_dim=48"], "head_dim=48 must divide expand*d_model=64"),
+        (["--model.head_dim=48"], "head_dim=48 must divide expand*d_model=128"),
         (["--model.max_len=0"], "max_len=0 must be at least 1"),
         (["--data.name=ml-2m"], "ml-1m"),
         (["--data.name=custom", "--data.path=/nowhere/log.csv"], "/nowhere/log.csv"),

@@ -52,6 +52,23 @@ def keep_mask(keys: Array, positions: Array, width: int, rate: float) -> Array:
     return draws[..., :width] >= jnp.uint32(round(rate * _LEVELS))
 
 
+def row_keys(key: Array, example_ids: Array) -> Array:
+    """Derives a key for every row from its example id alone.
+
+    Args:
+      key: typed PRNG key of the place in the model where values are dropped.
+      example_ids: int [b].
+
+    Returns:
+      uint32 [b, 2], for `keep_mask`.
+    """
+    words = jax.random.key_data(key).ravel()
+    shape = example_ids.shape
+    ids = example_ids.astype(jnp.uint32)
+    inputs = (jnp.broadcast_to(words[0], shape), jnp.broadcast_to(words[-1], shape), ids, jnp.zeros(shape, jnp.uint32))
+    return jnp.stack(_hash_4d(*inputs)[:2], axis=-1)
+
+
 class Dropout(nn.Module):
     """Zeroes values at a rate and scales the rest by 1 / (1 - rate).
 
@@ -73,8 +90,7 @@ class Dropout(nn.Module):
         """
         if deterministic or round(self.rate * _LEVELS) == 0:
             return x
-        site_key = self.make_rng("dropout")
-        keys = jax.vmap(lambda i: jax.random.key_data(jax.random.fold_in(site_key, i)))(example_ids)
+        keys = row_keys(self.make_rng("dropout"), example_ids)
         positions = jnp.arange(x.shape[1]) if positions is None else positions
         keep = keep_mask(keys, positions, x.shape[2], self.rate)
         scale = _LEVELS / (_LEVELS - round(self.rate * _LEVELS))
