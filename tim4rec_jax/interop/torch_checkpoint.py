@@ -1,6 +1,7 @@
 """Parameters of the original PyTorch programs, to and from ours."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -10,7 +11,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from tim4rec_jax.config import ModelConfig
-from tim4rec_jax.models import build_model
+from tim4rec_jax.models import build_model, init_params
 
 _IDENTITY: Callable[[np.ndarray], np.ndarray] = lambda a: a  # noqa: E731
 
@@ -91,13 +92,8 @@ def _entries(config: ModelConfig) -> list[_Entry]:
 
 
 def _expected_shapes(config: ModelConfig) -> dict[tuple[str, ...], tuple[int, ...]]:
-    model = build_model(config)
-    batch = jnp.zeros((1, config.max_len), jnp.int32)
-    variables = jax.eval_shape(
-        lambda key: model.init(key, batch, jnp.ones(1, jnp.int32), batch, deterministic=True, method=model.encode),
-        jax.random.key(0),
-    )
-    return {path: leaf.shape for path, leaf in flatten_dict(variables["params"]).items()}
+    shapes = jax.eval_shape(functools.partial(init_params, build_model(config)), jax.random.key(0))
+    return {path: leaf.shape for path, leaf in flatten_dict(shapes).items()}
 
 
 def params_from_torch(config: ModelConfig, state_dict: Mapping[str, np.ndarray]) -> dict[str, Any]:

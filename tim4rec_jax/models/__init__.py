@@ -1,8 +1,11 @@
 """The models by name."""
 
 import difflib
+from typing import Any
 
 import jax
+import jax.numpy as jnp
+from jax import Array
 
 from tim4rec_jax.config import ModelConfig
 from tim4rec_jax.models.base import SequentialModel
@@ -27,4 +30,17 @@ def build_model(config: ModelConfig) -> SequentialModel:
     return MODELS[config.name](config)
 
 
-__all__ = ["MODELS", "SequentialModel", "build_model"]
+def init_params(model: SequentialModel, key: Array) -> dict[str, Any]:
+    """Returns a model's initial parameters; under `jax.eval_shape`, the shapes of its tree.
+
+    Args:
+      model: from `build_model`.
+      key: typed PRNG key.
+    """
+    items = jnp.ones((1, model.config.max_len), jnp.int32)
+    timestamps = jnp.zeros((1, model.config.max_len), jnp.float32)
+    lengths = jnp.ones(1, jnp.int32)
+    return model.init(key, items, lengths, timestamps, deterministic=True, method="encode")["params"]
+
+
+__all__ = ["MODELS", "SequentialModel", "build_model", "init_params"]

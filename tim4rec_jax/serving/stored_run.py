@@ -1,17 +1,17 @@
 """What a finished or running training left in its folder: the best parameters and the log they were fitted on."""
 
+import functools
 import pathlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from tim4rec_jax.config import ExperimentConfig
 from tim4rec_jax.data.interactions import InteractionLog
 from tim4rec_jax.data.statistics import LogStatistics
-from tim4rec_jax.models import SequentialModel, build_model
+from tim4rec_jax.models import SequentialModel, build_model, init_params
 from tim4rec_jax.run_dir import CHECKPOINTS, read_config, read_environment, read_histories, read_items
 from tim4rec_jax.training.checkpoint import Checkpointer
 
@@ -47,14 +47,7 @@ def load_model(run: pathlib.Path, *, report: Callable[[str], None] = print) -> S
     run = pathlib.Path(run)
     config = read_config(run)
     model = build_model(config.model)
-    items = jnp.ones((1, config.model.max_len), jnp.int32)
-    timestamps = jnp.zeros((1, config.model.max_len), jnp.float32)
-    template = jax.eval_shape(
-        lambda key: model.init(
-            key, items, jnp.ones(1, jnp.int32), timestamps, deterministic=True, method="encode"
-        )["params"],
-        jax.random.key(0),
-    )  # fmt: skip
+    template = jax.eval_shape(functools.partial(init_params, model), jax.random.key(0))
     with Checkpointer(run / CHECKPOINTS, report=report) as checkpointer:
         restored = checkpointer.restore_best(template)
     if restored is None:

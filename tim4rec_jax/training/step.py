@@ -1,5 +1,6 @@
 """One optimiser step: loss, gradients by groups of rows of like length, one update."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +13,7 @@ from jax import Array
 from tim4rec_jax.config import ExperimentConfig, TrainConfig
 from tim4rec_jax.data.length_groups import LengthGroup
 from tim4rec_jax.data.loader import Batch, Loader
-from tim4rec_jax.models.base import SequentialModel
+from tim4rec_jax.models import SequentialModel, init_params
 from tim4rec_jax.training.losses import bpr, cross_entropy, sample_negative
 
 
@@ -56,15 +57,8 @@ def make_optimizer(config: TrainConfig, total_steps: int) -> optax.GradientTrans
 
 def init_state(model: SequentialModel, optimizer: optax.GradientTransformation, seed: int) -> TrainState:
     """Returns the state before the first step; initial values and dropout follow from the seed."""
-    config = model.config
     init_key, dropout_key = jax.random.split(jax.random.key(seed, impl="threefry2x32"))
-    items = jnp.ones((1, config.max_len), jnp.int32)
-    timestamps = jnp.zeros((1, config.max_len), jnp.float32)
-    params = jax.jit(
-        lambda key: model.init(
-            key, items, jnp.ones(1, jnp.int32), timestamps, deterministic=True, method="encode"
-        )["params"]
-    )(init_key)  # fmt: skip
+    params = jax.jit(functools.partial(init_params, model))(init_key)
     return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), jax.random.key_data(dropout_key))
 
 
