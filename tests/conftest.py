@@ -1,6 +1,10 @@
-"""Shared fixtures: JAX's 64-bit mode, and where the reference vectors and the real logs lie, if they are there."""
+"""Fake devices, JAX's 64-bit mode, and where the reference vectors and the real logs lie, if they are there."""
 
+import os
 import pathlib
+
+# Before JAX starts: several devices to shard over, all of them this processor.
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=4".strip()
 
 import jax
 import pytest

@@ -6,13 +6,15 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from kernels.ssd.config import DEFAULT_CHUNK_SIZE, default_implementation
+from kernels.ssd.config import DEFAULT_CHUNK_SIZE, SsdConfig, default_config, default_implementation
+from kernels.ssd.pallas_triton import ssd_pallas_triton
 from kernels.ssd.reference import dense_mask as _dense_mask
 from kernels.ssd.reference import ssd_reference
 from kernels.ssd.xla import ssd_last_xla, ssd_xla
+from kernels.triton_call import products as resolve_products
 
-Implementation = Literal["reference", "xla"]
-IMPLEMENTATIONS: tuple[str, ...] = ("reference", "xla")
+Implementation = Literal["reference", "xla", "pallas_triton", "pallas_triton_interpreted"]
+IMPLEMENTATIONS: tuple[str, ...] = ("reference", "xla", "pallas_triton", "pallas_triton_interpreted")
 
 
 def step_size(dt: Array, dt_bias: Array | None = None, lengths: Array | None = None) -> Array:
@@ -52,9 +54,47 @@ def _check_inputs(x: Array, dt: Array, A: Array, B: Array) -> None:
     _check("B", B, (batch, length, *B.shape[2:]))
 
 
+def _check_optional(
+    x: Array, B: Array, D: Array | None, dt_bias: Array | None, initial_state: Array | None, lengths: Array | None
+) -> None:
+    batch, _, heads, width = x.shape
+    for name, per_head in (("D", D), ("dt_bias", dt_bias)):
+        _check(name, per_head, (heads,))
+    _check("initial_state", initial_state, (batch, heads, width, B.shape[-1]))
+    _check("lengths", lengths, (batch,))
+
+
 def _wide(*arrays: Array | None) -> list[Array | None]:
     """Decays, skips and states are float32 at least, also beside bfloat16 inputs."""
     return [None if a is None else a.astype(jnp.promote_types(a.dtype, jnp.float32)) for a in arrays]
+
+
+def _plain(inputs: tuple[Array | None, ...], chunk_size: int | None) -> tuple[Array, Array]:
+    """Runs the chunked form, or the step-by-step one where there is no chunk size."""
+    x, dt, A, B, C, D, dt_bias, initial_state, lengths = inputs
+    A, D, initial_state = _wide(A, D, initial_state)
+    arguments = (x, step_size(dt, dt_bias, lengths), A, B, C, D, initial_state)
+    return ssd_reference(*arguments) if chunk_size is None else ssd_xla(*arguments, chunk_size=chunk_size)
+
+
+def _kernels(
+    inputs: tuple[Array | None, ...],
+    chunk_size: int,
+    products: str | None,
+    config: SsdConfig | None,
+    interpret: bool,
+) -> tuple[Array, Array]:
+    """Runs the GPU kernels; inputs as `ssd_pallas_triton` takes them."""
+    x, B = inputs[0], inputs[3]
+    batch, length, heads, width = x.shape
+    factors = resolve_products(products)
+    if config is None:
+        wide = factors == "float32" and x.dtype == jnp.float32
+        config = default_config(
+            batch=batch, length=length, heads=heads, groups=B.shape[2], width=width, state_width=B.shape[3],
+            chunk_size=chunk_size, wide_products=wide,
+        )  # fmt: skip
+    return ssd_pallas_triton(*inputs, config=config, products=factors, interpret=interpret)
 
 
 def ssd(
@@ -70,6 +110,8 @@ def ssd(
     return_final_state: bool = False,
     lengths: Array | None = None,
     chunk_size: int = DEFAULT_CHUNK_SIZE,
+    products: str | None = None,
+    config: SsdConfig | None = None,
     implementation: Implementation | None = None,
 ) -> Array | tuple[Array, Array]:
     """Applies a selective state space layer with one scalar decay a head.
@@ -90,13 +132,19 @@ def ssd(
       return_final_state: also return the state after the last position.
       lengths: int [b] real positions a row, or None for all; later positions leave the state as it is.
       chunk_size: positions handled densely at once; any length works, and the result does not depend on it.
-      implementation: "xla" (chunked), "reference" (step by step) or None for the best on this platform.
+      products: "tfloat32" or "float32" factors of float32 products in GPU kernels, or None to follow
+        `jax_default_matmul_precision`, which rules the other implementations.
+      config: how the GPU kernels cut up the work, or None to derive it from the shape and `chunk_size`.
+      implementation: "xla" (chunked), "reference" (step by step), "pallas_triton" (GPU kernels),
+        "pallas_triton_interpreted" (the same kernels as slow plain JAX, for tests) or None for the best on this
+        platform.
 
     Returns:
       y [b, l, h, p] in the dtype of x; with `return_final_state` also the state [b, h, p, n], float32 or wider.
 
     Raises:
-      ValueError: for shapes that do not fit, a chunk size under 1 or an unknown implementation.
+      ValueError: for shapes that do not fit, a chunk size under 1, an unknown implementation, or what the named
+        implementation does not offer.
 
     Source: Dao & Gu 2024 (Mamba-2), sections 3 to 6.
     """
@@ -104,23 +152,19 @@ def ssd(
         B, C = B[:, :, None], C[:, :, None] if C.ndim == 3 else C
     _check_inputs(x, dt, A, B)
     _check("C", C, B.shape)
-    batch, _, heads, width = x.shape
-    for name, per_head in (("D", D), ("dt_bias", dt_bias)):
-        _check(name, per_head, (heads,))
-    _check("initial_state", initial_state, (batch, heads, width, B.shape[-1]))
-    _check("lengths", lengths, (batch,))
+    _check_optional(x, B, D, dt_bias, initial_state, lengths)
     if chunk_size < 1:
         raise ValueError(f"chunk_size={chunk_size} must be at least 1")
     implementation = implementation or default_implementation()
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"implementation={implementation!r} must be one of {IMPLEMENTATIONS}, or None")
 
-    A, D, initial_state = _wide(A, D, initial_state)
-    delta = step_size(dt, dt_bias, lengths)
-    if implementation == "reference":
-        y, state = ssd_reference(x, delta, A, B, C, D, initial_state)
+    inputs = (x, dt, A, B, C, D, dt_bias, initial_state, lengths)
+    if implementation.startswith("pallas_triton"):
+        interpret = implementation == "pallas_triton_interpreted"
+        y, state = _kernels(inputs, chunk_size, products, config, interpret)
     else:
-        y, state = ssd_xla(x, delta, A, B, C, D, initial_state, chunk_size=chunk_size)
+        y, state = _plain(inputs, None if implementation == "reference" else chunk_size)
     return (y, state) if return_final_state else y
 
 
@@ -155,8 +199,7 @@ def ssd_last(
     _check_inputs(x, dt, A, B)
     _check("C_last", C_last, (x.shape[0], *B.shape[2:]))
     _check("lengths", lengths, (x.shape[0],))
-    for name, per_head in (("D", D), ("dt_bias", dt_bias)):
-        _check(name, per_head, (x.shape[2],))
+    _check_optional(x, B, D, dt_bias, None, None)
     A, D = _wide(A, D)
     return ssd_last_xla(x, step_size(dt, dt_bias, lengths), A, B, C_last, D, lengths - 1)
 

@@ -1,8 +1,103 @@
-"""Which backend runs `kernels.ssd.ssd` where nobody names one."""
+"""Which backend runs `kernels.ssd.ssd` where nobody names one, and how the GPU kernels cut up their work."""
+
+from dataclasses import dataclass
+
+from kernels.triton_call import power_of_two
 
 DEFAULT_CHUNK_SIZE = 64
+MAX_WIDTH = 128
+# Fewer programs than this leave a large GPU partly idle, so that rows are cut into segments.
+_ENOUGH_PROGRAMS = 1024
+_MAX_SEGMENTS = 256
+
+
+@dataclass(frozen=True)
+class SsdConfig:
+    """How the Triton kernels cut up an SSD.
+
+    Attributes:
+      chunk_size: c, positions handled densely at once; a power of two from 16 to 128.
+      segments: programs that walk one row side by side. 1 is the strategy "sequence": every input is read once. More
+        is the strategy "chunked" for few long rows: the states between segments come first, in a pass of their own.
+      heads_per_program: heads of one group that a backward program handles in turn; they add up their gradients of B
+        and C in its cache, and one sum reaches the memory.
+      width_splits: programs that share the width p of a head, where its state is too large for one.
+      forward_warps, backward_warps: warps of 32 threads a program.
+      num_stages: depth of software pipelining.
+    """
+
+    chunk_size: int
+    segments: int
+    heads_per_program: int
+    width_splits: int
+    forward_warps: int
+    backward_warps: int
+    num_stages: int = 1
+
+    def check(self, *, heads_per_group: int, width: int) -> None:
+        """Refuses what the kernels cannot do for these shapes.
+
+        Raises:
+          ValueError: naming the field, its value and its limit.
+        """
+        for name, value, low, high in [
+            ("chunk_size", self.chunk_size, 16, 128),
+            ("width_splits", self.width_splits, 1, max(1, power_of_two(width) // 16)),
+            ("forward_warps", self.forward_warps, 1, 16),
+            ("backward_warps", self.backward_warps, 1, 16),
+        ]:
+            if not low <= value <= high or value & (value - 1):
+                raise ValueError(f"{name}={value} must be a power of two from {low} to {high}")
+        if self.segments < 1 or self.num_stages < 1:
+            raise ValueError(f"segments={self.segments} and num_stages={self.num_stages} must be at least 1")
+        if self.heads_per_program < 1 or heads_per_group % self.heads_per_program:
+            raise ValueError(
+                f"heads_per_program={self.heads_per_program} must divide the {heads_per_group} heads of a group"
+            )
+
+
+def default_config(
+    *,
+    batch: int,
+    length: int,
+    heads: int,
+    groups: int,
+    width: int,
+    state_width: int,
+    chunk_size: int,
+    wide_products: bool = False,
+) -> SsdConfig:
+    """Picks block sizes for a shape by the register counts of compiled kernels; no GPU has timed them yet.
+
+    Args:
+      batch, length, heads, groups, width, state_width: b, l, h, g, p and n.
+      chunk_size: the largest c to use.
+      wide_products: float32 products, which take about twice the registers of TF32 and bfloat16 ones.
+    """
+    columns, states = power_of_two(width), power_of_two(state_width)
+    largest = 1 << (max(16, chunk_size).bit_length() - 1)
+    chunk = min(16 if wide_products else 32, largest, power_of_two(length))
+    # What a program can hold of a head's state without spilling, and with room for the tiles of a chunk.
+    slice_width = max(16, min(columns, 32, (512 if wide_products else 2048) // states))
+    splits = columns // slice_width
+    segments = 1
+    if batch * heads < _ENOUGH_PROGRAMS:
+        wanted = -(-_ENOUGH_PROGRAMS // (batch * heads))
+        # A segment is worth its extra pass from a few chunks on.
+        segments = max(1, min(wanted, _MAX_SEGMENTS, length // (8 * chunk)))
+    alone = batch * segments * groups * splits >= _ENOUGH_PROGRAMS
+    # More warps than tiles have 16-row blocks would repeat each other's products, unless states are wide.
+    warps = 2 if states <= 32 else (4 if states <= 64 else 8)
+    return SsdConfig(
+        chunk_size=chunk,
+        segments=segments,
+        heads_per_program=heads // groups if alone else 1,
+        width_splits=splits,
+        forward_warps=warps,
+        backward_warps=warps,
+    )
 
 
 def default_implementation() -> str:
-    """Returns the backend for any platform and shape: the chunked plain-JAX form, the only production one so far."""
+    """Returns the backend for any platform and shape: the chunked plain-JAX form until a GPU has timed the kernels."""
     return "xla"

@@ -47,14 +47,30 @@ class _Decays(NamedTuple):
     to_end: Array
 
 
-def _decays(log_decay: Array) -> _Decays:
+def _cumulative(log_decay: Array) -> tuple[Array, Array]:
+    """Sums of log decays [.., c] up to each position, as coarse and fine parts."""
     coarse = jnp.round(log_decay / _COARSE_STEP) * _COARSE_STEP
-    parts = _add_up(coarse), _add_up(log_decay - coarse)
+    return _add_up(coarse), _add_up(log_decay - coarse)
+
+
+def _between(parts: tuple[Array, Array]) -> Array:
     segments = sum(part[..., :, None] - part[..., None, :] for part in parts)
-    earlier = jnp.tril(jnp.ones((log_decay.shape[-1],) * 2, bool), -1)
+    earlier = jnp.tril(jnp.ones((parts[0].shape[-1],) * 2, bool), -1)
     # The mask comes before exp: above the diagonal the sums are positive and overflow for strong decay.
-    between = jnp.exp(jnp.where(earlier, segments, -jnp.inf))
-    return _Decays(between, jnp.exp(sum(parts)), jnp.exp(sum(part[..., -1:] - part for part in parts)))
+    return jnp.exp(jnp.where(earlier, segments, -jnp.inf))
+
+
+def decays_between(log_decay: Array) -> Array:
+    """Builds decay factors [.., c, c] between steps from log decays [.., c].
+
+    L[i, j] = exp(sum_{k=j+1..i} log_decay_k) for i > j, else 0
+    """
+    return _between(_cumulative(log_decay))
+
+
+def _decays(log_decay: Array) -> _Decays:
+    parts = _cumulative(log_decay)
+    return _Decays(_between(parts), jnp.exp(sum(parts)), jnp.exp(sum(part[..., -1:] - part for part in parts)))
 
 
 def _carry(state: Array, inputs: tuple[Array, Array]) -> tuple[Array, Array]:

@@ -1,0 +1,208 @@
+"""State space duality by hand-written GPU kernels: the forward pass, and how both passes are put together.
+
+One program walks the chunks of one row (or of one segment of it), one head, and carries the state [p, n] in registers:
+every input is read once and every output written once. Long rows with too few programs are cut into s segments, in
+three phases: the state that each segment adds, the recurrence between segments, and the walk above from the states
+found. The backward pass (`pallas_triton_vjp`) has the same phases in the opposite direction.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from kernels.ssd.config import MAX_WIDTH, SsdConfig
+from kernels.ssd.pallas_triton_vjp import backward
+from kernels.ssd.segments import states_before
+from kernels.ssd.tiles import (
+    Plan,
+    Span,
+    chunk_decays,
+    edge_decays,
+    load_steps,
+    load_tile,
+    num_programs,
+    place,
+    store_tile,
+)
+from kernels.triton_call import Products, triton_call, vary_together
+
+
+def _update_state(plan: Plan, state: Array, to_end: Array, total: Array, delta: Array, x: Array, B: Array) -> Array:
+    """state' = total state + sum_j to_end_j delta_j x_j B_j^T"""
+    weighted = ((to_end * delta)[:, None] * x.astype(jnp.float32)).astype(x.dtype)
+    return total * state + plan.dot(weighted, B, trans_a=True)
+
+
+def _segment_kernel(plan: Plan, x_ref, dt_ref, A_ref, B_ref, bias_ref, lengths_ref, added_ref, log_ref) -> None:
+    """The state that a segment adds to nothing, and its total log decay."""
+    row, segment, group, head, _, split = place(plan, 1, plan.config.width_splits)
+    columns = plan.columns(split)
+    states = plan.states
+    A, bias, row_length = A_ref[head], bias_ref[head], lengths_ref[row]
+
+    def walk(chunk: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
+        state, log_total = carry
+        positions = Span((segment * plan.num_chunks + chunk) * plan.chunk, plan.chunk, plan.length)
+        delta = load_steps(dt_ref, row, positions, head, bias, row_length).delta
+        _, to_end, total = edge_decays(delta * A)
+        x = load_tile(x_ref, row, positions, head, columns)
+        B = load_tile(B_ref, row, positions, group, states)
+        return _update_state(plan, state, to_end, total, delta, x, B), log_total + jnp.sum(delta * A)
+
+    zeros = jnp.zeros((columns.count, states.count), jnp.float32)
+    state, log_total = jax.lax.fori_loop(0, plan.num_chunks, walk, (zeros, jnp.float32(0)))
+    store_tile(added_ref, state, row, segment, head, columns, states)
+    # Splits of a head write the same number.
+    log_ref[row, segment, head] = log_total
+
+
+def _forward_kernel(plan: Plan, keep_states: bool, *refs: Any) -> None:
+    """Outputs, the final state and, for the gradient, the state before each chunk."""
+    x_ref, dt_ref, A_ref, B_ref, C_ref, D_ref, bias_ref, lengths_ref, *rest = refs
+    initial_ref = rest.pop(0) if plan.has_initial or plan.segments > 1 else None
+    y_ref, final_ref, *rest = rest
+    row, segment, group, head, _, split = place(plan, 1, plan.config.width_splits)
+    columns = plan.columns(split)
+    states = plan.states
+    A, D, bias, row_length = A_ref[head], D_ref[head], bias_ref[head], lengths_ref[row]
+
+    def walk(chunk: Array, state: Array) -> Array:
+        index = segment * plan.num_chunks + chunk
+        positions = Span(index * plan.chunk, plan.chunk, plan.length)
+        delta = load_steps(dt_ref, row, positions, head, bias, row_length).delta
+        decays = chunk_decays(delta * A)
+        if keep_states:
+            store_tile(rest[0], state, row, index, head, columns, states)
+        B, C = (load_tile(ref, row, positions, group, states) for ref in (B_ref, C_ref))
+        mixed = plan.dot(C, B, trans_b=True) * decays.between * delta[None, :]
+        y = decays.from_start[:, None] * plan.dot(C, state.astype(C.dtype), trans_b=True)
+        x = load_tile(x_ref, row, positions, head, columns)
+        y += plan.dot(mixed.astype(x.dtype), x)
+        store_tile(y_ref, y + D * x.astype(jnp.float32), row, positions, head, columns)
+        if plan.products == "float32" or initial_ref is not None:
+            # Loaded again, from the cache: registers are full here, of split factors or of pointers.
+            x = load_tile(x_ref, row, positions, head, columns)
+            B = load_tile(B_ref, row, positions, group, states)
+        return _update_state(plan, state, decays.to_end, decays.total, delta, x, B)
+
+    if initial_ref is None:
+        state = jnp.zeros((columns.count, states.count), jnp.float32)
+    else:
+        state = load_tile(initial_ref, row, segment, head, columns, states)
+    state = jax.lax.fori_loop(0, plan.num_chunks, walk, state)
+    store_tile(final_ref, state, row, segment, head, columns, states)
+
+
+def _call(plan: Plan, kernel: Any, arguments: list[Array], out_shapes: list[Any], name: str) -> list[Array]:
+    return triton_call(
+        functools.partial(kernel, plan),
+        arguments,
+        out_shapes,
+        grid=(num_programs(plan, 1, plan.config.width_splits),),
+        num_warps=plan.config.forward_warps,
+        num_stages=plan.config.num_stages,
+        interpret=plan.interpret,
+        name=name,
+    )
+
+
+def _forward(plan: Plan, keep_states: bool, *inputs: Array | None) -> tuple[Array, Array, Array | None]:
+    """Returns y, the final state, and the state before each chunk [b, k, h, p, n] if it is kept."""
+    x, dt, A, B, C, D, dt_bias, initial, lengths = inputs
+    state_shape = (plan.heads, plan.width, plan.state_width)
+    before = None if initial is None else initial[:, None]
+    if plan.segments > 1:
+        added, log_total = _call(
+            plan,
+            _segment_kernel,
+            [x, dt, A, B, dt_bias, lengths],
+            [
+                ((plan.batch, plan.segments, *state_shape), jnp.float32),
+                ((plan.batch, plan.segments, plan.heads), jnp.float32),
+            ],
+            "ssd_segments",
+        )
+        before = states_before(added, log_total, initial)
+    shapes = [(x.shape, x.dtype), ((plan.batch, plan.segments, *state_shape), jnp.float32)]
+    if keep_states:
+        shapes.append(((plan.batch, plan.all_chunks, *state_shape), jnp.float32))
+    arguments = [x, dt, A, B, C, D, dt_bias, lengths] + ([] if before is None else [before])
+    y, final, *states = _call(
+        plan, lambda plan, *refs: _forward_kernel(plan, keep_states, *refs), arguments, shapes, "ssd_forward"
+    )
+    return y, final[:, -1], states[0] if keep_states else None
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _ssd(plan: Plan, *inputs: Array | None) -> tuple[Array, Array]:
+    return _forward(plan, False, *inputs)[:2]
+
+
+def _ssd_fwd(plan: Plan, *inputs: Array | None) -> tuple[tuple[Array, Array], tuple[Any, ...]]:
+    y, final, states = _forward(plan, True, *inputs)
+    return (y, final), (*inputs, states)
+
+
+def _ssd_bwd(plan: Plan, residuals: tuple[Any, ...], cotangents: tuple[Array, Array]) -> tuple[Array | None, ...]:
+    return backward(plan, residuals, cotangents)
+
+
+_ssd.defvjp(_ssd_fwd, _ssd_bwd)
+
+
+def ssd_pallas_triton(
+    x: Array,
+    dt: Array,
+    A: Array,
+    B: Array,
+    C: Array,
+    D: Array | None,
+    dt_bias: Array | None,
+    initial_state: Array | None,
+    lengths: Array | None,
+    *,
+    config: SsdConfig,
+    products: Products,
+    interpret: bool,
+) -> tuple[Array, Array]:
+    """Runs the operator of `kernels.ssd.ssd`, softplus, bias and skip included.
+
+    Args:
+      x, dt, A, B, C, D, dt_bias, initial_state, lengths: as there, with B and C as [b, l, g, n] in the dtype of x.
+      config: how the work is cut up.
+      products: what becomes of float32 factors.
+      interpret: run the kernels as plain JAX, on any platform.
+
+    Returns:
+      y [b, l, h, p] in the dtype of x and the final state [b, h, p, n] in float32.
+
+    Raises:
+      ValueError: for dtypes, widths or a config that the kernels do not offer.
+    """
+    batch, length, heads, width = x.shape
+    groups, state_width = B.shape[2:]
+    if x.dtype not in (jnp.float32, jnp.bfloat16):
+        raise ValueError(f"x is {x.dtype}; the Triton kernels take float32 or bfloat16: use implementation='xla'")
+    for name, size in (("p", width), ("n", state_width)):
+        if size > MAX_WIDTH:
+            raise ValueError(f"{name}={size} is over the {MAX_WIDTH} of the Triton kernels: use implementation='xla'")
+    config.check(heads_per_group=heads // groups, width=width)
+    plan = Plan(
+        batch, length, heads, groups, width, state_width, config, products, interpret, initial_state is not None
+    )
+    zeros = jnp.zeros(heads, jnp.float32)
+    inputs = (
+        x,
+        dt.astype(jnp.float32),
+        A.astype(jnp.float32),
+        B.astype(x.dtype),
+        C.astype(x.dtype),
+        zeros if D is None else D.astype(jnp.float32),
+        zeros if dt_bias is None else dt_bias.astype(jnp.float32),
+        None if initial_state is None else initial_state.astype(jnp.float32),
+        jnp.full(batch, length, jnp.int32) if lengths is None else lengths.astype(jnp.int32),
+    )
+    return _ssd(plan, *vary_together(*inputs))

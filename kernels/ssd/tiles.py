@@ -1,0 +1,215 @@
+"""What the forward and backward GPU kernels of state space duality share: who works where, loads, decays.
+
+Tiles are [c, p], [c, n], [c, c] and [p, n] for a chunk of c positions; sides are powers of two, filled with zeros.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jax import Array
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as pltriton
+
+from kernels.ssd.config import SsdConfig
+from kernels.triton_call import Products, power_of_two, tile_dot
+
+# See `kernels.ssd.xla`: sums of multiples of this are exact in float32.
+_COARSE_STEPS = 64.0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Static numbers of a call.
+
+    Attributes:
+      batch, length, heads, groups, width, state_width: b, l, h, g, p and n.
+      config: how the work is cut up.
+      products: what becomes of float32 factors.
+      interpret: run as plain JAX.
+      has_initial: there is an initial state.
+    """
+
+    batch: int
+    length: int
+    heads: int
+    groups: int
+    width: int
+    state_width: int
+    config: SsdConfig
+    products: Products
+    interpret: bool
+    has_initial: bool
+
+    @property
+    def chunk(self) -> int:
+        """c"""
+        return self.config.chunk_size
+
+    @cached_property
+    def num_chunks(self) -> int:
+        """Chunks of a segment."""
+        return -(-self.length // (self.chunk * self.config.segments))
+
+    @cached_property
+    def segments(self) -> int:
+        """s, so many that each has a real position."""
+        return -(-self.length // (self.chunk * self.num_chunks))
+
+    @property
+    def all_chunks(self) -> int:
+        """Chunks of a row."""
+        return self.num_chunks * self.segments
+
+    @property
+    def states(self) -> "Span":
+        """The state axis."""
+        return Span(0, power_of_two(self.state_width), self.state_width)
+
+    def columns(self, split: Any) -> "Span":
+        """The columns of a head's width that a program handles."""
+        count = power_of_two(self.width) // self.config.width_splits
+        return Span(split * count if self.config.width_splits > 1 else 0, count, self.width)
+
+    def dot(self, a: Array, b: Array, **transposed: bool) -> Array:
+        """Product of two tiles."""
+        return tile_dot(a, b, products=self.products, interpret=self.interpret, **transposed)
+
+
+class Place(NamedTuple):
+    """Where a program works: its row, segment, group, first head, part among those that share B and C, first column."""
+
+    row: Any
+    segment: Any
+    group: Any
+    head: Any
+    part: Any
+    split: Any
+
+
+def num_programs(plan: Plan, heads_per_program: int, splits: int) -> int:
+    """Size of the grid that `place` divides."""
+    return plan.batch * plan.segments * (plan.heads // heads_per_program) * splits
+
+
+def place(plan: Plan, heads_per_program: int, splits: int) -> Place:
+    """Finds a program's place; neighbours share a row, so that its B and C stay in the cache."""
+    unit = pl.program_id(0)
+    split, unit = unit % splits, unit // splits
+    blocks = plan.heads // heads_per_program
+    block, unit = unit % blocks, unit // blocks
+    blocks_per_group = blocks // plan.groups
+    part = (block % blocks_per_group) * splits + split
+    row, segment = unit // plan.segments, unit % plan.segments
+    return Place(row, segment, block // blocks_per_group, block * heads_per_program, part, split)
+
+
+class Span(NamedTuple):
+    """A run of indices along one axis: first index, power-of-two count, and how many indices the axis has."""
+
+    start: Any
+    count: int
+    limit: int
+
+    def real(self) -> Array | None:
+        """[count] bool, or None where nothing can lie outside."""
+        if isinstance(self.start, int) and self.start + self.count <= self.limit:
+            return None
+        return self.start + jnp.arange(self.count) < self.limit
+
+
+def _mask(spans: Sequence[Span]) -> Array | None:
+    mask = None
+    for axis, span in enumerate(spans):
+        real = span.real()
+        if real is not None:
+            shape = [1] * len(spans)
+            shape[axis] = span.count
+            real = jnp.broadcast_to(real.reshape(shape), [s.count for s in spans])
+            mask = real if mask is None else mask & real
+    return mask
+
+
+def _indexer(index: Sequence[Any]) -> tuple[tuple[Any, ...], list[Span]]:
+    spans = [i for i in index if isinstance(i, Span)]
+    return tuple(pl.ds(i.start, i.count) if isinstance(i, Span) else i for i in index), spans
+
+
+def load_tile(ref: Any, *index: Any) -> Array:
+    """Loads ref at integers and `Span`s; what lies outside the array is 0."""
+    at, spans = _indexer(index)
+    mask = _mask(spans)
+    return pltriton.load(ref.at[at], mask=mask, other=None if mask is None else jnp.zeros((), ref.dtype))
+
+
+def store_tile(ref: Any, tile: Array, *index: Any) -> None:
+    """Stores a tile at integers and `Span`s; what lies outside the array is left out."""
+    at, spans = _indexer(index)
+    pltriton.store(ref.at[at], tile.astype(ref.dtype), mask=_mask(spans))
+
+
+class Steps(NamedTuple):
+    """Step sizes of a chunk [c], and d delta / d dt."""
+
+    delta: Array
+    slope: Array
+
+
+def load_steps(dt_ref: Any, row: Any, positions: Span, head: Any, bias: Array, row_length: Array) -> Steps:
+    """Loads raw steps and applies the softplus; after the row's end both results are 0."""
+    raw = load_tile(dt_ref, row, positions, head).astype(jnp.float32) + bias
+    real = positions.start + jnp.arange(positions.count) < jnp.minimum(row_length, positions.limit)
+    tail = jnp.exp(-jnp.abs(raw))
+    delta = jnp.maximum(raw, 0.0) + jnp.log1p(tail)
+    slope = jnp.where(raw >= 0, 1.0, tail) / (1.0 + tail)
+    return Steps(jnp.where(real, delta, 0.0), jnp.where(real, slope, 0.0))
+
+
+class Decays(NamedTuple):
+    """Decay factors of a chunk.
+
+    Attributes:
+      between: [c, c], from position j (after it) to position i, with ones on the diagonal and zeros above it.
+      from_start: [c], from the chunk's start to the position.
+      to_end: [c], from the position to the chunk's end.
+      total: [], over the whole chunk.
+    """
+
+    between: Array
+    from_start: Array
+    to_end: Array
+    total: Array
+
+
+def chunk_decays(log_decay: Array) -> Decays:
+    """Builds the decay factors from log decays [c], with the exact coarse sums of `kernels.ssd.xla`."""
+    edges = edge_decays(log_decay)
+    coarse, fine = _split(log_decay)
+    coarse_sum, fine_sum = jnp.cumsum(coarse), jnp.cumsum(fine)
+    segments = (coarse_sum[:, None] - coarse_sum[None, :]) + (fine_sum[:, None] - fine_sum[None, :])
+    # The mask comes before exp: above the diagonal the sums are positive and overflow for strong decay.
+    between = jnp.exp(jnp.where(lower_triangle(log_decay.shape[0]), segments, -jnp.inf))
+    return Decays(between, *edges)
+
+
+def edge_decays(log_decay: Array) -> tuple[Array, Array, Array]:
+    """`from_start`, `to_end` and `total` of `Decays` alone."""
+    coarse, fine = _split(log_decay)
+    coarse_total, fine_total = jnp.sum(coarse), jnp.sum(fine)
+    coarse_sum, fine_sum = jnp.cumsum(coarse), jnp.cumsum(fine)
+    from_start = jnp.exp(coarse_sum + fine_sum)
+    to_end = jnp.exp((coarse_total - coarse_sum) + (fine_total - fine_sum))
+    return from_start, to_end, jnp.exp(coarse_total + fine_total)
+
+
+def _split(log_decay: Array) -> tuple[Array, Array]:
+    coarse = jnp.floor(log_decay * _COARSE_STEPS) * (1.0 / _COARSE_STEPS)
+    return coarse, log_decay - coarse
+
+
+def lower_triangle(size: int, *, strict: bool = False) -> Array:
+    """[size, size] bool, true where column j <= row i, or j < i."""
+    row, column = jnp.arange(size)[:, None], jnp.arange(size)[None, :]
+    return row > column if strict else row >= column

@@ -1,0 +1,143 @@
+"""What the GPU kernels of the SSD operator compile to, at the shapes of the published configs."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from kernels.ssd import SsdConfig, ssd
+from tests.kernels.codegen import CAPABILITIES, capture, compile_kernel
+
+# b, l, h, p, n
+PAPER_50, PAPER_200 = (2048, 50, 4, 32, 32), (2048, 200, 4, 32, 32)
+WIDE = (512, 200, 4, 128, 64)
+LONG = (1, 65_536, 4, 32, 32)
+SHORT_KERNELS = ["ssd_forward", "ssd_backward"]
+LONG_KERNELS = ["ssd_segments", "ssd_forward", "ssd_requests", "ssd_backward"]
+# Bytes of local memory a thread that the backward kernel spills at most, by capability: the compiler hoists loads until
+# it runs out of its 255 registers. A chunk of 32 positions moves ten times that much and more from memory.
+SPILLED = {
+    "tfloat32": {80: 56, 90: 112, 100: 112},
+    "bfloat16": {80: 8, 90: 40, 100: 96},
+    "float32": {80: 32, 90: 64, 100: 64},
+    "long": {80: 136, 90: 136, 100: 136},
+    "wide": {80: 72, 90: 176, 100: 176},
+}
+SHARED_LIMIT = 100 * 1024
+
+
+def programs(shape, *, dtype=jnp.float32, products="tfloat32", config=None):
+    """The kernels of the value and all gradients."""
+    batch, length, heads, width, state = shape
+
+    def array(*sizes, dtype=dtype):
+        return jax.ShapeDtypeStruct(sizes, dtype)
+
+    per_head = array(heads, dtype=jnp.float32)
+    arrays = {
+        "x": array(batch, length, heads, width),
+        "dt": array(batch, length, heads, dtype=jnp.float32),
+        "A": per_head,
+        "B": array(batch, length, state),
+        "C": array(batch, length, state),
+        "D": per_head,
+        "dt_bias": per_head,
+    }
+
+    def gradients(arrays, dy):
+        apply = functools.partial(ssd, implementation="pallas_triton", products=products, config=config)
+        return jax.vjp(lambda arrays: apply(**arrays), arrays)[1](dy)
+
+    return capture(gradients, arrays, arrays["x"])
+
+
+def report(kernel, capability, label):
+    """Compiles, prints the table's row, and returns what the kernel uses."""
+    used = compile_kernel(kernel, capability)
+    print(
+        f"{kernel.name:12} {label} warps {kernel.num_warps} programs {kernel.grid[0]} sm_{capability}: registers "
+        f"{used.registers} local {used.stack_bytes} B shared {used.shared_bytes} B "
+        f"tensor-core {used.tensor_core_instructions} of {used.instructions}"
+    )
+    return used
+
+
+def check(kernels, label, spilled):
+    for kernel in kernels:
+        for capability in CAPABILITIES:
+            used = report(kernel, capability, label)
+            assert used.shared_bytes < SHARED_LIMIT
+            assert used.tensor_core_instructions > 0
+            if kernel.name == "ssd_backward":
+                assert used.stack_bytes <= spilled[capability]
+            else:
+                assert used.stack_bytes == used.local_accesses == 0
+
+
+@pytest.mark.parametrize("shape", [PAPER_50, PAPER_200], ids=str)
+def test_published_shapes_in_tfloat32(shape):
+    kernels = programs(shape)
+    assert [kernel.name for kernel in kernels] == SHORT_KERNELS
+    check(kernels, str(shape), SPILLED["tfloat32"])
+
+
+@pytest.mark.parametrize(("dtype", "products"), [(jnp.bfloat16, "tfloat32"), (jnp.float32, "float32")])
+def test_published_shape_in_other_precisions(dtype, products):
+    name = "bfloat16" if dtype == jnp.bfloat16 else products
+    check(programs(PAPER_50, dtype=dtype, products=products), f"{PAPER_50} {name}", SPILLED[name])
+
+
+def test_published_shape_with_wide_heads():
+    check(programs(WIDE), str(WIDE), SPILLED["wide"])
+
+
+def test_one_long_row_fills_the_card():
+    kernels = programs(LONG)
+    assert [kernel.name for kernel in kernels] == LONG_KERNELS
+    assert all(kernel.grid[0] >= 4 * 132 for kernel in kernels)
+    check(kernels, str(LONG), SPILLED["long"])
+
+
+def tiles(rows, columns, inner):
+    """Tensor-core instructions of one TF32 product of tiles, 16 x 8 x 8 each."""
+    return rows // 16 * (columns // 8) * (inner // 8)
+
+
+@pytest.mark.parametrize(("shape", "width"), [(PAPER_50, 32), (WIDE, 32)], ids=str)
+def test_no_product_is_computed_by_two_warps(shape, width):
+    state, chunk = shape[-1], 32
+    forward = (
+        tiles(chunk, chunk, state)  # C B^T
+        + tiles(chunk, width, chunk)  # (L o C B^T) x
+        + tiles(chunk, width, state)  # C S^T
+        + tiles(width, state, chunk)  # x^T B
+    )
+    backward = (
+        tiles(chunk, chunk, state)  # C B^T
+        + tiles(chunk, chunk, width)  # dy x^T
+        + tiles(chunk, width, chunk)  # M^T dy
+        + tiles(chunk, width, state)  # B R^T
+        + 2 * tiles(chunk, state, width)  # dy S and x R
+        + 2 * tiles(chunk, state, chunk)  # for B and C inside the chunk
+        + tiles(width, state, chunk)  # dy^T C
+    )
+    # Hopper and Blackwell may use larger instructions; Ampere has the one size.
+    for kernel, needed in zip(programs(shape), (forward, backward), strict=True):
+        assert compile_kernel(kernel, 80).tensor_core_instructions * kernel.num_warps == needed, kernel.name
+
+
+@pytest.mark.parametrize("width", [16, 64, 128])
+@pytest.mark.parametrize("state", [16, 64, 128])
+def test_other_widths_lower(width, state):
+    assert [kernel.name for kernel in programs((4096, 200, 2, width, state))] == SHORT_KERNELS
+
+
+@pytest.mark.parametrize("chunk", [16, 64, 128])
+def test_other_chunks_lower(chunk):
+    config = SsdConfig(chunk, 1, 4, 1, forward_warps=4, backward_warps=4)
+    assert [kernel.name for kernel in programs(PAPER_200, config=config)] == SHORT_KERNELS
+
+
+def test_odd_shapes_lower():
+    assert [kernel.name for kernel in programs((3, 1, 3, 5, 20))] == SHORT_KERNELS
