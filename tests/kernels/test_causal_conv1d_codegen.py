@@ -1,0 +1,86 @@
+"""What the kernels of the causal convolution compile to: registers, local and shared memory, instructions."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from kernels.causal_conv1d import causal_conv1d
+from tests.kernels.codegen import CAPABILITIES, capture, compile_kernel
+
+KERNELS = ["causal_conv1d_forward", "causal_conv1d_backward"]
+# Three backward programs of 256 threads share a multiprocessor's 65,536 registers at 80 a thread.
+MOST_REGISTERS = {"causal_conv1d_forward": 48, "causal_conv1d_backward": 80}
+CASES = {
+    "row 50": ((2048, 50, 192), 4, "silu", jnp.float32),
+    "row 200": ((2048, 200, 192), 4, "silu", jnp.float32),
+    "row 50, bfloat16": ((2048, 50, 192), 4, "silu", jnp.bfloat16),
+    "wide": ((2048, 50, 640), 4, "silu", jnp.float32),
+    "hard_swish": ((2048, 50, 128), 4, "hard_swish", jnp.float32),
+    "one long row": ((1, 65536, 192), 4, "silu", jnp.float32),
+}
+
+
+def value_and_gradients(activation, dy, *given):
+    """Runs the kernels, compiled."""
+    y, pull = jax.vjp(lambda *a: causal_conv1d(*a, activation=activation, implementation="pallas_triton"), *given)
+    return [y, *pull(dy)]
+
+
+def kernels_of(shape, taps, activation, dtype, *, bias=True):
+    """Captures the kernels of a value and its gradients."""
+    x = jax.ShapeDtypeStruct(shape, dtype)
+    parameters = [jax.ShapeDtypeStruct(s, jnp.float32) for s in [(taps, shape[2]), (shape[2],)][: 1 + bias]]
+    return capture(functools.partial(value_and_gradients, activation), x, x, *parameters)
+
+
+def check(kernel, capability, shape, most_registers):
+    used = compile_kernel(kernel, capability)
+    print(
+        f"{kernel.name} {shape} warps {kernel.num_warps} programs {kernel.grid[0]} sm_{capability}: "
+        f"registers {used.registers} shared {used.shared_bytes} local {used.local_accesses} "
+        f"tensor-core {used.tensor_core_instructions} instructions {used.instructions}"
+    )
+    assert used.local_accesses == used.stack_bytes == 0
+    assert used.shared_bytes <= 4096
+    assert used.registers <= most_registers
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_kernels_stay_in_registers(name):
+    kernels = kernels_of(*CASES[name])
+    assert [kernel.name for kernel in kernels] == KERNELS
+    for kernel in kernels:
+        assert kernel.grid[0] >= 2 * 132
+        for capability in CAPABILITIES:
+            check(kernel, capability, CASES[name][0], MOST_REGISTERS[kernel.name])
+
+
+def test_most_taps_stay_in_registers():
+    for kernel in kernels_of((2048, 50, 192), 8, "silu", jnp.float32):
+        check(kernel, 90, (2048, 50, 192), 128)
+
+
+def test_lowers_without_bias_and_with_ragged_channels():
+    for shape in [(3, 1, 5), (7, 33, 130), (2, 5000, 1)]:
+        assert [kernel.name for kernel in kernels_of(shape, 4, "none", jnp.bfloat16, bias=False)] == KERNELS
+
+
+def test_lowers_in_64_bit_mode(x64):
+    assert [kernel.name for kernel in kernels_of((2048, 50, 192), 4, "silu", jnp.float32)] == KERNELS
+
+
+def test_lowers_inside_shard_map():
+    """With the check of what differs between devices; gradients of parameters, the same on all of them, are summed."""
+    rows, same = P("devices"), P()
+    sharded = jax.shard_map(
+        functools.partial(value_and_gradients, "silu"),
+        mesh=jax.make_mesh((len(jax.devices()),), ("devices",), axis_types=(jax.sharding.AxisType.Auto,)),
+        in_specs=(rows, rows, same, same),
+        out_specs=[rows, rows, same, same],
+    )
+    x, weight, bias = (jax.ShapeDtypeStruct(s, jnp.float32) for s in [(2048, 50, 192), (4, 192), (192,)])
+    assert [kernel.name for kernel in capture(sharded, x, x, weight, bias)] == KERNELS
+    assert "psum" in str(jax.make_jaxpr(sharded)(x, x, weight, bias))
