@@ -8,6 +8,10 @@ os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_p
 
 import jax
 import pytest
+from jaxtyping import install_import_hook
+
+# Shapes and dtypes that a model promises are checked in tests, and cost users nothing.
+install_import_hook("tim4rec_jax.models", "beartype.beartype")
 
 _SHARED = pathlib.Path(__file__).resolve().parents[2] / "shared"
 

@@ -47,8 +47,14 @@ class ModelConfig:
       kaiming_init: convolutions start N(0, 2 / (channels * d_conv)) with zero bias, else uniform(+-1/sqrt(d_conv)).
       mask_padded_time: a padded position has a gap of 0 (the original: minus the last timestamp).
       log_time: gaps are compressed to sign(gap) * log1p(|gap|) (the original: raw seconds).
+      attention_heads: heads of the attention models; must divide d.
+      inner_size: width inside the feed-forward blocks of the attention models.
+      attention_dropout: rate on attention weights.
+      time_span: largest gap in seconds that TiSASRec tells apart.
       dtype: arithmetic; "bfloat16" keeps parameters, norms, softplus, decays and loss in float32.
       ssd_implementation: backend of `kernels.ssd.ssd`; None picks by platform and shape.
+      conv_implementation: likewise of `kernels.causal_conv1d.causal_conv1d`.
+      scan_implementation: likewise of `kernels.selective_scan.selective_scan`.
     """
 
     name: str = "tim4rec"
@@ -70,11 +76,21 @@ class ModelConfig:
     kaiming_init: bool = True
     mask_padded_time: bool = False
     log_time: bool = False
+    attention_heads: int = 2
+    inner_size: int = 256
+    attention_dropout: float = 0.2
+    time_span: int = 256
     dtype: Dtype = "float32"
     ssd_implementation: str | None = None
+    conv_implementation: str | None = None
+    scan_implementation: str | None = None
 
     def __post_init__(self) -> None:
-        for name in ("max_len", "d_model", "num_layers", "d_state", "d_conv", "expand", "head_dim", "chunk_size"):
+        sizes = (
+            "max_len", "d_model", "num_layers", "d_state", "d_conv", "expand", "head_dim", "chunk_size",
+            "attention_heads", "inner_size", "time_span",
+        )  # fmt: skip
+        for name in sizes:
             value = getattr(self, name)
             _require(value >= 1, f"{name}={value} must be at least 1")
         _require(self.vocab_size >= 0, f"vocab_size={self.vocab_size} must be at least 0 (0: taken from the data)")
@@ -85,6 +101,7 @@ class ModelConfig:
         )
         _require_rate("dropout", self.dropout)
         _require_rate("time_dropout", self.time_dropout)
+        _require_rate("attention_dropout", self.attention_dropout)
         _require(self.norm_eps > 0, f"norm_eps={self.norm_eps} must be positive")
         _require(self.dtype in get_args(Dtype), f"dtype={self.dtype!r} must be one of {get_args(Dtype)}")
 
@@ -182,6 +199,8 @@ class TrainConfig:
       schedule: "constant", or "cosine" decay to 0 over all steps.
       warmup_steps: linear warm-up from 0 ahead of the schedule.
       loss: "ce" over the whole catalogue or "bpr" with one sampled negative.
+      loss_implementation: None computes all scores of a microbatch at once for "ce"; a backend of
+        `kernels.softmax_cross_entropy` never does, which large catalogues need.
       seed: of initial values, shuffling, dropout and negatives.
       patience: validations in a row without improvement that stop training.
       length_groups: static lengths a batch's rows are grouped into; 1 pads every row to max_len.
@@ -205,6 +224,7 @@ class TrainConfig:
     schedule: Literal["constant", "cosine"] = "constant"
     warmup_steps: int = 0
     loss: Literal["ce", "bpr"] = "ce"
+    loss_implementation: str | None = None
     seed: int = 2020
     patience: int = 20
     length_groups: int = 6
@@ -222,6 +242,10 @@ class TrainConfig:
             _require(value is None or value >= 1, f"{name}={value} must be at least 1, or None")
         for name in ("patience", "warmup_steps", "weight_decay", "seed"):
             _require(getattr(self, name) >= 0, f"{name}={getattr(self, name)} must be at least 0")
+        _require(
+            self.loss == "ce" or self.loss_implementation is None,
+            f"loss_implementation={self.loss_implementation!r} is for loss='ce'; leave it out for loss={self.loss!r}",
+        )
         _require(self.learning_rate > 0, f"learning_rate={self.learning_rate} must be positive")
         _require(self.clip_norm is None or self.clip_norm > 0, f"clip_norm={self.clip_norm} must be positive, or None")
 

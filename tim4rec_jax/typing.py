@@ -7,11 +7,13 @@ width, `n` state width, `v` catalogue size with the padding row, `k` list length
 from collections.abc import Mapping
 from typing import Any, TypeAlias
 
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key, Shaped
 
-Items: TypeAlias = Int[Array, "b l"]
-Lengths: TypeAlias = Int[Array, " b"]
-Timestamps: TypeAlias = Shaped[Array, "b t"]
+# What callers hand in may be NumPy's.
+Items: TypeAlias = Int[Array | np.ndarray, "b l"]
+Lengths: TypeAlias = Int[Array | np.ndarray, " b"]
+Timestamps: TypeAlias = Shaped[Array | np.ndarray, "b t"]
 Hidden: TypeAlias = Float[Array, "b l d"]
 LastHidden: TypeAlias = Float[Array, "b d"]
 Scores: TypeAlias = Float[Array, "b v"]

@@ -19,6 +19,7 @@ class CausalConv(nn.Module):
       activation: "silu", "hard_swish" or "none".
       kaiming_init: weights N(0, 2 / (c K)) and zero bias; else both uniform(+-1/sqrt(K)).
       dtype: arithmetic.
+      implementation: backend of the operator, or None to pick one.
     """
 
     channels: int
@@ -26,6 +27,7 @@ class CausalConv(nn.Module):
     activation: str
     kaiming_init: bool
     dtype: str
+    implementation: str | None = None
 
     def setup(self) -> None:
         bound = 1.0 / math.sqrt(self.taps)
@@ -41,7 +43,8 @@ class CausalConv(nn.Module):
 
     def __call__(self, x: Array, channels: slice = slice(None)) -> Array:
         """Convolves x [b, l, c], which holds the given channels only."""
-        return causal_conv1d(x, self.kernel[:, channels], self.bias[channels], activation=self.activation)
+        options = {"activation": self.activation, "implementation": self.implementation}
+        return causal_conv1d(x, self.kernel[:, channels], self.bias[channels], **options)
 
     def last(self, window: Array, channels: slice = slice(None)) -> Array:
         """Returns the output [b, c] at one position from its window [b, K, c] of inputs (0 before the first)."""

@@ -1,11 +1,12 @@
 """The contract of every model: what training, evaluation and serving may ask of it."""
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from tim4rec_jax.config import ModelConfig
-from tim4rec_jax.typing import Array, Hidden, Int, Items, LastHidden, Lengths, Scores, Timestamps
+from tim4rec_jax.typing import Array, Float, Hidden, Int, Items, LastHidden, Lengths, Scores, Timestamps
 
 
+@runtime_checkable
 class SequentialModel(Protocol):
     """A Flax Linen module that reads a history and scores the catalogue.
 
@@ -37,6 +38,10 @@ class SequentialModel(Protocol):
 
         `items` may be cut to any static length that holds the longest row; `timestamps` keep max_len columns.
         """
+        ...
+
+    def item_table(self) -> Float[Array, "v d"]:
+        """Returns the rows that `score` multiplies with."""
         ...
 
     def score(self, hidden: LastHidden) -> Scores:

@@ -45,11 +45,11 @@ class TiM4RecLayer(nn.Module):
         return self._residual_block(mixed, u, example_ids, deterministic, None), channel
 
     def last(
-        self, u: Array, channel: Array | None, lengths: Array, example_ids: Array, *, deterministic: bool
+        self, u: Array, channel: Array | None, lengths: Lengths, example_ids: Array, *, deterministic: bool
     ) -> Array:
         """Returns the first output of `__call__` at each row's last real position, [b, d]."""
         mixed = self.mixer.last(u, channel, lengths, example_ids, deterministic=deterministic)
-        positions = lengths[:, None] - 1
+        positions = jnp.asarray(lengths)[:, None] - 1
         return self._residual_block(mixed[:, None], take_at(u, positions), example_ids, deterministic, positions)[:, 0]
 
 
@@ -155,9 +155,13 @@ class TiM4Rec(nn.Module):
             x, channel = layer(x, channel, example_ids, deterministic=deterministic)
         return self.layers[-1].last(x, channel, lengths, example_ids, deterministic=deterministic)
 
+    def item_table(self) -> Array:
+        """Returns E, [v, d] in the arithmetic's dtype."""
+        return self.item_embedding.embedding.astype(self.config.dtype)
+
     def score(self, hidden: LastHidden) -> Scores:
         """Returns hidden E^T over all rows of the embedding, [b, v], float32 or wider."""
-        table = self.item_embedding.embedding.astype(self.config.dtype)
         return jnp.einsum(
-            "bd,vd->bv", hidden.astype(self.config.dtype), table, preferred_element_type=wide(self.config.dtype)
-        )
+            "bd,vd->bv", hidden.astype(self.config.dtype), self.item_table(),
+            preferred_element_type=wide(self.config.dtype),
+        )  # fmt: skip

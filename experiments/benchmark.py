@@ -1,0 +1,49 @@
+"""Measures speed as ratios within one run; machines are shared and noisy, so absolute times are for orientation.
+
+    python -m experiments.benchmark train_step --config=beauty_tim4rec --data.path=... --output=step.json
+    python -m experiments.benchmark ops --output=ops.json --figure=ops.png
+
+`train_step` takes the same real batches through our training step in three forms and through a plain PyTorch model.
+`ops` compares the plain-JAX operators with other forms of them, forward and backward. Both need the test dependencies
+and a checkout (tests/torch_reference).
+"""
+
+import argparse
+import json
+import pathlib
+import sys
+from collections.abc import Sequence
+
+from rich.console import Console
+
+from experiments.benchmarks import ops, train_step
+from experiments.command_line import run_program
+from tim4rec_jax.run_dir import write_atomically
+
+BENCHMARKS = {"train_step": train_step.run, "ops": ops.run}
+
+
+def program(argv: list[str]) -> int:
+    """The program behind `main`."""
+    finder = argparse.ArgumentParser(prog="experiments.benchmark", allow_abbrev=False)
+    finder.add_argument("what", choices=sorted(BENCHMARKS))
+    finder.add_argument("--repeats", type=int, default=5, help="how often each form is timed")
+    finder.add_argument("--output", type=pathlib.Path, help="JSON file for the result")
+    options, rest = finder.parse_known_args(argv)
+    if options.repeats < 1:
+        raise ValueError(f"--repeats={options.repeats} must be at least 1")
+    result, table = BENCHMARKS[options.what](options, rest)
+    Console().print(table)
+    if options.output:
+        record = {"benchmark": options.what, **result}
+        write_atomically(options.output, (json.dumps(record, indent=2) + "\n").encode())
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The program; returns its exit code."""
+    return run_program(program, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,158 @@
+"""Operators on this device against their definitions in float64, values and every gradient, on fresh random inputs.
+
+The definition (`implementation="reference"`) runs on the same device in blocks of rows that fit into memory; gradients
+of parameters are added up over the blocks, so that every row counts.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments.benchmarks.gpu_cases import (
+    ODD_CASES,
+    OPERATORS,
+    PAPER_CASES,
+    TINY_CASES,
+    Arrays,
+    Case,
+    Values,
+    both,
+    draw,
+    forward,
+    precisions,
+    stored,
+)
+from experiments.benchmarks.gpu_clock import Budget, build_all, reason
+
+# Largest errors of y and of a gradient, relative in the norm, and over the largest magnitude.
+LIMITS = {"float32": (2e-5, 1e-4), "tfloat32": (5e-3, 5e-3), "bfloat16": (2e-2, 2e-2)}
+# A recurrence keeps a few states a position for its gradient.
+_BLOCK_BYTES = 2**30
+
+
+def rows_of_a_block(case: Case) -> int:
+    """Returns how many rows the definition takes at once: a divisor of b that keeps its states in memory."""
+    if case.op == "softmax_cross_entropy":
+        return case.sizes["t"]
+    widths = [size for axis, size in case.sizes.items() if axis not in "b"]
+    limit = max(1, _BLOCK_BYTES // (8 * int(np.prod(widths))))
+    return max(rows for rows in range(1, case.sizes["b"] + 1) if case.sizes["b"] % rows == 0 and rows <= limit)
+
+
+def definition(case: Case, values: Values) -> tuple[jax.Array, Arrays]:
+    """Computes y and all gradients in float64 by the definition; call it in 64-bit mode.
+
+    Args:
+      case: which operator.
+      values: float64 inputs and dy.
+    """
+    parameters = OPERATORS[case.op].parameters
+    run = jax.jit(both(forward(case, "reference", "float32")))
+    rows, size = values.dy.shape[0], rows_of_a_block(case)
+    blocks = []
+    for start in range(0, rows, size):
+        block = slice(start, start + size)
+        inputs = {name: a if name in parameters else a[block] for name, a in values.inputs.items()}
+        blocks.append(run(inputs, {name: a[block] for name, a in values.fixed.items()}, values.dy[block]))
+    y = jnp.concatenate([y for y, _ in blocks])
+    gradients = {
+        name: sum(g[name] for _, g in blocks) if name in parameters else jnp.concatenate([g[name] for _, g in blocks])
+        for name in values.inputs
+    }
+    return y, gradients
+
+
+@jax.jit
+def _errors(out: jax.Array, expected: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Error in the norm and at the worst place, over the expected array's own; absolute where that is 0."""
+
+    def over(error: jax.Array, size: jax.Array) -> jax.Array:
+        return error / jnp.where(size > 0, size, 1.0)
+
+    difference = out.astype(expected.dtype) - expected
+    norm, largest = jnp.linalg.norm(expected), jnp.max(jnp.abs(expected))
+    return over(jnp.linalg.norm(difference), norm), over(jnp.max(jnp.abs(difference)), largest)
+
+
+@jax.jit
+def _same_bits(first: Any, second: Any) -> jax.Array:
+    pairs = zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True)
+    return jnp.all(jnp.stack([jnp.all((a == b) | (jnp.isnan(a) & jnp.isnan(b))) for a, b in pairs]))
+
+
+def judge(results: tuple[jax.Array, Arrays], expected: tuple[jax.Array, Arrays], precision: str) -> dict[str, Any]:
+    """Compares y and gradients with the definition's; NaN never passes."""
+    value_limit, gradient_limit = LIMITS[precision]
+    pairs = {"y": (results[0], expected[0], value_limit)}
+    pairs |= {f"d {name}": (g, expected[1][name], gradient_limit) for name, g in results[1].items()}
+    errors, ok = {}, True
+    with jax.enable_x64(True):
+        for name, (out, wanted, limit) in pairs.items():
+            norm, largest = (float(e) for e in _errors(out.reshape(-1), wanted.reshape(-1)))
+            good = norm <= limit and largest <= limit
+            ok = ok and good
+            # JSON has no NaN.
+            errors[name] = {"norm": _finite(norm), "largest": _finite(largest), "limit": limit, "ok": good}
+    return {"errors": errors, "ok": ok}
+
+
+def _finite(number: float) -> float | str:
+    return number if np.isfinite(number) else str(number)
+
+
+def _check_precision(case: Case, values: Values, precision: str, run: Any, expected: Any) -> dict[str, Any]:
+    arguments = (values.inputs, values.fixed, values.dy)
+    first = run(*arguments)
+    record = judge(first, expected, precision)
+    record["same_bits"] = bool(_same_bits(first, run(*arguments)))
+    record["ok"] = record["ok"] and record["same_bits"]
+    return record
+
+
+def check(case: Case, implementation: str, wanted: tuple[str, ...], rng: np.random.Generator) -> list[dict[str, Any]]:
+    """Checks one case in all precisions; whatever goes wrong is in the records."""
+    drawn = draw(case, rng)
+    names = precisions(case, wanted)
+    values = {name: stored(case, drawn, name) for name in names}
+
+    def build(name: str) -> Any:
+        run = jax.jit(both(forward(case, implementation, name)))
+        return run.lower(values[name].inputs, values[name].fixed, values[name].dy).compile()
+
+    runs, failed = build_all({name: functools.partial(build, name) for name in names})
+    records, expected = [], {}
+    for name in names:
+        record = {"op": case.op, "sizes": case.sizes, "ragged": case.ragged, "precision": name}
+        if name in failed:
+            records.append(record | {"ok": False, "error": failed[name]})
+            continue
+        try:
+            # Numbers rounded to bfloat16 are another input.
+            storage = "bfloat16" if name == "bfloat16" else "float32"
+            if storage not in expected:
+                with jax.enable_x64(True):
+                    wide = jax.tree.map(lambda a: a.astype(np.float64), (values[name].inputs, values[name].dy))
+                    expected[storage] = definition(case, Values(wide[0], values[name].fixed, wide[1]))
+            record |= {"rows_of_a_block": rows_of_a_block(case)}
+            record |= _check_precision(case, values[name], name, runs[name], expected[storage])
+        except Exception as error:  # One broken kernel must not hide the others.
+            record |= {"ok": False, "error": reason(error)}
+        records.append(record)
+    return records
+
+
+def run(implementation: str, tiny: bool, rng: np.random.Generator, budget: Budget) -> dict[str, Any]:
+    """Checks all cases; returns the records and what was skipped."""
+    cases = TINY_CASES if tiny else (*PAPER_CASES, *ODD_CASES)
+    wanted = ("tfloat32", "bfloat16") if tiny else ("tfloat32", "float32", "bfloat16")
+    checks, skipped = [], {}
+    for case in cases:
+        if refusal := budget.refusal():
+            skipped[case.label] = refusal
+            continue
+        checks += check(case, implementation, wanted, rng)
+    failed = [f"{c['op']} {c['sizes']} {c['precision']}" for c in checks if not c["ok"]]
+    return {"checks": checks, "failed": failed, "skipped": skipped}
