@@ -1,0 +1,173 @@
+"""Selective scan as GPU kernels: one program walks a row with the states of a block of channels in registers.
+
+Every input is read once and every output written once. The kernels take decay rates as [n, e] in powers of two.
+"""
+
+import functools
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as pltriton
+
+from kernels.selective_scan.config import SelectiveScanConfig
+from kernels.selective_scan.pallas_triton_vjp import Kept, backward
+from kernels.selective_scan.tiles import Tile, exp2, this_tile
+from kernels.triton_call import triton_call, vary_together
+
+
+class _Options(NamedTuple):
+    """What is known when the kernels are built."""
+
+    config: SelectiveScanConfig
+    final_state: bool
+    interpret: bool
+
+
+def _step_size(dt: Array, bias: Array, exists: Array) -> Array:
+    raw = dt + bias
+    return jnp.where(exists, jnp.maximum(raw, 0.0) + jnp.log1p(jnp.exp(-jnp.abs(raw))), 0.0)
+
+
+def _kernel(*refs: Any, options: _Options, initial: bool, keep: bool) -> None:
+    """Refs: lengths, x, dt, A, B, C, D, dt_bias, [initial state]; y, [final state], [delta, states]."""
+    refs = list(refs)
+    lengths_ref, x_ref, dt_ref, A_ref, B_ref, C_ref, D_ref, bias_ref = refs[:8]
+    del refs[:8]
+    initial_ref = refs.pop(0) if initial else None
+    y_ref = refs.pop(0)
+    final_ref = refs.pop(0) if options.final_state else None
+    delta_ref, states_ref = refs if keep else (None, None)
+    config, interpret = options.config, options.interpret
+    tile = this_tile(x_ref.shape, B_ref.shape[-1], config.forward_channels)
+    length = lengths_ref[tile.row]
+    A = pltriton.load(A_ref.at[tile.states, tile.channels], mask=tile.mask, other=0.0)
+    D, bias = tile.load_parameter(D_ref), tile.load_parameter(bias_ref)
+
+    def walk_chunk(k: Array, state: Array) -> Array:
+        positions = [k * config.chunk + j for j in range(config.chunk)]
+        if keep:
+            pltriton.store(states_ref.at[tile.row, k, tile.states, tile.channels], state, mask=tile.mask)
+        # All loads come first: the chunk's arithmetic hides their latency.
+        loaded = [_load_position(tile, (x_ref, dt_ref, B_ref, C_ref), t) for t in positions]
+        outputs = []
+        for t, (x, dt, B, C) in zip(positions, loaded, strict=True):
+            delta = _step_size(dt, bias, t < length)
+            state = exp2(delta * A, interpret) * state + (delta * x) * B[:, None]
+            outputs.append((jnp.sum(state * C[:, None], axis=0) + D * x, delta))
+        for t, (y, delta) in zip(positions, outputs, strict=True):
+            exist = tile.channels_exist(t)
+            pltriton.store(y_ref.at[tile.row, t, tile.channels], y.astype(y_ref.dtype), mask=exist)
+            if keep:
+                pltriton.store(delta_ref.at[tile.row, t, tile.channels], delta, mask=exist)
+        return state
+
+    state = jnp.zeros(tile.mask.shape, jnp.float32)
+    if initial_ref is not None:
+        state = pltriton.load(initial_ref.at[tile.row, tile.states, tile.channels], mask=tile.mask, other=0.0)
+    state = jax.lax.fori_loop(0, pl.cdiv(tile.positions, config.chunk), walk_chunk, state)
+    if final_ref is not None:
+        pltriton.store(final_ref.at[tile.row, tile.states, tile.channels], state, mask=tile.mask)
+
+
+def _load_position(tile: Tile, refs: tuple[Any, ...], t: Array) -> tuple[Array, ...]:
+    x_ref, dt_ref, B_ref, C_ref = refs
+    by_channel = tile.load_channels(x_ref, t), tile.load_channels(dt_ref, t)
+    return *by_channel, tile.load_states(B_ref, t), tile.load_states(C_ref, t)
+
+
+def _forward(options: _Options, inputs: tuple[Array | None, ...], *, keep: bool) -> list[Array]:
+    """Returns y, the final state [b, n, e] where asked for, and with `keep` what the gradient needs."""
+    x, dt, A, B, C, D, dt_bias, initial_state, lengths = inputs
+    config = options.config
+    batch, length, width = x.shape
+    state_width = B.shape[-1]
+    outputs = [(x.shape, x.dtype)]
+    if options.final_state:
+        outputs.append(((batch, state_width, width), jnp.float32))
+    if keep:
+        outputs.append((x.shape, jnp.float32))
+        outputs.append(((batch, pl.cdiv(length, config.chunk), state_width, width), jnp.float32))
+    initial = [] if initial_state is None else [initial_state]
+    return triton_call(
+        functools.partial(_kernel, options=options, initial=bool(initial), keep=keep),
+        [lengths, x, dt, A, B, C, D, dt_bias, *initial],
+        outputs,
+        grid=(batch * pl.cdiv(width, config.forward_channels),),
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+        interpret=options.interpret,
+        name="selective_scan_forward",
+    )
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _scan(options: _Options, *inputs: Array | None) -> tuple[Array, ...]:
+    return tuple(_forward(options, inputs, keep=False))
+
+
+def _scan_fwd(options: _Options, *inputs: Array | None) -> tuple[tuple[Array, ...], tuple[Any, ...]]:
+    *outputs, delta, states = _forward(options, inputs, keep=True)
+    x, dt, A, B, C, D, _, initial_state, _ = inputs
+    like_dt = jnp.zeros((0,), dt.dtype)
+    return tuple(outputs), (Kept(x, delta, A, B, C, D, states), like_dt, initial_state is not None)
+
+
+def _scan_bwd(options: _Options, residuals: tuple[Any, ...], cotangents: tuple[Array, ...]) -> tuple[Any, ...]:
+    kept, like_dt, initial = residuals
+    d_final = cotangents[1] if options.final_state else None
+    gradients = backward(kept, cotangents[0], d_final, options.config, like_dt.dtype, options.interpret)
+    *others, d_initial = gradients
+    return *others, d_initial if initial else None, None
+
+
+_scan.defvjp(_scan_fwd, _scan_bwd)
+
+
+def selective_scan_pallas_triton(
+    x: Array,
+    dt: Array,
+    A: Array,
+    B: Array,
+    C: Array,
+    D: Array | None,
+    dt_bias: Array | None,
+    initial_state: Array | None,
+    lengths: Array | None,
+    *,
+    return_final_state: bool,
+    config: SelectiveScanConfig,
+    interpret: bool,
+) -> tuple[Array, Array | None]:
+    """Runs the operator of `reference.selective_scan_reference` from raw steps, softplus inside.
+
+    Args:
+      x, dt, B, C: float32 or bfloat16; the gradient of each comes back in its dtype.
+      A, D, dt_bias, initial_state: float32.
+      lengths: int32 [b], or None for all positions.
+      return_final_state: whether the state is wanted.
+      config: how the work is divided.
+      interpret: run as plain JAX.
+
+    Returns:
+      y [b, l, e] in the dtype of x, and the final state [b, e, n] float32 or None.
+    """
+    batch, length, width = x.shape
+    zeros = jnp.zeros(width, jnp.float32)
+    last = jnp.full(batch, length, jnp.int32)
+    inputs = vary_together(
+        x,
+        dt,
+        (A * math.log2(math.e)).T,
+        B,
+        C,
+        zeros if D is None else D,
+        zeros if dt_bias is None else dt_bias,
+        None if initial_state is None else jnp.swapaxes(initial_state, 1, 2),
+        last if lengths is None else jnp.minimum(lengths.astype(jnp.int32), last),
+    )
+    y, *state = _scan(_Options(config, return_final_state, interpret), *inputs)
+    return y, jnp.swapaxes(state[0], 1, 2) if return_final_state else None

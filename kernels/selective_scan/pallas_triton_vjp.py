@@ -1,0 +1,203 @@
+"""Gradient of the selective scan as a GPU kernel: groups of positions backwards, states recomputed in registers.
+
+With decay a_t = exp(delta_t A), u_t = delta_t x_t and the gradient g_t of the state after position t,
+
+  g_t = a_{t+1} g_{t+1} + dy_t C_t            dB_t = sum_e g_t u_t           dC_t = sum_e dy_t state_t
+  w_t = g_t a_t state_{t-1}                   du_t = sum_n g_t B_t           dA = sum_t delta_t w_t
+  ddelta_t = x_t du_t + sum_n A w_t           dx_t = delta_t du_t + D dy_t
+"""
+
+import functools
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as pltriton
+
+from kernels.selective_scan.config import SelectiveScanConfig
+from kernels.selective_scan.tiles import Tile, divide, exp2, this_tile
+from kernels.triton_call import triton_call
+
+_LN_2 = math.log(2)
+# Under this step 1 - exp(-delta) has lost digits that its series keeps.
+_SMALL_STEP = 1 / 16
+
+
+class Kept(NamedTuple):
+    """What the backward kernel reads of the forward pass.
+
+    Attributes:
+      x: [b, l, e].
+      delta: [b, l, e] step sizes, float32.
+      A: [n, e] decay rates in powers of two.
+      B, C: [b, l, n].
+      D: [e].
+      states: [b, chunks, n, e] states before each chunk.
+    """
+
+    x: Array
+    delta: Array
+    A: Array
+    B: Array
+    C: Array
+    D: Array
+    states: Array
+
+
+def _walk(tile: Tile, kept: Kept, A: Array, state: Array, start: Array, steps: int, interpret: bool) -> list[Array]:
+    """Returns the states before position `start` and after each of `steps` positions from there."""
+    positions = [start + j for j in range(steps)]
+    loaded = [
+        (tile.load_channels(kept.x, t), tile.load_channels(kept.delta, t), tile.load_states(kept.B, t))
+        for t in positions
+    ]
+    states = [state]
+    for x, delta, B in loaded:
+        states.append(exp2(delta * A, interpret) * states[-1] + (delta * x) * B[:, None])
+    return states
+
+
+def _slope(delta: Array, interpret: bool) -> Array:
+    """The derivative of softplus where its value is delta: 1 - exp(-delta), and 0 at padding."""
+    series = delta * (1 - delta * (1 / 2 - delta * (1 / 6 - delta * (1 / 24 - delta * (1 / 120)))))
+    return jnp.where(delta < _SMALL_STEP, series, 1 - exp2(delta * (-1 / _LN_2), interpret))
+
+
+class _Outputs(NamedTuple):
+    """Where gradients go; those of B and C are sums over a block of channels, those of parameters over a row."""
+
+    dx: Any
+    ddt: Any
+    dB: Any
+    dC: Any
+    dA: Any
+    dD: Any
+    ddt_bias: Any
+    d_initial: Any
+
+
+class _Sums(NamedTuple):
+    """What a program carries from the end of its row to the start: g [n, e], and gradients of parameters."""
+
+    g: Array
+    dA: Array
+    dD: Array
+    ddt_bias: Array
+
+
+def _one_position(
+    tile: Tile,
+    out: _Outputs,
+    loaded: tuple[Array, ...],
+    A: Array,
+    D: Array,
+    before: Array,
+    sums: _Sums,
+    interpret: bool,
+) -> tuple[_Sums, tuple[tuple[Any, Array], ...], tuple[tuple[Any, Array], ...]]:
+    """Passes the gradient over a position; returns also what is to be stored by channel and by state entry."""
+    x, delta, dy, B, C = loaded
+    u = delta * x
+    decay = exp2(delta * A, interpret)
+    g = sums.g + dy * C[:, None]
+    decayed = decay * before
+    # state_t = decayed + u B, whose second part is summed without a tile.
+    dC = jnp.sum(dy * decayed, axis=1) + B * jnp.sum(dy * u, axis=0)
+    dB = jnp.sum(g * u, axis=1)
+    du = jnp.sum(g * B[:, None], axis=0)
+    flow = g * decayed
+    ddelta = x * du + jnp.sum(A * flow, axis=0) * _LN_2
+    ddt = ddelta * _slope(delta, interpret)
+    dx = delta * du + D * dy
+    sums = _Sums(g * decay, sums.dA + delta * flow, sums.dD + dy * x, sums.ddt_bias + ddt)
+    return sums, ((out.dx, dx), (out.ddt, ddt)), ((out.dB, dB), (out.dC, dC))
+
+
+def _kernel(*refs: Any, config: SelectiveScanConfig, final: bool, interpret: bool) -> None:
+    """Refs: `Kept`, dy, [gradient of the final state]; `_Outputs`."""
+    kept, dy_ref, out = Kept(*refs[:7]), refs[7], _Outputs(*refs[-8:])
+    tile = this_tile(kept.x.shape, kept.B.shape[-1], config.backward_channels)
+    whole = tile.row, tile.states, tile.channels
+    A = pltriton.load(kept.A.at[tile.states, tile.channels], mask=tile.mask, other=0.0)
+    D = tile.load_parameter(kept.D)
+    num_groups, per_chunk = pl.cdiv(tile.positions, config.group), config.chunk // config.group
+
+    def load_position(t: Array) -> tuple[Array, ...]:
+        by_channel = [tile.load_channels(ref, t) for ref in (kept.x, kept.delta, dy_ref)]
+        return *by_channel, tile.load_states(kept.B, t), tile.load_states(kept.C, t)
+
+    def walk_back(i: Array, sums: _Sums) -> _Sums:
+        group = num_groups - 1 - i
+        chunk, start = divide(group, per_chunk), group * config.group
+        state = pltriton.load(kept.states.at[tile.row, chunk, tile.states, tile.channels], mask=tile.mask, other=0.0)
+
+        def skip_group(k: Array, state: Array) -> Array:
+            return _walk(tile, kept, A, state, chunk * config.chunk + k * config.group, config.group, interpret)[-1]
+
+        state = jax.lax.fori_loop(0, group - chunk * per_chunk, skip_group, state)
+        states = _walk(tile, kept, A, state, start, config.group - 1, interpret)
+        loaded = load_position(start + config.group - 1)
+        for j in reversed(range(config.group)):
+            t, now = start + j, loaded
+            if j:
+                # One position ahead of its use.
+                loaded = load_position(t - 1)
+            sums, by_channel, by_state = _one_position(tile, out, now, A, D, states[j], sums, interpret)
+            for ref, value in by_channel:
+                value = value.astype(ref.dtype)
+                pltriton.store(ref.at[tile.row, t, tile.channels], value, mask=tile.channels_exist(t))
+            for ref, value in by_state:
+                pltriton.store(ref.at[tile.row, tile.block, t, tile.states], value, mask=tile.states_exist(t))
+        return sums
+
+    g = jnp.zeros(tile.mask.shape, jnp.float32)
+    no_channels = jnp.zeros(tile.in_channels.shape, jnp.float32)
+    first = pltriton.load(refs[8].at[whole], mask=tile.mask, other=0.0) if final else g
+    sums = jax.lax.fori_loop(0, num_groups, walk_back, _Sums(first, g, no_channels, no_channels))
+    for ref, value in ((out.dA, sums.dA), (out.d_initial, sums.g)):
+        pltriton.store(ref.at[whole], value, mask=tile.mask)
+    for ref, value in ((out.dD, sums.dD), (out.ddt_bias, sums.ddt_bias)):
+        pltriton.store(ref.at[tile.row, tile.channels], value, mask=tile.in_channels)
+
+
+def backward(
+    kept: Kept, dy: Array, d_final: Array | None, config: SelectiveScanConfig, dt_dtype: Any, interpret: bool
+) -> tuple[Array, ...]:
+    """Runs the backward kernel and adds up what its programs wrote.
+
+    Args:
+      kept: of the forward pass.
+      dy: [b, l, e], gradient of y.
+      d_final: [b, n, e], gradient of the final state, or None for zeros.
+      config: the one of the forward pass.
+      dt_dtype: of the raw steps.
+      interpret: run as plain JAX.
+
+    Returns:
+      Gradients of x, dt, A (as [n, e], in powers of two), B, C, D, dt_bias and the initial state [b, n, e].
+    """
+    batch, length, width = kept.x.shape
+    state_width = kept.B.shape[-1]
+    blocks = pl.cdiv(width, config.backward_channels)
+    of_maps, of_states = (batch, blocks, length, state_width), (batch, state_width, width)
+    shapes = _Outputs(
+        kept.x.shape, kept.x.shape, of_maps, of_maps, of_states, (batch, width), (batch, width), of_states
+    )
+    dtypes = (kept.x.dtype, dt_dtype, *[jnp.float32] * 6)
+    outputs = triton_call(
+        functools.partial(_kernel, config=config, final=d_final is not None, interpret=interpret),
+        [*kept, dy, *([] if d_final is None else [d_final])],
+        list(zip(shapes, dtypes, strict=True)),
+        grid=(batch * blocks,),
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+        interpret=interpret,
+        name="selective_scan_backward",
+    )
+    out = _Outputs(*outputs)
+    dB, dC = out.dB.sum(1).astype(kept.B.dtype), out.dC.sum(1).astype(kept.C.dtype)
+    # A comes in powers of two, so its gradient is that of A by the natural logarithm times ln 2.
+    return out.dx, out.ddt, out.dA.sum(0) * _LN_2, dB, dC, out.dD.sum(0), out.ddt_bias.sum(0), out.d_initial

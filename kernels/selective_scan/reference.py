@@ -1,0 +1,51 @@
+"""The definition of the selective scan: a recurrence, step by step."""
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+
+def selective_scan_reference(
+    x: Array,
+    delta: Array,
+    A: Array,
+    B: Array,
+    C: Array,
+    D: Array | None,
+    initial_state: Array | None,
+) -> tuple[Array, Array]:
+    """Runs the recurrence one position after the other, in the widest dtype of the inputs.
+
+      state_t = exp(delta_t A) state_{t-1} + delta_t x_t B_t,    y_t = state_t . C_t + D x_t        for each channel
+
+    Args:
+      x: [b, l, e] values.
+      delta: [b, l, e] step sizes after softplus; 0 leaves the state as it is.
+      A: [e, n] decay rates, negative.
+      B: [b, l, n] input maps.
+      C: [b, l, n] output maps.
+      D: [e] skip weights, or None.
+      initial_state: [b, e, n], or None for zeros.
+
+    Returns:
+      y [b, l, e] in the dtype of x, and the final state [b, e, n].
+
+    Source: Gu & Dao 2023 (Mamba), algorithm 2.
+    """
+    dtype = jnp.result_type(x, delta, A, B, C)
+    state = jnp.zeros((x.shape[0], *A.shape), dtype)
+    if initial_state is not None:
+        state = initial_state.astype(dtype)
+
+    def step(state: Array, inputs: tuple[Array, ...]) -> tuple[Array, Array]:
+        x_t, delta_t, B_t, C_t = inputs
+        added = jnp.einsum("be,bn->ben", delta_t * x_t, B_t)
+        state = jnp.exp(delta_t[..., None] * A) * state + added
+        return state, jnp.einsum("ben,bn->be", state, C_t)
+
+    by_time = [jnp.moveaxis(a.astype(dtype), 1, 0) for a in (x, delta, B, C)]
+    state, y = jax.lax.scan(step, state, tuple(by_time))
+    y = jnp.moveaxis(y, 0, 1)
+    if D is not None:
+        y = y + D * x
+    return y.astype(x.dtype), state
