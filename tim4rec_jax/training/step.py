@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
+from kernels.softmax_cross_entropy import softmax_cross_entropy
 from tim4rec_jax.config import ExperimentConfig, TrainConfig
 from tim4rec_jax.data.length_groups import LengthGroup
 from tim4rec_jax.data.loader import Batch, Loader
@@ -62,15 +63,21 @@ def init_state(model: SequentialModel, optimizer: optax.GradientTransformation, 
     return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), jax.random.key_data(dropout_key))
 
 
-def _loss_sum(model: SequentialModel, loss: str, params: Any, rows: Batch, example_ids: Array, key: Array) -> Array:
+def _loss_sum(
+    model: SequentialModel, config: TrainConfig, params: Any, rows: Batch, example_ids: Array, key: Array
+) -> Array:
     """Returns the weighted sum of the rows' losses; a row's value depends on its id, not on the rows beside it."""
     dropout_key, negative_key = jax.random.split(key)
     hidden = model.apply(
         {"params": params}, rows.items, rows.lengths, rows.timestamps, deterministic=False, example_ids=example_ids,
         rngs={"dropout": dropout_key}, method="encode_last",
     )  # fmt: skip
+    if config.loss_implementation is not None:
+        table = model.apply({"params": params}, method="item_table")
+        losses = softmax_cross_entropy(hidden, table, rows.targets, implementation=config.loss_implementation)
+        return jnp.sum(rows.weights * losses)
     scores = model.apply({"params": params}, hidden, method="score")
-    if loss == "ce":
+    if config.loss == "ce":
         return jnp.sum(rows.weights * cross_entropy(scores, rows.targets))
     keys = jax.vmap(lambda i: jax.random.fold_in(negative_key, i))(example_ids)
     negatives = jax.vmap(sample_negative, in_axes=(0, 0, None))(keys, rows.targets, scores.shape[1])
@@ -144,7 +151,7 @@ def train_step(
     key = jax.random.fold_in(jax.random.wrap_key_data(state.key, impl="threefry2x32"), state.step)
 
     def loss_sum(params: Any, rows: Batch, example_ids: Array) -> Array:
-        return _loss_sum(model, config.train.loss, params, rows, example_ids, key)
+        return _loss_sum(model, config.train, params, rows, example_ids, key)
 
     total, grads = grouped_value_and_grad(loss_sum, state.params, batch, groups)
     weight = jnp.sum(batch.weights)

@@ -1,0 +1,119 @@
+"""Which backend runs `softmax_cross_entropy` where nobody names one, and how the work is cut."""
+
+from dataclasses import dataclass
+
+import jax
+
+from kernels.triton_call import Products, power_of_two
+
+# Scores of a tile in the plain-JAX form. On a CPU they should stay in its caches: with 2,048 targets, 12,102 items and
+# d 64 on two cores, tiles of 256 rows trained fastest of 128 to 1,024, in 0.87 of the time of all scores at once.
+# Elsewhere a tile should fill the device and the loop be short: 64 MB of float32, by thought and not by measurement.
+_CPU_TILE_SCORES = 1 << 19
+_TILE_SCORES = 1 << 24
+_LEAST_TILE, _LARGEST_TILE = 128, 8192
+
+
+def default_implementation() -> str:
+    """Returns the plain-JAX form for any platform: no GPU has been measured yet that would speak for the kernels."""
+    return "xla"
+
+
+@dataclass(frozen=True)
+class XlaConfig:
+    """How the plain-JAX form cuts its work.
+
+    Attributes:
+      tile_size: embedding rows whose scores exist at once, [t, tile_size]; 1 at least.
+    """
+
+    tile_size: int
+
+    def __post_init__(self):
+        if self.tile_size < 1:
+            raise ValueError(f"tile_size={self.tile_size} must be at least 1")
+
+
+@dataclass(frozen=True)
+class Walk:
+    """How a kernel cuts its work: a program owns some rows of one side and walks over the other side.
+
+    Attributes:
+      own: rows that a program owns; a power of two, 16 at least.
+      walked: rows of the other side that it handles at once; a power of two, 16 at least.
+      columns: of both sides that it multiplies at once; a power of two, 16 at least.
+      num_warps: warps of 32 threads a program.
+      num_stages: depth of software pipelining.
+      programs: wanted, by default two for each of an H100's 132 multiprocessors; where there are fewer blocks of own
+        rows, each walk is split among several programs, whose partial results are merged afterwards.
+    """
+
+    own: int
+    walked: int
+    columns: int
+    num_warps: int
+    num_stages: int
+    programs: int = 264
+
+    def __post_init__(self):
+        for name in ("own", "walked", "columns"):
+            rows = getattr(self, name)
+            if rows != power_of_two(rows):
+                raise ValueError(f"{name}={rows} must be a power of two, 16 at least")
+
+    def blocks(self, own_rows: int) -> int:
+        """Returns the number of blocks that own all rows."""
+        return -(-own_rows // self.own)
+
+    def cut(self, own_rows: int, walked_rows: int) -> tuple[int, int]:
+        """Returns the number of programs that share a walk, and the steps of each."""
+        steps = -(-walked_rows // self.walked)
+        steps_each = -(-steps // min(steps, -(-self.programs // self.blocks(own_rows))))
+        return -(-steps // steps_each), steps_each
+
+
+@dataclass(frozen=True)
+class TritonConfig:
+    """How the kernels cut their work.
+
+    Attributes:
+      forward: owns targets and walks over the catalogue.
+      d_hidden: likewise.
+      d_embedding: owns embedding rows and walks over targets.
+    """
+
+    forward: Walk
+    d_hidden: Walk
+    d_embedding: Walk
+
+
+def xla_config(targets: int) -> XlaConfig:
+    """Returns the tile for a number of targets."""
+    scores = _CPU_TILE_SCORES if jax.default_backend() == "cpu" else _TILE_SCORES
+    return XlaConfig(min(max(_LEAST_TILE, power_of_two(scores // targets)), _LARGEST_TILE))
+
+
+def triton_config(width: int, itemsize: int, products: Products) -> TritonConfig:
+    """Returns the cuts for a width d: the largest tried that keep to registers and to 75 KB of shared memory.
+
+    Args:
+      width: d.
+      itemsize: bytes of a number in hidden.
+      products: how float32 is multiplied; "float32" takes three products and the registers for their factors.
+    """
+    columns = power_of_two(width)
+    row_bytes = itemsize * columns
+    if products == "float32" and itemsize == 4:
+        if columns <= 64:
+            walk = Walk(64, 32, 32, num_warps=4, num_stages=2)
+        elif columns == 128:
+            walk = Walk(32, 32, 64, num_warps=8, num_stages=1)
+        else:
+            walk = Walk(32, 16, 64, num_warps=8, num_stages=2)
+    elif row_bytes <= 256:
+        walk = Walk(128, 32, columns, num_warps=8, num_stages=2)
+    elif row_bytes == 512:
+        walk = Walk(64, 32, columns, num_warps=8, num_stages=2)
+    else:
+        walk = Walk(32, 32, 64, num_warps=4, num_stages=1)
+    return TritonConfig(walk, walk, walk)

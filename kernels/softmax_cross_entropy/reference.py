@@ -1,0 +1,27 @@
+"""The definition of the loss: all scores at once."""
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+
+def softmax_cross_entropy_reference(hidden: Array, embedding: Array, targets: Array, masked: Array | None) -> Array:
+    """Computes the loss from the [t, v] scores, in the widest dtype of the inputs, float32 at least.
+
+      loss_t = log sum_{v not masked} exp(hidden_t . E_v) - hidden_t . E_target
+
+    Args:
+      hidden: [t, d].
+      embedding: [v, d].
+      targets: int [t]; negative for loss 0, v or more for NaN.
+      masked: bool [v] rows of probability 0, or None.
+
+    Returns:
+      [t].
+    """
+    dtype = jnp.result_type(hidden, embedding, jnp.float32)
+    scores = jnp.matmul(hidden.astype(dtype), embedding.astype(dtype).T, precision=jax.lax.Precision.HIGHEST)
+    if masked is not None:
+        scores = jnp.where(masked, -jnp.inf, scores)
+    at_target = jnp.take_along_axis(scores, jnp.maximum(targets, 0)[:, None], axis=1, mode="fill", fill_value=jnp.nan)
+    return jnp.where(targets < 0, 0.0, jax.nn.logsumexp(scores, axis=1) - at_target[:, 0])

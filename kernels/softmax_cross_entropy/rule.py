@@ -1,0 +1,53 @@
+"""The loss and its gradient from a backend's two passes over the catalogue; what targets mean is decided here alone."""
+
+from functools import partial
+from typing import Protocol
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+
+class Passes(Protocol):
+    """What a backend does; hashable, for it is a static argument of the gradient rule.
+
+    hidden [t, d], embedding [v, d], int32 targets [t], masked bool [v] or None.
+    """
+
+    def forward(self, hidden: Array, embedding: Array, targets: Array, masked: Array | None) -> tuple[Array, Array]:
+        """Returns log sum_v exp(hidden_t . E_v) and hidden_t . E_target, both [t] in float32 or wider.
+
+        The score of a masked target is -inf; that of a target outside 0 to v - 1 may be anything.
+        """
+        ...
+
+    def backward(
+        self, hidden: Array, embedding: Array, targets: Array, masked: Array | None, lse: Array, weights: Array
+    ) -> tuple[Array, Array]:
+        """Returns the gradients of sum_t weights_t (lse_t - hidden_t . E_target) by hidden and embedding."""
+        ...
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def loss_from_passes(
+    passes: Passes, hidden: Array, embedding: Array, targets: Array, masked: Array | None = None
+) -> Array:
+    """Returns the loss [t] that `reference` defines; its gradient keeps the inputs and the log-sum-exp [t]."""
+    return _loss_fwd(passes, hidden, embedding, targets, masked)[0]
+
+
+def _loss_fwd(passes: Passes, hidden: Array, embedding: Array, targets: Array, masked: Array | None):
+    lse, at_target = passes.forward(hidden, embedding, targets, masked)
+    at_target = jnp.where(targets < embedding.shape[0], at_target, jnp.nan)
+    loss = jnp.where(targets < 0, 0.0, lse - at_target)
+    return loss, (hidden, embedding, targets, masked, lse)
+
+
+def _loss_bwd(passes: Passes, residuals: tuple[Array | None, ...], d_loss: Array):
+    hidden, embedding, targets, masked, lse = residuals
+    weights = jnp.where(targets < 0, 0.0, d_loss)
+    d_hidden, d_embedding = passes.backward(hidden, embedding, targets, masked, lse, weights)
+    return d_hidden.astype(hidden.dtype), d_embedding.astype(embedding.dtype), None, None
+
+
+loss_from_passes.defvjp(_loss_fwd, _loss_bwd)

@@ -1,0 +1,138 @@
+"""What the kernels of the cross-entropy over a catalogue compile to: registers, memory, tensor-core instructions."""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from kernels.softmax_cross_entropy import TritonConfig, softmax_cross_entropy
+from kernels.softmax_cross_entropy.config import triton_config
+from tests.kernels.codegen import CAPABILITIES, capture, compile_kernel
+
+KERNELS = [f"softmax_cross_entropy_{name}" for name in ("forward", "d_hidden", "d_embedding")]
+
+
+@dataclass(frozen=True)
+class Case:
+    """Sizes t, v, d; the dtype of both sides; how float32 is multiplied; whether items are masked."""
+
+    targets: int
+    items: int
+    width: int
+    dtype: str = "float32"
+    products: str = "tfloat32"
+    masked: bool = False
+
+    def arguments(self):
+        masked = jax.ShapeDtypeStruct((self.items,), jnp.bool_) if self.masked else None
+        sides = [jax.ShapeDtypeStruct((rows, self.width), self.dtype) for rows in (self.targets, self.items)]
+        return *sides, jax.ShapeDtypeStruct((self.targets,), jnp.int32), masked
+
+    def gradients(self, hidden, embedding, targets, masked):
+        def loss(hidden, embedding):
+            options = {"products": self.products, "implementation": "pallas_triton"}
+            return softmax_cross_entropy(hidden, embedding, targets, masked=masked, **options)
+
+        losses, pull = jax.vjp(loss, hidden, embedding)
+        return losses, *pull(losses)
+
+    def config(self) -> TritonConfig:
+        return triton_config(self.width, jnp.dtype(self.dtype).itemsize, self.products)
+
+
+CASES = {
+    Case(2048, 12102, 64): CAPABILITIES,
+    Case(2048, 12102, 64, products="float32"): CAPABILITIES,
+    Case(2048, 12102, 64, dtype="bfloat16"): (80, 90),
+    Case(2048, 12102, 64, masked=True): (90,),
+    Case(2048, 3417, 64): (90,),
+    Case(4096, 1_000_000, 64): (90,),
+    Case(2048, 12102, 128): (90,),
+    Case(2048, 12102, 128, products="float32"): (90,),
+    Case(2048, 12102, 256): CAPABILITIES,
+    Case(2048, 12102, 256, products="float32"): CAPABILITIES,
+    Case(2048, 12102, 256, dtype="bfloat16"): (90,),
+}
+
+
+def most_spills(case, kernel, capability):
+    """Instructions on local memory: none, but a few on sm_100 where the gradient by hidden sums rows of 1 KB."""
+    return 24 if capability == 100 and case.width == 256 and kernel.name == KERNELS[1] else 0
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_kernels_stay_in_registers(case):
+    kernels = capture(case.gradients, *case.arguments())
+    assert [kernel.name for kernel in kernels] == KERNELS
+    for kernel in kernels:
+        assert kernel.grid[0] > 1.9 * 132
+        for capability in CASES[case]:
+            used = compile_kernel(kernel, capability)
+            print(
+                f"{kernel.name} {case.targets}x{case.items}x{case.width} {case.dtype} {case.products} "
+                f"warps {kernel.num_warps} programs {kernel.grid[0]} sm_{capability}: registers {used.registers} "
+                f"shared {used.shared_bytes} local {used.local_accesses} "
+                f"tensor-core {used.tensor_core_instructions} instructions {used.instructions}"
+            )
+            assert used.local_accesses <= most_spills(case, kernel, capability)
+            assert used.shared_bytes < 100_000
+            assert used.tensor_core_instructions > 0
+
+
+def instructions_of_products(case, walk):
+    """Tensor-core instructions of a warp for the two products of a backward step, if no warp repeats another's."""
+    per_instruction = 16 * 8 * (16 if case.dtype == "bfloat16" else 8)
+    products = 3 if case.products == "float32" and case.dtype == "float32" else 1
+    return 2 * products * walk.own * walk.walked * case.width / per_instruction / walk.num_warps
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if 80 in CASES[case]], ids=str)
+def test_warps_share_the_products(case):
+    """Exactly at d 64; with the small tiles of wide rows a product of scores may be made by two warps or more."""
+    repeated = 1 if case.width == 64 else 2.5
+    for kernel in capture(case.gradients, *case.arguments())[1:]:
+        used = compile_kernel(kernel, 80)
+        assert used.tensor_core_instructions <= repeated * instructions_of_products(case, case.config().d_hidden)
+
+
+def test_lowers_for_ragged_shapes():
+    for targets, items, width in [(1, 1, 1), (33, 70, 20), (5, 12102, 200)]:
+        for masked in (False, True):
+            case = Case(targets, items, width, masked=masked)
+            assert [kernel.name for kernel in capture(case.gradients, *case.arguments())] == KERNELS
+
+
+def test_lowers_for_two_dtypes():
+    case = Case(2048, 12102, 64)
+    hidden, embedding, *rest = case.arguments()
+    hidden = jax.ShapeDtypeStruct(hidden.shape, jnp.bfloat16)
+    assert [kernel.name for kernel in capture(case.gradients, hidden, embedding, *rest)] == KERNELS
+
+
+def test_lowers_in_64_bit_mode(x64):
+    case = Case(2048, 12102, 64, masked=True)
+    assert [kernel.name for kernel in capture(case.gradients, *case.arguments())] == KERNELS
+
+
+def test_lowers_under_vmap():
+    case = Case(256, 341, 64)
+    stacked = [jax.ShapeDtypeStruct((3, *a.shape), a.dtype) for a in case.arguments()[:3]]
+    kernels = capture(jax.vmap(lambda *arrays: case.gradients(*arrays, None)), *stacked)
+    assert [kernel.name for kernel in kernels] == KERNELS
+
+
+def test_lowers_inside_shard_map():
+    """With the check of what differs between devices; the gradient of the embedding, the same on all, is summed."""
+    case = Case(2048, 12102, 64)
+    rows, same = P("data"), P()
+    sharded = jax.shard_map(
+        lambda *arrays: case.gradients(*arrays, None),
+        mesh=jax.make_mesh((len(jax.devices()),), ("data",), axis_types=(jax.sharding.AxisType.Auto,)),
+        in_specs=(rows, same, rows),
+        out_specs=(rows, rows, same),
+    )
+    arguments = case.arguments()[:3]
+    assert [kernel.name for kernel in capture(sharded, *arguments)] == KERNELS
+    assert "psum" in str(jax.make_jaxpr(sharded)(*arguments))

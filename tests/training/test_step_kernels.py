@@ -1,0 +1,89 @@
+"""Training with the GPU kernels, interpreted, against training with plain JAX."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.quick_jit import quick_jit
+from tim4rec_jax import ExperimentConfig, ModelConfig, TrainConfig, build_model
+from tim4rec_jax.data.length_groups import LengthGroup
+from tim4rec_jax.data.loader import Batch
+from tim4rec_jax.training.step import init_state, make_optimizer, train_step
+
+ROWS, MAX_LEN, VOCAB, STEPS = 6, 18, 40, 20
+MODEL = ModelConfig(vocab_size=VOCAB, max_len=MAX_LEN, d_model=16, head_dim=16, d_state=16, time_dropout=0.1)
+GROUPS = (LengthGroup(MAX_LEN, 4), LengthGroup(7, 3))
+KERNELS = {
+    "ssd": ({"ssd_implementation": "pallas_triton_interpreted"}, {}),
+    "everything": (
+        {"ssd_implementation": "pallas_triton_interpreted", "conv_implementation": "pallas_triton_interpreted"},
+        {"loss_implementation": "pallas_triton_interpreted"},
+    ),
+    "loss in tiles": ({}, {"loss_implementation": "xla"}),
+}
+
+
+class GivenBatches:
+    """A loader whose payload is the batch."""
+
+    num_batches, resident = 1, ()
+
+    def batch(self, resident, payload):
+        return payload
+
+
+def batches():
+    rng = np.random.default_rng(5)
+    for _ in range(STEPS):
+        lengths = rng.integers(1, MAX_LEN + 1, ROWS).astype(np.int32)
+        inside = np.arange(MAX_LEN) < lengths[:, None]
+        items = (rng.integers(1, VOCAB, inside.shape) * inside).astype(np.int32)
+        times = (np.cumsum(rng.integers(0, 10_000, inside.shape), axis=1) * inside).astype(np.float32)
+        targets = rng.integers(1, VOCAB, ROWS).astype(np.int32)
+        yield Batch(*(jnp.asarray(a) for a in (items, lengths, times, targets, np.ones(ROWS, np.float32))))
+
+
+@functools.cache
+def losses(name):
+    """The loss of every step."""
+    model_changes, train_changes = KERNELS.get(name, ({}, {}))
+    train = TrainConfig(batch_size=ROWS, **train_changes)
+    config = ExperimentConfig(name="steps", model=dataclasses.replace(MODEL, **model_changes), train=train)
+    model, optimizer = build_model(config.model), make_optimizer(train, STEPS)
+    state = init_state(model, optimizer, train.seed)
+    step = quick_jit(functools.partial(train_step, model, optimizer, config, GROUPS, GivenBatches()))
+    values = []
+    for batch in batches():
+        state, loss = step(state, (), batch)
+        values.append(float(loss))
+    return np.array(values)
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_twenty_steps_follow_plain_jax(name):
+    plain = losses("plain")
+    assert plain[-1] != plain[0]
+    np.testing.assert_allclose(losses(name), plain, rtol=1e-5)
+
+
+def test_the_step_that_is_run_has_kernels_in_it():
+    model_changes, train_changes = KERNELS["everything"]
+    config = ExperimentConfig(
+        name="steps", model=dataclasses.replace(MODEL, **model_changes), train=TrainConfig(**train_changes)
+    )
+    model, optimizer = build_model(config.model), make_optimizer(config.train, STEPS)
+    state = init_state(model, optimizer, 0)
+    step = functools.partial(train_step, model, optimizer, config, GROUPS, GivenBatches())
+    program = str(jax.make_jaxpr(step)(state, (), next(batches())))
+    for kernel in ("ssd_forward", "ssd_backward", "causal_conv1d_forward", "causal_conv1d_backward"):
+        assert kernel in program, kernel
+    assert program.count("pallas_call") > 6
+
+
+def test_a_fused_loss_is_for_cross_entropy_only():
+    with pytest.raises(ValueError, match="loss_implementation='xla' is for loss='ce'; leave it out for loss='bpr'"):
+        TrainConfig(loss="bpr", loss_implementation="xla")
