@@ -83,7 +83,8 @@ def _kernels(
     products: str | None,
     config: SsdConfig | None,
     interpret: bool,
-) -> tuple[Array, Array]:
+    return_final_state: bool,
+) -> tuple[Array, Array | None]:
     """Runs the GPU kernels; inputs as `ssd_pallas_triton` takes them."""
     x, B = inputs[0], inputs[3]
     batch, length, heads, width = x.shape
@@ -94,7 +95,8 @@ def _kernels(
             batch=batch, length=length, heads=heads, groups=B.shape[2], width=width, state_width=B.shape[3],
             chunk_size=chunk_size, wide_products=wide,
         )  # fmt: skip
-    return ssd_pallas_triton(*inputs, config=config, products=factors, interpret=interpret)
+    options = {"products": factors, "interpret": interpret, "return_final_state": return_final_state}
+    return ssd_pallas_triton(*inputs, config=config, **options)
 
 
 def ssd(
@@ -162,7 +164,7 @@ def ssd(
     inputs = (x, dt, A, B, C, D, dt_bias, initial_state, lengths)
     if implementation.startswith("pallas_triton"):
         interpret = implementation == "pallas_triton_interpreted"
-        y, state = _kernels(inputs, chunk_size, products, config, interpret)
+        y, state = _kernels(inputs, chunk_size, products, config, interpret, return_final_state)
     else:
         y, state = _plain(inputs, None if implementation == "reference" else chunk_size)
     return (y, state) if return_final_state else y

@@ -63,7 +63,8 @@ def _forward_kernel(plan: Plan, keep_states: bool, *refs: Any) -> None:
     """Outputs, the final state and, for the gradient, the state before each chunk."""
     x_ref, dt_ref, A_ref, B_ref, C_ref, D_ref, bias_ref, lengths_ref, *rest = refs
     initial_ref = rest.pop(0) if plan.has_initial or plan.segments > 1 else None
-    y_ref, final_ref, *rest = rest
+    y_ref, *rest = rest
+    final_ref = rest.pop(0) if plan.wants_final else None
     row, segment, group, head, _, split = place(plan, 1, plan.config.width_splits)
     columns = plan.columns(split)
     states = plan.states
@@ -75,7 +76,8 @@ def _forward_kernel(plan: Plan, keep_states: bool, *refs: Any) -> None:
         delta = load_steps(dt_ref, row, positions, head, bias, row_length).delta
         decays = chunk_decays(delta * A)
         if keep_states:
-            store_tile(rest[0], state, row, index, head, columns, states)
+            unless = chunk == 0 if plan.starts_from_zero else None
+            store_tile(rest[0], state, row, index, head, columns, states, unless=unless)
         B, C = (load_tile(ref, row, positions, group, states) for ref in (B_ref, C_ref))
         mixed = plan.dot(C, B, trans_b=True) * decays.between * delta[None, :]
         y = decays.from_start[:, None] * plan.dot(C, state.astype(C.dtype), trans_b=True)
@@ -93,7 +95,8 @@ def _forward_kernel(plan: Plan, keep_states: bool, *refs: Any) -> None:
     else:
         state = load_tile(initial_ref, row, segment, head, columns, states)
     state = jax.lax.fori_loop(0, plan.num_chunks, walk, state)
-    store_tile(final_ref, state, row, segment, head, columns, states)
+    if final_ref is not None:
+        store_tile(final_ref, state, row, segment, head, columns, states)
 
 
 def _call(plan: Plan, kernel: Any, arguments: list[Array], out_shapes: list[Any], name: str) -> list[Array]:
@@ -109,8 +112,8 @@ def _call(plan: Plan, kernel: Any, arguments: list[Array], out_shapes: list[Any]
     )
 
 
-def _forward(plan: Plan, keep_states: bool, *inputs: Array | None) -> tuple[Array, Array, Array | None]:
-    """Returns y, the final state, and the state before each chunk [b, k, h, p, n] if it is kept."""
+def _forward(plan: Plan, keep_states: bool, *inputs: Array | None) -> tuple[Array, Array | None, Array | None]:
+    """Returns y, the final state if it is wanted, and the state before each chunk [b, k, h, p, n] if it is kept."""
     x, dt, A, B, C, D, dt_bias, initial, lengths = inputs
     state_shape = (plan.heads, plan.width, plan.state_width)
     before = None if initial is None else initial[:, None]
@@ -126,18 +129,21 @@ def _forward(plan: Plan, keep_states: bool, *inputs: Array | None) -> tuple[Arra
             "ssd_segments",
         )
         before = states_before(added, log_total, initial)
-    shapes = [(x.shape, x.dtype), ((plan.batch, plan.segments, *state_shape), jnp.float32)]
+    shapes = [(x.shape, x.dtype)]
+    if plan.wants_final:
+        shapes.append(((plan.batch, plan.segments, *state_shape), jnp.float32))
     if keep_states:
         shapes.append(((plan.batch, plan.all_chunks, *state_shape), jnp.float32))
     arguments = [x, dt, A, B, C, D, dt_bias, lengths] + ([] if before is None else [before])
-    y, final, *states = _call(
+    y, *rest = _call(
         plan, lambda plan, *refs: _forward_kernel(plan, keep_states, *refs), arguments, shapes, "ssd_forward"
     )
-    return y, final[:, -1], states[0] if keep_states else None
+    final = rest.pop(0)[:, -1] if plan.wants_final else None
+    return y, final, rest[0] if keep_states else None
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _ssd(plan: Plan, *inputs: Array | None) -> tuple[Array, Array]:
+def _ssd(plan: Plan, *inputs: Array | None) -> tuple[Array, Array | None]:
     return _forward(plan, False, *inputs)[:2]
 
 
@@ -146,7 +152,9 @@ def _ssd_fwd(plan: Plan, *inputs: Array | None) -> tuple[tuple[Array, Array], tu
     return (y, final), (*inputs, states)
 
 
-def _ssd_bwd(plan: Plan, residuals: tuple[Any, ...], cotangents: tuple[Array, Array]) -> tuple[Array | None, ...]:
+def _ssd_bwd(
+    plan: Plan, residuals: tuple[Any, ...], cotangents: tuple[Array, Array | None]
+) -> tuple[Array | None, ...]:
     return backward(plan, residuals, cotangents)
 
 
@@ -167,7 +175,8 @@ def ssd_pallas_triton(
     config: SsdConfig,
     products: Products,
     interpret: bool,
-) -> tuple[Array, Array]:
+    return_final_state: bool,
+) -> tuple[Array, Array | None]:
     """Runs the operator of `kernels.ssd.ssd`, softplus, bias and skip included.
 
     Args:
@@ -175,9 +184,10 @@ def ssd_pallas_triton(
       config: how the work is cut up.
       products: what becomes of float32 factors.
       interpret: run the kernels as plain JAX, on any platform.
+      return_final_state: the final state is wanted; else nothing is written for it.
 
     Returns:
-      y [b, l, h, p] in the dtype of x and the final state [b, h, p, n] in float32.
+      y [b, l, h, p] in the dtype of x and the final state [b, h, p, n] in float32, or None.
 
     Raises:
       ValueError: for dtypes, widths or a config that the kernels do not offer.
@@ -190,9 +200,8 @@ def ssd_pallas_triton(
         if size > MAX_WIDTH:
             raise ValueError(f"{name}={size} is over the {MAX_WIDTH} of the Triton kernels: use implementation='xla'")
     config.check(heads_per_group=heads // groups, width=width)
-    plan = Plan(
-        batch, length, heads, groups, width, state_width, config, products, interpret, initial_state is not None
-    )
+    shape = (batch, length, heads, groups, width, state_width)
+    plan = Plan(*shape, config, products, interpret, initial_state is not None, return_final_state)
     zeros = jnp.zeros(heads, jnp.float32)
     inputs = (
         x,

@@ -59,7 +59,7 @@ def _request_kernel(plan: Plan, dy_ref, dt_ref, A_ref, C_ref, bias_ref, lengths_
 
 
 class _Refs(NamedTuple):
-    """What the backward kernel reads and, from dx on, writes."""
+    """What the backward kernel reads and, from dx on, writes; `after` and `d_initial` may be missing."""
 
     x: Any
     dt: Any
@@ -134,7 +134,8 @@ def _walk(plan: Plan, refs: _Refs, at: Place, head: _Head, step: Array, sums: _S
     d_scores = d_mixed.astype(narrow)
 
     # From the state before it to the outputs.
-    before = load_tile(refs.states, at.row, chunk, head.index, columns, states)
+    unless = chunk == 0 if plan.starts_from_zero else None
+    before = load_tile(refs.states, at.row, chunk, head.index, columns, states, unless=unless)
     dC = plan.dot(_scaled(dy, decays.from_start), before.astype(narrow))
     arriving = jnp.sum(dC * C.astype(jnp.float32), axis=1)
     through = decays.total * jnp.sum(sums.state * before)
@@ -173,7 +174,8 @@ def _scaled(tile: Array, factors: Array) -> Array:
 
 def _backward_kernel(plan: Plan, *all_refs: Any) -> None:
     """All gradients; the heads of a program take turns and add their gradients of B and C."""
-    refs = _Refs(*all_refs)
+    has_after = plan.wants_final or plan.segments > 1
+    refs = _Refs(*(all_refs if has_after else (*all_refs[:10], None, *all_refs[10:])))
     count, splits = plan.config.heads_per_program, plan.config.width_splits
     at = place(plan, count, splits)
     columns, states = plan.columns(at.split), plan.states
@@ -184,7 +186,9 @@ def _backward_kernel(plan: Plan, *all_refs: Any) -> None:
             pltriton.debug_barrier()
         index = at.head + number
         head = _Head(index, number == 0, refs.A[index], refs.D[index], refs.bias[index])
-        after = load_tile(refs.after, at.row, at.segment, index, columns, states)
+        after = jnp.zeros((columns.count, states.count), jnp.float32)
+        if refs.after is not None:
+            after = load_tile(refs.after, at.row, at.segment, index, columns, states)
         sums = _Sums(after, jnp.float32(0), jnp.float32(0))
         sums = jax.lax.fori_loop(0, plan.num_chunks, functools.partial(_walk, plan, refs, at, head), sums)
         refs.dA[at.split, at.row, at.segment, index] = sums.A
@@ -211,11 +215,11 @@ def _call(plan: Plan, kernel: Any, arguments: list[Array], shapes: list[Any], he
     )
 
 
-def _states_after(plan: Plan, residuals: tuple[Any, ...], dy: Array, d_final: Array) -> Array:
-    """Gradient of the state after each segment, [b, s, h, p, n]."""
+def _states_after(plan: Plan, residuals: tuple[Any, ...], dy: Array, d_final: Array | None) -> Array | None:
+    """Gradient of the state after each segment, [b, s, h, p, n], or None for zeros."""
     _, dt, A, _, C, _, dt_bias, _, lengths, _ = residuals
     if plan.segments == 1:
-        return d_final[:, None]
+        return None if d_final is None else d_final[:, None]
     asked, log_total = _call(
         plan,
         _request_kernel,
@@ -230,14 +234,16 @@ def _states_after(plan: Plan, residuals: tuple[Any, ...], dy: Array, d_final: Ar
     return states_before(asked, log_total, d_final, reverse=True)
 
 
-def backward(plan: Plan, residuals: tuple[Any, ...], cotangents: tuple[Array, Array]) -> tuple[Array | None, ...]:
+def backward(
+    plan: Plan, residuals: tuple[Any, ...], cotangents: tuple[Array, Array | None]
+) -> tuple[Array | None, ...]:
     """Pulls the gradients of y and of the final state back to every input.
 
     Args:
       plan: static numbers of the call.
       residuals: the inputs (x, dt, A, B, C, D, dt_bias, initial state or None, lengths), and the states before each
         chunk.
-      cotangents: dy [b, l, h, p] and d_final [b, h, p, n].
+      cotangents: dy [b, l, h, p] and d_final [b, h, p, n], or None where the final state is no output.
 
     Returns:
       One gradient for each input; None for lengths and for an initial state that is not there.
@@ -253,11 +259,11 @@ def backward(plan: Plan, residuals: tuple[Any, ...], cotangents: tuple[Array, Ar
     per_head = ((splits, plan.batch, plan.segments, plan.heads), jnp.float32)
     shapes = [(x.shape, x.dtype), ((splits, *dt.shape), jnp.float32), map_shape, map_shape, per_head, per_head]
     if initial is not None:
-        shapes.append((after.shape, jnp.float32))
+        shapes.append(((plan.batch, plan.segments, plan.heads, plan.width, plan.state_width), jnp.float32))
     dx, ddt, dB, dC, dA, dD, *d_initial = _call(
         plan,
         _backward_kernel,
-        [x, dt, A, B, C, D, dt_bias, lengths, states, dy.astype(x.dtype), after],
+        [x, dt, A, B, C, D, dt_bias, lengths, states, dy.astype(x.dtype)] + ([] if after is None else [after]),
         shapes,
         count,
         "ssd_backward",

@@ -30,6 +30,7 @@ class Plan:
       products: what becomes of float32 factors.
       interpret: run as plain JAX.
       has_initial: there is an initial state.
+      wants_final: the final state is an output.
     """
 
     batch: int
@@ -42,6 +43,7 @@ class Plan:
     products: Products
     interpret: bool
     has_initial: bool
+    wants_final: bool = False
 
     @property
     def chunk(self) -> int:
@@ -62,6 +64,11 @@ class Plan:
     def all_chunks(self) -> int:
         """Chunks of a row."""
         return self.num_chunks * self.segments
+
+    @property
+    def starts_from_zero(self) -> bool:
+        """The state before a row's first chunk is zero, and is neither kept nor read."""
+        return self.segments == 1 and not self.has_initial
 
     @property
     def states(self) -> "Span":
@@ -132,22 +139,30 @@ def _mask(spans: Sequence[Span]) -> Array | None:
     return mask
 
 
+def _mask_unless(spans: Sequence[Span], unless: Array | None) -> Array | None:
+    mask = _mask(spans)
+    if unless is None:
+        return mask
+    wanted = jnp.broadcast_to(jnp.logical_not(unless), [span.count for span in spans])
+    return wanted if mask is None else mask & wanted
+
+
 def _indexer(index: Sequence[Any]) -> tuple[tuple[Any, ...], list[Span]]:
     spans = [i for i in index if isinstance(i, Span)]
     return tuple(pl.ds(i.start, i.count) if isinstance(i, Span) else i for i in index), spans
 
 
-def load_tile(ref: Any, *index: Any) -> Array:
-    """Loads ref at integers and `Span`s; what lies outside the array is 0."""
+def load_tile(ref: Any, *index: Any, unless: Array | None = None) -> Array:
+    """Loads ref at integers and `Span`s; what lies outside the array is 0, and so is all of it if `unless` is true."""
     at, spans = _indexer(index)
-    mask = _mask(spans)
+    mask = _mask_unless(spans, unless)
     return pltriton.load(ref.at[at], mask=mask, other=None if mask is None else jnp.zeros((), ref.dtype))
 
 
-def store_tile(ref: Any, tile: Array, *index: Any) -> None:
-    """Stores a tile at integers and `Span`s; what lies outside the array is left out."""
+def store_tile(ref: Any, tile: Array, *index: Any, unless: Array | None = None) -> None:
+    """Stores a tile at integers and `Span`s; what lies outside the array is left out, and all of it if `unless`."""
     at, spans = _indexer(index)
-    pltriton.store(ref.at[at], tile.astype(ref.dtype), mask=_mask(spans))
+    pltriton.store(ref.at[at], tile.astype(ref.dtype), mask=_mask_unless(spans, unless))
 
 
 class Steps(NamedTuple):

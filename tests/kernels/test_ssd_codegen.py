@@ -18,10 +18,10 @@ LONG_KERNELS = ["ssd_segments", "ssd_forward", "ssd_requests", "ssd_backward"]
 # Bytes of local memory a thread that the backward kernel spills at most, by capability: the compiler hoists loads until
 # it runs out of its 255 registers. A chunk of 32 positions moves ten times that much and more from memory.
 SPILLED = {
-    "tfloat32": {80: 56, 90: 112, 100: 112},
+    "tfloat32": {80: 24, 90: 144, 100: 144},
     "bfloat16": {80: 8, 90: 40, 100: 96},
     "float32": {80: 32, 90: 64, 100: 64},
-    "long": {80: 136, 90: 136, 100: 136},
+    "long": {80: 136, 90: 288, 100: 200},
     "wide": {80: 72, 90: 176, 100: 176},
 }
 SHARED_LIMIT = 100 * 1024

@@ -86,6 +86,29 @@ def test_strong_decay_through_segments_and_ragged_rows():
     check((3, 90, 2, 1, 16, 16), config, lengths=(90, 0, 41), step_scale=3.0)
 
 
+@pytest.mark.parametrize("segments", [1, 3])
+@pytest.mark.parametrize("initial", [True, False])
+def test_without_a_final_state(segments, initial):
+    """Nothing is written for it, nor for a first state that is zero; y and its gradients are the same."""
+    arrays, dy, dstate = inputs((2, 50, 2, 1, 16, 16))
+    if not initial:
+        arrays["initial_state"] = jnp.zeros_like(arrays["initial_state"])
+    config = dataclasses.replace(PLAIN, segments=segments, heads_per_program=2)
+    given = arrays if initial else {name: a for name, a in arrays.items() if name != "initial_state"}
+
+    @quick_jit
+    def run(given):
+        apply = functools.partial(ssd, config=config, implementation="pallas_triton_interpreted")
+        y, pull = jax.vjp(lambda given: apply(**given), given)
+        return y, pull(dy)[0]
+
+    y, gradients = run(given)
+    expected = program(config)(arrays, None, dy, jnp.zeros_like(dstate))
+    assert_near(y, expected[0], 1e-6, "y")
+    for name, gradient in gradients.items():
+        assert_near(gradient, expected[2][name], 1e-6, name)
+
+
 def test_the_same_bits_every_run():
     arrays, dy, dstate = inputs((2, 70, 4, 1, 16, 16))
     run = program(dataclasses.replace(PLAIN, segments=2, heads_per_program=2))
