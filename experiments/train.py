@@ -29,6 +29,7 @@ from tim4rec_jax.data.interactions import InteractionLog, load_log
 from tim4rec_jax.data.splits import leave_one_out
 from tim4rec_jax.evaluation.baselines import popularity_counts, popularity_ranks
 from tim4rec_jax.evaluation.metrics import summarise
+from tim4rec_jax.models import MODELS
 from tim4rec_jax.run_dir import create_run, write_results
 from tim4rec_jax.training.loop import Interrupted, Trainer
 
@@ -119,7 +120,7 @@ def run(config: ExperimentConfig, run_dir: pathlib.Path, resume: bool, console: 
     console.print(log.statistics.table(config.data.name))
     results = train_one(config, log, run_dir, resume)
     rows = [(_name(config), results["test"], f"this run, best epoch {results['best_epoch']} of {results['epochs']}")]
-    if "time_off" in config.eval.baselines and config.model.use_time:
+    if "time_off" in config.eval.baselines and MODELS[config.model.name](config.model).uses_time:
         console.print("the same model with time off")
         plain = dataclasses.replace(config, model=dataclasses.replace(config.model, use_time=False))
         other = train_one(plain, log, run_dir / "time_off", resume)

@@ -94,11 +94,18 @@ class ModelConfig:
             value = getattr(self, name)
             _require(value >= 1, f"{name}={value} must be at least 1")
         _require(self.vocab_size >= 0, f"vocab_size={self.vocab_size} must be at least 0 (0: taken from the data)")
-        _require(
-            self.d_inner % self.head_dim == 0,
-            f"head_dim={self.head_dim} must divide expand*d_model={self.d_inner}; "
-            f"choose one of {[p for p in (16, 32, 64, 128, 256) if self.d_inner % p == 0]}",
-        )
+        if self.name in ("sasrec", "tisasrec"):
+            _require(
+                self.d_model % self.attention_heads == 0,
+                f"attention_heads={self.attention_heads} must divide d_model={self.d_model}; "
+                f"choose one of {[h for h in range(1, self.d_model + 1) if self.d_model % h == 0]}",
+            )
+        else:
+            _require(
+                self.d_inner % self.head_dim == 0,
+                f"head_dim={self.head_dim} must divide expand*d_model={self.d_inner}; "
+                f"choose one of {[p for p in (16, 32, 64, 128, 256) if self.d_inner % p == 0]}",
+            )
         _require_rate("dropout", self.dropout)
         _require_rate("time_dropout", self.time_dropout)
         _require_rate("attention_dropout", self.attention_dropout)

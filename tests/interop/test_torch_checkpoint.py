@@ -110,7 +110,8 @@ def test_unknown_names_and_values_out_of_range():
         interop.config_from_upstream("TiM5Rec", UPSTREAM)
     with pytest.raises(ValueError, match=r"head_dim=48 must divide expand\*d_model=128"):
         interop.config_from_upstream("TiM4Rec", UPSTREAM | {"head_dim": 48})
-    with pytest.raises(ValueError, match="model 'other' has no PyTorch form here; known: .'tim4rec'."):
+    known = "known: .'sasrec', 'tim4rec', 'tisasrec'."
+    with pytest.raises(ValueError, match=f"model 'other' has no PyTorch form here; {known}"):
         interop.params_to_torch(dataclasses.replace(SMALL, name="other"), {})
 
 
@@ -220,3 +221,24 @@ def test_every_difference_of_a_parameter_tree_is_named_at_once():
         "  missing: layers_0/mixer/time/conv_2/bias",
         "  unexpected: position_embedding/embedding",
     ]
+
+
+ATTENTION = {
+    "hidden_size": 64, "inner_size": 256, "n_layers": 2, "n_heads": 4, "hidden_dropout_prob": 0.1,
+    "attn_dropout_prob": 0.2, "hidden_act": "gelu", "layer_norm_eps": "1e-12", "initializer_range": 0.02,
+    "MAX_ITEM_LIST_LENGTH": 50, "n_items": 101, "time_span": 256,
+}  # fmt: skip
+
+
+def test_settings_of_the_attention_models():
+    timed = interop.config_from_upstream("TiSASRec", ATTENTION)
+    assert (timed.name, timed.attention_heads, timed.num_layers, timed.time_span) == ("tisasrec", 4, 2, 256)
+    assert (timed.dropout, timed.attention_dropout, timed.norm_eps, timed.vocab_size) == (0.1, 0.2, 1e-12, 101)
+    plain = {name: value for name, value in ATTENTION.items() if name != "time_span"}
+    assert interop.config_from_upstream("SASRec", plain).name == "sasrec"
+    with pytest.raises(ValueError, match="the settings do not describe a TiSASRec:\n  missing: time_span"):
+        interop.config_from_upstream("TiSASRec", plain)
+    with pytest.raises(ValueError, match="hidden_act='relu' is not offered, only 'gelu'"):
+        interop.config_from_upstream("SASRec", plain | {"hidden_act": "relu"})
+    with pytest.raises(ValueError, match="attention_heads=5 must divide d_model=64"):
+        interop.config_from_upstream("SASRec", plain | {"n_heads": 5})

@@ -6,7 +6,15 @@ from typing import Any
 
 from tim4rec_jax.config import ModelConfig
 
-_MODEL_NAMES = {"tim4rec": "tim4rec", "ssd4rec": "tim4rec"}
+# Original model -> ours, and what its name alone settles.
+_MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "tim4rec": ("tim4rec", {}),
+    "ssd4rec": ("tim4rec", {"use_time": False}),
+    "sasrec": ("sasrec", {}),
+    "tisasrec": ("tisasrec", {}),
+}
+# What the original programs can vary and ours cannot.
+_FIXED: dict[str, Any] = {"hidden_act": "gelu", "initializer_range": 0.02}
 
 
 def _flag(value: Any) -> bool:
@@ -29,7 +37,7 @@ def _whole_number(value: Any) -> int:
 
 # Original name -> (our name, conversion). YAML reads "1e-5" as text, so numbers are converted and not just taken.
 _Fields = dict[str, tuple[str, Callable[[Any], Any]]]
-_REQUIRED: _Fields = {
+_STATE_SPACE: _Fields = {
     "hidden_size": ("d_model", _whole_number),
     "num_layers": ("num_layers", _whole_number),
     "dropout_prob": ("dropout", _number),
@@ -43,10 +51,28 @@ _REQUIRED: _Fields = {
     "is_kai_ming_init": ("kaiming_init", _flag),
     "MAX_ITEM_LIST_LENGTH": ("max_len", _whole_number),
 }
+_ATTENTION: _Fields = {
+    "hidden_size": ("d_model", _whole_number),
+    "inner_size": ("inner_size", _whole_number),
+    "n_layers": ("num_layers", _whole_number),
+    "n_heads": ("attention_heads", _whole_number),
+    "hidden_dropout_prob": ("dropout", _number),
+    "attn_dropout_prob": ("attention_dropout", _number),
+    "layer_norm_eps": ("norm_eps", _number),
+    "MAX_ITEM_LIST_LENGTH": ("max_len", _whole_number),
+}
 _WITH_TIME: _Fields = {
     "is_time": ("use_time", _flag),
     "time_drop_out": ("time_dropout", _number),
     "p2p_residual": ("time_gate_per_position", _flag),
+}
+
+
+_FIELDS: dict[str, _Fields] = {
+    "tim4rec": _STATE_SPACE | _WITH_TIME,
+    "ssd4rec": _STATE_SPACE,
+    "sasrec": _ATTENTION,
+    "tisasrec": _ATTENTION | {"time_span": ("time_span", _whole_number)},
 }
 
 
@@ -65,30 +91,35 @@ def config_from_upstream(model_name: str, settings: Mapping[str, Any]) -> ModelC
     0 and is taken from the data or the checkpoint.
 
     Args:
-      model_name: "TiM4Rec" or "SSD4Rec", in any case.
+      model_name: "TiM4Rec", "SSD4Rec", "SASRec" or "TiSASRec", in any case.
       settings: names and values as in the original's configuration.
 
     Raises:
       ValueError: for an unknown model, or listing every missing setting and every value of a wrong type.
     """
     key = model_name.lower()
-    if key not in _MODEL_NAMES:
-        near = difflib.get_close_matches(key, _MODEL_NAMES, n=3, cutoff=0.3) or sorted(_MODEL_NAMES)
+    if key not in _MODELS:
+        near = difflib.get_close_matches(key, _MODELS, n=3, cutoff=0.3) or sorted(_MODELS)
         raise ValueError(f"model_name={model_name!r} is unknown; nearest: {', '.join(near)}")
-    fields = _REQUIRED | (_WITH_TIME if key == "tim4rec" else {})
+    ours, given = _MODELS[key]
+    fields, values = _FIELDS[key], dict(given)
     missing = [name for name in fields if name not in settings]
     # Time off makes the settings of the time branch irrelevant.
     if settings.get("is_time") is False:
         missing = [name for name in missing if name not in _WITH_TIME]
     problems = [f"missing: {name}" for name in missing]
-    values: dict[str, Any] = {} if key == "tim4rec" else {"use_time": False}
-    for name, (ours, convert) in (fields | {"n_items": ("vocab_size", _whole_number)}).items():
+    problems += [
+        f"{name}={settings[name]!r} is not offered, only {fixed!r}"
+        for name, fixed in _FIXED.items()
+        if settings.get(name, fixed) != fixed
+    ]
+    for name, (field, convert) in (fields | {"n_items": ("vocab_size", _whole_number)}).items():
         if name not in settings:
             continue
         try:
-            values[ours] = convert(settings[name])
+            values[field] = convert(settings[name])
         except (TypeError, ValueError, OverflowError):
             problems.append(f"{name}={settings[name]!r} is not a {_KINDS[convert]}")
     if problems:
         raise ValueError(f"the settings do not describe a {model_name}:\n  " + "\n  ".join(problems))
-    return ModelConfig(name=_MODEL_NAMES[key], **values)
+    return ModelConfig(name=ours, **values)

@@ -11,11 +11,16 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from tim4rec_jax.config import ModelConfig
+from tim4rec_jax.interop.attention_names import sasrec_names, tisasrec_names
 from tim4rec_jax.interop.tim4rec_names import tim4rec_names
 from tim4rec_jax.interop.torch_names import Entry
 from tim4rec_jax.models import build_model, init_params
 
-_NAMES: dict[str, Callable[[ModelConfig], Iterator[Entry]]] = {"tim4rec": tim4rec_names}
+_NAMES: dict[str, Callable[[ModelConfig], Iterator[Entry]]] = {
+    "sasrec": sasrec_names,
+    "tim4rec": tim4rec_names,
+    "tisasrec": tisasrec_names,
+}
 
 
 def _entries(config: ModelConfig) -> list[Entry]:

@@ -9,9 +9,11 @@ from jax import Array
 
 from tim4rec_jax.config import ModelConfig
 from tim4rec_jax.models.base import SequentialModel
+from tim4rec_jax.models.sasrec import SASRec
 from tim4rec_jax.models.tim4rec import TiM4Rec
+from tim4rec_jax.models.tisasrec import TiSASRec
 
-MODELS = {"tim4rec": TiM4Rec}
+MODELS = {"sasrec": SASRec, "tim4rec": TiM4Rec, "tisasrec": TiSASRec}
 
 
 def build_model(config: ModelConfig) -> SequentialModel:
@@ -21,7 +23,7 @@ def build_model(config: ModelConfig) -> SequentialModel:
       ValueError: for an unknown name, an empty vocabulary, or float64 without JAX's 64-bit mode.
     """
     if config.name not in MODELS:
-        near = difflib.get_close_matches(config.name, MODELS, n=3, cutoff=0.3) or sorted(MODELS)
+        near = difflib.get_close_matches(config.name, MODELS, n=3, cutoff=0.5) or sorted(MODELS)
         raise ValueError(f"model.name={config.name!r} is unknown; nearest: {', '.join(near)}")
     if config.vocab_size < 2:
         raise ValueError(f"vocab_size={config.vocab_size} must be at least 2: the padding row and one item")

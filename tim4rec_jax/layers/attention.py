@@ -1,0 +1,233 @@
+"""Causal self-attention in post-norm layers, with or without embeddings of the time between two events."""
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax import Array
+
+from tim4rec_jax.config import ModelConfig
+from tim4rec_jax.layers.dense import INIT_STD, Linear, layer_norm, wide
+from tim4rec_jax.layers.dropout import Dropout
+from tim4rec_jax.layers.ssd_mixer import take_at
+
+# Added to a score rather than put in its place: a row that may look at nothing (all of it padding) stays finite.
+MASKED_SCORE = -10000.0
+
+
+class Intervals(NamedTuple):
+    """What attention reads of time: when events happened, and a key and a value row for each interval between two.
+
+    Attributes:
+      timestamps: [b, L] seconds, float or integer.
+      keys, values: [t, d], or [b, t, d] where each example drops values of its own; row t - 1 is for t - 1 or more.
+    """
+
+    timestamps: Array
+    keys: Array
+    values: Array
+
+    def between(self, positions: Array) -> Array:
+        """Returns min(|time_i - time_j|, t - 1) in whole seconds, int32 [b, m, L], for i in positions [b, m]."""
+        own, others = jnp.take_along_axis(self.timestamps, positions, axis=1)[:, :, None], self.timestamps[:, None]
+        gaps = jnp.maximum(own, others) - jnp.minimum(own, others)
+        return jnp.clip(gaps, 0, self.keys.shape[-2] - 1).astype(jnp.int32)
+
+
+def interval_scores(q: Array, keys: Array, intervals: Array) -> Array:
+    """Returns q_i . key[interval_ij] without an array of b * L * L * d values.
+
+    Every query meets every row of the table once, and the pairs pick from these products.
+
+    Args:
+      q: [b, m, h, p].
+      keys: [t, h * p] or [b, t, h * p].
+      intervals: int [b, m, L], 0 to t - 1.
+
+    Returns:
+      [b, h, m, L], float32 or wider.
+    """
+    keys = keys.reshape(*keys.shape[:-1], *q.shape[2:])
+    equation = "bmhp,thp->bmth" if keys.ndim == 3 else "bmhp,bthp->bmth"
+    products = jnp.einsum(equation, q, keys, preferred_element_type=wide(q.dtype.name))
+    # The heads lie together, so that one index moves them all.
+    picked = jnp.take_along_axis(products, intervals[..., None], axis=2, mode="promise_in_bounds")
+    return jnp.moveaxis(picked, 3, 1)
+
+
+def interval_values(weights: Array, values: Array, intervals: Array) -> Array:
+    """Returns sum_j weight_ij value[interval_ij] without an array of b * L * L * d values.
+
+    The weights are summed by interval first, and the sums meet the table once.
+
+    Args:
+      weights: [b, h, m, L], float32 or wider.
+      values: [t, h * p] or [b, t, h * p]; their dtype is that of the product.
+      intervals: int [b, m, L], 0 to t - 1.
+
+    Returns:
+      [b, m, h, p].
+    """
+    b, h, m, _ = weights.shape
+    values = values.reshape(*values.shape[:-1], h, -1)
+    rows, queries = jnp.arange(b)[:, None, None], jnp.arange(m)[:, None]
+    sums = jnp.zeros((b, m, values.shape[-3], h), weights.dtype)
+    sums = sums.at[rows, queries, intervals].add(jnp.moveaxis(weights, 1, 3), mode="promise_in_bounds")
+    equation = "bmth,thp->bmhp" if values.ndim == 3 else "bmth,bthp->bmhp"
+    return jnp.einsum(equation, sums.astype(values.dtype), values)
+
+
+class CausalAttention(nn.Module):
+    """Multi-head attention of each position to itself and to the real positions before it (arXiv 1808.09781).
+
+      s_ij = q_i . (k_j + K[interval_ij]) / sqrt(p) + mask_ij,    w = Dropout(softmax_j(s))
+      out_i = (sum_j w_ij (v_j + V[interval_ij])) Wo + bo
+
+    mask is 0 where j <= i and item j is no padding, else MASKED_SCORE. K and V are there only with intervals (Li et al.
+    2020, "Time Interval Aware Self-Attention for Sequential Recommendation"). Softmax in float32 or wider.
+
+    Attributes:
+      config: the model's settings.
+    """
+
+    config: ModelConfig
+
+    def setup(self) -> None:
+        config = self.config
+        if config.d_model % config.attention_heads:
+            raise ValueError(
+                f"attention_heads={config.attention_heads} must divide d_model={config.d_model}; "
+                f"choose one of {[h for h in (1, 2, 4, 8, 16) if config.d_model % h == 0]}"
+            )
+        self.query, self.key, self.value, self.out = (Linear(config.d_model, config.dtype) for _ in range(4))
+        self.weight_dropout = Dropout(config.attention_dropout)
+
+    def __call__(
+        self, x: Array, queries: Array, positions: Array, real: Array, intervals: Intervals | None,
+        example_ids: Array, *, deterministic: bool,
+    ) -> Array:  # fmt: skip
+        """Attends from some positions to all.
+
+        Args:
+          x: [b, L, d], L <= max_len.
+          queries: [b, m, d], x at `positions`.
+          positions: int [b, m].
+          real: bool [b, L], false for padding.
+          intervals: time between events, or None to attend without it.
+          example_ids: int [b].
+          deterministic: no dropout.
+
+        Returns:
+          [b, m, d].
+        """
+        dtype = wide(self.config.dtype)
+        q, k, v = (
+            projected.reshape(*projected.shape[:2], self.config.attention_heads, -1)
+            for projected in (self.query(queries), self.key(x), self.value(x))
+        )
+        scores = jnp.einsum("bmhp,blhp->bhml", q, k, preferred_element_type=dtype)
+        if intervals is not None:
+            between = intervals.between(positions)
+            scores += interval_scores(q, intervals.keys, between)
+        seen = (jnp.arange(x.shape[1]) <= positions[:, :, None]) & real[:, None]
+        mask = jnp.where(seen, jnp.zeros((), dtype), jnp.asarray(MASKED_SCORE, dtype))
+        weights = jax.nn.softmax(scores / math.sqrt(q.shape[-1]) + mask[:, None], axis=-1)
+        weights = self._dropped(weights, positions, example_ids, deterministic)
+        mixed = jnp.einsum("bhml,blhp->bmhp", weights.astype(v.dtype), v)
+        if intervals is not None:
+            mixed += interval_values(weights, intervals.values, between)
+        return self.out(mixed.reshape(queries.shape))
+
+    def _dropped(self, weights: Array, positions: Array, example_ids: Array, deterministic: bool) -> Array:
+        """Drops weights [b, h, m, L] by their two positions, whatever the length that the rows are cut to."""
+        if deterministic or self.weight_dropout.rate == 0:
+            return weights
+        b, h, m, length = weights.shape
+        pairs = positions[:, :, None] * self.config.max_len + jnp.arange(length)
+        flat = jnp.moveaxis(weights, 1, 3).reshape(b, m * length, h)
+        flat = self.weight_dropout(flat, example_ids, deterministic=False, positions=pairs.reshape(b, -1))
+        return jnp.moveaxis(flat.reshape(b, m, length, h), 3, 1)
+
+
+class AttentionLayer(nn.Module):
+    """h = LayerNorm(Dropout(attention(u)) + u),  out = LayerNorm(Dropout(fc2(gelu(fc1 h))) + h), with the exact GELU.
+
+    Attributes:
+      config: the model's settings.
+    """
+
+    config: ModelConfig
+
+    def setup(self) -> None:
+        config = self.config
+        self.attention = CausalAttention(config)
+        self.attention_dropout = Dropout(config.dropout)
+        self.attention_norm = layer_norm(config.norm_eps, config.dtype)
+        self.fc1 = Linear(config.inner_size, config.dtype)
+        self.fc2 = Linear(config.d_model, config.dtype)
+        self.ffn_dropout = Dropout(config.dropout)
+        self.ffn_norm = layer_norm(config.norm_eps, config.dtype)
+
+    def __call__(
+        self, x: Array, real: Array, intervals: Intervals | None, example_ids: Array, *, deterministic: bool,
+        positions: Array | None = None,
+    ) -> Array:  # fmt: skip
+        """Returns the layer's output at positions [b, m] (None: at all); see `CausalAttention` for the arguments."""
+        u = x if positions is None else take_at(x, positions)
+        positions = jnp.broadcast_to(jnp.arange(x.shape[1]), real.shape) if positions is None else positions
+        drop = {"deterministic": deterministic, "positions": positions}
+        mixed = self.attention(x, u, positions, real, intervals, example_ids, deterministic=deterministic)
+        h = self.attention_norm(self.attention_dropout(mixed, example_ids, **drop) + u)
+        inner = nn.gelu(self.fc1(h), approximate=False)
+        return self.ffn_norm(self.ffn_dropout(self.fc2(inner), example_ids, **drop) + h)
+
+
+class AttentionEncoder(nn.Module):
+    """x_0 = Dropout(LayerNorm(E[items] + P[position])),  x_i = layer_i(x_{i-1}).
+
+    Attributes:
+      config: the model's settings.
+    """
+
+    config: ModelConfig
+
+    def setup(self) -> None:
+        config = self.config
+        self.position_embedding = nn.Embed(
+            config.max_len, config.d_model, dtype=jnp.dtype(config.dtype), param_dtype=wide(config.dtype),
+            embedding_init=nn.initializers.normal(INIT_STD),
+        )  # fmt: skip
+        self.norm = layer_norm(config.norm_eps, config.dtype)
+        self.dropout = Dropout(config.dropout)
+        self.layers = [AttentionLayer(config) for _ in range(config.num_layers)]
+
+    def __call__(
+        self, embedded: Array, real: Array, intervals: Intervals | None, example_ids: Array, *, deterministic: bool,
+        read: Array | None = None,
+    ) -> Array:  # fmt: skip
+        """Returns the hidden states at positions `read` [b, m] (None: at all), without computing what is not read.
+
+        Args:
+          embedded: E[items], [b, L, d].
+          real: bool [b, L], false for padding.
+          intervals: time between events, or None to attend without it.
+          example_ids: int [b].
+          deterministic: no dropout.
+          read: int [b, m] or None.
+
+        Returns:
+          [b, m, d], or [b, L, d].
+
+        Raises:
+          ValueError: for more positions than max_len.
+        """
+        length = embedded.shape[1]
+        if length > self.config.max_len:
+            raise ValueError(f"items have {length} positions, more than max_len={self.config.max_len}")
+        x = self.norm(embedded + self.position_embedding(jnp.arange(length)))
+        x = self.dropout(x, example_ids, deterministic=deterministic)
+        for layer in self.layers[:-1]:
+            x = layer(x, real, intervals, example_ids, deterministic=deterministic)
+        return self.layers[-1](x, real, intervals, example_ids, deterministic=deterministic, positions=read)

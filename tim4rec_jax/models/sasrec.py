@@ -1,0 +1,81 @@
+"""SASRec: causal self-attention over items and their positions."""
+
+import jax.numpy as jnp
+from flax import linen as nn
+
+from tim4rec_jax.config import ModelConfig
+from tim4rec_jax.layers.attention import AttentionEncoder
+from tim4rec_jax.layers.dense import INIT_STD, wide
+from tim4rec_jax.typing import Array, Hidden, Int, Items, LastHidden, Lengths, Scores, Timestamps
+
+
+class SASRec(nn.Module):
+    """Self-attentive sequential recommendation (Kang & McAuley 2018, arXiv 1808.09781), with post-norm layers.
+
+      x_0 = Dropout(LayerNorm(E[items] + P[position])),    x_i = layer_i(x_{i-1}),    score = E x_last
+
+    See `models.base.SequentialModel`, and `layers.attention` for the layer.
+
+    Attributes:
+      config: the model's settings.
+    """
+
+    config: ModelConfig
+
+    causal = True
+    uses_time = False
+
+    def setup(self) -> None:
+        config = self.config
+        self.item_embedding = nn.Embed(
+            config.vocab_size, config.d_model, dtype=jnp.dtype(config.dtype), param_dtype=wide(config.dtype),
+            embedding_init=nn.initializers.normal(INIT_STD),
+        )  # fmt: skip
+        self.encoder = AttentionEncoder(config)
+
+    def encode(
+        self, items: Items, lengths: Lengths, timestamps: Timestamps | None, *, deterministic: bool,
+        example_ids: Int[Array, " b"] | None = None,
+    ) -> Hidden:  # fmt: skip
+        """Returns the hidden state at every position.
+
+        Args:
+          items: int [b, l], padded on the right with 0.
+          lengths: int [b]; not read, for item 0 tells the padding.
+          timestamps: not read.
+          deterministic: no dropout.
+          example_ids: int [b] names of the rows for their dropout masks; None counts from 0.
+
+        Returns:
+          [b, l, d].
+
+        Raises:
+          ValueError: for more positions than max_len.
+        """
+        return self._encode(items, deterministic, example_ids)
+
+    def encode_last(
+        self, items: Items, lengths: Lengths, timestamps: Timestamps | None, *, deterministic: bool,
+        example_ids: Int[Array, " b"] | None = None,
+    ) -> LastHidden:  # fmt: skip
+        """Returns `encode` at position length - 1 as [b, d], without computing what is not read.
+
+        `items` may be cut to any static length that holds the longest row.
+        """
+        return self._encode(items, deterministic, example_ids, read=lengths[:, None] - 1)[:, 0]
+
+    def _encode(self, items: Items, deterministic: bool, example_ids: Array | None, **options: Array) -> Array:
+        example_ids = jnp.arange(items.shape[0]) if example_ids is None else example_ids
+        embedded = self.item_embedding(items)
+        return self.encoder(embedded, items != 0, None, example_ids, deterministic=deterministic, **options)
+
+    def item_table(self) -> Array:
+        """Returns E, [v, d] in the arithmetic's dtype."""
+        return self.item_embedding.embedding.astype(self.config.dtype)
+
+    def score(self, hidden: LastHidden) -> Scores:
+        """Returns hidden E^T over all rows of the embedding, [b, v], float32 or wider."""
+        return jnp.einsum(
+            "bd,vd->bv", hidden.astype(self.config.dtype), self.item_table(),
+            preferred_element_type=wide(self.config.dtype),
+        )  # fmt: skip
