@@ -96,11 +96,6 @@ class CausalAttention(nn.Module):
 
     def setup(self) -> None:
         config = self.config
-        if config.d_model % config.attention_heads:
-            raise ValueError(
-                f"attention_heads={config.attention_heads} must divide d_model={config.d_model}; "
-                f"choose one of {[h for h in (1, 2, 4, 8, 16) if config.d_model % h == 0]}"
-            )
         self.query, self.key, self.value, self.out = (Linear(config.d_model, config.dtype) for _ in range(4))
         self.weight_dropout = Dropout(config.attention_dropout)
 
