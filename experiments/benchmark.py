@@ -2,10 +2,15 @@
 
     python -m experiments.benchmark train_step --config=beauty_tim4rec --data.path=... --output=step.json
     python -m experiments.benchmark ops --output=ops.json --figure=ops.png
+    python -m experiments.benchmark gpu --output=gpu.json
+    python -m experiments.benchmark predictions --output=predictions.json
 
 `train_step` takes the same real batches through our training step in three forms and through a plain PyTorch model.
 `ops` compares the plain-JAX operators with other forms of them, forward and backward. Both need the test dependencies
 and a checkout (tests/torch_reference).
+`gpu` checks the GPU kernels and times everything that a GPU runs, in one call: --parts, --budget_seconds and --tiny are
+its options, and a wrong result makes the exit code 1 (see experiments/benchmarks/gpu.py). `predictions` counts the
+bytes that the GPU kernels move and compiles them, without a GPU.
 """
 
 import argparse
@@ -16,11 +21,11 @@ from collections.abc import Sequence
 
 from rich.console import Console
 
-from experiments.benchmarks import ops, train_step
+from experiments.benchmarks import gpu, ops, predictions, train_step
 from experiments.command_line import run_program
 from tim4rec_jax.run_dir import write_atomically
 
-BENCHMARKS = {"train_step": train_step.run, "ops": ops.run}
+BENCHMARKS = {"train_step": train_step.run, "ops": ops.run, "gpu": gpu.run, "predictions": predictions.run}
 
 
 def program(argv: list[str]) -> int:
@@ -37,7 +42,7 @@ def program(argv: list[str]) -> int:
     if options.output:
         record = {"benchmark": options.what, **result}
         write_atomically(options.output, (json.dumps(record, indent=2) + "\n").encode())
-    return 0
+    return 1 if result.get("failed") else 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -160,3 +160,27 @@ def time_in_turns(
         for name, entry in clocked.items()
     }
     return records, failed
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the command line says.
+
+    Attributes:
+      implementation: of our kernels.
+      tiny: sizes for trying the program out.
+      repeats: readings of each form.
+    """
+
+    implementation: str
+    tiny: bool
+    repeats: int
+
+    @property
+    def least_seconds(self) -> float:
+        """How long a reading lasts."""
+        return 0.0 if self.tiny else 0.02
+
+    def time(self, forms: dict[str, Form], limit: float = 60.0) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
+        """Times forms in turns."""
+        return time_in_turns(forms, repeats=self.repeats, least_seconds=self.least_seconds, limit=limit)

@@ -5,6 +5,7 @@ of parameters are added up over the blocks, so that every row counts.
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -15,6 +16,7 @@ from experiments.benchmarks.gpu_cases import (
     ODD_CASES,
     OPERATORS,
     PAPER_CASES,
+    PRECISIONS,
     TINY_CASES,
     Arrays,
     Case,
@@ -25,7 +27,7 @@ from experiments.benchmarks.gpu_cases import (
     precisions,
     stored,
 )
-from experiments.benchmarks.gpu_clock import Budget, build_all, reason
+from experiments.benchmarks.gpu_clock import Budget, Settings, build_all, reason
 
 # Largest errors of y and of a gradient, relative in the norm, and over the largest magnitude.
 LIMITS = {"float32": (2e-5, 1e-4), "tfloat32": (5e-3, 5e-3), "bfloat16": (2e-2, 2e-2)}
@@ -42,15 +44,15 @@ def rows_of_a_block(case: Case) -> int:
     return max(rows for rows in range(1, case.sizes["b"] + 1) if case.sizes["b"] % rows == 0 and rows <= limit)
 
 
-def definition(case: Case, values: Values) -> tuple[jax.Array, Arrays]:
-    """Computes y and all gradients in float64 by the definition; call it in 64-bit mode.
+def definition(case: Case, run: Callable[..., tuple[jax.Array, Arrays]], values: Values) -> tuple[jax.Array, Arrays]:
+    """Computes y and all gradients in blocks of rows; call it in 64-bit mode.
 
     Args:
       case: which operator.
+      run: (inputs, fixed, dy) -> y and gradients by the definition.
       values: float64 inputs and dy.
     """
     parameters = OPERATORS[case.op].parameters
-    run = jax.jit(both(forward(case, "reference", "float32")))
     rows, size = values.dy.shape[0], rows_of_a_block(case)
     blocks = []
     for start in range(0, rows, size):
@@ -65,49 +67,41 @@ def definition(case: Case, values: Values) -> tuple[jax.Array, Arrays]:
     return y, gradients
 
 
-@jax.jit
-def _errors(out: jax.Array, expected: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _errors(out: np.ndarray, expected: np.ndarray) -> tuple[float, float]:
     """Error in the norm and at the worst place, over the expected array's own; absolute where that is 0."""
-
-    def over(error: jax.Array, size: jax.Array) -> jax.Array:
-        return error / jnp.where(size > 0, size, 1.0)
-
-    difference = out.astype(expected.dtype) - expected
-    norm, largest = jnp.linalg.norm(expected), jnp.max(jnp.abs(expected))
-    return over(jnp.linalg.norm(difference), norm), over(jnp.max(jnp.abs(difference)), largest)
+    difference = (out.astype(np.float64) - expected).ravel()
+    norm, largest = np.linalg.norm(expected.ravel()), np.max(np.abs(expected))
+    return np.linalg.norm(difference) / (norm or 1.0), np.max(np.abs(difference)) / (largest or 1.0)
 
 
-@jax.jit
-def _same_bits(first: Any, second: Any) -> jax.Array:
+def _same_bits(first: Any, second: Any) -> bool:
     pairs = zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True)
-    return jnp.all(jnp.stack([jnp.all((a == b) | (jnp.isnan(a) & jnp.isnan(b))) for a, b in pairs]))
+    return all(a.tobytes() == b.tobytes() for a, b in pairs)
 
 
-def judge(results: tuple[jax.Array, Arrays], expected: tuple[jax.Array, Arrays], precision: str) -> dict[str, Any]:
+def judge(results: tuple[Any, Arrays], expected: tuple[Any, Arrays], precision: str) -> dict[str, Any]:
     """Compares y and gradients with the definition's; NaN never passes."""
     value_limit, gradient_limit = LIMITS[precision]
     pairs = {"y": (results[0], expected[0], value_limit)}
     pairs |= {f"d {name}": (g, expected[1][name], gradient_limit) for name, g in results[1].items()}
     errors, ok = {}, True
-    with jax.enable_x64(True):
-        for name, (out, wanted, limit) in pairs.items():
-            norm, largest = (float(e) for e in _errors(out.reshape(-1), wanted.reshape(-1)))
-            good = norm <= limit and largest <= limit
-            ok = ok and good
-            # JSON has no NaN.
-            errors[name] = {"norm": _finite(norm), "largest": _finite(largest), "limit": limit, "ok": good}
+    for name, (out, wanted, limit) in pairs.items():
+        norm, largest = _errors(out, wanted)
+        good = bool(norm <= limit and largest <= limit)
+        ok = ok and good
+        # JSON has no NaN.
+        errors[name] = {"norm": _finite(norm), "largest": _finite(largest), "limit": limit, "ok": good}
     return {"errors": errors, "ok": ok}
 
 
 def _finite(number: float) -> float | str:
-    return number if np.isfinite(number) else str(number)
+    return float(number) if np.isfinite(number) else str(number)
 
 
 def _check_precision(case: Case, values: Values, precision: str, run: Any, expected: Any) -> dict[str, Any]:
-    arguments = (values.inputs, values.fixed, values.dy)
-    first = run(*arguments)
+    first, second = (jax.device_get(run(values.inputs, values.fixed, values.dy)) for _ in range(2))
     record = judge(first, expected, precision)
-    record["same_bits"] = bool(_same_bits(first, run(*arguments)))
+    record["same_bits"] = _same_bits(first, second)
     record["ok"] = record["ok"] and record["same_bits"]
     return record
 
@@ -123,6 +117,7 @@ def check(case: Case, implementation: str, wanted: tuple[str, ...], rng: np.rand
         return run.lower(values[name].inputs, values[name].fixed, values[name].dy).compile()
 
     runs, failed = build_all({name: functools.partial(build, name) for name in names})
+    define = jax.jit(both(forward(case, "reference", "float32")))
     records, expected = [], {}
     for name in names:
         record = {"op": case.op, "sizes": case.sizes, "ragged": case.ragged, "precision": name}
@@ -135,7 +130,8 @@ def check(case: Case, implementation: str, wanted: tuple[str, ...], rng: np.rand
             if storage not in expected:
                 with jax.enable_x64(True):
                     wide = jax.tree.map(lambda a: a.astype(np.float64), (values[name].inputs, values[name].dy))
-                    expected[storage] = definition(case, Values(wide[0], values[name].fixed, wide[1]))
+                    wide = Values(wide[0], values[name].fixed, wide[1])
+                    expected[storage] = jax.device_get(definition(case, define, wide))
             record |= {"rows_of_a_block": rows_of_a_block(case)}
             record |= _check_precision(case, values[name], name, runs[name], expected[storage])
         except Exception as error:  # One broken kernel must not hide the others.
@@ -144,15 +140,26 @@ def check(case: Case, implementation: str, wanted: tuple[str, ...], rng: np.rand
     return records
 
 
-def run(implementation: str, tiny: bool, rng: np.random.Generator, budget: Budget) -> dict[str, Any]:
-    """Checks all cases; returns the records and what was skipped."""
-    cases = TINY_CASES if tiny else (*PAPER_CASES, *ODD_CASES)
-    wanted = ("tfloat32", "bfloat16") if tiny else ("tfloat32", "float32", "bfloat16")
-    checks, skipped = [], {}
+def run(
+    settings: Settings,
+    rng: np.random.Generator,
+    budget: Budget,
+    result: dict[str, Any],
+    saved: Callable[[str], None],
+) -> None:
+    """Checks all cases into `result` and calls `saved` after every step."""
+    result.update({"checks": [], "failed": [], "skipped": {}})
+    cases = TINY_CASES if settings.tiny else (*PAPER_CASES, *ODD_CASES)
+    wanted = PRECISIONS[:1] if settings.tiny else PRECISIONS
     for case in cases:
+        label = f"check of {case.label}"
         if refusal := budget.refusal():
-            skipped[case.label] = refusal
+            result["skipped"][label] = refusal
             continue
-        checks += check(case, implementation, wanted, rng)
-    failed = [f"{c['op']} {c['sizes']} {c['precision']}" for c in checks if not c["ok"]]
-    return {"checks": checks, "failed": failed, "skipped": skipped}
+        try:
+            records = check(case, settings.implementation, wanted, rng)
+        except Exception as error:  # One broken operator must not hide the others.
+            records = [{"op": case.op, "sizes": case.sizes, "precision": "", "ok": False, "error": reason(error)}]
+        result["checks"] += records
+        result["failed"] += [f"{case.label} {record['precision']}" for record in records if not record["ok"]]
+        saved(label)

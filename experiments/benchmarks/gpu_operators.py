@@ -1,5 +1,6 @@
 """Time of the operators on this device, the device's ceilings, and how near to them each form comes."""
 
+import contextlib
 import dataclasses
 import functools
 import importlib.util
@@ -27,7 +28,7 @@ from experiments.benchmarks.gpu_cases import (
     precisions,
     stored,
 )
-from experiments.benchmarks.gpu_clock import Budget, Form, build_all, reason, time_in_turns
+from experiments.benchmarks.gpu_clock import Budget, Form, Settings, build_all, reason
 from experiments.benchmarks.gpu_torch import torch_forms
 from experiments.benchmarks.gpu_work import Work, default_kernel_config, floor_seconds, work
 from kernels.ssd import SsdConfig
@@ -36,30 +37,6 @@ PASSES = ("forward", "forward_backward")
 _CHUNK = 64
 # Tuning of other people's kernels takes at most this share of what is left of the part.
 _TUNING_SHARE = 0.25
-
-
-@dataclasses.dataclass(frozen=True)
-class Settings:
-    """What the command line says.
-
-    Attributes:
-      implementation: of our kernels.
-      tiny: sizes for trying the program out.
-      repeats: readings of each form.
-    """
-
-    implementation: str
-    tiny: bool
-    repeats: int
-
-    @property
-    def least_seconds(self) -> float:
-        """How long a reading lasts."""
-        return 0.0 if self.tiny else 0.02
-
-    def time(self, forms: dict[str, Form], limit: float = 60.0) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
-        """Times forms in turns."""
-        return time_in_turns(forms, repeats=self.repeats, least_seconds=self.least_seconds, limit=limit)
 
 
 def compiled_form(function: Callable[..., Any], *arguments: Any) -> Form:
@@ -145,14 +122,26 @@ def jax_forms(
     return forms, failed
 
 
-def _difference(ours: Any, other: Any) -> float | str:
-    """Largest difference of outputs, as a share of the largest magnitude."""
-    a, b = (np.asarray(y, np.float64) for y in (ours, other))
-    worst = float(np.max(np.abs(a - b)) / np.max(np.abs(a)))
-    return worst if np.isfinite(worst) else str(worst)
+def _differences(
+    forms: dict[str, dict[str, Form]], outputs: dict[str, np.ndarray]
+) -> tuple[str | None, dict[str, float | str]]:
+    """Returns the first form that runs, and how far others' outputs lie from its, over the largest magnitude."""
+    first, differences = None, {}
+    for name, passes in forms.items():
+        # What cannot run says so where it is timed.
+        with contextlib.suppress(Exception):
+            outputs = {name: np.asarray(passes["forward"].launch(), np.float64)} | outputs
+            first = first or name
+    for name, y in outputs.items():
+        if first is not None and name != first:
+            worst = float(np.max(np.abs(outputs[first] - y)) / np.max(np.abs(outputs[first])))
+            differences[name] = worst if np.isfinite(worst) else str(worst)
+    return first, differences
 
 
-def _fractions(times: dict[str, dict[str, Any]], counts: Work, bounds: dict[str, Any], precision: str) -> dict[str, Any]:
+def _fractions(
+    times: dict[str, dict[str, Any]], counts: Work, bounds: dict[str, Any], precision: str
+) -> dict[str, Any]:
     """Returns the floors, and what share of its floor each form reaches."""
     rate = bounds["flops_a_second"].get(precision, float("inf"))
     needed = {"forward": (counts.needed, counts.flops), "forward_backward": (counts.needed_both, counts.flops_both)}
@@ -168,20 +157,17 @@ def compare(
     """Times one operator at one size and precision in all forms, in turns."""
     values = stored(case, drawn, precision)
     forms, failed = jax_forms(_jax_applies(case, settings, precision), values, precision)
-    outputs = {name: passes["forward"].launch() for name, passes in forms.items() if "forward" in passes}
-    others, torch_outputs, missing = torch_forms(
+    others, outputs, missing = torch_forms(
         case, drawn, precision, tiny=settings.tiny, limit=_TUNING_SHARE * budget.left()
     )
-    outputs |= torch_outputs
-    first = next(iter(outputs), None)
-    differences = {name: _difference(outputs[first], y) for name, y in outputs.items() if name != first}
-    del outputs
+    first, differences = _differences(forms, outputs)
     flat = {f"{name}: {of}": form for name, passes in (forms | others).items() for of, form in passes.items()}
     times, untimed = settings.time(flat)
     counts = _fractions(times, work(case, precision), bounds, precision)
     record = {"op": case.op, "sizes": case.sizes, "precision": precision, "forms": times, **counts}
     record |= {"kernel_config": dataclasses.asdict(default_kernel_config(case, precision))}
-    return record | {f"difference_from_{first}": differences, "missing": failed | missing | untimed}
+    record |= {"y_differs": {"from": first, "over_largest": differences}}
+    return record | {"missing": failed | missing | untimed}
 
 
 def jobs(tiny: bool) -> Iterator[tuple[str, Case, str]]:
@@ -235,9 +221,16 @@ def sweep(case: Case, precision: str, settings: Settings, drawn: Values) -> dict
     return record | {"median_seconds": seconds, "best": best, "missing": failed | untimed}
 
 
-def run(settings: Settings, rng: np.random.Generator, budget: Budget, result: dict[str, Any]) -> None:
-    """Measures everything into `result`, which is whole after every step."""
+def run(
+    settings: Settings,
+    rng: np.random.Generator,
+    budget: Budget,
+    result: dict[str, Any],
+    saved: Callable[[str], None],
+) -> None:
+    """Measures everything into `result` and calls `saved` after every step."""
     result.update({"ceilings": ceilings(settings), "comparisons": [], "sweep": [], "skipped": {}})
+    saved("ceilings")
     last: tuple[Case | None, Any] = (None, None)
     for kind, case, precision in jobs(settings.tiny):
         label = f"{kind}: {case.label} {precision}"
@@ -254,3 +247,4 @@ def run(settings: Settings, rng: np.random.Generator, budget: Budget, result: di
             result[kind].append(record)
         except Exception as error:  # What cannot be timed must not stop the rest.
             result["skipped"][label] = reason(error)
+        saved(label)

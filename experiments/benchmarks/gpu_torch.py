@@ -1,4 +1,4 @@
-"""The same operators in PyTorch: eagerly, by the kernels of mamba_ssm and causal_conv1d, and replayed as CUDA graphs."""
+"""The same operators in PyTorch: plain, by the kernels of mamba_ssm and causal_conv1d, and replayed as CUDA graphs."""
 
 import contextlib
 import functools
@@ -45,6 +45,7 @@ def import_from(package: str, module: str, name: str) -> Any:
             raise
         # A package made of Triton kernels and a CUDA extension that nobody has built: leave its __init__ out.
         bare = types.ModuleType(package)
+        bare.__spec__ = found
         bare.__path__ = list(found.submodule_search_locations or [])
         sys.modules[package] = bare
         return getattr(importlib.import_module(path), name)
@@ -100,6 +101,7 @@ def _plain_loss(hidden: Any, embedding: Any, targets: Any) -> Any:
 def _plain_conv(x: Any, weight: Any, bias: Any) -> Any:
     import torch
 
+    weight, bias = weight.to(x.dtype), bias.to(x.dtype)
     y = torch.nn.functional.conv1d(x, weight[:, None], bias, padding=weight.shape[1] - 1, groups=x.shape[1])
     return torch.nn.functional.silu(y[..., : x.shape[2]])
 
@@ -110,7 +112,6 @@ def _mamba_ssd(scan: Apply, chunk: int, x: Any, dt: Any, A: Any, B: Any, C: Any,
 
 def _mamba_scan(scan: Apply, x: Any, dt: Any, A: Any, B: Any, C: Any, D: Any, dt_bias: Any) -> Any:
     return scan(x, dt, A, B, C, D=D, delta_bias=dt_bias, delta_softplus=True)
-
 
 
 def _swap(a: Any) -> Any:
@@ -154,7 +155,7 @@ def _candidates(case: Case, precision: str) -> dict[str, Callable[[], tuple[Appl
 
 
 def _leaves(case: Case, values: Values, precision: str, place: str, turned: tuple[str, ...]) -> tuple[Any, ...]:
-    """Returns inputs, fixed arrays and dy as the form takes them: its own dtypes and order of axes, laid out in memory."""
+    """Returns inputs, fixed arrays and dy in the dtypes and the order of axes that the form takes."""
     import torch
 
     operator = OPERATORS[case.op]

@@ -3,7 +3,7 @@
 Bytes are those of device memory. Needed: each input read once and each output written once; forward and backward
 together read the inputs and dy and write y and all gradients. Moved: every pass of ours over an array, where programs
 that run side by side and share a tile (the heads and width splits of a row, blocks of targets that walk over the same
-catalogue) read it once. What is moved leaves out arrays with one number a row, head or segment, and zeros being written.
+catalogue) read it once; arrays with one number a row, head or segment are left out, and so is the writing of zeros.
 """
 
 from dataclasses import dataclass
@@ -58,20 +58,21 @@ def ssd_work(sizes: Sizes, itemsize: int, config: SsdConfig) -> Work:
 
     one_state = b * h * p * n * FLOAT
     segment_states = plan.segments * one_state
-    moved = needed + segment_states
+    moved = needed
     if plan.segments > 1:
         # A pass over x, dt and B (later dy, dt and C) finds what segments add to states: written once, then read and
         # written to bring them into line and again to multiply them.
         segment_pass = x + dt + maps + 5 * segment_states
         moved += segment_pass + segment_states
-    chunk_states = plan.all_chunks * one_state
+    # The state before a row's first chunk is zero; between segments it is kept like the others.
+    chunk_states = (plan.all_chunks - (plan.segments == 1)) * one_state
     splits = config.width_splits
     parts = h // config.heads_per_program * splits
     wide = parts * b * l * n * (itemsize if parts == config.heads_per_program == 1 else FLOAT)
     # Reads inputs, dy and states; writes dx, and parts of the gradients of dt, B and C.
-    backward = inputs + x + chunk_states + segment_states + x + splits * dt + 2 * wide
+    backward = inputs + x + chunk_states + x + splits * dt + 2 * wide
     if plan.segments > 1:
-        backward += segment_pass
+        backward += segment_pass + segment_states
     # The parts are added up, or only rounded.
     if parts > 1 or wide != maps:
         backward += 2 * (wide + maps)
@@ -115,7 +116,7 @@ def scan_work(sizes: Sizes, itemsize: int, config: SelectiveScanConfig) -> Work:
     states = -(-l // config.chunk) * one_state
     parts = 2 * -(-e // config.backward_channels) * b * l * n * FLOAT
     kept = delta + states
-    # Reads x, delta, B, C, dy and states; writes dx, ddt, parts of dB and dC, dA and the initial state's gradient a row.
+    # Reads x, delta, B, C, dy and states; writes dx, ddt, parts of dB and dC, and a row's dA and initial gradient.
     backward = 2 * x + 2 * maps + parameters + kept + 2 * x + parts + 2 * one_state
     # Adds up the parts, and A's gradient over rows.
     backward += parts + 2 * maps + one_state + parameters
