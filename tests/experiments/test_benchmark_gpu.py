@@ -31,6 +31,8 @@ from kernels.ssd import SsdConfig
 from tests.quick_jit import quick_jit
 
 TINY = ["gpu", "--tiny", "--implementation=pallas_triton_interpreted", "--repeats=1", "--seed=7"]
+# However busy the machine is.
+AMPLE = "--budget_seconds=100000"
 CONV = Case("causal_conv1d", {"b": 2, "l": 5, "c": 16})
 
 
@@ -59,7 +61,7 @@ def quick():
 def record(tmp_path_factory):
     """What a run of all parts leaves behind."""
     output = tmp_path_factory.mktemp("gpu") / "gpu.json"
-    assert benchmark.main([*TINY, f"--output={output}"]) == 0
+    assert benchmark.main([*TINY, AMPLE, f"--output={output}"]) == 0
     return json.loads(output.read_text())
 
 
@@ -120,7 +122,7 @@ def test_a_wrong_result_makes_the_exit_code_1_and_timing_goes_on(one_case, monke
     monkeypatch.setitem(gpu_cases.OPERATORS, "causal_conv1d", dataclasses.replace(operator, function=wrong))
     monkeypatch.setattr(gpu_operators, "jobs", lambda tiny: iter([("comparisons", CONV, "bfloat16")]))
     output = tmp_path / "gpu.json"
-    assert benchmark.main([*TINY, "--parts=ops,correctness", f"--output={output}"]) == 1
+    assert benchmark.main([*TINY, AMPLE, "--parts=ops,correctness", f"--output={output}"]) == 1
     written = json.loads(output.read_text())
     assert written["failed"] and len(written["correctness"]["failed"]) == 1
     assert written["ops"]["comparisons"][0]["forms"] and "train_step" not in written
@@ -274,7 +276,7 @@ def test_slow_forms_are_stopped_and_quick_ones_are_repeated():
         return gpu_clock.Form(lambda: time.sleep(seconds), lambda _: None)
 
     times, failed = gpu_clock.time_in_turns(
-        {"quick": form(1e-4), "stuck": form(30)}, repeats=3, least_seconds=5e-3, limit=0.2
+        {"quick": form(1e-4), "stuck": form(30)}, repeats=3, least_seconds=5e-3, limit=2
     )
     assert "TimeoutError" in failed["stuck"] and set(times) == {"quick"}
     assert len(times["quick"]["seconds"]) == 3 and times["quick"]["launches_a_reading"] > 1
