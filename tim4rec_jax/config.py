@@ -100,7 +100,7 @@ class ModelConfig:
                 f"attention_heads={self.attention_heads} must divide d_model={self.d_model}; "
                 f"choose one of {[h for h in range(1, self.d_model + 1) if self.d_model % h == 0]}",
             )
-        else:
+        elif self.name not in ("mamba4rec", "echomamba4rec"):
             _require(
                 self.d_inner % self.head_dim == 0,
                 f"head_dim={self.head_dim} must divide expand*d_model={self.d_inner}; "

@@ -110,7 +110,7 @@ def test_unknown_names_and_values_out_of_range():
         interop.config_from_upstream("TiM5Rec", UPSTREAM)
     with pytest.raises(ValueError, match=r"head_dim=48 must divide expand\*d_model=128"):
         interop.config_from_upstream("TiM4Rec", UPSTREAM | {"head_dim": 48})
-    known = "known: .'sasrec', 'tim4rec', 'tisasrec'."
+    known = "known: .'echomamba4rec', 'mamba4rec', 'sasrec', 'tim4rec', 'tisasrec'."
     with pytest.raises(ValueError, match=f"model 'other' has no PyTorch form here; {known}"):
         interop.params_to_torch(dataclasses.replace(SMALL, name="other"), {})
 

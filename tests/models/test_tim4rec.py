@@ -249,7 +249,9 @@ def test_bad_input():
 def test_models_that_cannot_be_built():
     with pytest.raises(ValueError, match="model.name='tim4rek' is unknown; nearest: tim4rec"):
         build_model(dataclasses.replace(SMALL, name="tim4rek"))
-    with pytest.raises(ValueError, match="model.name='zzz' is unknown; nearest: sasrec, tim4rec, tisasrec"):
+    with pytest.raises(
+        ValueError, match="model.name='zzz' is unknown; nearest: echomamba4rec, mamba4rec, sasrec, tim4rec, tisasrec"
+    ):
         build_model(dataclasses.replace(SMALL, name="zzz"))
     for size in (0, 1):
         with pytest.raises(ValueError, match=f"vocab_size={size} must be at least 2: the padding row and one item"):

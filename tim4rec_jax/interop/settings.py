@@ -12,6 +12,8 @@ _MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "ssd4rec": ("tim4rec", {"use_time": False}),
     "sasrec": ("sasrec", {}),
     "tisasrec": ("tisasrec", {}),
+    "mamba4rec": ("mamba4rec", {"kaiming_init": False, "norm_eps": 1e-12}),
+    "echomamba4rec": ("echomamba4rec", {"kaiming_init": False, "norm_eps": 1e-12}),
 }
 # What the original programs can vary and ours cannot.
 _FIXED: dict[str, Any] = {"hidden_act": "gelu", "initializer_range": 0.02}
@@ -51,6 +53,10 @@ _STATE_SPACE: _Fields = {
     "is_kai_ming_init": ("kaiming_init", _flag),
     "MAX_ITEM_LIST_LENGTH": ("max_len", _whole_number),
 }
+_SELECTIVE_SCAN: _Fields = {
+    name: _STATE_SPACE[name]
+    for name in ("hidden_size", "num_layers", "dropout_prob", "d_state", "d_conv", "expand", "MAX_ITEM_LIST_LENGTH")
+}
 _ATTENTION: _Fields = {
     "hidden_size": ("d_model", _whole_number),
     "inner_size": ("inner_size", _whole_number),
@@ -71,6 +77,8 @@ _WITH_TIME: _Fields = {
 _FIELDS: dict[str, _Fields] = {
     "tim4rec": _STATE_SPACE | _WITH_TIME,
     "ssd4rec": _STATE_SPACE,
+    "mamba4rec": _SELECTIVE_SCAN,
+    "echomamba4rec": _SELECTIVE_SCAN,
     "sasrec": _ATTENTION,
     "tisasrec": _ATTENTION | {"time_span": ("time_span", _whole_number)},
 }
@@ -91,7 +99,7 @@ def config_from_upstream(model_name: str, settings: Mapping[str, Any]) -> ModelC
     0 and is taken from the data or the checkpoint.
 
     Args:
-      model_name: "TiM4Rec", "SSD4Rec", "SASRec" or "TiSASRec", in any case.
+      model_name: "TiM4Rec", "SSD4Rec", "SASRec", "TiSASRec", "Mamba4Rec" or "EchoMamba4Rec", in any case.
       settings: names and values as in the original's configuration.
 
     Raises:

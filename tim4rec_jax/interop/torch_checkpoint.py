@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -12,15 +13,20 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from tim4rec_jax.config import ModelConfig
 from tim4rec_jax.interop.attention_names import sasrec_names, tisasrec_names
+from tim4rec_jax.interop.mamba_names import ECHOMAMBA4REC_UNUSED, echomamba4rec_names, mamba4rec_names
 from tim4rec_jax.interop.tim4rec_names import tim4rec_names
 from tim4rec_jax.interop.torch_names import Entry
 from tim4rec_jax.models import build_model, init_params
 
 _NAMES: dict[str, Callable[[ModelConfig], Iterator[Entry]]] = {
+    "echomamba4rec": echomamba4rec_names,
+    "mamba4rec": mamba4rec_names,
     "sasrec": sasrec_names,
     "tim4rec": tim4rec_names,
     "tisasrec": tisasrec_names,
 }
+# What the original constructs and never calls: passed over when read, and not written.
+_UNUSED: dict[str, re.Pattern[str]] = {"echomamba4rec": ECHOMAMBA4REC_UNUSED}
 
 
 def _entries(config: ModelConfig) -> list[Entry]:
@@ -48,7 +54,8 @@ def params_from_torch(config: ModelConfig, state_dict: Mapping[str, np.ndarray])
       ValueError: listing every missing name, unexpected name and wrong shape at once.
     """
     entries = _entries(config)
-    arrays = {name: np.asarray(value) for name, value in state_dict.items()}
+    unused = _UNUSED.get(config.name)
+    arrays = {name: np.asarray(value) for name, value in state_dict.items() if not (unused and unused.match(name))}
     if config.vocab_size == 0:
         # Without a table of two rows any size serves to list what is wrong.
         rows = arrays["item_embedding.weight"].shape[:1] if "item_embedding.weight" in arrays else ()

@@ -9,11 +9,19 @@ from jax import Array
 
 from tim4rec_jax.config import ModelConfig
 from tim4rec_jax.models.base import SequentialModel
+from tim4rec_jax.models.echomamba4rec import EchoMamba4Rec
+from tim4rec_jax.models.mamba4rec import Mamba4Rec
 from tim4rec_jax.models.sasrec import SASRec
 from tim4rec_jax.models.tim4rec import TiM4Rec
 from tim4rec_jax.models.tisasrec import TiSASRec
 
-MODELS = {"sasrec": SASRec, "tim4rec": TiM4Rec, "tisasrec": TiSASRec}
+MODELS = {
+    "echomamba4rec": EchoMamba4Rec,
+    "mamba4rec": Mamba4Rec,
+    "sasrec": SASRec,
+    "tim4rec": TiM4Rec,
+    "tisasrec": TiSASRec,
+}
 
 
 def build_model(config: ModelConfig) -> SequentialModel:

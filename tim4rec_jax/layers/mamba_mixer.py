@@ -1,0 +1,77 @@
+"""The Mamba-1 mixer: a selective scan with a state of its own in every channel."""
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax import Array
+
+from kernels.selective_scan import selective_scan
+from tim4rec_jax.config import ModelConfig
+from tim4rec_jax.layers.convolution import CausalConv
+from tim4rec_jax.layers.dense import Linear, wide
+from tim4rec_jax.layers.ssd_mixer import take_at
+
+_WIDTH_A_RANK = 16
+
+
+def dt_rank(config: ModelConfig) -> int:
+    """Returns the rank of the map to the steps, ceil(d / 16)."""
+    return -(-config.d_model // _WIDTH_A_RANK)
+
+
+def _decay_init(key: Array, shape: tuple[int, ...], dtype: jnp.dtype) -> Array:
+    """Logarithms of 1, 2, ..., n in every channel (Gu & Dao 2023, section 3.6: S4D-Real)."""
+    del key
+    return jnp.broadcast_to(jnp.log(jnp.arange(1, shape[1] + 1, dtype=dtype)), shape)
+
+
+class MambaMixer(nn.Module):
+    """Projection, causal convolution, selective scan, gate, projection.
+
+      x, z = in_proj(u);   x = silu(conv(x));   r, B, C = x_proj(x);   delta = softplus(dt_proj(r) + dt_bias)
+      out = out_proj(scan(x, delta, -exp(A_log), B, C, D) * silu(z))
+
+    No projection has a bias but that of the steps, which starts at 0: the first delta is near log 2 in every channel.
+    Source: Gu & Dao 2023 (Mamba, arXiv 2312.00752), section 3.4, with the initial values of Mamba4Rec.
+
+    Attributes:
+      config: the model's settings.
+    """
+
+    config: ModelConfig
+
+    def setup(self) -> None:
+        config = self.config
+        dtype, inner = wide(config.dtype), config.d_inner
+        self.in_proj = Linear(2 * inner, config.dtype, use_bias=False)
+        self.conv = CausalConv(
+            inner, config.d_conv, "silu", config.kaiming_init, config.dtype, config.conv_implementation
+        )
+        self.x_proj = Linear(dt_rank(config) + 2 * config.d_state, config.dtype, use_bias=False)
+        self.dt_proj = Linear(inner, config.dtype, use_bias=False)
+        self.dt_bias = self.param("dt_bias", nn.initializers.zeros_init(), (inner,), dtype)
+        self.A_log = self.param("A_log", _decay_init, (inner, config.d_state), dtype)
+        self.D = self.param("D", nn.initializers.ones_init(), (inner,), dtype)
+        self.out_proj = Linear(config.d_model, config.dtype, use_bias=False)
+
+    def __call__(self, u: Array, read: Array | None = None) -> Array:
+        """Mixes u [b, L, d].
+
+        Args:
+          u: [b, L, d].
+          read: int [b, m] positions whose output is wanted, or None for all; gate and output map run there alone.
+
+        Returns:
+          [b, L, d], or [b, m, d].
+        """
+        config = self.config
+        inner, state, rank = config.d_inner, config.d_state, dt_rank(config)
+        x = self.conv(self.in_proj(u, [slice(0, inner)]))
+        r, B, C = jnp.split(self.x_proj(x), [rank, rank + state], axis=-1)
+        y = selective_scan(
+            x, self.dt_proj(r), -jnp.exp(self.A_log), B, C, D=self.D, dt_bias=self.dt_bias,
+            implementation=config.scan_implementation,
+        )  # fmt: skip
+        if read is not None:
+            y, u = take_at(y, read), take_at(u, read)
+        return self.out_proj(y * jax.nn.silu(self.in_proj(u, [slice(inner, None)])))
