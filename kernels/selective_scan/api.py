@@ -2,7 +2,6 @@
 
 from typing import Literal
 
-import jax
 import jax.numpy as jnp
 from jax import Array
 
@@ -16,28 +15,10 @@ from kernels.selective_scan.config import (
 from kernels.selective_scan.pallas_triton import selective_scan_pallas_triton
 from kernels.selective_scan.reference import selective_scan_reference
 from kernels.selective_scan.xla import selective_scan_xla
+from kernels.step_size import step_size
 
 Implementation = Literal["reference", "xla", "pallas_triton", "pallas_triton_interpreted"]
 IMPLEMENTATIONS: tuple[str, ...] = ("reference", "xla", "pallas_triton", "pallas_triton_interpreted")
-
-
-def step_size(dt: Array, dt_bias: Array | None = None, lengths: Array | None = None) -> Array:
-    """Turns raw steps into step sizes, delta = softplus(dt + dt_bias), and stops the clock after a row's end.
-
-    Args:
-      dt: [b, l, e] raw steps.
-      dt_bias: [e], or None for 0.
-      lengths: int [b] real positions a row, or None for all; later positions get delta = 0 exactly.
-
-    Returns:
-      [b, l, e] in float32, or float64 where dt is float64.
-    """
-    dt = dt.astype(jnp.promote_types(dt.dtype, jnp.float32))
-    delta = jax.nn.softplus(dt if dt_bias is None else dt + dt_bias.astype(dt.dtype))
-    if lengths is not None:
-        real = jnp.arange(dt.shape[1]) < lengths[:, None]
-        delta = jnp.where(real[..., None], delta, jnp.zeros((), delta.dtype))
-    return delta
 
 
 def _check(name: str, array: Array | None, expected: tuple[int, ...]) -> None:
