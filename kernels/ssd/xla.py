@@ -1,154 +1,254 @@
-"""State space duality in plain JAX: dense inside a chunk, a short recurrence of states between chunks.
+"""State space duality in plain JAX: the walk over tiles of some rows times some chunks, one after the other."""
 
-The inner function works on u = delta x and log decays a = delta A, cut into k chunks of c positions, with the heads
-as g groups of r. Axes: values [b, k, g, r, c, p], maps [b, k, g, c, n], log decays [b, k, g, r, c], states
-[b, g, r, p, n].
-"""
-
-import functools
+from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.custom_derivatives import SymbolicZero
 
-# Log-decays are split into multiples of this and a remainder. Sums of multiples are exact in float32, so that a
-# difference of two long sums (strong decay reaches thousands) keeps the absolute error of the remainders alone.
-_COARSE_STEP = 1.0 / 64.0
+from kernels.ssd.xla_tile import Inputs, add_up, backward_tile, forward_tile
+from kernels.ssd.xla_tile import decays_between as decays_between
+from kernels.triton_call import vary_together
 
 
-def _add_up(a: Array, *, reverse: bool = False, exclusive: bool = False) -> Array:
-    """Cumulative sum over the last axis as a product with ones: a few dozen terms, one operation.
+class _Cut(NamedTuple):
+    """How the work is cut: tiles of `rows` times `chunks` chunks of `chunk` positions, and how many of them."""
 
-    `reverse` sums from the end; `exclusive` leaves the position itself out.
+    chunk: int
+    rows: int
+    chunks: int
+    row_tiles: int
+    steps: int
+
+
+class _Place(NamedTuple):
+    """Where a tile lies, and whether it is the first or the last of its rows.
+
+    A tile that would reach beyond the end is moved back: whole rows are then done twice, and of positions `fresh` tells
+    which no earlier tile has done.
     """
-    ones = jnp.ones((a.shape[-1], a.shape[-1]), a.dtype)
-    triangle = jnp.tril(ones, -int(exclusive)) if reverse else jnp.triu(ones, int(exclusive))
-    return jnp.matmul(a, triangle, precision=jax.lax.Precision.HIGHEST)
+
+    index: Array
+    row: Array
+    start: Array
+    first: Array
+    last: Array
+    fresh: Array | None
 
 
-def _sum_width(a: Array) -> Array:
-    """Sums over the last axis as a product with ones: on CPUs a reduction fused with the product before it is slow."""
-    return jnp.matmul(a, jnp.ones(a.shape[-1], a.dtype), precision=jax.lax.Precision.HIGHEST)
+# Values in the largest array of a tile: what is made of a tile should stay in a CPU's cache.
+_TILE_VALUES = 2**17
 
 
-def _sum_heads(a: Array) -> Array:
-    """Sums [b, k, g, r, c, c] over r by additions, for the reason given in `_sum_width`."""
-    heads = [a[:, :, :, r] for r in range(a.shape[3])]
-    return functools.reduce(jnp.add, heads)
+def _cut(batch: int, length: int, heads: int, widths: tuple[int, int], chunk_size: int) -> _Cut:
+    """Chooses the tiles.
 
-
-class _Decays(NamedTuple):
-    """Decay factors of a chunk: between a position and earlier ones [.., c, c], from its start, to its end [.., c]."""
-
-    between: Array
-    from_start: Array
-    to_end: Array
-
-
-def _cumulative(log_decay: Array) -> tuple[Array, Array]:
-    """Sums of log decays [.., c] up to each position, as coarse and fine parts."""
-    coarse = jnp.round(log_decay / _COARSE_STEP) * _COARSE_STEP
-    return _add_up(coarse), _add_up(log_decay - coarse)
-
-
-def _between(parts: tuple[Array, Array]) -> Array:
-    segments = sum(part[..., :, None] - part[..., None, :] for part in parts)
-    earlier = jnp.tril(jnp.ones((parts[0].shape[-1],) * 2, bool), -1)
-    # The mask comes before exp: above the diagonal the sums are positive and overflow for strong decay.
-    return jnp.exp(jnp.where(earlier, segments, -jnp.inf))
-
-
-def decays_between(log_decay: Array) -> Array:
-    """Builds decay factors [.., c, c] between steps from log decays [.., c].
-
-    L[i, j] = exp(sum_{k=j+1..i} log_decay_k) for i > j, else 0
+    On CPUs each operation on whole arrays would go through memory, and through memory that the system has to hand out
+    anew at every run. Elsewhere one tile is everything, for small ones would leave a GPU idle.
     """
-    return _between(_cumulative(log_decay))
+    chunk = min(chunk_size, length)
+    rows, chunks = batch, -(-length // chunk)
+    if jax.default_backend() == "cpu":
+        fit = max(1, _TILE_VALUES // (heads * chunk * max(chunk, *widths)))
+        rows = -(-batch // -(-batch // fit))
+        most = min(chunks, max(1, fit // rows))
+        # Tiles that do not divide the length overlap, which is work done twice.
+        chunks = next((n for n in range(most, most // 2, -1) if chunks % n == 0), most)
+    return _Cut(chunk, rows, chunks, -(-batch // rows), -(-length // (chunk * chunks)))
 
 
-def _decays(log_decay: Array) -> _Decays:
-    parts = _cumulative(log_decay)
-    return _Decays(_between(parts), jnp.exp(sum(parts)), jnp.exp(sum(part[..., -1:] - part for part in parts)))
+def _take(a: Array, cut: _Cut, place: _Place) -> Array:
+    """Reads a tile of [b, l, ...] as [rows, chunks, chunk, ...]."""
+    width = cut.chunks * cut.chunk
+    if (cut.rows, width) != a.shape[:2]:
+        a = jax.lax.dynamic_slice(a, (place.row, place.start) + (0,) * (a.ndim - 2), (cut.rows, width, *a.shape[2:]))
+    return a.reshape(cut.rows, cut.chunks, cut.chunk, *a.shape[2:])
 
 
-def _carry(state: Array, inputs: tuple[Array, Array]) -> tuple[Array, Array]:
-    """One step of the recurrence between chunks; emits the state before the chunk."""
-    decay, added = inputs
-    return decay[..., None, None] * state + added, state
+def _by_group(a: Array, groups: int) -> Array:
+    """Splits the heads, or the maps that lie one after the other, into groups: axis 3 of a tile."""
+    return a.reshape(*a.shape[:3], groups, -1, *a.shape[4:])
 
 
-def _forward(u: Array, log_decay: Array, B: Array, C: Array, state: Array) -> tuple[Array, Array, Array]:
-    """Returns what outputs [b, k, g, r, c, p] have from before, the final state, and the states before each chunk
-    [k, b, g, r, p, n].
+def _put(whole: Array, tile: Array, place: _Place) -> Array:
+    """Writes a tile back."""
+    tile = tile.reshape(tile.shape[0], -1, *whole.shape[2:]).astype(whole.dtype)
+    if tile.shape == whole.shape:
+        return tile
+    return jax.lax.dynamic_update_slice(whole, tile, (place.row, place.start) + (0,) * (whole.ndim - 2))
+
+
+def _put_rows(whole: Array, tile: Array, row: Array) -> Array:
+    """Writes rows of states."""
+    if tile.shape == whole.shape:
+        return tile
+    return jax.lax.dynamic_update_slice(whole, tile, (row,) + (0,) * (whole.ndim - 1))
+
+
+def _place(cut: _Cut, batch: int, length: int, index: Array) -> _Place:
+    row, step = index // cut.steps, index % cut.steps
+    if cut.row_tiles == 1:
+        row, step = 0, index
+    if cut.steps == 1:
+        row, step = index, 0
+    width = cut.chunks * cut.chunk
+    start, fresh = step * width, None
+    if length % width:
+        start = jnp.minimum(start, length - width)
+        fresh = (start + jnp.arange(width) >= step * width).reshape(1, cut.chunks, cut.chunk, 1, 1)
+    row *= cut.rows
+    if batch % cut.rows:
+        row = jnp.minimum(row, batch - cut.rows)
+    return _Place(index, row, start, step == 0, step == cut.steps - 1, fresh)
+
+
+def _read(inputs: Inputs, cut: _Cut, place: _Place, groups: int) -> Inputs:
+    """Reads a tile of the inputs."""
+    tile = Inputs(*(_by_group(_take(a, cut, place), groups) for a in inputs))
+    if place.fresh is not None:
+        # Positions done before neither decay nor add.
+        tile = tile._replace(
+            delta=jnp.where(place.fresh, tile.delta, 0), log_decay=jnp.where(place.fresh, tile.log_decay, 0)
+        )
+    return tile
+
+
+def _rows(a: Array, cut: _Cut, place: _Place) -> Array:
+    """Reads the tile's rows of states."""
+    return a if a.shape[0] == cut.rows else jax.lax.dynamic_slice_in_dim(a, place.row, cut.rows)
+
+
+def _walk(cut: _Cut, x: Array, body: Callable[[_Place, Any], Any], carry: Any, *, reverse: bool = False) -> Any:
+    """Runs `carry = body(place, carry)` for every tile of x [b, l, h, p] in turn, rows of tiles after one another."""
+    tiles = cut.row_tiles * cut.steps
+
+    def step(index: Array, carry: Any) -> Any:
+        return body(_place(cut, *x.shape[:2], tiles - 1 - index if reverse else index), carry)
+
+    return step(0, carry) if tiles == 1 else jax.lax.fori_loop(0, tiles, step, carry)
+
+
+def _state_shape(inputs: Inputs, D: Array) -> tuple[int, ...]:
+    """[b, g, n, r, p]"""
+    groups, per_group = D.shape
+    return inputs.x.shape[0], groups, inputs.B.shape[-1] // groups, per_group, inputs.x.shape[-1]
+
+
+def _zeros(shape: tuple[int, ...], dtype: Any, like: Array) -> Array:
+    """Zeros to be carried: under shard_map they have to differ over the same mesh axes as what is written into them."""
+    return vary_together(jnp.zeros(shape, dtype), like)[0]
+
+
+def _arriving(whole: Array, walking: Array | None, cut: _Cut, place: _Place, begins: Array) -> Array:
+    """The state that comes into a tile: the carried one, or that of `whole` where the walk over its rows begins."""
+    if walking is None:
+        return _rows(whole, cut, place)
+    return walking if cut.row_tiles == 1 else jnp.where(begins, _rows(whole, cut, place), walking)
+
+
+def _carried(whole: Array | None, cut: _Cut) -> Array | None:
+    """The state to carry from tile to tile at the start of the walk, if rows have several tiles."""
+    return whole[: cut.rows] if cut.steps > 1 else None
+
+
+def _forward(cut: _Cut, inputs: Inputs, D: Array, state: Array | None, *, keep: bool) -> tuple[Array | None, ...]:
+    """Runs all tiles.
+
+    Returns the output, the final state and, with `keep`, what the gradient reads besides the inputs: the output's part
+    from earlier positions, and the states before each chunk of each tile, if any chunk has something before it.
     """
-    wide = log_decay.dtype
-    dot = partial(jnp.einsum, preferred_element_type=wide)
-    decays = _decays(log_decay)
-    scores = dot("bkgin,bkgjn->bkgij", C, B)
-    y = dot("bkgrij,bkgrjp->bkgrip", (decays.between * scores[:, :, :, None]).astype(u.dtype), u)
-    added = dot("bkgrcp,bkgcn->bkgrpn", (decays.to_end[..., None] * u).astype(u.dtype), B)
-    by_chunk = (jnp.moveaxis(decays.from_start[..., -1], 1, 0), jnp.moveaxis(added, 1, 0))
-    final_state, before = jax.lax.scan(_carry, state, by_chunk)
-    carried = dot("bkgcn,kbgrpn->bkgrcp", C, before.astype(C.dtype))
-    return y + decays.from_start[..., None] * carried, final_state, before
+    x, groups, wide = inputs.x, D.shape[0], inputs.delta.dtype
+    state_shape = _state_shape(inputs, D)
+    chained = cut.steps * cut.chunks > 1 or state is not None
+    if chained and state is None:
+        state = _zeros(state_shape, wide, x)
+    by_tile = (cut.row_tiles * cut.steps, cut.rows, cut.chunks, *state_shape[1:])
+    buffers = (
+        _zeros(x.shape, x.dtype, x),
+        _zeros(state_shape, wide, x),
+        _zeros(x.shape, wide, x) if keep else None,
+        _zeros(by_tile, wide, x) if keep and chained else None,
+        _carried(state, cut),
+    )
+
+    def body(place: _Place, carry: tuple[Array | None, ...]) -> tuple[Array | None, ...]:
+        y_whole, final, earlier_whole, befores, walking = carry
+        outputs = [y_whole, earlier_whole]
+        before = _arriving(state, walking, cut, place, place.first) if chained else None
+        y, earlier, after, before = forward_tile(_read(inputs, cut, place, groups), D, before)
+        for index, tile in enumerate((y, earlier)):
+            if outputs[index] is not None:
+                if place.fresh is not None:
+                    done = _by_group(_take(outputs[index], cut, place), groups)
+                    tile = jnp.where(place.fresh[..., None], tile, done)
+                outputs[index] = _put(outputs[index], tile, place)
+        final = _put_rows(final, after, place.row)
+        if befores is not None:
+            befores = _put_rows(befores, before[None], place.index)
+        return outputs[0], final, outputs[1], befores, None if walking is None else after
+
+    return _walk(cut, x, body, buffers)[:4]
 
 
-@jax.custom_vjp
-def _chunked(u: Array, log_decay: Array, B: Array, C: Array, state: Array) -> tuple[Array, Array]:
-    """Returns what outputs have from earlier positions and the initial state, and the final state.
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _chunked(
+    cut: _Cut, x: Array, delta: Array, log_decay: Array, B: Array, C: Array, D: Array, state: Array | None
+) -> tuple[Array, Array]:
+    """Returns the output and the final state; its gradient keeps no [c, c] array and recomputes them.
 
-    Its gradient keeps no [c, c] array and recomputes them. What a position gives to itself is added outside.
+    D is [g, r] and the state [b, g, n, r, p], or None for zeros.
     """
-    y, final_state, _ = _forward(u, log_decay, B, C, state)
-    return y, final_state
+    return _forward(cut, Inputs(x, delta, log_decay, B, C), D, state, keep=False)[:2]
 
 
-def _chunked_fwd(*inputs: Array) -> tuple[tuple[Array, Array], tuple[Array, ...]]:
-    y, final_state, before = _forward(*inputs)
-    return (y, final_state), (*inputs[:-1], y, before)
+def _chunked_fwd(cut: _Cut, *arguments: Any) -> tuple[tuple[Array, Array], tuple[Any, ...]]:
+    # With symbolic zeros each argument is wrapped, and None is not.
+    *inputs, D, state = (None if a is None else a.value for a in arguments)
+    inputs = Inputs(*inputs)
+    y, final, earlier, befores = _forward(cut, inputs, D, state, keep=True)
+    return (y, final), (inputs, D, state is None, earlier, befores)
 
 
-def _chunked_bwd(residuals: tuple[Array, ...], cotangents: tuple[Array, Array]) -> tuple[Array, ...]:
-    """Gradient of `_chunked`.
-
-    The gradient of a log decay is all that flows over its position, from before it to it or later. With G = dy u^T and
-    M = L o (C B^T) below the diagonal, the sums over rows and columns of G o M that it needs are dy . y and du . u at
-    each position, so no [c, c] array is reduced for them. The diagonal would cancel there, but under strong decay it is
-    nearly everything and its rounding would bury the rest; so each flow is also summed from the side where it is small.
-    """
-    u, log_decay, B, C, y, before = residuals
+def _chunked_bwd(cut: _Cut, residuals: tuple[Any, ...], cotangents: tuple[Any, Any]) -> tuple[Array | None, ...]:
+    inputs, D, from_nothing, earlier, befores = residuals
     dy, d_final = cotangents
-    wide, narrow = log_decay.dtype, u.dtype
-    dot = partial(jnp.einsum, preferred_element_type=wide)
-    decays = _decays(log_decay)
-    dy_n = dy.astype(narrow)
-    # States: what a chunk's outputs ask of the state before it, carried backwards through the recurrence.
-    asked = dot("bkgrcp,bkgcn->kbgrpn", (decays.from_start[..., None] * dy).astype(narrow), C)
-    chunk_decay = jnp.moveaxis(decays.from_start[..., -1], 1, 0)
-    d_initial, d_after = jax.lax.scan(_carry, d_final.astype(wide), (chunk_decay, asked), reverse=True)
-    # Inside the chunk.
-    scores = dot("bkgin,bkgjn->bkgij", C, B)
-    d_mixed = dot("bkgrip,bkgrjp->bkgrij", dy_n, u)
-    d_scores = _sum_heads(d_mixed * decays.between).astype(narrow)
-    du_inside = dot("bkgrij,bkgrip->bkgrjp", (decays.between * scores[:, :, :, None]).astype(narrow), dy_n)
-    dB = dot("bkgij,bkgin->bkgjn", d_scores, C)
-    dC = dot("bkgij,bkgjn->bkgin", d_scores, B)
-    # Between chunks.
-    d_after_n = d_after.astype(narrow)
-    du_beyond = decays.to_end[..., None] * dot("bkgcn,kbgrpn->bkgrcp", B, d_after_n)
-    dB = dB + dot("bkgrcp,kbgrpn->bkgcn", (decays.to_end[..., None] * u).astype(narrow), d_after_n)
-    dC = dC + dot("bkgrcp,kbgrpn->bkgcn", (decays.from_start[..., None] * dy).astype(narrow), before.astype(narrow))
-    # Log decays: flows that end inside the chunk, that start inside and leave it, and that pass through all of it.
-    d_log_decay = _add_up(_sum_width(dy * y - du_inside * u), reverse=True)
-    d_log_decay += _add_up(_sum_width(du_beyond * u), exclusive=True)
-    through = chunk_decay * jnp.einsum("kbgrpn,kbgrpn->kbgr", d_after, before)
-    d_log_decay += jnp.moveaxis(through, 0, 1)[..., None]
-    return (du_inside + du_beyond).astype(narrow), d_log_decay, dB.astype(B.dtype), dC.astype(C.dtype), d_initial
+    x, groups, wide = inputs.x, D.shape[0], inputs.delta.dtype
+    state_shape = _state_shape(inputs, D)
+    if isinstance(dy, SymbolicZero):
+        dy = _zeros(x.shape, x.dtype, x)
+    if isinstance(d_final, SymbolicZero):
+        # A row of one chunk whose state nobody reads has nothing to do with states at all.
+        d_final = None if befores is None else _zeros(state_shape, wide, x)
+    buffers = (
+        *(_zeros(a.shape, a.dtype, x) for a in inputs),
+        _zeros(inputs.delta.shape, wide, x),
+        None if from_nothing else _zeros(state_shape, wide, x),
+        _carried(d_final, cut),
+    )
+
+    def body(place: _Place, carry: tuple[Array | None, ...]) -> tuple[Array | None, ...]:
+        *gradients, d_initial, walking = carry
+        dy_tile, earlier_tile = (_by_group(_take(a, cut, place), groups) for a in (dy, earlier))
+        if place.fresh is not None:
+            # Gradients at the other positions are written over later.
+            dy_tile = jnp.where(place.fresh[..., None], dy_tile, 0)
+        before = None if befores is None else jax.lax.dynamic_index_in_dim(befores, place.index, keepdims=False)
+        d_after = None if d_final is None else _arriving(d_final, walking, cut, place, place.last)
+        tile = _read(inputs, cut, place, groups)
+        tiles, d_state = backward_tile(tile, D, earlier_tile, before, dy_tile, d_after)
+        gradients = [_put(a, tile, place) for a, tile in zip(gradients, tiles, strict=True)]
+        if d_initial is not None:
+            d_initial = _put_rows(d_initial, d_state, place.row)
+        return *gradients, d_initial, None if walking is None else d_state
+
+    *gradients, dD, d_initial, _ = _walk(cut, x, body, buffers, reverse=True)
+    return *gradients, jnp.sum(dD, axis=(0, 1)).reshape(D.shape).astype(D.dtype), d_initial
 
 
-_chunked.defvjp(_chunked_fwd, _chunked_bwd)
+_chunked.defvjp(_chunked_fwd, _chunked_bwd, symbolic_zeros=True)
 
 
 def ssd_xla(
@@ -170,32 +270,26 @@ def ssd_xla(
     batch, length, heads, width = x.shape
     groups, state_width = B.shape[2:]
     per_group = (groups, heads // groups)
-    chunk = min(chunk_size, length)
-    num_chunks = -(-length // chunk)
-
-    def to_chunks(a: Array, heads_axes: tuple[int, ...]) -> Array:
-        """[b, l, ...] -> [b, k, *heads_axes, c, ...]; padding has delta = 0, so it neither decays nor adds."""
-        a = jnp.pad(a, [(0, 0), (0, num_chunks * chunk - length)] + [(0, 0)] * (a.ndim - 2))
-        a = a.reshape(batch, num_chunks, chunk, *heads_axes, *a.shape[3:])
-        return jnp.moveaxis(a, 2, 2 + len(heads_axes))
-
+    cut = _cut(batch, length, heads, (width, state_width), chunk_size)
     wide = delta.dtype
-    if initial_state is None:
-        initial_state = jnp.zeros((batch, heads, width, state_width), wide)
-    u = (delta[..., None] * x).astype(x.dtype)
-    y, final_state = _chunked(
-        to_chunks(u, per_group),
-        to_chunks(delta * A, per_group),
-        to_chunks(B, (groups,)),
-        to_chunks(C, (groups,)),
-        initial_state.astype(wide).reshape(batch, *per_group, width, state_width),
-    )
-    y = jnp.moveaxis(y, 4, 2).reshape(batch, num_chunks * chunk, heads, width)[:, :length]
-    own = jnp.einsum("blgn,blgn->blg", C, B, preferred_element_type=wide)
-    y = y + jnp.repeat(own, heads // groups, axis=2)[..., None] * u
-    if D is not None:
-        y = y + D[:, None] * x
-    return y.astype(x.dtype), final_state.reshape(batch, heads, width, state_width)
+
+    padding = max(0, cut.chunk * cut.chunks - length)
+
+    def padded(a: Array) -> Array:
+        """Positions of padding have delta = 0: they neither decay nor add."""
+        return jnp.pad(a, [(0, 0), (0, padding)] + [(0, 0)] * (a.ndim - 2)) if padding else a
+
+    D = (jnp.zeros(heads, wide) if D is None else D).reshape(per_group)
+    state = None
+    if initial_state is not None:
+        state = jnp.transpose(
+            initial_state.astype(wide).reshape(batch, *per_group, width, state_width), (0, 1, 4, 2, 3)
+        )
+    maps = [a.reshape(batch, length, groups * state_width) for a in (B, C)]
+    arguments = *(padded(a) for a in (x, delta, delta * A, *maps)), D, state
+    y, final = _chunked(cut, *vary_together(*arguments))
+    final = jnp.transpose(final, (0, 1, 3, 4, 2)).reshape(batch, heads, width, state_width)
+    return y[:, :length], final
 
 
 def ssd_last_xla(x: Array, delta: Array, A: Array, B: Array, C_last: Array, D: Array | None, last: Array) -> Array:
@@ -215,7 +309,7 @@ def ssd_last_xla(x: Array, delta: Array, A: Array, B: Array, C_last: Array, D: A
     steps = jnp.moveaxis(delta, 1, 2)
     log_decay = steps * A[:, None]
     # What is still to be decayed after position j: summed without j, for a difference of sums cancels badly.
-    decay = jnp.exp(_add_up(log_decay, reverse=True, exclusive=True))
+    decay = jnp.exp(add_up(log_decay, reverse=True, exclusive=True))
     scores = jnp.einsum("bgn,blgn->bgl", C_last, B, preferred_element_type=decay.dtype)
     weights = decay * steps * jnp.repeat(scores, heads // groups, axis=1)
     y = jnp.einsum("bhl,blhp->bhp", weights.astype(x.dtype), x, preferred_element_type=decay.dtype)

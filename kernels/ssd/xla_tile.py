@@ -1,0 +1,223 @@
+"""State space duality in plain JAX on one tile, some rows times some chunks: dense inside a chunk, states between them.
+
+Axes, with the heads as g groups of r: values [b, k, c, g, r, p], maps [b, k, c, g, n], steps and log decays
+[b, k, c, g, r], decays between positions [b, k, g, r, c, c], states [b, g, n, r, p]. Heads stay beside their widths, so
+that products with a map or a state are one product for all heads of a group.
+"""
+
+import functools
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+# Log-decays are split into multiples of this and a remainder. Sums of multiples are exact in float32, so that a
+# difference of two long sums (strong decay reaches thousands) keeps the absolute error of the remainders alone.
+_COARSE_STEP = 1.0 / 64.0
+
+
+def add_up(a: Array, *, reverse: bool = False, exclusive: bool = False) -> Array:
+    """Cumulative sum over the last axis as a product with ones: a few dozen terms, one operation.
+
+    `reverse` sums from the end; `exclusive` leaves the position itself out.
+    """
+    ones = jnp.ones((a.shape[-1], a.shape[-1]), a.dtype)
+    triangle = jnp.tril(ones, -int(exclusive)) if reverse else jnp.triu(ones, int(exclusive))
+    return jnp.matmul(a, triangle, precision=jax.lax.Precision.HIGHEST)
+
+
+def _sum_width(a: Array) -> Array:
+    """Sums over the last axis as a product with ones: on CPUs a reduction fused with the product before it is slow."""
+    return jnp.matmul(a, jnp.ones(a.shape[-1], a.dtype), precision=jax.lax.Precision.HIGHEST)
+
+
+def _sum_heads(a: Array) -> Array:
+    """Sums [b, k, g, r, c, c] over r by additions, for the reason given in `_sum_width`."""
+    heads = [a[:, :, :, r] for r in range(a.shape[3])]
+    return functools.reduce(jnp.add, heads)
+
+
+class _Decays(NamedTuple):
+    """Decay factors of a chunk: between positions [b, k, g, r, c, c], from its start and to its end [b, k, c, g, r]."""
+
+    between: Array
+    from_start: Array
+    to_end: Array
+
+
+def _cumulative(log_decay: Array) -> tuple[Array, Array]:
+    """Sums of log decays [.., c] up to each position, as coarse and fine parts."""
+    coarse = jnp.round(log_decay / _COARSE_STEP) * _COARSE_STEP
+    return add_up(coarse), add_up(log_decay - coarse)
+
+
+def _between(parts: tuple[Array, Array], *, transposed: bool = False) -> Array:
+    """Decay factors [.., i, j] from position j to i, or [.., j, i]."""
+    rows, columns = [part[..., :, None] for part in parts], [part[..., None, :] for part in parts]
+    later, sooner = (columns, rows) if transposed else (rows, columns)
+    segments = sum(end - start for end, start in zip(later, sooner, strict=True))
+    ones = jnp.ones((parts[0].shape[-1],) * 2, bool)
+    earlier = jnp.triu(ones, 1) if transposed else jnp.tril(ones, -1)
+    # The mask comes before exp: above the diagonal the sums are positive and overflow for strong decay.
+    return jnp.exp(jnp.where(earlier, segments, -jnp.inf))
+
+
+def decays_between(log_decay: Array) -> Array:
+    """Builds decay factors [.., c, c] between steps from log decays [.., c].
+
+    L[i, j] = exp(sum_{k=j+1..i} log_decay_k) for i > j, else 0
+    """
+    return _between(_cumulative(log_decay))
+
+
+def _decays(log_decay: Array, *, transposed: bool = False) -> _Decays:
+    parts = _cumulative(jnp.moveaxis(log_decay, 2, -1))
+    to_end = jnp.exp(sum(part[..., -1:] - part for part in parts))
+    from_start = jnp.exp(sum(parts))
+    return _Decays(_between(parts, transposed=transposed), jnp.moveaxis(from_start, -1, 2), jnp.moveaxis(to_end, -1, 2))
+
+
+def _recurrence(state: Array, decay: Array, added: Array, *, reverse: bool = False) -> tuple[Array, Array]:
+    """Walks state <- decay state + added over chunks; returns the last state and those before each chunk, [b, k, ..].
+
+    Args:
+      state: [b, g, n, r, p]
+      decay: [b, k, g, r]
+      added: [b, k, g, n, r, p]
+    """
+
+    def step(state: Array, inputs: tuple[Array, Array]) -> tuple[Array, Array]:
+        decay, added = inputs
+        return decay[:, :, None, :, None] * state + added, state
+
+    if decay.shape[1] == 1:
+        return step(state, (decay[:, 0], added[:, 0]))[0], state[:, None]
+    by_chunk = jnp.moveaxis(decay, 1, 0), jnp.moveaxis(added, 1, 0)
+    state, before = jax.lax.scan(step, state, by_chunk, reverse=reverse)
+    return state, jnp.moveaxis(before, 0, 1)
+
+
+def _beside(product: Array, axis: int = 4) -> Array:
+    """Moves the position back in front of the heads. `einsum` would swap the factors to spare this, and copy both."""
+    return jnp.moveaxis(product, axis, 2)
+
+
+class Inputs(NamedTuple):
+    """What a tile reads; in whole arrays heads and maps lie without groups: [b, l, h, p], [b, l, h] and [b, l, g n]."""
+
+    x: Array
+    delta: Array
+    log_decay: Array
+    B: Array
+    C: Array
+
+    def u(self) -> Array:
+        """Values times steps, in the dtype of the values."""
+        return (self.delta[..., None] * self.x).astype(self.x.dtype)
+
+
+def forward_tile(inputs: Inputs, D: Array, state: Array | None) -> tuple[Array, Array, Array, Array | None]:
+    """Runs a tile from the state before it, or from nothing.
+
+    Returns the output, the part of it that comes from earlier positions, the final state and those before each chunk.
+    """
+    x, delta, log_decay, B, C = inputs
+    wide, narrow = delta.dtype, x.dtype
+    dot = partial(jnp.einsum, preferred_element_type=wide)
+    u = inputs.u()
+    decays = _decays(log_decay)
+    scores = dot("bkign,bkjgn->bkgij", C, B)
+    y = _beside(dot("bkgrij,bkjgrp->bkgrip", (decays.between * scores[:, :, :, None]).astype(narrow), u))
+    added = dot("bkcgn,bkcgrp->bkgnrp", B, (decays.to_end[..., None] * u).astype(narrow))
+    if state is None:
+        final, before = added[:, 0], None
+    else:
+        final, before = _recurrence(state, decays.from_start[:, :, -1], added)
+        y += decays.from_start[..., None] * _beside(dot("bkcgn,bkgnrp->bkgcrp", C, before.astype(narrow)), 3)
+    own = _sum_width(C.astype(wide) * B)[..., None, None]
+    return (y + own * u + D[..., None] * x).astype(narrow), y, final, before
+
+
+def _inside_backward(inputs: Inputs, y: Array, between: Array, dy: Array) -> tuple[Array, Array, Array, Array]:
+    """What positions of a chunk give to later ones: gradients of u, the log decays [.., c], B and C [b, k, g, c, n].
+
+    Maps between positions are transposed here: what is multiplied from the left has to lie in rows on CPUs.
+    """
+    u, (_, delta, _, B, C) = inputs.u(), inputs
+    narrow, dy_n = u.dtype, dy.astype(u.dtype)
+    dot = partial(jnp.einsum, preferred_element_type=delta.dtype)
+    scores = dot("bkjgn,bkign->bkgji", B, C)
+    d_mixed = dot("bkjgrp,bkigrp->bkgrji", u, dy_n)
+    d_scores = _sum_heads(d_mixed * between).astype(narrow)
+    du = _beside(dot("bkgrji,bkigrp->bkgrjp", (between * scores[:, :, :, None]).astype(narrow), dy_n))
+    # The same rounded u as in y, for these two nearly cancel.
+    d_log = add_up(jnp.moveaxis(_sum_width(dy * y - du * u), 2, -1), reverse=True)
+    return du, d_log, dot("bkgji,bkign->bkgjn", d_scores, C), dot("bkgji,bkjgn->bkgin", d_scores, B)
+
+
+def _before_backward(
+    inputs: Inputs, decays: _Decays, before: Array, dy: Array, d_after: Array
+) -> tuple[Array, Array, Array, Array]:
+    """What states before the chunks give to outputs.
+
+    Returns gradients of the state before the tile, of those after each chunk, of the log decays that these pass through
+    and of C.
+    """
+    wide, narrow = inputs.delta.dtype, inputs.x.dtype
+    dot = partial(jnp.einsum, preferred_element_type=wide)
+    dy_from = (decays.from_start[..., None] * dy).astype(narrow)
+    asked = dot("bkcgn,bkcgrp->bkgnrp", inputs.C, dy_from)
+    chunk_decay = decays.from_start[:, :, -1]
+    d_state, d_after = _recurrence(d_after, chunk_decay, asked, reverse=True)
+    through = chunk_decay * _sum_width(jnp.swapaxes(_sum_width(d_after * before), 3, 4))
+    return d_state, d_after, through[..., None], dot("bkcgrp,bkgnrp->bkgcn", dy_from, before.astype(narrow))
+
+
+def _after_backward(inputs: Inputs, decays: _Decays, d_after: Array) -> tuple[Array, Array, Array]:
+    """What positions give to the state after their chunk: gradients of u, the log decays and B."""
+    u, wide, narrow = inputs.u(), inputs.delta.dtype, inputs.x.dtype
+    dot = partial(jnp.einsum, preferred_element_type=wide)
+    d_after = d_after.astype(narrow)
+    du = decays.to_end[..., None] * _beside(dot("bkcgn,bkgnrp->bkgcrp", inputs.B, d_after), 3)
+    d_log = add_up(jnp.moveaxis(_sum_width(du * u), 2, -1), exclusive=True)
+    return du, d_log, dot("bkcgrp,bkgnrp->bkgcn", (decays.to_end[..., None] * u).astype(narrow), d_after)
+
+
+def backward_tile(
+    inputs: Inputs, D: Array, y: Array, before: Array | None, dy: Array, d_after: Array | None
+) -> tuple[tuple[Array, ...], Array | None]:
+    """Gradient of `forward_tile`.
+
+    The gradient of a log decay is all that flows over its position, from before it to it or later. With G = dy u^T and
+    M = L o (C B^T) below the diagonal, the sums over rows and columns of G o M that it needs are dy . y and du . u at
+    each position, so no [c, c] array is reduced for them. The diagonal would cancel there, but under strong decay it is
+    nearly everything and its rounding would bury the rest; so each flow is also summed from the side where it is small.
+
+    Args:
+      y, before: the second and last results of `forward_tile`.
+      dy: gradient of the output.
+      d_after: gradient of the final state, or None for zeros where `before` is None.
+
+    Returns:
+      Gradients of x, delta, log_decay, B, C and, at each position, of D; and of the state before the tile.
+    """
+    x, delta, log_decay, B, C = inputs
+    decays = _decays(log_decay, transposed=True)
+    du, d_log, dB, dC = _inside_backward(inputs, y, decays.between, dy)
+    d_state = None
+    if before is not None:
+        d_state, d_after, through, from_before = _before_backward(inputs, decays, before, dy, d_after)
+        d_log, dC = d_log + through, dC + from_before
+    elif d_after is not None:
+        d_after = d_after[:, None]
+    if d_after is not None:
+        beyond = _after_backward(inputs, decays, d_after)
+        du, d_log, dB = du + beyond[0], d_log + beyond[1], dB + beyond[2]
+    # What a position gives to itself.
+    own, dy_x = _sum_width(C.astype(delta.dtype) * B)[..., None], _sum_width(dy * x)
+    d_own = _sum_width(delta * dy_x)[..., None]
+    du, dB, dC = du + own[..., None] * dy, _beside(dB, 3) + d_own * C, _beside(dC, 3) + d_own * B
+    dx = delta[..., None] * du + D[..., None] * dy
+    return (dx, _sum_width(du * x), jnp.moveaxis(d_log, -1, 2), dB, dC, dy_x), d_state
