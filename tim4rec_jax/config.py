@@ -25,7 +25,7 @@ def _require_rate(name: str, rate: float) -> None:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Shape and behaviour of a sequential recommender (REFERENCE sections 2 and 3; TiM4Rec, arXiv 2409.16182).
+    """Shape and behaviour of a sequential recommender (TiM4Rec, arXiv 2409.16182, and its family).
 
     Attributes:
       name: registered model, see `tim4rec_jax.models.MODELS`.
@@ -259,7 +259,7 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class EvalConfig:
-    """How a model is measured: full ranking over all items (REFERENCE section 5).
+    """How a model is measured: full ranking over all items (RecBole 1.2).
 
     Attributes:
       batch_size: users scored at once.
