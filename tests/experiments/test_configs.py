@@ -1,14 +1,20 @@
 """Every named experiment holds the values of the paper's program and builds."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
-from experiments.configs import config_names, load_config
+from experiments.configs import DATA_NAMES, MODEL_NAMES, config_names, load_config
+from tests.quick_jit import quick_jit
 from tim4rec_jax import build_model
 from tim4rec_jax.config import ExperimentConfig, ModelConfig, TrainConfig, experiment_from_dict
+from tim4rec_jax.data.length_groups import LengthGroup
+from tim4rec_jax.data.loader import Batch
+from tim4rec_jax.training.step import init_state, make_optimizer, train_step
 
 # Columns of the original programs' settings: l, d, n, head_dim, dropout, time dropout, eps, gate per position, Kaiming,
 # time, batch, learning rate, patience.
@@ -18,6 +24,7 @@ EXPECTED = {
     "ml1m_ssd4rec": (200, 64, 32, 32, 0.2, 0.2, 1e-12, False, True, False, 2048, 1e-3, 20),
     "ml100k_tim4rec": (50, 64, 32, 32, 0.2, 0.2, 1e-12, False, True, True, 2048, 1e-3, 20),
     "beauty_tim4rec": (50, 64, 32, 32, 0.4, 0.0, 1e-5, True, False, True, 2048, 1e-3, 20),
+    "videogames_tim4rec": (50, 64, 32, 32, 0.4, 0.0, 1e-5, True, False, True, 2048, 1e-3, 20),
     "kuairand_tim4rec": (50, 64, 32, 32, 0.2, 0.0, 1e-10, False, False, False, 2048, 1e-3, 10),
     "steam_tim4rec": (50, 64, 32, 32, 0.2, 0.2, 1e-10, False, True, True, 2048, 5e-4, 20),
 }
@@ -41,8 +48,80 @@ def test_values_of_the_original_programs(name):
     assert (config.data.timestamp_precision, config.data.k_core) == ("float32", 5)
 
 
+# Columns: registered model, with time, attention heads, dropout, batch, patience.
+FAMILY = {
+    "ml1m_mamba4rec": ("mamba4rec", True, 2, 0.2, 2048, 20),
+    "ml1m_echomamba4rec": ("echomamba4rec", True, 2, 0.2, 2048, 10),
+    "ml1m_sasrec": ("sasrec", True, 2, 0.2, 2048, 20),
+    "ml1m_tisasrec": ("tisasrec", True, 4, 0.2, 256, 20),
+    "beauty_ssd4rec": ("tim4rec", False, 2, 0.4, 2048, 20),
+    "beauty_mamba4rec": ("mamba4rec", True, 2, 0.4, 2048, 20),
+    "beauty_echomamba4rec": ("echomamba4rec", True, 2, 0.2, 2048, 10),
+    "beauty_sasrec": ("sasrec", True, 2, 0.4, 2048, 20),
+    "videogames_tisasrec": ("tisasrec", True, 4, 0.4, 256, 20),
+    "ml100k_tisasrec": ("tisasrec", True, 4, 0.2, 2048, 20),
+}
+
+
+@pytest.mark.parametrize("name", FAMILY)
+def test_values_of_the_family(name):
+    config = load_config(name)
+    model, train = config.model, config.train
+    assert FAMILY[name] == (
+        model.name, model.use_time, model.attention_heads, model.dropout, train.batch_size, train.patience,
+    )  # fmt: skip
+    base = load_config(name.partition("_")[0] + "_tim4rec")
+    assert config.name == name and config.data == base.data and config.eval == base.eval
+    assert (model.max_len, model.d_model, model.num_layers) == (base.model.max_len, 64, 2)
+    assert load_config("ml100k_echomamba4rec").model.num_layers == 1
+
+
 def test_every_config_is_covered():
-    assert set(config_names()) == {*EXPECTED, "quickstart"}
+    combinations = {f"{data}_{model}" for data in DATA_NAMES for model in MODEL_NAMES}
+    assert set(config_names()) == {*EXPECTED, *combinations, "quickstart"}
+    assert load_config("quickstart_tim4rec").model == load_config("quickstart").model
+
+
+class GivenBatches:
+    """A loader whose payload is the batch."""
+
+    num_batches, resident = 1, ()
+
+    def batch(self, resident, payload):
+        return payload
+
+
+@functools.cache
+def take_a_step(model, train):
+    """Makes one update on three rows of random items; returns whether each embedding moved, the loss, and the step."""
+    config = ExperimentConfig("test", model, train=train)
+    lengths = np.array([1, model.max_len // 2, model.max_len], np.int32)
+    items = np.random.default_rng(0).integers(1, model.vocab_size, (3, model.max_len), np.int32)
+    items *= np.arange(model.max_len) < lengths[:, None]
+    timestamps = np.cumsum(items, axis=1).astype(np.float32)
+    given = items, lengths, timestamps, np.array([3, 4, 5], np.int32), np.ones(3, np.float32)
+    batch = Batch(*(jnp.asarray(a) for a in given))
+
+    built, optimizer = build_model(model), make_optimizer(train, 1)
+    groups = (LengthGroup(model.max_len, 3),)
+    step = functools.partial(train_step, built, optimizer, config, groups, GivenBatches())
+    before = init_state(built, optimizer, train.seed)
+    after, loss = quick_jit(lambda state: step(state, (), batch))(before)
+    tables = (state.params["item_embedding"]["embedding"] for state in (before, after))
+    return np.any(np.not_equal(*tables), axis=1), float(loss), int(after.step)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", MODEL_NAMES)
+@pytest.mark.parametrize("data", DATA_NAMES)
+def test_every_combination_takes_a_step(data, model):
+    """At the combination's own length, depth and options; narrow, for the compiler's sake."""
+    config = load_config(f"{data}_{model}")
+    narrow = {"vocab_size": 30, "d_model": 8, "d_state": 4, "head_dim": 4, "inner_size": 8}
+    train = TrainConfig(learning_rate=config.train.learning_rate, adam_eps=config.train.adam_eps)
+    moved, loss, steps = take_a_step(dataclasses.replace(config.model, **narrow), train)
+    assert abs(loss - np.log(30)) < 0.5
+    assert moved[3:6].all() and steps == 1
 
 
 @pytest.mark.parametrize("name", config_names())

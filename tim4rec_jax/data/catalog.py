@@ -51,6 +51,7 @@ _MOVIELENS_LICENCE = (
     "research use; no redistribution and no commercial use without permission; acknowledge GroupLens "
     "(https://grouplens.org/datasets/movielens/)"
 )
+_AMAZON_LICENCE = "no explicit licence; research use, cite McAuley et al. 2015 (https://jmcauley.ucsd.edu/data/amazon)"
 _RECBOLE = "https://recbole.s3-accelerate.amazonaws.com/ProcessedDatasets"
 
 CATALOG: dict[str, CatalogEntry] = {
@@ -84,10 +85,21 @@ CATALOG: dict[str, CatalogEntry] = {
             address=f"{_RECBOLE}/Amazon_ratings/Amazon_Beauty.zip",
             file_name="Amazon_Beauty.zip",
             checksum=None,
-            licence="no explicit licence; research use, cite McAuley et al. 2015 (https://jmcauley.ucsd.edu/data/amazon)",
+            licence=_AMAZON_LICENCE,
             format="recbole",
             log_file="*.inter",
             expected=(22_363, 12_101, 198_502),
+        ),
+        CatalogEntry(
+            name="amazon-video-games",
+            title="Amazon Video Games 2014, ratings, as a RecBole atomic file",
+            address=f"{_RECBOLE}/Amazon_ratings/Amazon_Video_Games.zip",
+            file_name="Amazon_Video_Games.zip",
+            checksum=None,
+            licence=_AMAZON_LICENCE,
+            format="recbole",
+            log_file="*.inter",
+            expected=(24_303, 10_672, 231_780),
         ),
         CatalogEntry(
             name="kuairand",
