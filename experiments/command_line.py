@@ -13,7 +13,10 @@ import tyro
 from tim4rec_jax.training.checkpoint import CheckpointError
 
 Settings = TypeVar("Settings")
-EXPECTED_ERRORS = (ValueError, FileNotFoundError, FileExistsError, CheckpointError, FloatingPointError, PermissionError)
+EXPECTED_ERRORS = (
+    ValueError, FileNotFoundError, FileExistsError, CheckpointError, FloatingPointError, PermissionError,
+    ModuleNotFoundError,
+)  # fmt: skip
 
 
 def _options(settings: Any, prefix: str = "--") -> Iterator[tuple[str, Any]]:

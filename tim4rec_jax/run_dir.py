@@ -4,6 +4,7 @@
     environment.json    versions, device, commit, data fingerprint, command line, start
     item_ids.parquet    index, item_id, title: row i-1 is the item of model index i
     histories.parquet   user_id, items (model indices), timestamps (seconds), oldest first
+    test_ranks.parquet  user_id, rank: where each user's test item stood, the best item at 1; written with results.json
     metrics.jsonl  results.json  curves.png  checkpoints/
 
 Nothing in it is a pickle. Every file is written beside its place and then renamed, so none is ever half-written.
@@ -30,7 +31,7 @@ from tim4rec_jax.config import ExperimentConfig, experiment_from_dict
 FORMAT_VERSION = 1
 CONFIG, ENVIRONMENT, RESULTS = "config.json", "environment.json", "results.json"
 METRICS, CURVES, CHECKPOINTS = "metrics.jsonl", "curves.png", "checkpoints"
-ITEMS, HISTORIES = "item_ids.parquet", "histories.parquet"
+ITEMS, HISTORIES, TEST_RANKS = "item_ids.parquet", "histories.parquet", "test_ranks.parquet"
 
 # What may change when a run is resumed: none of it alters the steps already taken or the shapes of the checkpoint.
 CHANGEABLE_ON_RESUME = (
@@ -178,6 +179,24 @@ def read_results(path: pathlib.Path) -> dict[str, Any]:
     return _read_json(path, RESULTS)
 
 
+def write_test_ranks(path: pathlib.Path, user_ids: pl.Series, ranks: np.ndarray) -> None:
+    """Writes test_ranks.parquet.
+
+    Args:
+      path: the run folder.
+      user_ids: [n] raw ids of the tested users.
+      ranks: [n] int, ranks from 1 of their test items.
+    """
+    frame = pl.DataFrame({"user_id": user_ids.cast(pl.String), "rank": pl.Series(ranks, dtype=pl.Int32)})
+    with replacing(path / TEST_RANKS) as temporary:
+        frame.write_parquet(temporary)
+
+
+def read_test_ranks(path: pathlib.Path) -> pl.DataFrame:
+    """Returns user_id (String) and rank (Int32, from 1) of every tested user; FileNotFoundError while unfinished."""
+    return pl.read_parquet(_existing(path, TEST_RANKS))
+
+
 def read_items(path: pathlib.Path) -> pl.DataFrame:
     """Returns index (Int32, from 1), item_id (String) and title (String or null) of every item, by index."""
     return pl.read_parquet(_existing(path, ITEMS))
@@ -236,6 +255,7 @@ def environment(fingerprint: str | None = None, *, command: Sequence[str] | None
         "device_kind": devices[0].device_kind,
         "device_count": len(devices),
         "cpu_count": os.cpu_count(),
+        "cpus_allowed": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         **_git_state(pathlib.Path(__file__)),
         "data_fingerprint": fingerprint,
         "command": list(sys.orig_argv if command is None else command),
@@ -270,7 +290,7 @@ def _existing(path: pathlib.Path, name: str) -> pathlib.Path:
         return file
     if not pathlib.Path(path).is_dir():
         raise FileNotFoundError(f"there is no run folder {path}")
-    if name == RESULTS:
+    if name in (RESULTS, TEST_RANKS):
         raise FileNotFoundError(f"{path} has no {name} yet: the run has not finished")
     raise FileNotFoundError(f"{path} is not a run folder: {name} is missing")
 

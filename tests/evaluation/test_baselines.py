@@ -1,4 +1,4 @@
-"""Popularity, worked by hand and against brute force."""
+"""Popularity and item-to-item transitions, worked by hand and against brute force."""
 
 import numpy as np
 import pytest
@@ -6,7 +6,12 @@ import pytest
 from tests.evaluation.logs import random_log
 from tim4rec_jax.data.examples import Examples
 from tim4rec_jax.data.splits import leave_one_out
-from tim4rec_jax.evaluation.baselines import popularity_counts, popularity_ranks
+from tim4rec_jax.evaluation.baselines import (
+    markov_ranks,
+    popularity_counts,
+    popularity_ranks,
+    transition_counts,
+)
 
 
 @pytest.fixture(scope="module")
@@ -53,3 +58,53 @@ def test_ranks_equal_brute_force(log, exclude_seen):
 def test_ties_are_read_in_the_targets_favour(log):
     ranks = popularity_ranks(log, np.ones(16, np.int64), leave_one_out(log).test)
     assert (ranks == 1).all()
+
+
+def _dense_transitions(log) -> np.ndarray:
+    counts = np.zeros((log.num_items + 1, log.num_items + 1), np.int64)
+    for user in range(log.num_users):
+        events = log.items[log.offsets[user] : log.offsets[user + 1] - 2].tolist()
+        for before, after in zip(events[:-1], events[1:], strict=True):
+            counts[before, after] += 1
+    return counts
+
+
+def test_transitions_hold_the_training_part_only(log):
+    transitions = transition_counts(log, leave_one_out(log).valid)
+    dense = np.zeros((16, 16), np.int64)
+    for item in range(16):
+        followers, counts = transitions.row(item)
+        assert (np.diff(followers) > 0).all() and (counts > 0).all()
+        dense[item, followers] = counts
+    np.testing.assert_array_equal(dense, _dense_transitions(log))
+
+
+@pytest.mark.parametrize("exclude_seen", [False, True])
+@pytest.mark.parametrize("part", ["valid", "test"])
+@pytest.mark.parametrize("seed", [3, 4, 5])
+def test_markov_ranks_equal_brute_force(seed, part, exclude_seen):
+    log = random_log(num_users=40, num_items=15, min_events=3, max_events=12, seed=seed)
+    split = leave_one_out(log)
+    popularity, dense = popularity_counts(log, split.valid), _dense_transitions(log)
+    examples = getattr(split, part)
+    expected = []
+    for user, end in zip(examples.users, examples.ends, strict=True):
+        history = log.items[log.offsets[user] : log.offsets[user] + end].tolist()
+        target = log.items[log.offsets[user] + end]
+        scores = [(dense[history[-1], j], popularity[j]) for j in range(16)]
+        rivals = set(range(1, 16)) - {target} - (set(history) if exclude_seen else set())
+        expected.append(1 + sum(scores[j] > scores[target] for j in rivals))
+    transitions = transition_counts(log, split.valid)
+    ranks = markov_ranks(log, transitions, popularity, examples, exclude_seen=exclude_seen)
+    np.testing.assert_array_equal(ranks, expected)
+    assert ranks.dtype == np.int32
+
+
+def test_markov_without_a_known_pair_is_popularity(log):
+    split = leave_one_out(log)
+    popularity = popularity_counts(log, split.valid)
+    nothing = transition_counts(log, Examples(split.test.users, np.zeros(log.num_users, np.int32)))
+    assert len(nothing.items) == 0
+    np.testing.assert_array_equal(
+        markov_ranks(log, nothing, popularity, split.test), popularity_ranks(log, popularity, split.test)
+    )

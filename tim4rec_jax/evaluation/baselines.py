@@ -1,4 +1,9 @@
-"""Popularity as a recommender, ranked by the same rule as the models: the floor that any of them must clear."""
+"""Popularity and item-to-item transitions as recommenders, ranked by the same rule as the models.
+
+They have nothing to train: the floor that any model must clear.
+"""
+
+from typing import NamedTuple
 
 import numpy as np
 
@@ -20,14 +25,18 @@ def popularity_counts(log: InteractionLog, first_held_out: Examples) -> np.ndarr
     Raises:
       ValueError: for a user with two examples.
     """
+    return np.bincount(log.items[_in_training(log, first_held_out)], minlength=log.num_items + 1)
+
+
+def _in_training(log: InteractionLog, first_held_out: Examples) -> np.ndarray:
+    """Marks the events before a user's first held-out one; [rows] bool."""
     users, repeats = np.unique(first_held_out.users, return_counts=True)
     if (repeats > 1).any():
         raise ValueError(f"user {users[repeats > 1][0]} has {repeats.max()} examples; give one, the first held out")
     events = np.diff(log.offsets)
     events[first_held_out.users] = first_held_out.ends
     position = np.arange(len(log.items)) - np.repeat(log.offsets[:-1], np.diff(log.offsets))
-    in_training = position < np.repeat(events, np.diff(log.offsets))
-    return np.bincount(log.items[in_training], minlength=log.num_items + 1)
+    return position < np.repeat(events, np.diff(log.offsets))
 
 
 def popularity_ranks(
@@ -55,3 +64,91 @@ def popularity_ranks(
             seen = np.unique(log.items[start : start + end])
             ranks[row] -= np.count_nonzero(counts[seen] > counts[targets[row]])
     return ranks.astype(np.int32)
+
+
+class Transitions(NamedTuple):
+    """How often one item directly follows another, as sparse rows; row i holds what followed item i.
+
+    Attributes:
+      offsets: [v + 1] int64; row i is offsets[i] : offsets[i + 1].
+      items: [pairs] int32, the following items, ascending within a row.
+      counts: [pairs] int64, at least 1.
+    """
+
+    offsets: np.ndarray
+    items: np.ndarray
+    counts: np.ndarray
+
+    def row(self, item: int) -> tuple[np.ndarray, np.ndarray]:
+        """Returns the items that followed `item` and how often."""
+        row = slice(self.offsets[item], self.offsets[item + 1])
+        return self.items[row], self.counts[row]
+
+
+def transition_counts(log: InteractionLog, first_held_out: Examples) -> Transitions:
+    """Counts pairs of consecutive events of a user in the training part; memory grows with the pairs, not with v^2.
+
+    Args:
+      log: the cleaned log.
+      first_held_out: one example a user, the earliest that is not trained on, as for `popularity_counts`.
+
+    Raises:
+      ValueError: for a user with two examples.
+    """
+    in_training = _in_training(log, first_held_out)
+    # The training part is a prefix of a user's events: an event in it that is no first one follows another in it.
+    follows = in_training[1:].copy()
+    follows[log.offsets[1:-1] - 1] = False
+    v = log.num_items + 1
+    pairs, counts = np.unique(log.items[:-1][follows] * np.int64(v) + log.items[1:][follows], return_counts=True)
+    offsets = np.searchsorted(pairs, np.arange(v + 1) * np.int64(v))
+    return Transitions(offsets, (pairs % v).astype(np.int32), counts)
+
+
+def markov_ranks(
+    log: InteractionLog,
+    transitions: Transitions,
+    popularity: np.ndarray,
+    examples: Examples,
+    *,
+    exclude_seen: bool = False,
+) -> np.ndarray:
+    """Ranks each example's target by a first-order Markov chain over items that backs off to popularity.
+
+    With c_ij how often j directly follows i, n_j how often j occurs, N = max_j n_j, and i the item before the target,
+    score(j | i) = c_ij + n_j / (1 + N): what followed i, the most frequent first, equals by popularity; then everything
+    else by popularity. The rank is 1 + #{items with a strictly greater score}.
+
+    Args:
+      log: the cleaned log.
+      transitions: from `transition_counts`.
+      popularity: [v] int, from `popularity_counts`.
+      examples: what to predict.
+      exclude_seen: leave the items of the user's events before the target out of the ranking, the target excepted.
+
+    Returns:
+      [n] int32 in the order of `examples`.
+    """
+    targets = log.items[log.offsets[examples.users] + examples.ends]
+    ranks = popularity_ranks(log, popularity, examples)
+    # The equation times 1 + N, so that scores are whole numbers and ties are exact.
+    scale = np.int64(1 + popularity.max())
+    for row, (user, end, target) in enumerate(zip(examples.users, examples.ends, targets, strict=True)):
+        history = log.items[log.offsets[user] : log.offsets[user] + end]
+        followers, counts = transitions.row(history[-1])
+        scores = counts * scale + popularity[followers]
+        at = np.searchsorted(followers, target)
+        if at < len(followers) and followers[at] == target:
+            target_score = scores[at]
+            ranks[row] = 1 + np.count_nonzero(scores > target_score)
+        else:
+            target_score = popularity[target]
+            # All followers are ahead; those that popularity puts ahead are in its rank already.
+            ranks[row] += np.count_nonzero(popularity[followers] <= target_score)
+        if exclude_seen:
+            seen = np.unique(history)
+            seen_scores = popularity[seen].astype(np.int64)
+            known = np.isin(seen, followers, assume_unique=True)
+            seen_scores[known] = scores[np.searchsorted(followers, seen[known])]
+            ranks[row] -= np.count_nonzero(seen_scores > target_score)
+    return ranks

@@ -6,6 +6,7 @@ import functools
 import pathlib
 import resource
 import signal
+import statistics
 import sys
 import time
 from collections.abc import Iterator
@@ -25,10 +26,10 @@ from tim4rec_jax.data.loader import LOADERS, Loader
 from tim4rec_jax.data.splits import Split, leave_one_out
 from tim4rec_jax.evaluation.full_sort import FullSortEvaluator
 from tim4rec_jax.models import SequentialModel, build_model
-from tim4rec_jax.run_dir import CHECKPOINTS, write_results
+from tim4rec_jax.run_dir import CHECKPOINTS, write_results, write_test_ranks
 from tim4rec_jax.training.checkpoint import Checkpointer
 from tim4rec_jax.training.early_stop import EarlyStop
-from tim4rec_jax.training.logging import MetricLogger, TrainingProgress, plot_training_curves
+from tim4rec_jax.training.logging import MetricLogger, TrainingProgress, plot_training_curves, read_metrics
 from tim4rec_jax.training.step import TrainState, init_state, learning_rate_schedule, make_optimizer, train_step
 
 
@@ -110,6 +111,22 @@ def _resident_mb() -> float | None:
     except OSError:
         return None
     return pages * resource.getpagesize() / 2**20
+
+
+def _peak_resident_bytes() -> int:
+    """The most memory this process has held, in bytes."""
+    try:
+        # getrusage would do, but on Linux it starts from the peak of the process that started this one.
+        status = pathlib.Path("/proc/self/status").read_text()
+        return int(status.partition("VmHWM:")[2].split()[0]) * 1024
+    except (OSError, IndexError):
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _peak_device_bytes() -> int | None:
+    """The most memory held on the first device; None where it keeps no count, as the CPU."""
+    return (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
 
 
 class Trainer:
@@ -290,7 +307,8 @@ class Trainer:
         loss = total / max(count, 1)
         self._logger.log(
             "valid", step=step, epoch=position.epoch, train_loss=loss, train_seconds=seconds,
-            valid_seconds=result.seconds, examples_per_second=rate, resident_mb=resident, **result.metrics,
+            valid_seconds=result.seconds, examples_per_second=rate, resident_mb=resident,
+            peak_resident_bytes=_peak_resident_bytes(), **result.metrics,
         )  # fmt: skip
         shown = {monitor: result.metrics[monitor], "best": position.stop.best}
         self._progress.end_epoch(position.epoch, loss=loss, seconds=seconds, rate=rate, metrics=shown)
@@ -326,6 +344,18 @@ class Trainer:
             "best_epoch": info["epoch"],
             "valid": info["valid"],
             "test": result.metrics,
+            **self._costs(),
         }
+        write_test_ranks(self.run_dir, self.log.user_ids[self.split.test.users], result.ranks)
         write_results(self.run_dir, results)
         return results
+
+    def _costs(self) -> dict[str, Any]:
+        """Time and memory of the whole run, of the processes before this one too if it was resumed."""
+        epochs = [line for line in read_metrics(self.run_dir) if line["kind"] == "valid"]
+        peaks = [line.get("peak_resident_bytes", 0) for line in epochs]
+        return {
+            "seconds_per_epoch": statistics.median(line["train_seconds"] for line in epochs),
+            "peak_resident_bytes": max([*peaks, _peak_resident_bytes()]),
+            "peak_device_bytes": _peak_device_bytes(),
+        }

@@ -1,0 +1,79 @@
+"""Trains models on one log with several seeds each and puts them side by side, with their spread and significance.
+
+    python -m experiments.compare --data=ml100k --models=tim4rec,ssd4rec,sasrec --seeds=3
+    python -m experiments.compare --data=ml1m --seeds=2020,7,11 --epochs=10 --train.batch_size=256 --jobs=2
+    python -m experiments.compare --data=ml100k --seeds=3 --report-only
+
+Only what is not there yet is trained; the same command goes on after Ctrl-C, SIGTERM, a crash or a kill. All models run
+with the first seed, then with the second. Any setting of `tim4rec_jax.config` given by its path holds for every model.
+Writes <output>.md, <output>.json and <output>.png. Exit codes: 0 done, 2 an error or a training that failed, 130
+stopped by Ctrl-C and 0 by SIGTERM with the state saved.
+"""
+
+import signal
+from collections.abc import Sequence
+
+from rich.console import Console
+
+from experiments.command_line import run_program
+from experiments.comparison_numbers import collect
+from experiments.comparison_plan import Plan, options, parse, require_same_settings
+from experiments.comparison_report import write_report
+from experiments.run_queue import Job, is_finished, processor_shares, train_all
+from tim4rec_jax.data.interactions import load_log
+
+
+def train_missing(plan: Plan, jobs: int, console: Console) -> tuple[dict[str, str], int | None]:
+    """Trains what is not finished; returns the error of each run that failed and the signal that stopped it, if any."""
+    wanted = list(plan.runs_in_order())
+    missing = [(model, seed) for model, seed in wanted if not is_finished(plan.folder(model, seed))]
+
+    def report(line: str) -> None:
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+    report(f"{len(wanted) - len(missing)} of {len(wanted)} runs are finished, {len(missing)} to train")
+    queue = [
+        Job(
+            f"{model}, seed {seed} ({wanted.index((model, seed)) + 1} of {len(wanted)})",
+            plan.folder(model, seed),
+            options(plan.config(model, seed), f"{plan.data_set}_{model}"),
+        )
+        for model, seed in missing
+    ]
+    result = train_all(queue, at_once=jobs, report=report)
+    return result.failures, result.stopped_by
+
+
+def program(argv: list[str]) -> int:
+    """The program behind `main`."""
+    arguments, plan = parse(argv)
+    processor_shares(arguments.jobs)
+    console, failures = Console(), {}
+    if arguments.report_only:
+        require_same_settings(plan, None)
+    else:
+        config = next(iter(plan.configs.values()))
+        log = load_log(config.data)
+        console.print(log.statistics.table(config.data.name))
+        require_same_settings(plan, log.fingerprint)
+        del log
+        failures, stopped_by = train_missing(plan, arguments.jobs, console)
+        if stopped_by is not None:
+            console.print("stopped; the same command goes on from here, and --report-only shows what is finished")
+            return 0 if stopped_by == signal.SIGTERM else 130
+    if not failures or any(is_finished(plan.folder(*run)) for run in plan.runs_in_order()):
+        written = write_report(plan, collect(plan, arguments.note))
+        console.print(written[0].read_text(encoding="utf-8"), markup=False, highlight=False, soft_wrap=True)
+        console.print(f"written: {', '.join(map(str, written))}", soft_wrap=True)
+    if failures:
+        raise ValueError("trainings failed:\n" + "\n".join(f"{label}: {error}" for label, error in failures.items()))
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The program; returns its exit code."""
+    return run_program(program, argv)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,173 @@
+"""The numbers of a comparison, from its run folders alone: spread over seeds, significance over users, costs."""
+
+import pathlib
+import statistics
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from experiments.comparison_plan import Plan
+from experiments.published import PUBLISHED
+from experiments.record import without_folders
+from experiments.run_queue import is_finished
+from tim4rec_jax.data.interactions import InteractionLog
+from tim4rec_jax.data.splits import leave_one_out
+from tim4rec_jax.evaluation.baselines import markov_ranks, popularity_counts, popularity_ranks, transition_counts
+from tim4rec_jax.evaluation.metrics import hit, mrr, ndcg, summarise
+from tim4rec_jax.evaluation.significance import compare_with_best
+from tim4rec_jax.run_dir import read_environment, read_results, read_test_ranks
+from tim4rec_jax.serving.stored_run import load_log
+from tim4rec_jax.training.logging import read_metrics
+
+METRICS = {"hit": hit, "ndcg": ndcg, "mrr": mrr}
+_RUN_FACTS = (
+    "git_commit", "git_dirty", "backend", "device_kind", "device_count", "cpu_count", "cpus_allowed", "start_utc",
+)  # fmt: skip
+_RUN_RESULTS = (
+    "seed", "test", "valid", "best_epoch", "epochs", "steps", "parameters", "seconds_per_epoch", "peak_resident_bytes",
+    "peak_device_bytes",
+)  # fmt: skip
+_VERSIONS = ("tim4rec_jax", "jax", "jaxlib", "flax", "optax", "orbax", "python", "platform")
+
+
+def _run(folder: pathlib.Path) -> dict[str, Any]:
+    """What one finished run says of itself."""
+    results, environment = read_results(folder), read_environment(folder)
+    epochs = [line for line in read_metrics(folder) if line["kind"] == "valid"]
+    return (
+        {name: results[name] for name in _RUN_RESULTS}
+        | {f"{part}_seconds": sum(epoch[f"{part}_seconds"] for epoch in epochs) for part in ("train", "valid")}
+        | {name: environment.get(name) for name in _RUN_FACTS}
+        | {"versions": {name: environment.get(name) for name in _VERSIONS}}
+        | {"command": [without_folders(argument) for argument in environment["command"]]}
+    )
+
+
+def _ranks(folder: pathlib.Path, log: InteractionLog, top_k: Sequence[int]) -> np.ndarray:
+    """Reads the test ranks [users] of a run in the order of the log.
+
+    Raises:
+      ValueError: they are of other users, or do not give the metrics that the run recorded.
+    """
+    frame = read_test_ranks(folder)
+    if not frame["user_id"].equals(log.user_ids[leave_one_out(log).test.users]):
+        raise ValueError(f"{folder}: the test ranks are not of the log's users; remove the run and train it again")
+    ranks = frame["rank"].to_numpy()
+    recorded = read_results(folder)["test"]
+    for name, value in summarise(ranks, top_k).items():
+        if abs(recorded[name] - value) > 1e-9:
+            raise ValueError(
+                f"{folder}: the test ranks give {name} {value}, results.json says {recorded[name]}; "
+                "remove the run and train it again"
+            )
+    return ranks
+
+
+def _baselines(log: InteractionLog, exclude_seen: bool) -> dict[str, np.ndarray]:
+    """Test ranks [1, users] of what needs no training."""
+    split = leave_one_out(log)
+    popularity = popularity_counts(log, split.valid)
+    transitions = transition_counts(log, split.valid)
+    return {
+        "Markov": markov_ranks(log, transitions, popularity, split.test, exclude_seen=exclude_seen)[None],
+        "popularity": popularity_ranks(log, popularity, split.test, exclude_seen=exclude_seen)[None],
+    }
+
+
+def _spread(values: Sequence[float]) -> dict[str, Any]:
+    """Mean and standard deviation over seeds (None for one seed), and the values."""
+    deviation = statistics.stdev(values) if len(values) > 1 else None
+    return {"mean": statistics.fmean(values), "deviation": deviation, "per_seed": list(values)}
+
+
+def _against_best(ranks: Mapping[str, np.ndarray], best: str, metric: str) -> dict[str, dict[str, Any]]:
+    """Differences of one metric to the best row, each user's metric averaged over seeds."""
+    name, k = metric.split("@")
+    values = np.stack([METRICS[name](row, int(k)).mean(axis=0) for row in ranks.values()])
+    found = compare_with_best(values, best=list(ranks).index(best))
+    return {
+        row: {
+            "behind_by": float(found.difference[i]),
+            "interval_95": [float(end) for end in found.interval[i]],
+            "p": float(found.p[i]),
+            "p_holm": float(found.p_holm[i]),
+        }
+        for i, row in enumerate(ranks)
+        if row != best
+    }
+
+
+def _settings(plan: Plan) -> dict[str, Any]:
+    """Settings of every model, without folders of the machine and the seed."""
+    settings = {model: config.to_dict() for model, config in plan.configs.items()}
+    for values in settings.values():
+        values["data"].pop("cache_dir")
+        values["train"].pop("seed")
+        for name in ("path", "item_path"):
+            values["data"][name] = values["data"][name] and without_folders(values["data"][name])
+    overrides = {path: without_folders(v) if isinstance(v, str) else v for path, v in plan.overrides.items()}
+    return {"given": overrides, "differ_by_model": plan.own, "by_model": settings}
+
+
+def collect(plan: Plan, note: str) -> dict[str, Any]:
+    """Gathers all numbers of the finished runs, ready for JSON; rows are ordered by the plan's metric, best first.
+
+    Raises:
+      FileNotFoundError: no run is finished.
+      ValueError: a run's files do not belong together.
+    """
+    finished = {m: [s for s in plan.seeds if is_finished(plan.folder(m, s))] for m in plan.configs}
+    missing = [{"model": m, "seed": s} for m, s in plan.runs_in_order() if s not in finished[m]]
+    finished = {model: seeds for model, seeds in finished.items() if seeds}
+    if not finished:
+        raise FileNotFoundError(f"no run of this comparison is finished in {plan.runs}; leave out --report-only")
+    evaluation = next(iter(plan.configs.values())).eval
+    model, seeds = next(iter(finished.items()))
+    log = load_log(plan.folder(model, seeds[0]))
+    runs = {m: [_run(plan.folder(m, seed)) for seed in seeds] for m, seeds in finished.items()}
+    ranks = {
+        m: np.stack([_ranks(plan.folder(m, s), log, evaluation.top_k) for s in seeds]) for m, seeds in finished.items()
+    } | _baselines(log, evaluation.exclude_seen)
+    per_seed = {row: [summarise(one, evaluation.top_k) for one in values] for row, values in ranks.items()}
+    metrics = list(per_seed[model][0])
+    spreads = {row: {m: _spread([one[m] for one in values]) for m in metrics} for row, values in per_seed.items()}
+    # Equals stay in the order of the plan.
+    order = sorted(spreads, key=lambda row: -spreads[row][plan.metric]["mean"])
+    best = {metric: max(spreads, key=lambda row: spreads[row][metric]["mean"]) for metric in metrics}
+    against = {metric: _against_best(ranks, best[metric], metric) for metric in metrics}
+    data = next(iter(plan.configs.values())).data.name
+    every = [run for of_model in runs.values() for run in of_model]
+    return {
+        "note": note,
+        "command": [without_folders(argument) for argument in sys.orig_argv],
+        "data": {
+            "name": data, "users": log.num_users, "items": log.num_items, "rows": log.num_rows,
+            "fingerprint": log.fingerprint,
+        },
+        "protocol": "full ranking of the test part, leave one out, seen items "
+        + ("excluded" if evaluation.exclude_seen else "not excluded"),
+        "metric": plan.metric,
+        "seeds": list(plan.seeds),
+        "missing": missing,
+        "commits": sorted({str(run["git_commit"]) for run in every}),
+        "git_dirty": any(run["git_dirty"] for run in every),
+        "wall_seconds": sum(run["train_seconds"] + run["valid_seconds"] for run in every),
+        "settings": _settings(plan),
+        "best": best,
+        "rows": [
+            {
+                "name": row,
+                "trained": row in runs,
+                "seeds": finished.get(row, []),
+                "metrics": spreads[row],
+                "against_best": {metric: against[metric].get(row) for metric in metrics},
+                "runs": runs.get(row, []),
+            }
+            for row in order
+        ],
+        "published": [
+            {"model": row.model, "metrics": row.metrics, "source": row.source} for row in PUBLISHED.get(data, [])
+        ],
+    }  # fmt: skip

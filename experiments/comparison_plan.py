@@ -1,0 +1,278 @@
+"""What a comparison of models consists of: names, settings, seeds and folders, read from the command line."""
+
+import argparse
+import dataclasses
+import difflib
+import pathlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import tyro
+
+from experiments import train
+from experiments.command_line import parse_settings
+from experiments.configs import DATA_NAMES, MODEL_NAMES, load_config
+from tim4rec_jax.config import DataConfig, EvalConfig, ExperimentConfig, ModelConfig, TrainConfig
+from tim4rec_jax.run_dir import CHANGEABLE_ON_RESUME, CONFIG, read_config, read_environment
+
+# Settings that a model's numbers do not depend on, and those that the data answer for by their fingerprint.
+_FREE = {name for name in CHANGEABLE_ON_RESUME if name not in ("train.epochs", "train.max_steps", "train.patience")}
+_FREE |= {"name", "model.vocab_size", "eval.baselines"}
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Trains models on one log with several seeds each and compares them.
+
+    Attributes:
+      model, data, train, eval: settings for every model, each an option by its path.
+      data_set: the data, by the first part of an experiment's name.
+      models: names, separated by commas.
+      seeds: how many, counted up from 2020, or the seeds themselves, separated by commas ("7," is seed 7 alone).
+      epochs: short for --train.epochs.
+      metric: decides which model is best; None is eval.monitor.
+      jobs: trainings at once, each with its own share of the processors; leave it at 1 on a GPU, and for clean timings.
+      runs: folder of the run folders; None is runs/compare/<data>.
+      output: where the results go, without suffix; None is experiments/results/compare_<data>.
+      report_only: train nothing, compare what is finished.
+      own_settings: accept that models keep training settings of their own that differ.
+      note: a sentence to keep with the numbers, for instance about the machine.
+    """
+
+    model: ModelConfig
+    data: DataConfig
+    train: TrainConfig
+    eval: EvalConfig
+    data_set: Annotated[str, tyro.conf.arg(aliases=("--data",))]
+    models: str = ",".join(MODEL_NAMES)
+    seeds: str = "3"
+    epochs: int | None = None
+    metric: str | None = None
+    jobs: int = 1
+    runs: pathlib.Path | None = None
+    output: pathlib.Path | None = None
+    report_only: bool = False
+    own_settings: bool = False
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A comparison with every name resolved.
+
+    Attributes:
+      data_set: its name.
+      configs: each model's settings; the seed in them is not used.
+      overrides: settings from the command line, by path.
+      own: training settings in which the models differ: the value of each model, by path.
+      seeds: in order.
+      metric: decides which is best.
+      runs, output: where run folders are, where results go.
+    """
+
+    data_set: str
+    configs: dict[str, ExperimentConfig]
+    overrides: dict[str, Any]
+    own: dict[str, dict[str, Any]]
+    seeds: tuple[int, ...]
+    metric: str
+    runs: pathlib.Path
+    output: pathlib.Path
+
+    def runs_in_order(self) -> Iterator[tuple[str, int]]:
+        """Yields (model, seed), all models of one seed before the next seed."""
+        return ((model, seed) for seed in self.seeds for model in self.configs)
+
+    def folder(self, model: str, seed: int) -> pathlib.Path:
+        return self.runs / model / f"seed_{seed}"
+
+    def config(self, model: str, seed: int) -> ExperimentConfig:
+        config = self.configs[model]
+        return dataclasses.replace(config, train=dataclasses.replace(config.train, seed=seed))
+
+
+def flat(values: Mapping[str, Any], path: str = "") -> dict[str, Any]:
+    """Returns nested settings by path, as in "train.learning_rate"; lists become tuples."""
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            found |= flat(value, f"{path}{key}.")
+        else:
+            found[path + key] = tuple(value) if isinstance(value, list) else value
+    return found
+
+
+def _nearest(kind: str, name: str, names: Sequence[str]) -> ValueError:
+    near = difflib.get_close_matches(name, names, n=3, cutoff=0.3) or list(names)
+    return ValueError(f"{kind} {name!r} is unknown; nearest: {', '.join(near)}")
+
+
+def parse_models(text: str) -> tuple[str, ...]:
+    """Reads "tim4rec,sasrec".
+
+    Raises:
+      ValueError: for an unknown name (the nearest are shown), a repeated one, or none.
+    """
+    names = tuple(name.strip() for name in text.split(",") if name.strip())
+    if not names:
+        raise ValueError(f"--models={text!r} names no model; choose of {', '.join(MODEL_NAMES)}")
+    for name in names:
+        if name not in MODEL_NAMES:
+            raise _nearest("model", name, MODEL_NAMES)
+        if names.count(name) > 1:
+            raise ValueError(f"--models={text}: {name} is there {names.count(name)} times; name each model once")
+    return names
+
+
+def parse_seeds(text: str, first: int = 2020) -> tuple[int, ...]:
+    """Reads "3", a count, or "2020,7,11", the seeds.
+
+    Raises:
+      ValueError: for what is no number, a count under 1, a seed under 0, or a repeated seed.
+    """
+    try:
+        numbers = tuple(int(part) for part in text.split(",") if part.strip())
+    except ValueError:
+        raise ValueError(f"--seeds={text}: expected a count as in 3, or seeds as in 2020,7,11") from None
+    if "," not in text:
+        if not numbers or numbers[0] < 1:
+            raise ValueError(f"--seeds={text}: a count must be at least 1")
+        return tuple(range(first, first + numbers[0]))
+    for seed in numbers:
+        if seed < 0:
+            raise ValueError(f"--seeds={text}: seed {seed} must be at least 0")
+        if numbers.count(seed) > 1:
+            raise ValueError(
+                f"--seeds={text}: {seed} is there {numbers.count(seed)} times; the same seed gives the same run again"
+            )
+    if not numbers:
+        raise ValueError(f"--seeds={text} names no seed")
+    return numbers
+
+
+def parse(argv: Sequence[str]) -> tuple[Arguments, Plan]:
+    """Reads the command line.
+
+    Raises:
+      ValueError: for an unknown name or option (the nearest are shown), a value out of range, a repeated model or seed,
+        or models that would be trained with different settings.
+    """
+    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    finder.add_argument("--data", "--data_set", "--data-set", default=DATA_NAMES[0])
+    finder.add_argument("--models", default=Arguments.models)
+    found, others = finder.parse_known_args(argv)
+    if found.data not in DATA_NAMES:
+        raise _nearest("data", found.data, DATA_NAMES)
+    arguments, configs, overrides = None, {}, {}
+    for model in parse_models(found.models):
+        base = load_config(f"{found.data}_{model}")
+        default = Arguments(base.model, base.data, base.train, base.eval, found.data, found.models)
+        arguments = parse_settings(
+            Arguments, others, default, prog="experiments.compare",
+            description=f"Data: {', '.join(DATA_NAMES)}. Models: {', '.join(MODEL_NAMES)}.",
+        )  # fmt: skip
+        configs[model] = _resolved(base, arguments)
+        before = flat(base.to_dict())
+        overrides |= {key: value for key, value in flat(configs[model].to_dict()).items() if before[key] != value}
+    overrides.pop("eval.baselines", None)
+    seeds = parse_seeds(arguments.seeds, base.train.seed)
+    metric = arguments.metric or configs[model].eval.monitor
+    known = [f"{name}@{k}" for k in configs[model].eval.top_k for name in ("hit", "ndcg", "mrr")]
+    if metric not in known:
+        raise _nearest("metric", metric, known)
+    own = _own_settings(configs, arguments.own_settings)
+    runs = arguments.runs or pathlib.Path("runs") / "compare" / found.data
+    output = arguments.output or pathlib.Path("experiments") / "results" / f"compare_{found.data}"
+    return arguments, Plan(found.data, configs, overrides, own, seeds, metric, runs, output)
+
+
+def _resolved(base: ExperimentConfig, arguments: Arguments) -> ExperimentConfig:
+    """The settings of one model: the experiment's, with those of the command line."""
+    settings = arguments.train
+    if settings.seed != base.train.seed:
+        raise ValueError(f"--train.seed={settings.seed}: give the seeds by --seeds, as in --seeds={settings.seed},")
+    if arguments.model.name != base.model.name:
+        raise ValueError(f"--model.name={arguments.model.name}: give the models by --models")
+    if arguments.epochs is not None:
+        if settings.epochs not in (base.train.epochs, arguments.epochs):
+            raise ValueError(f"--epochs={arguments.epochs} and --train.epochs={settings.epochs} differ; give one")
+        settings = dataclasses.replace(settings, epochs=arguments.epochs)
+    if arguments.eval.baselines != base.eval.baselines:
+        raise ValueError("--eval.baselines is not for comparisons: popularity and Markov stand beside all models")
+    # Measured once for all runs; what costs a training of its own is a model of the comparison.
+    measured = dataclasses.replace(arguments.eval, baselines=("popularity",))
+    return ExperimentConfig(base.name, arguments.model, arguments.data, settings, measured)
+
+
+def _own_settings(configs: Mapping[str, ExperimentConfig], accepted: bool) -> dict[str, dict[str, Any]]:
+    """Finds settings of data, training and evaluation in which the models differ.
+
+    Raises:
+      ValueError: there are some and they are not accepted.
+    """
+    settings = {model: flat(config.to_dict()) for model, config in configs.items()}
+    paths = [path for path in next(iter(settings.values())) if not path.startswith("model.") and path not in _FREE]
+    own = {path: {model: values[path] for model, values in settings.items()} for path in paths}
+    own = {path: values for path, values in own.items() if len(set(values.values())) > 1}
+    if own and not accepted:
+        lines = (f"{path}: " + ", ".join(f"{m} {value}" for m, value in values.items()) for path, values in own.items())
+        options = " ".join(f"--{path}={next(iter(values.values()))}" for path, values in own.items())
+        raise ValueError(
+            "the models would not be trained alike:\n  " + "\n  ".join(lines) + f"\ngive one value for all, as in "
+            f"{options}; or accept the differences with --own-settings, and the table will say so"
+        )
+    return own
+
+
+def options(config: ExperimentConfig, name: str) -> tuple[str, ...]:
+    """Returns the options of `experiments.train` that make an experiment's settings into `config`.
+
+    Args:
+      config: the settings wanted.
+      name: the experiment to start from.
+    """
+    before, given = flat(load_config(name).to_dict()), [f"--config={name}"]
+    for path, value in flat(config.to_dict()).items():
+        if path == "name" or before[path] == value:
+            continue
+        given += [f"--{path}", *map(str, value)] if isinstance(value, tuple) else [f"--{path}={value}"]
+    if train.parse(given)[0] != config:
+        raise ValueError(f"the settings of {name} cannot be given as options: {' '.join(given)}")
+    return tuple(given)
+
+
+def require_same_settings(plan: Plan, fingerprint: str | None) -> None:
+    """Refuses runs that were made with other settings or on other data.
+
+    Args:
+      plan: the comparison.
+      fingerprint: of the log; None is that of the first run there is.
+
+    Raises:
+      ValueError: listing every difference with both values.
+    """
+    differences: dict[str, list[pathlib.Path]] = {}
+    for model, seed in plan.runs_in_order():
+        folder = plan.folder(model, seed)
+        if not (folder / CONFIG).exists():
+            continue
+        old, new = flat(read_config(folder).to_dict()), flat(plan.config(model, seed).to_dict())
+        for key in sorted(new):
+            if key not in _FREE and old[key] != new[key]:
+                differences.setdefault(f"{key}: {old[key]!r} there, {new[key]!r} asked for", []).append(folder)
+        data = read_environment(folder)["data_fingerprint"]
+        fingerprint = fingerprint or data
+        if data != fingerprint:
+            line = f"data fingerprint: {data[:12]}… there, {fingerprint[:12]}… asked for"
+            differences.setdefault(line, []).append(folder)
+    if differences:
+        lines = (
+            f"{line} ({folders[0]}{f' and {len(folders) - 1} more' if folders[1:] else ''})"
+            for line, folders in differences.items()
+        )
+        raise ValueError(
+            "runs are there that were made with other settings or other data:\n  "
+            + "\n  ".join(lines)
+            + "\ngive the settings of those runs, choose another folder with --runs, or remove them"
+        )

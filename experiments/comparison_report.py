@@ -1,0 +1,197 @@
+"""A comparison's numbers as Markdown, as JSON and as a figure."""
+
+import json
+import pathlib
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from experiments.comparison_numbers import METRICS
+from experiments.comparison_plan import Plan
+from tim4rec_jax.run_dir import replacing, write_atomically
+
+MARKS = ((0.001, "‡"), (0.05, "†"))
+NOTHING = "–"
+_BUDGET = ("epochs", "max_steps", "patience", "batch_size", "learning_rate", "schedule", "loss")
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]], *, left: int = 1) -> list[str]:
+    """Lines of a Markdown table; the first `left` columns are aligned to the left, the others to the right."""
+    rule = ["---"] * left + ["---:"] * (len(header) - left)
+    return [f"| {' | '.join(cells)} |" for cells in (header, rule, *rows)] + [""]
+
+
+def _value(row: Mapping[str, Any], metric: str, best: str) -> str:
+    """One cell: the mean, bold for the best, its deviation over seeds and the mark of its difference to the best."""
+    spread, against = row["metrics"][metric], row["against_best"][metric]
+    mean = f"**{spread['mean']:.4f}**" if row["name"] == best else f"{spread['mean']:.4f}"
+    deviation = "" if spread["deviation"] is None else f" ± {spread['deviation']:.4f}"
+    mark = "" if against is None else next((mark for limit, mark in MARKS if against["p_holm"] < limit), "")
+    return f"{mean}{deviation}{mark and f' {mark}'}"
+
+
+def _costs(row: Mapping[str, Any]) -> list[str]:
+    """Parameters, seconds an epoch, peak memory in MiB, best epochs; nothing for what is not trained."""
+    runs = row["runs"]
+    if not runs:
+        return [NOTHING] * 4
+    peak = max(run["peak_device_bytes"] or run["peak_resident_bytes"] for run in runs)
+    seconds = statistics.median(run["seconds_per_epoch"] for run in runs)
+    best = ", ".join(f"{run['best_epoch']} of {run['epochs']}" for run in runs)
+    return [f"{runs[0]['parameters']:,}", f"{seconds:.3g}", f"{peak / 2**20:,.0f}", best]
+
+
+def _budget(numbers: Mapping[str, Any]) -> list[str]:
+    """Says what all models were given, and where they differ."""
+    settings = numbers["settings"]
+    own = settings["differ_by_model"]
+    shared = next(iter(settings["by_model"].values()))["train"]
+    shown = [name for name in _BUDGET if f"train.{name}" not in own and shared[name] is not None]
+    budget = ", ".join(f"{name} {shared[name]}" for name in shown)
+    given = ", ".join(f"`{path}={value}`" for path, value in settings["given"].items()) or "none"
+    lines = [f"One budget for all: {budget}. Settings given for all models: {given}.", ""]
+    for path, values in own.items():
+        each = ", ".join(f"{model} {value}" for model, value in values.items())
+        lines += [f"**Not the same for all models**: `{path}`: {each}.", ""]
+    return lines
+
+
+def _footnotes(numbers: Mapping[str, Any]) -> list[str]:
+    runs = [run for row in numbers["rows"] for run in row["runs"]]
+    machines = sorted({f"{run['device_kind']}, {run['cpus_allowed']} of {run['cpu_count']} processors" for run in runs})
+    on_device = any(run["peak_device_bytes"] for run in runs)
+    dirty = " with local changes" if numbers["git_dirty"] else ""
+    lines = [
+        "Mean ± standard deviation over seeds. **Bold** is the best of a column; † and ‡ lie behind it with p < 0.05 "
+        "and p < 0.001: two-sided paired sign-flip test over users, a user's metric averaged over seeds, "
+        "Holm-corrected for the rows of the column. The test speaks of other users, not of other seeds; the best is "
+        "picked on the same users. Markov: what most often directly followed the last item, then popularity.",
+        "",
+        "Seconds an epoch: median over epochs of training alone, without validation. Peak memory: of the "
+        f"{'device' if on_device else 'process, compilation included'}. Trained on: {'; '.join(machines)}. "
+        f"Code: {', '.join(commit[:12] for commit in numbers['commits'])}{dirty}.",
+        "",
+    ]
+    if len(machines) > 1:
+        lines += ["The runs are from different machines: their seconds and memory are not comparable.", ""]
+    if len(numbers["commits"]) > 1:
+        lines += ["The runs are from different commits.", ""]
+    if numbers["missing"]:
+        runs_missing = ", ".join(f"{run['model']} seed {run['seed']}" for run in numbers["missing"])
+        lines += [f"**Not finished, and not in these numbers**: {runs_missing}.", ""]
+    return lines
+
+
+def _published(numbers: Mapping[str, Any]) -> list[str]:
+    lines = ["## Published", ""]
+    if not numbers["published"]:
+        return [*lines, "No numbers are known at this setting.", ""]
+    printed = [metric for metric in numbers["best"] if any(metric in row["metrics"] for row in numbers["published"])]
+    rows = [
+        [row["model"], row["source"]]
+        + [f"{row['metrics'][metric]:.4f}" if metric in row["metrics"] else NOTHING for metric in printed]
+        for row in numbers["published"]
+    ]
+    caveat = "Printed by others: their preparation of the data, their protocol and their training budget may differ."
+    return [*lines, caveat, "", *_table(["model", "source", *printed], rows, left=2)]
+
+
+def markdown(numbers: Mapping[str, Any]) -> str:
+    """Returns the comparison as Markdown.
+
+    Args:
+      numbers: from `comparison_numbers.collect`.
+    """
+    data, best, rows = numbers["data"], numbers["best"], numbers["rows"]
+    first_k = numbers["metric"].split("@")[1]
+    lists = sorted({name.split("@")[1] for name in best}, key=lambda k: (k != first_k, int(k)))
+    lines = [
+        f"# Models on {data['name']}",
+        "",
+        f"{data['users']:,} users, {data['items']:,} items, {data['rows']:,} interactions; {numbers['protocol']}; "
+        f"seeds {', '.join(map(str, numbers['seeds']))}. {numbers['note']}".rstrip(),
+        "",
+        *_budget(numbers),
+    ]
+    for k in lists:
+        columns = [f"{metric}@{k}" for metric in METRICS]
+        costs = ["seeds", "parameters", "s an epoch", "peak MiB", "best epoch"] if k == first_k else []
+        cells = [
+            [row["name"], *(_value(row, column, best[column]) for column in columns)]
+            + ([str(len(row["seeds"])) if row["trained"] else NOTHING, *_costs(row)] if costs else [])
+            for row in rows
+        ]
+        lines += _table(["model", *columns, *costs], cells)
+    lines += _footnotes(numbers)
+    metric = numbers["metric"]
+    against = [(row["name"], row["against_best"][metric]) for row in rows if row["against_best"][metric]]
+    if against:
+        lines += [f"## Behind {best[metric]} in {metric}", ""]
+        cells = [
+            [name, f"{a['behind_by']:.4f}", "{:.4f} to {:.4f}".format(*a["interval_95"]), f"{a['p']:.4f}",
+             f"{a['p_holm']:.4f}"]
+            for name, a in against
+        ]  # fmt: skip
+        lines += _table(["model", "by", "95 % interval (bootstrap over users)", "p", "p, Holm"], cells)
+    return "\n".join(lines + _published(numbers))
+
+
+def _quality_panel(panel: Axes, rows: Sequence[Mapping[str, Any]], metric: str) -> None:
+    for y, row in enumerate(rows):
+        spread = row["metrics"][metric]
+        if row["trained"]:
+            panel.plot(spread["per_seed"], [y] * len(row["seeds"]), ".", color="tab:blue", alpha=0.5)
+            panel.errorbar(spread["mean"], y, xerr=spread["deviation"] or 0.0, fmt="o", color="tab:blue", capsize=3)
+        else:
+            panel.plot(spread["mean"], y, "D", color="grey")
+    panel.set(title=metric, yticks=range(len(rows)), yticklabels=[row["name"] for row in rows])
+    panel.grid(alpha=0.3)
+
+
+def _cost_panel(panel: Axes, rows: Sequence[Mapping[str, Any]], metric: str) -> None:
+    for row in (row for row in rows if row["trained"]):
+        seconds = statistics.median(run["seconds_per_epoch"] for run in row["runs"])
+        spread = row["metrics"][metric]
+        panel.errorbar(seconds, spread["mean"], yerr=spread["deviation"] or 0.0, fmt="o", color="tab:blue", capsize=3)
+        panel.annotate(row["name"], (seconds, spread["mean"]), xytext=(4, 4), textcoords="offset points")
+    panel.set(title="quality and time", xlabel="seconds an epoch", ylabel=metric)
+    panel.margins(x=0.3, y=0.1)
+    panel.grid(alpha=0.3)
+
+
+def draw(numbers: Mapping[str, Any], file: pathlib.Path) -> None:
+    """Draws hit, ndcg and mrr of every row with its seeds and their deviation, and quality beside training time.
+
+    Args:
+      numbers: from `comparison_numbers.collect`.
+      file: PNG to write.
+    """
+    rows = numbers["rows"]
+    k = numbers["metric"].split("@")[1]
+    figure = Figure(figsize=(18, 1.5 + 0.45 * max(len(rows), 4)), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(1, 4)
+    for panel, metric in zip(panels, METRICS, strict=False):
+        _quality_panel(panel, rows, f"{metric}@{k}")
+        panel.invert_yaxis()  # the best row on top
+    for panel in panels[1:3]:
+        panel.set_yticklabels([])
+    _cost_panel(panels[3], rows, numbers["metric"])
+    seeds = len(numbers["seeds"])
+    figure.suptitle(f"{numbers['data']['name']}: {seeds} seeds, mean and standard deviation; grey: nothing trained")
+    with replacing(file) as temporary:
+        figure.savefig(temporary, format="png", dpi=100)
+
+
+def write_report(plan: Plan, numbers: Mapping[str, Any]) -> list[pathlib.Path]:
+    """Writes <output>.md, <output>.json and <output>.png and returns their paths."""
+    plan.output.parent.mkdir(parents=True, exist_ok=True)
+    text, data, figure = (plan.output.with_name(plan.output.name + suffix) for suffix in (".md", ".json", ".png"))
+    draw(numbers, figure)
+    write_atomically(data, (json.dumps(numbers, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode())
+    write_atomically(text, markdown(numbers).encode())
+    return [text, data, figure]
