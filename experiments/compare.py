@@ -59,7 +59,7 @@ def program(argv: list[str]) -> int:
         del log
         failures, stopped_by = train_missing(plan, arguments.jobs, console)
         if stopped_by is not None:
-            console.print("stopped; the same command goes on from here, and --report-only shows what is finished")
+            console.print("stopped; the same command goes on, and --report-only shows what is finished", soft_wrap=True)
             return 0 if stopped_by == signal.SIGTERM else 130
     if not failures or any(is_finished(plan.folder(*run)) for run in plan.runs_in_order()):
         written = write_report(plan, collect(plan, arguments.note))

@@ -151,7 +151,7 @@ def collect(plan: Plan, note: str) -> dict[str, Any]:
         "metric": plan.metric,
         "seeds": list(plan.seeds),
         "missing": missing,
-        "commits": sorted({str(run["git_commit"]) for run in every}),
+        "commits": sorted({run["git_commit"] or "unknown" for run in every}),
         "git_dirty": any(run["git_dirty"] for run in every),
         "wall_seconds": sum(run["train_seconds"] + run["valid_seconds"] for run in every),
         "settings": _settings(plan),

@@ -68,8 +68,9 @@ def _footnotes(numbers: Mapping[str, Any]) -> list[str]:
     lines = [
         "Mean ± standard deviation over seeds. **Bold** is the best of a column; † and ‡ lie behind it with p < 0.05 "
         "and p < 0.001: two-sided paired sign-flip test over users, a user's metric averaged over seeds, "
-        "Holm-corrected for the rows of the column. The test speaks of other users, not of other seeds; the best is "
-        "picked on the same users. Markov: what most often directly followed the last item, then popularity.",
+        "Holm-corrected for the rows of the column; p alone is at least 1 / 10,000. The test speaks of other users, "
+        "not of other seeds; the best is picked on the same users. Markov: what most often directly followed the last "
+        "item, then popularity.",
         "",
         "Seconds an epoch: median over epochs of training alone, without validation. Peak memory: of the "
         f"{'device' if on_device else 'process, compilation included'}. Trained on: {'; '.join(machines)}. "

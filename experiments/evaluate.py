@@ -111,7 +111,10 @@ def run(arguments: Arguments) -> EvaluationResult:
     stored = load_model(arguments.run, report=lambda line: print(line, file=sys.stderr))
     log = load_log(arguments.run)
     options = arguments.eval
-    settings = EvalConfig(options.batch_size, options.top_k, f"ndcg@{options.top_k[0]}", options.exclude_seen)
+    settings = EvalConfig(
+        batch_size=options.batch_size, top_k=options.top_k, monitor=f"ndcg@{options.top_k[0]}",
+        exclude_seen=options.exclude_seen,
+    )  # fmt: skip
     examples = getattr(leave_one_out(log), arguments.split)
     return evaluate(stored.model, stored.params, log, examples, dataclasses.replace(stored.config, eval=settings))
 

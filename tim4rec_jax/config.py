@@ -12,6 +12,8 @@ Dtype = Literal["float32", "bfloat16", "float64"]
 LogFormat = Literal["auto", "recbole", "movielens", "amazon", "kuairand", "csv", "parquet"]
 Baseline = Literal["popularity", "time_off"]
 TimestampPrecision = Literal["float32", "int64"]
+TimeMode = Literal["faithful", "causal"]
+Positions = Literal["last", "all"]
 
 
 def _require(condition: bool, message: str) -> None:
@@ -43,6 +45,8 @@ class ModelConfig:
       norm_eps: epsilon of the norms (the feed-forward norm keeps 1e-12).
       use_ffn: a feed-forward block follows each mixer.
       use_time: the time-aware mask; off gives the SSD-only model (SSD4Rec).
+      time_mode: "faithful" is the paper's time branch, which mixes positions, so that the model is not causal and its
+        length is fixed; "causal" reads gaps up to each position only.
       time_gate_per_position: the time channel's residual gate has a value a position (`p2p_residual`), else one a head.
       kaiming_init: convolutions start N(0, 2 / (channels * d_conv)) with zero bias, else uniform(+-1/sqrt(d_conv)).
       mask_padded_time: a padded position has a gap of 0 (the original: minus the last timestamp).
@@ -72,6 +76,7 @@ class ModelConfig:
     norm_eps: float = 1e-12
     use_ffn: bool = True
     use_time: bool = True
+    time_mode: TimeMode = "faithful"
     time_gate_per_position: bool = False
     kaiming_init: bool = True
     mask_padded_time: bool = False
@@ -109,6 +114,9 @@ class ModelConfig:
         _require_rate("dropout", self.dropout)
         _require_rate("time_dropout", self.time_dropout)
         _require_rate("attention_dropout", self.attention_dropout)
+        _require(
+            self.time_mode in get_args(TimeMode), f"time_mode={self.time_mode!r} must be one of {get_args(TimeMode)}"
+        )
         _require(self.norm_eps > 0, f"norm_eps={self.norm_eps} must be positive")
         _require(self.dtype in get_args(Dtype), f"dtype={self.dtype!r} must be one of {get_args(Dtype)}")
 
@@ -198,7 +206,7 @@ class TrainConfig:
     Attributes:
       epochs: most passes over the training examples.
       max_steps: most optimiser steps; None for no limit.
-      batch_size: examples a step.
+      batch_size: examples a step; with `positions="all"` rows of max_len positions.
       learning_rate: peak rate of Adam.
       adam_b1, adam_b2, adam_eps: Adam's constants.
       weight_decay: decoupled (AdamW); 0 is Adam.
@@ -208,6 +216,10 @@ class TrainConfig:
       loss: "ce" over the whole catalogue or "bpr" with one sampled negative.
       loss_implementation: None computes all scores of a microbatch at once for "ce"; a backend of
         `kernels.softmax_cross_entropy` never does, which large catalogues need.
+      positions: "last" trains on the last position of every prefix, as the papers do; "all" on every position of a
+        window at once, with short histories packed into one row, which needs a causal model.
+      window_context: positions of a later window of a long history that are read and not trained on again, so that
+        every target has at least this much before it; None is half of max_len.
       seed: of initial values, shuffling, dropout and negatives.
       patience: validations in a row without improvement that stop training.
       length_groups: static lengths a batch's rows are grouped into; 1 pads every row to max_len.
@@ -232,6 +244,8 @@ class TrainConfig:
     warmup_steps: int = 0
     loss: Literal["ce", "bpr"] = "ce"
     loss_implementation: str | None = None
+    positions: Positions = "last"
+    window_context: int | None = None
     seed: int = 2020
     patience: int = 20
     length_groups: int = 6
@@ -247,6 +261,17 @@ class TrainConfig:
         for name in ("max_steps", "microbatch_tokens", "checkpoint_every"):
             value = getattr(self, name)
             _require(value is None or value >= 1, f"{name}={value} must be at least 1, or None")
+        _require(
+            self.positions in get_args(Positions), f"positions={self.positions!r} must be one of {get_args(Positions)}"
+        )
+        _require(
+            self.window_context is None or self.window_context >= 0,
+            f"window_context={self.window_context} must be at least 0, or None",
+        )
+        _require(
+            self.positions == "last" or self.loss == "ce",
+            f"positions='all' trains with loss='ce' only, not {self.loss!r}; use positions='last' for it",
+        )
         for name in ("patience", "warmup_steps", "weight_decay", "seed"):
             _require(getattr(self, name) >= 0, f"{name}={getattr(self, name)} must be at least 0")
         _require(
@@ -263,6 +288,8 @@ class EvalConfig:
 
     Attributes:
       batch_size: users scored at once.
+      max_len: positions of a history that are read; None is the model's max_len. Longer than that needs a causal
+        state-space model.
       top_k: list lengths k of hit@k, ndcg@k and mrr@k.
       monitor: the validation metric of early stopping.
       exclude_seen: leave items of the user's own history out of the ranking (the paper: no).
@@ -271,6 +298,7 @@ class EvalConfig:
     """
 
     batch_size: int = 4096
+    max_len: int | None = None
     top_k: tuple[int, ...] = (10, 20, 50)
     monitor: str = "ndcg@10"
     exclude_seen: bool = False
@@ -278,6 +306,7 @@ class EvalConfig:
 
     def __post_init__(self) -> None:
         _require(self.batch_size >= 1, f"batch_size={self.batch_size} must be at least 1")
+        _require(self.max_len is None or self.max_len >= 1, f"max_len={self.max_len} must be at least 1, or None")
         _require(len(self.top_k) > 0 and min(self.top_k) >= 1, f"top_k={self.top_k} needs list lengths of at least 1")
         known = [f"{metric}@{k}" for k in self.top_k for metric in ("hit", "ndcg", "mrr")]
         _require(self.monitor in known, f"monitor={self.monitor!r} must be one of {known}")

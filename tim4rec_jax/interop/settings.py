@@ -15,6 +15,7 @@ _MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "mamba4rec": ("mamba4rec", {"kaiming_init": False, "norm_eps": 1e-12}),
     "echomamba4rec": ("echomamba4rec", {"kaiming_init": False, "norm_eps": 1e-12}),
 }
+UPSTREAM_NAMES = ("TiM4Rec", "SSD4Rec", "SASRec", "TiSASRec", "Mamba4Rec", "EchoMamba4Rec")
 # What the original programs can vary and ours cannot.
 _FIXED: dict[str, Any] = {"hidden_act": "gelu", "initializer_range": 0.02}
 
@@ -84,11 +85,98 @@ _FIELDS: dict[str, _Fields] = {
 }
 
 
+# What RecBole and the original programs read besides: data, negatives, training, measurement, logs.
+_BESIDE_THE_MODEL = """
+model dataset config_file_list data_path field_separator seq_separator USER_ID_FIELD ITEM_ID_FIELD RATING_FIELD
+TIME_FIELD LABEL_FIELD NEG_PREFIX ITEM_LIST_LENGTH_FIELD LIST_SUFFIX POSITION_FIELD HEAD_ENTITY_ID_FIELD
+TAIL_ENTITY_ID_FIELD RELATION_ID_FIELD ENTITY_ID_FIELD SOURCE_ID_FIELD TARGET_ID_FIELD seq_len threshold load_col
+unload_col unused_col additional_feat_suffix rm_dup_inter lowest_val highest_val equal_val not_equal_val
+val_interval filter_inter_by_user_or_item max_user_inter_num min_user_inter_num max_item_inter_num
+min_item_inter_num user_inter_num_interval item_inter_num_interval fields_in_same_space preload_weight
+normalize_field normalize_all numerical_features discretization augmentation data_augmentation benchmark_filename
+alias_of_user_id alias_of_item_id encoding save_dataset dataset_save_path save_dataloaders dataloaders_save_path
+neg_sampling train_neg_sample_args valid_neg_sample_args test_neg_sample_args eval_neg_sample_args
+training_neg_sample_num training_neg_sample_distribution transform gpu_id use_gpu device seed state reproducibility
+worker shuffle nproc world_size local_rank ip port offset single_spec enable_amp enable_scaler torch_compile
+show_progress checkpoint_dir checkpoint_path train_from_scratch saved log_root log_wandb wandb_project epochs
+train_batch_size learner learning_rate weight_decay clip_grad_norm loss_type loss_decimal_place require_pow
+draw_loss_pic eval_step stopping_step eval_args eval_setting eval_type group_by_user split_ratio leave_one_num
+real_time_process repeatable metrics topk valid_metric valid_metric_bigger eval_batch_size metric_decimal_place
+"""
+_NOT_OF_THE_MODEL = frozenset(_BESIDE_THE_MODEL.split())
+# Of the attention block that the original EchoMamba4Rec builds and never calls.
+_NEVER_CALLED = {"echomamba4rec": frozenset({"num_experts", "num_heads", "hidden_dim"})}
+
+
 _KINDS: dict[Callable[[Any], Any], str] = {
     _flag: "yes-or-no value (true or false)",
     _number: "number",
     _whole_number: "whole number",
 }
+
+
+def _known_model(model_name: str) -> str:
+    key = model_name.lower()
+    if key not in _MODELS:
+        near = difflib.get_close_matches(key, _MODELS, n=3, cutoff=0.3) or sorted(_MODELS)
+        raise ValueError(f"model_name={model_name!r} is unknown; nearest: {', '.join(near)}")
+    return key
+
+
+def models_described_by(settings: Mapping[str, Any]) -> list[str]:
+    """Returns the models ("TiM4Rec", ...) whose every setting is there; small models' settings are parts of others'."""
+    return [name for name in UPSTREAM_NAMES if set(_FIELDS[name.lower()]) <= set(settings)]
+
+
+def settings_beside_the_model(model_name: str, settings: Mapping[str, Any]) -> list[str]:
+    """Returns the names of the settings that an original program reads and that do not describe the model.
+
+    Args:
+      model_name: as in `config_from_upstream`.
+      settings: names and values as in the original's configuration.
+
+    Raises:
+      ValueError: for an unknown model, or listing every setting that no original program has, with the nearest that
+        one has, and every setting of another model.
+    """
+    key = _known_model(model_name)
+    own = {*_FIELDS[key], *_FIXED, "n_items"}
+    others = {
+        name: [m for m in UPSTREAM_NAMES if name in _FIELDS[m.lower()]] for name in set().union(*_FIELDS.values())
+    }
+    problems, beside = [], []
+    if key == "ssd4rec":
+        own |= set(_WITH_TIME)  # The TiM4Rec authors' program with time off.
+        if settings.get("is_time", False) is not False:
+            problems.append(f"is_time={settings['is_time']!r}: SSD4Rec has no time branch")
+    for name in settings:
+        if name in own:
+            continue
+        if name in _NOT_OF_THE_MODEL or name in _NEVER_CALLED.get(key, ()):
+            beside.append(name)
+        elif name in others:
+            problems.append(f"{name}: a setting of {', '.join(others[name])}")
+        else:
+            near = difflib.get_close_matches(str(name), [*own, *_NOT_OF_THE_MODEL], n=3, cutoff=0.6)
+            problems.append(f"{name}: unknown" + (f"; nearest: {', '.join(near)}" if near else ""))
+    if problems:
+        raise ValueError(f"the settings are not all those of a {model_name}:\n  " + "\n  ".join(problems))
+    return beside
+
+
+def upstream_from_config(config: ModelConfig) -> tuple[str, dict[str, Any]]:
+    """Returns the original program's name and its settings of the model; `config_from_upstream` reads them back.
+
+    What the original cannot express (`log_time`, for instance) is not in them: read them back and compare.
+
+    Raises:
+      ValueError: for a model that none of the original programs has.
+    """
+    timeless = config.name == "tim4rec" and not config.use_time
+    key = _known_model("ssd4rec" if timeless else config.name)
+    name = next(name for name in UPSTREAM_NAMES if name.lower() == key)
+    settings = {upstream: getattr(config, field) for upstream, (field, _) in _FIELDS[key].items()}
+    return name, settings | {"n_items": config.vocab_size}
 
 
 def config_from_upstream(model_name: str, settings: Mapping[str, Any]) -> ModelConfig:
@@ -105,10 +193,7 @@ def config_from_upstream(model_name: str, settings: Mapping[str, Any]) -> ModelC
     Raises:
       ValueError: for an unknown model, or listing every missing setting and every value of a wrong type.
     """
-    key = model_name.lower()
-    if key not in _MODELS:
-        near = difflib.get_close_matches(key, _MODELS, n=3, cutoff=0.3) or sorted(_MODELS)
-        raise ValueError(f"model_name={model_name!r} is unknown; nearest: {', '.join(near)}")
+    key = _known_model(model_name)
     ours, given = _MODELS[key]
     fields, values = _FIELDS[key], dict(given)
     missing = [name for name in fields if name not in settings]
