@@ -1,6 +1,5 @@
 """The operators, sizes and inputs that are checked and timed on a GPU."""
 
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,13 +9,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from kernels.causal_conv1d import causal_conv1d
+from kernels.gated_rms_norm import gated_rms_norm, project_normed
 from kernels.selective_scan import selective_scan
 from kernels.softmax_cross_entropy import softmax_cross_entropy
-from kernels.ssd import ssd
+from kernels.ssd import ssd, ssd_gated
 
 Sizes = dict[str, int]
 Arrays = dict[str, Any]
 TAPS = 4
+_NORM_EPS = 1e-5
 # How float32 numbers are multiplied, or bfloat16 storage with float32 sums.
 PRECISIONS = ("tfloat32", "bfloat16", "float32")
 
@@ -100,6 +101,38 @@ def _draw_ssd(sizes: Sizes, rng: np.random.Generator, ragged: bool) -> Values:
     return Values(inputs, _row_lengths(sizes, rng, ragged), _normal(rng, b, l, h, p))
 
 
+def _draw_mixer_end(sizes: Sizes, rng: np.random.Generator, ragged: bool) -> Values:
+    b, l, h, p, d = (sizes[axis] for axis in "blhpd")  # noqa: E741
+    values = _draw_ssd(sizes, rng, ragged)
+    inputs = {"z": _normal(rng, b, l, h, p), "scale": 1 + _normal(rng, h * p)}
+    inputs["weight"] = (h * p) ** -0.5 * _normal(rng, h * p, d)
+    return Values(values.inputs | inputs, values.fixed, _normal(rng, b, l, d))
+
+
+def mixer_end(
+    *, x: jax.Array, z: jax.Array, scale: jax.Array, weight: jax.Array, implementation: str, apart: bool = False,
+    **options: Any,
+) -> jax.Array:  # fmt: skip
+    """Runs a Mamba-2 mixer from its SSD on: gate, norm and projection, at once by the kernels or one by one.
+
+    Args:
+      x, options: as in `kernels.ssd.ssd`.
+      z: [b, l, h, p] gate.
+      scale: [e] gain of the norm, e = h p.
+      weight: [e, d] of the projection.
+      implementation: as in `kernels.ssd.ssd`; other than kernels go one by one.
+      apart: kernels do so too.
+    """
+    options |= {"implementation": implementation}
+    flat = (*x.shape[:2], -1)
+    if apart or not implementation.startswith("pallas_triton"):
+        y = gated_rms_norm(ssd(x, **options).reshape(flat), z.reshape(flat), scale, eps=_NORM_EPS)
+        return y @ weight.astype(y.dtype)
+    u, squares = ssd_gated(x, z=z, **options)
+    norm = {"sum_squares": jnp.sum(squares, axis=-1), "scale": scale, "eps": _NORM_EPS}
+    return project_normed(u.reshape(flat), weight.astype(u.dtype), **norm)
+
+
 def _draw_scan(sizes: Sizes, rng: np.random.Generator, ragged: bool) -> Values:
     b, l, e, n = (sizes[axis] for axis in "blen")  # noqa: E741
     inputs = {
@@ -132,6 +165,9 @@ def _draw_loss(sizes: Sizes, rng: np.random.Generator, ragged: bool) -> Values:
 
 OPERATORS = {
     "ssd": Operator(ssd, _draw_ssd, ("x", "B", "C"), ("A", "D", "dt_bias"), True),
+    "mixer_end": Operator(
+        mixer_end, _draw_mixer_end, ("x", "B", "C", "z"), ("A", "D", "dt_bias", "scale", "weight"), True
+    ),
     "causal_conv1d": Operator(
         causal_conv1d, _draw_conv, ("x",), ("weight", "bias"), False, {"activation": "silu"}
     ),
@@ -151,6 +187,9 @@ PAPER_CASES = (
     Case("ssd", _BEAUTY | _SSD),
     Case("ssd", _ML_1M | _SSD),
     Case("ssd", {"b": 256, "l": 200} | _SSD_WIDE),
+    Case("mixer_end", _BEAUTY | _SSD | {"d": 64}),
+    Case("mixer_end", _ML_1M | _SSD | {"d": 64}),
+    Case("mixer_end", {"b": 256, "l": 200} | _SSD_WIDE | {"d": 256}),
     Case("causal_conv1d", _BEAUTY | _CHANNELS),
     Case("causal_conv1d", _ML_1M | _CHANNELS),
     Case("selective_scan", {"b": 512, "l": 200} | _SCAN),
@@ -171,6 +210,8 @@ ODD_CASES = (
     Case("ssd", {"b": 64, "l": 33} | _SSD_WIDE, ragged=True),
     # Few long rows are cut into segments.
     Case("ssd", {"b": 2, "l": 4099} | _SSD, ragged=True),
+    Case("mixer_end", {"b": 64, "l": 17} | _SSD | {"d": 64}, ragged=True),
+    Case("mixer_end", {"b": 2, "l": 4099} | _SSD | {"d": 64}, ragged=True),
     Case("causal_conv1d", {"b": 64, "l": 1} | _CHANNELS),
     Case("causal_conv1d", {"b": 33, "l": 17, "c": 100}),
     Case("causal_conv1d", {"b": 2, "l": 4099} | _CHANNELS),
@@ -182,6 +223,7 @@ ODD_CASES = (
 TINY_CASES = (
     Case("ssd", {"b": 2, "l": 17, "h": 2, "p": 16, "n": 16}, ragged=True),
     Case("causal_conv1d", {"b": 2, "l": 5, "c": 16}),
+    Case("mixer_end", {"b": 2, "l": 17, "h": 2, "p": 16, "n": 16, "d": 16}),
     Case("selective_scan", {"b": 2, "l": 4, "e": 8, "n": 4}),
     Case("softmax_cross_entropy", {"t": 16, "v": 40, "d": 16}, ragged=True),
 )
@@ -219,8 +261,12 @@ def forward(case: Case, implementation: str, precision: str, **options: Any) -> 
     arguments = operator.options | options | {"implementation": implementation}
     if operator.has_products and implementation.startswith("pallas_triton"):
         arguments["products"] = "float32" if precision == "float32" else "tfloat32"
-    apply = functools.partial(operator.function, **arguments)
-    return lambda inputs, fixed: apply(**inputs, **fixed)
+
+    def apply(inputs: Arrays, fixed: Arrays) -> jax.Array:
+        with matmul_precision(precision):
+            return operator.function(**arguments, **inputs, **fixed)
+
+    return apply
 
 
 def both(apply: Callable[..., jax.Array]) -> Callable[..., tuple[jax.Array, Arrays]]:

@@ -93,6 +93,8 @@ def _jax_applies(case: Case, settings: Settings, precision: str) -> dict[str, Ca
     """Returns (inputs, fixed) -> y of every JAX form; ours comes first."""
     forms = {settings.implementation: forward(case, settings.implementation, precision)}
     forms["xla"] = forward(case, "xla", precision)
+    if case.op == "mixer_end":
+        forms[f"{settings.implementation}, norm apart"] = forward(case, settings.implementation, precision, apart=True)
     if case.op == "ssd" and importlib.util.find_spec("mamba2_jax") and not case.ragged:
         forms["mamba2-jax"] = _mamba2_jax
     return forms

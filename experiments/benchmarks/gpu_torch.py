@@ -151,7 +151,7 @@ def _candidates(case: Case, precision: str) -> dict[str, Callable[[], tuple[Appl
             return functools.partial(apply, activation="silu"), ("x", "weight")
 
         return {"causal_conv1d": conv, "PyTorch": lambda: (_plain_conv, ("x", "weight"))}
-    return {"PyTorch": lambda: (_plain_loss, ())}
+    return {"PyTorch": lambda: (_plain_loss, ())} if case.op == "softmax_cross_entropy" else {}
 
 
 def _leaves(case: Case, values: Values, precision: str, place: str, turned: tuple[str, ...]) -> tuple[Any, ...]:

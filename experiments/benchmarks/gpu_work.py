@@ -80,6 +80,29 @@ def ssd_work(sizes: Sizes, itemsize: int, config: SsdConfig) -> Work:
     return Work(needed, needed_both, moved, moved + chunk_states + backward)
 
 
+def mixer_end_work(sizes: Sizes, itemsize: int, config: SsdConfig) -> Work:
+    """Counts for SSD, gate, norm and projection, of rows that are not cut into segments.
+
+    Args:
+      sizes: b, l, h, p, n, d.
+      itemsize: bytes of a number in x, B, C, z and the output.
+      config: of our kernels.
+    """
+    b, l, h, p, d = (sizes[axis] for axis in "blhpd")  # noqa: E741
+    scan = ssd_work(sizes, itemsize, config)
+    inner, out = b * l * h * p * itemsize, b * l * d * itemsize
+    squares, parameters = config.width_splits * b * l * h * FLOAT, h * p * (d + 1) * FLOAT
+    # The gate comes in where the SSD's output went out.
+    needed = scan.needed + out + parameters
+    # The SSD reads z besides, and writes u for y; the product reads u; one more pass norms what it wrote.
+    projection = inner + out + parameters + 2 * out + squares
+    moved = scan.moved + inner + squares + projection
+    # The output's gradient and the product make the gradients of the sums of squares and of the product, which two
+    # products read; the SSD's backward pass reads z and the sums' gradient besides, and writes z's.
+    backward = 3 * out + squares + 2 * (out + inner + parameters) + 2 * inner + squares
+    return Work(needed, 2 * needed, moved, moved + scan.moved_both - scan.moved + backward)
+
+
 def conv_work(sizes: Sizes, itemsize: int, config: CausalConv1dConfig) -> Work:
     """Counts for `kernels.causal_conv1d.causal_conv1d` with float32 weights and bias.
 
@@ -150,7 +173,7 @@ def loss_work(sizes: Sizes, itemsize: int, config: TritonConfig) -> Work:
 def default_kernel_config(case: Case, precision: str) -> Any:
     """Returns how our kernels cut a case up where nobody says otherwise."""
     sizes = case.sizes
-    if case.op == "ssd":
+    if case.op in ("ssd", "mixer_end"):
         return ssd_config(
             batch=sizes["b"], length=sizes["l"], heads=sizes["h"], groups=1, width=sizes["p"], state_width=sizes["n"],
             chunk_size=64, wide_products=precision == "float32",
@@ -165,6 +188,7 @@ def default_kernel_config(case: Case, precision: str) -> Any:
 
 _WORK = {
     "ssd": ssd_work,
+    "mixer_end": mixer_end_work,
     "causal_conv1d": conv_work,
     "selective_scan": scan_work,
     "softmax_cross_entropy": loss_work,

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from rich.table import Table
 
-from experiments.benchmarks.gpu_cases import LONG_CASES, PAPER_CASES, Case, both, draw, forward, stored
+from experiments.benchmarks.gpu_cases import LONG_CASES, OPERATORS, PAPER_CASES, Case, both, draw, forward, stored
 from experiments.benchmarks.gpu_work import Work, work
 from tim4rec_jax.run_dir import environment
 
@@ -22,11 +22,15 @@ ASSUMED_BYTES_A_SECOND = 0.9 * 3.35e12
 PRECISIONS = ("tfloat32", "bfloat16")
 
 
-def fused_norm_bytes(inner: int, state: int, heads: int, chunk: int, width: int, itemsize: int = 4) -> dict[str, int]:
-    """Counts bytes a token of a Mamba-2 mixer's SSD, gate and norm, apart and as one kernel with the norm at its end.
+def fused_norm_bytes(
+    inner: int, state: int, heads: int, chunk: int, width: int, itemsize: int = 4, projected: int = 0
+) -> dict[str, int]:
+    """Counts bytes a token of a Mamba-2 mixer's SSD, gate and norm, apart and as `kernels.ssd.ssd_gated`.
 
     Apart, the norm reads y and z and writes its output, and its gradient reads y, z and the output's gradient and
-    writes those of y and z. In one kernel y is never written; the backward pass makes it again from the states.
+    writes those of y and z. In one kernel y is never written; the backward pass makes it again from the states. The
+    norm's factor then comes after the projection: at most one more pass over its output, and over its output and
+    gradient.
 
     Args:
       inner: e.
@@ -35,6 +39,7 @@ def fused_norm_bytes(inner: int, state: int, heads: int, chunk: int, width: int,
       chunk: c, positions between two states that are kept.
       width: p.
       itemsize: bytes of a number; steps and states take 4.
+      projected: d, width of the projection's output.
     """
     inputs = (inner + 2 * state) * itemsize + 4 * heads
     states = 4 * heads * width * state // chunk
@@ -45,7 +50,13 @@ def fused_norm_bytes(inner: int, state: int, heads: int, chunk: int, width: int,
         "apart_backward": ssd_backward + norm_backward,
         "fused_forward": ssd_forward + inner * itemsize,
         "fused_backward": ssd_backward + 2 * inner * itemsize,
+        "norm_after_projection_forward": 2 * projected * itemsize,
+        "norm_after_projection_backward": 3 * projected * itemsize,
     }
+
+
+def _both_passes(counts: dict[str, int], form: str) -> int:
+    return counts[f"{form}_forward"] + counts[f"{form}_backward"]
 
 
 def bytes_and_seconds(case: Case, precision: str) -> dict[str, Any]:
@@ -70,7 +81,7 @@ def kernel_resources(case: Case, precision: str, capabilities: tuple[int, ...]) 
     rows = case.sizes.get("b", case.sizes.get("t"))
 
     def whole(name: str, array: jax.Array) -> jax.ShapeDtypeStruct:
-        has_rows = name not in {"A", "D", "dt_bias", "weight", "bias", "embedding"}
+        has_rows = name not in OPERATORS[case.op].parameters
         return jax.ShapeDtypeStruct((rows, *array.shape[1:]) if has_rows else array.shape, array.dtype)
 
     inputs, fixed = ({n: whole(n, a) for n, a in group.items()} for group in (values.inputs, values.fixed))
@@ -126,8 +137,14 @@ def run(options: argparse.Namespace, rest: list[str]) -> tuple[dict[str, Any], T
         "costs": costs,
         "resources": resources,
         "ssd_gate_norm_bytes_a_token": {
-            "d 64": fused_norm_bytes(inner=128, state=32, heads=4, chunk=32, width=32),
-            "d 256": fused_norm_bytes(inner=512, state=64, heads=4, chunk=32, width=128),
+            "d 64": fused_norm_bytes(inner=128, state=32, heads=4, chunk=32, width=32, projected=64),
+            "d 256": fused_norm_bytes(inner=512, state=64, heads=4, chunk=32, width=128, projected=256),
         },
     }
-    return record, report(costs, resources)
+    table = report(costs, resources)
+    table.caption = "; ".join(
+        f"SSD, gate and norm at {size}: {_both_passes(counts, 'apart')} bytes a token apart, "
+        f"{_both_passes(counts, 'fused')} in one, {_both_passes(counts, 'norm_after_projection')} for the norm then"
+        for size, counts in record["ssd_gate_norm_bytes_a_token"].items()
+    )
+    return record, table

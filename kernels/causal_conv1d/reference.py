@@ -6,24 +6,42 @@ from jax import Array
 from kernels.activations import activation as activation_named
 
 
-def causal_conv1d_reference(x: Array, weight: Array, bias: Array | None, *, activation: str) -> Array:
+def causal_conv1d_reference(
+    x: Array,
+    weight: Array,
+    bias: Array | None,
+    starts: Array | None = None,
+    initial: Array | None = None,
+    *,
+    activation: str,
+) -> Array:
     """Weighs the K inputs that end at each position, in the widest dtype of the inputs.
 
-      y[t] = act(bias + sum_{k=0..K-1} weight[k] x[t - (K - 1) + k]),    x before the first position is 0
+      y[t] = act(bias + sum_{k=0..K-1} weight[k] x[t - (K - 1) + k])
 
     Args:
       x: [b, l, c].
       weight: [K, c]; the last tap meets the current position.
       bias: [c], or None.
+      starts: bool [b, l], true where x before is taken as 0, or None for nowhere.
+      initial: [b, K - 1, c], x before the first position, or None for zeros.
       activation: "none", "silu" or "hard_swish".
 
     Returns:
       [b, l, c] in the dtype of x.
     """
     dtype = jnp.result_type(x, weight)
-    taps, length = weight.shape[0], x.shape[1]
-    position = jnp.arange(length)[:, None] - (taps - 1) + jnp.arange(taps)
-    windows = jnp.where(position[..., None] >= 0, x[:, jnp.maximum(position, 0)], 0)
+    batch, length, channels = x.shape
+    before = weight.shape[0] - 1
+    if initial is None:
+        initial = jnp.zeros((batch, before, channels), x.dtype)
+    # Positions are counted from the first of `initial`.
+    window = jnp.arange(length)[:, None] + jnp.arange(before + 1)
+    windows = jnp.concatenate([initial, x], axis=1)[:, window]
+    if starts is not None:
+        history = jnp.cumsum(jnp.pad(starts, ((0, 0), (before, 0))), axis=1)
+        same = history[:, window] == history[:, before:, None]
+        windows = jnp.where(same[..., None], windows, 0)
     y = jnp.sum(windows.astype(dtype) * weight.astype(dtype), axis=2)
     if bias is not None:
         y = y + bias.astype(dtype)

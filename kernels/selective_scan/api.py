@@ -15,6 +15,7 @@ from kernels.selective_scan.config import (
 from kernels.selective_scan.pallas_triton import selective_scan_pallas_triton
 from kernels.selective_scan.reference import selective_scan_reference
 from kernels.selective_scan.xla import selective_scan_xla
+from kernels.starts import real_starts
 from kernels.step_size import step_size
 
 Implementation = Literal["reference", "xla", "pallas_triton", "pallas_triton_interpreted"]
@@ -53,6 +54,15 @@ def _check_inputs(
     _check("lengths", lengths, (batch,))
 
 
+def _checked_implementation(implementation: str | None, chunk_size: int) -> str:
+    if chunk_size < 1:
+        raise ValueError(f"chunk_size={chunk_size} must be at least 1")
+    implementation = implementation or default_implementation()
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(f"implementation={implementation!r} must be one of {IMPLEMENTATIONS}, or None")
+    return implementation
+
+
 def _check_kernel_limits(state_width: int, **arrays: Array | None) -> None:
     if state_width > MAX_STATE_WIDTH:
         raise ValueError(
@@ -83,6 +93,7 @@ def selective_scan(
     initial_state: Array | None = None,
     return_final_state: bool = False,
     lengths: Array | None = None,
+    starts: Array | None = None,
     chunk_size: int = DEFAULT_CHUNK_SIZE,
     implementation: Implementation | None = None,
     config: SelectiveScanConfig | None = None,
@@ -104,6 +115,8 @@ def selective_scan(
       initial_state: [b, e, n], or None for zeros.
       return_final_state: also return the state after the last position.
       lengths: int [b] real positions a row, or None for all; later positions leave the state as it is.
+      starts: bool [b, l], true where a history begins: state_{t-1} is 0 there, exactly, so that histories packed into
+        one row know nothing of each other; or None for one history a row.
       chunk_size: positions between two states that "xla" keeps for its gradient; the result does not depend on it.
       implementation: "xla" (plain JAX), "pallas_triton" (GPU kernels), "pallas_triton_interpreted" (the same kernels,
         slowly, on any platform), "reference" (step by step) or None for the best on this platform.
@@ -113,30 +126,27 @@ def selective_scan(
       y [b, l, e] in the dtype of x; with `return_final_state` also the state [b, e, n], float32 or wider.
 
     Raises:
-      ValueError: for shapes that do not fit, a chunk size under 1, an unknown implementation, or a state width or dtype
-        that the named kernels do not take.
+      ValueError: for shapes that do not fit, starts that are not bool, a chunk size under 1, an unknown implementation,
+        or a state width or dtype that the named kernels do not take.
 
     Source: Gu & Dao 2023 (Mamba, arXiv 2312.00752), section 3.
     """
     _check_inputs(x, dt, A, B, C, D, dt_bias, initial_state, lengths)
-    if chunk_size < 1:
-        raise ValueError(f"chunk_size={chunk_size} must be at least 1")
-    implementation = implementation or default_implementation()
-    if implementation not in IMPLEMENTATIONS:
-        raise ValueError(f"implementation={implementation!r} must be one of {IMPLEMENTATIONS}, or None")
+    implementation = _checked_implementation(implementation, chunk_size)
+    starts = real_starts(starts, x.shape[:2], lengths)
 
     A, D, dt_bias, initial_state = _wide(A, D, dt_bias, initial_state)
     if implementation.startswith("pallas_triton"):
         _check_kernel_limits(A.shape[1], x=x, dt=dt, A=A, B=B, C=C, D=D, dt_bias=dt_bias, initial_state=initial_state)
         y, state = selective_scan_pallas_triton(
-            *(x, dt, A, B, C, D, dt_bias, initial_state, lengths),
+            *(x, dt, A, B, C, D, dt_bias, initial_state, lengths, starts),
             return_final_state=return_final_state,
             config=config or default_config(A.shape[1]),
             interpret=implementation == "pallas_triton_interpreted",
         )
     elif implementation == "reference":
-        y, state = selective_scan_reference(x, step_size(dt, dt_bias, lengths), A, B, C, D, initial_state)
+        y, state = selective_scan_reference(x, step_size(dt, dt_bias, lengths), A, B, C, D, initial_state, starts)
     else:
         delta = step_size(dt, dt_bias, lengths)
-        y, state = selective_scan_xla(x, delta, A, B, C, D, initial_state, chunk_size=chunk_size)
+        y, state = selective_scan_xla(x, delta, A, B, C, D, initial_state, starts, chunk_size=chunk_size)
     return (y, state) if return_final_state else y

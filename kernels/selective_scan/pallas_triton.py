@@ -15,7 +15,7 @@ from jax.experimental.pallas import triton as pltriton
 
 from kernels.selective_scan.config import SelectiveScanConfig
 from kernels.selective_scan.pallas_triton_vjp import Kept, backward
-from kernels.selective_scan.tiles import Tile, exp2, this_tile
+from kernels.selective_scan.tiles import Tile, exp2, from_before, this_tile
 from kernels.triton_call import triton_call, vary_together
 
 
@@ -32,12 +32,13 @@ def _step_size(dt: Array, bias: Array, exists: Array) -> Array:
     return jnp.where(exists, jnp.maximum(raw, 0.0) + jnp.log1p(jnp.exp(-jnp.abs(raw))), 0.0)
 
 
-def _kernel(*refs: Any, options: _Options, initial: bool, keep: bool) -> None:
-    """Refs: lengths, x, dt, A, B, C, D, dt_bias, [initial state]; y, [final state], [delta, states]."""
+def _kernel(*refs: Any, options: _Options, initial: bool, packed: bool, keep: bool) -> None:
+    """Refs: lengths, x, dt, A, B, C, D, dt_bias, [initial state], [starts]; y, [final state], [delta, states]."""
     refs = list(refs)
     lengths_ref, x_ref, dt_ref, A_ref, B_ref, C_ref, D_ref, bias_ref = refs[:8]
     del refs[:8]
     initial_ref = refs.pop(0) if initial else None
+    starts_ref = refs.pop(0) if packed else None
     y_ref = refs.pop(0)
     final_ref = refs.pop(0) if options.final_state else None
     delta_ref, states_ref = refs if keep else (None, None)
@@ -52,11 +53,11 @@ def _kernel(*refs: Any, options: _Options, initial: bool, keep: bool) -> None:
         if keep:
             pltriton.store(states_ref.at[tile.row, k, tile.states, tile.channels], state, mask=tile.mask)
         # All loads come first: the chunk's arithmetic hides their latency.
-        loaded = [_load_position(tile, (x_ref, dt_ref, B_ref, C_ref), t) for t in positions]
+        loaded = [_load_position(tile, (x_ref, dt_ref, B_ref, C_ref, starts_ref), t) for t in positions]
         outputs = []
-        for t, (x, dt, B, C) in zip(positions, loaded, strict=True):
+        for t, (x, dt, B, C, start) in zip(positions, loaded, strict=True):
             delta = _step_size(dt, bias, t < length)
-            state = exp2(delta * A, interpret) * state + (delta * x) * B[:, None]
+            state = exp2(delta * A, interpret) * from_before(state, start) + (delta * x) * B[:, None]
             outputs.append((jnp.sum(state * C[:, None], axis=0) + D * x, delta))
         for t, (y, delta) in zip(positions, outputs, strict=True):
             exist = tile.channels_exist(t)
@@ -73,15 +74,15 @@ def _kernel(*refs: Any, options: _Options, initial: bool, keep: bool) -> None:
         pltriton.store(final_ref.at[tile.row, tile.states, tile.channels], state, mask=tile.mask)
 
 
-def _load_position(tile: Tile, refs: tuple[Any, ...], t: Array) -> tuple[Array, ...]:
-    x_ref, dt_ref, B_ref, C_ref = refs
+def _load_position(tile: Tile, refs: tuple[Any, ...], t: Array) -> tuple[Array | None, ...]:
+    x_ref, dt_ref, B_ref, C_ref, starts_ref = refs
     by_channel = tile.load_channels(x_ref, t), tile.load_channels(dt_ref, t)
-    return *by_channel, tile.load_states(B_ref, t), tile.load_states(C_ref, t)
+    return *by_channel, tile.load_states(B_ref, t), tile.load_states(C_ref, t), tile.load_start(starts_ref, t)
 
 
 def _forward(options: _Options, inputs: tuple[Array | None, ...], *, keep: bool) -> list[Array]:
     """Returns y, the final state [b, n, e] where asked for, and with `keep` what the gradient needs."""
-    x, dt, A, B, C, D, dt_bias, initial_state, lengths = inputs
+    x, dt, A, B, C, D, dt_bias, initial_state, lengths, starts = inputs
     config = options.config
     batch, length, width = x.shape
     state_width = B.shape[-1]
@@ -91,10 +92,11 @@ def _forward(options: _Options, inputs: tuple[Array | None, ...], *, keep: bool)
     if keep:
         outputs.append((x.shape, jnp.float32))
         outputs.append(((batch, pl.cdiv(length, config.chunk), state_width, width), jnp.float32))
-    initial = [] if initial_state is None else [initial_state]
+    optional = [a for a in (initial_state, starts) if a is not None]
+    given = {"initial": initial_state is not None, "packed": starts is not None}
     return triton_call(
-        functools.partial(_kernel, options=options, initial=bool(initial), keep=keep),
-        [lengths, x, dt, A, B, C, D, dt_bias, *initial],
+        functools.partial(_kernel, options=options, **given, keep=keep),
+        [lengths, x, dt, A, B, C, D, dt_bias, *optional],
         outputs,
         grid=(batch * pl.cdiv(width, config.forward_channels),),
         num_warps=config.num_warps,
@@ -111,9 +113,9 @@ def _scan(options: _Options, *inputs: Array | None) -> tuple[Array, ...]:
 
 def _scan_fwd(options: _Options, *inputs: Array | None) -> tuple[tuple[Array, ...], tuple[Any, ...]]:
     *outputs, delta, states = _forward(options, inputs, keep=True)
-    x, dt, A, B, C, D, _, initial_state, _ = inputs
+    x, dt, A, B, C, D, _, initial_state, _, starts = inputs
     like_dt = jnp.zeros((0,), dt.dtype)
-    return tuple(outputs), (Kept(x, delta, A, B, C, D, states), like_dt, initial_state is not None)
+    return tuple(outputs), (Kept(x, delta, A, B, C, D, states, starts), like_dt, initial_state is not None)
 
 
 def _scan_bwd(options: _Options, residuals: tuple[Any, ...], cotangents: tuple[Array, ...]) -> tuple[Any, ...]:
@@ -121,7 +123,7 @@ def _scan_bwd(options: _Options, residuals: tuple[Any, ...], cotangents: tuple[A
     d_final = cotangents[1] if options.final_state else None
     gradients = backward(kept, cotangents[0], d_final, options.config, like_dt.dtype, options.interpret)
     *others, d_initial = gradients
-    return *others, d_initial if initial else None, None
+    return *others, d_initial if initial else None, None, None
 
 
 _scan.defvjp(_scan_fwd, _scan_bwd)
@@ -137,6 +139,7 @@ def selective_scan_pallas_triton(
     dt_bias: Array | None,
     initial_state: Array | None,
     lengths: Array | None,
+    starts: Array | None,
     *,
     return_final_state: bool,
     config: SelectiveScanConfig,
@@ -148,6 +151,7 @@ def selective_scan_pallas_triton(
       x, dt, B, C: float32 or bfloat16; the gradient of each comes back in its dtype.
       A, D, dt_bias, initial_state: float32.
       lengths: int32 [b], or None for all positions.
+      starts: bool [b, l], or None.
       return_final_state: whether the state is wanted.
       config: how the work is divided.
       interpret: run as plain JAX.
@@ -168,6 +172,7 @@ def selective_scan_pallas_triton(
         zeros if dt_bias is None else dt_bias,
         None if initial_state is None else jnp.swapaxes(initial_state, 1, 2),
         last if lengths is None else jnp.minimum(lengths.astype(jnp.int32), last),
+        None if starts is None else starts.astype(jnp.int8),
     )
     y, *state = _scan(_Options(config, return_final_state, interpret), *inputs)
     return y, jnp.swapaxes(state[0], 1, 2) if return_final_state else None

@@ -18,7 +18,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
 
 from kernels.selective_scan.config import SelectiveScanConfig
-from kernels.selective_scan.tiles import Tile, divide, exp2, this_tile
+from kernels.selective_scan.tiles import Tile, divide, exp2, from_before, this_tile
 from kernels.triton_call import triton_call
 
 _LN_2 = math.log(2)
@@ -36,6 +36,7 @@ class Kept(NamedTuple):
       B, C: [b, l, n].
       D: [e].
       states: [b, chunks, n, e] states before each chunk.
+      starts: int8 [b, l], or None.
     """
 
     x: Array
@@ -45,18 +46,24 @@ class Kept(NamedTuple):
     C: Array
     D: Array
     states: Array
+    starts: Array | None = None
 
 
 def _walk(tile: Tile, kept: Kept, A: Array, state: Array, start: Array, steps: int, interpret: bool) -> list[Array]:
     """Returns the states before position `start` and after each of `steps` positions from there."""
     positions = [start + j for j in range(steps)]
     loaded = [
-        (tile.load_channels(kept.x, t), tile.load_channels(kept.delta, t), tile.load_states(kept.B, t))
+        (
+            tile.load_channels(kept.x, t),
+            tile.load_channels(kept.delta, t),
+            tile.load_states(kept.B, t),
+            tile.load_start(kept.starts, t),
+        )
         for t in positions
     ]
     states = [state]
-    for x, delta, B in loaded:
-        states.append(exp2(delta * A, interpret) * states[-1] + (delta * x) * B[:, None])
+    for x, delta, B, start in loaded:
+        states.append(exp2(delta * A, interpret) * from_before(states[-1], start) + (delta * x) * B[:, None])
     return states
 
 
@@ -91,7 +98,7 @@ class _Sums(NamedTuple):
 def _one_position(
     tile: Tile,
     out: _Outputs,
-    loaded: tuple[Array, ...],
+    loaded: tuple[Array | None, ...],
     A: Array,
     D: Array,
     before: Array,
@@ -99,11 +106,11 @@ def _one_position(
     interpret: bool,
 ) -> tuple[_Sums, tuple[tuple[Any, Array], ...], tuple[tuple[Any, Array], ...]]:
     """Passes the gradient over a position; returns also what is to be stored by channel and by state entry."""
-    x, delta, dy, B, C = loaded
+    x, delta, dy, B, C, start = loaded
     u = delta * x
     decay = exp2(delta * A, interpret)
     g = sums.g + dy * C[:, None]
-    decayed = decay * before
+    decayed = decay * from_before(before, start)
     # state_t = decayed + u B, whose second part is summed without a tile.
     dC = jnp.sum(dy * decayed, axis=1) + B * jnp.sum(dy * u, axis=0)
     dB = jnp.sum(g * u, axis=1)
@@ -112,22 +119,24 @@ def _one_position(
     ddelta = x * du + jnp.sum(A * flow, axis=0) * _LN_2
     ddt = ddelta * _slope(delta, interpret)
     dx = delta * du + D * dy
-    sums = _Sums(g * decay, sums.dA + delta * flow, sums.dD + dy * x, sums.ddt_bias + ddt)
+    sums = _Sums(from_before(g * decay, start), sums.dA + delta * flow, sums.dD + dy * x, sums.ddt_bias + ddt)
     return sums, ((out.dx, dx), (out.ddt, ddt)), ((out.dB, dB), (out.dC, dC))
 
 
-def _kernel(*refs: Any, config: SelectiveScanConfig, final: bool, interpret: bool) -> None:
+def _kernel(*refs: Any, config: SelectiveScanConfig, packed: bool, final: bool, interpret: bool) -> None:
     """Refs: `Kept`, dy, [gradient of the final state]; `_Outputs`."""
-    kept, dy_ref, out = Kept(*refs[:7]), refs[7], _Outputs(*refs[-8:])
+    count = 7 + packed
+    kept, dy_ref, out = Kept(*refs[:count]), refs[count], _Outputs(*refs[-8:])
     tile = this_tile(kept.x.shape, kept.B.shape[-1], config.backward_channels)
     whole = tile.row, tile.states, tile.channels
     A = pltriton.load(kept.A.at[tile.states, tile.channels], mask=tile.mask, other=0.0)
     D = tile.load_parameter(kept.D)
     num_groups, per_chunk = pl.cdiv(tile.positions, config.group), config.chunk // config.group
 
-    def load_position(t: Array) -> tuple[Array, ...]:
+    def load_position(t: Array) -> tuple[Array | None, ...]:
         by_channel = [tile.load_channels(ref, t) for ref in (kept.x, kept.delta, dy_ref)]
-        return *by_channel, tile.load_states(kept.B, t), tile.load_states(kept.C, t)
+        by_state = [tile.load_states(ref, t) for ref in (kept.B, kept.C)]
+        return *by_channel, *by_state, tile.load_start(kept.starts, t)
 
     def walk_back(i: Array, sums: _Sums) -> _Sums:
         group = num_groups - 1 - i
@@ -155,7 +164,7 @@ def _kernel(*refs: Any, config: SelectiveScanConfig, final: bool, interpret: boo
 
     g = jnp.zeros(tile.mask.shape, jnp.float32)
     no_channels = jnp.zeros(tile.in_channels.shape, jnp.float32)
-    first = pltriton.load(refs[8].at[whole], mask=tile.mask, other=0.0) if final else g
+    first = pltriton.load(refs[count + 1].at[whole], mask=tile.mask, other=0.0) if final else g
     sums = jax.lax.fori_loop(0, num_groups, walk_back, _Sums(first, g, no_channels, no_channels))
     for ref, value in ((out.dA, sums.dA), (out.d_initial, sums.g)):
         pltriton.store(ref.at[whole], value, mask=tile.mask)
@@ -188,8 +197,10 @@ def backward(
     )
     dtypes = (kept.x.dtype, dt_dtype, *[jnp.float32] * 6)
     outputs = triton_call(
-        functools.partial(_kernel, config=config, final=d_final is not None, interpret=interpret),
-        [*kept, dy, *([] if d_final is None else [d_final])],
+        functools.partial(
+            _kernel, config=config, packed=kept.starts is not None, final=d_final is not None, interpret=interpret
+        ),
+        [a for a in (*kept, dy, d_final) if a is not None],
         list(zip(shapes, dtypes, strict=True)),
         grid=(batch * blocks,),
         num_warps=config.num_warps,

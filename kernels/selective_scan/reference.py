@@ -13,6 +13,7 @@ def selective_scan_reference(
     C: Array,
     D: Array | None,
     initial_state: Array | None,
+    starts: Array | None = None,
 ) -> tuple[Array, Array]:
     """Runs the recurrence one position after the other, in the widest dtype of the inputs.
 
@@ -26,6 +27,7 @@ def selective_scan_reference(
       C: [b, l, n] output maps.
       D: [e] skip weights, or None.
       initial_state: [b, e, n], or None for zeros.
+      starts: bool [b, l], true where state_{t-1} is taken as 0, or None for nowhere.
 
     Returns:
       y [b, l, e] in the dtype of x, and the final state [b, e, n].
@@ -38,13 +40,15 @@ def selective_scan_reference(
         state = initial_state.astype(dtype)
 
     def step(state: Array, inputs: tuple[Array, ...]) -> tuple[Array, Array]:
-        x_t, delta_t, B_t, C_t = inputs
+        x_t, delta_t, B_t, C_t, start = inputs
+        if start is not None:
+            state = jnp.where(start[:, None, None], 0, state)
         added = jnp.einsum("be,bn->ben", delta_t * x_t, B_t)
         state = jnp.exp(delta_t[..., None] * A) * state + added
         return state, jnp.einsum("ben,bn->be", state, C_t)
 
     by_time = [jnp.moveaxis(a.astype(dtype), 1, 0) for a in (x, delta, B, C)]
-    state, y = jax.lax.scan(step, state, tuple(by_time))
+    state, y = jax.lax.scan(step, state, (*by_time, None if starts is None else starts.T))
     y = jnp.moveaxis(y, 0, 1)
     if D is not None:
         y = y + D * x

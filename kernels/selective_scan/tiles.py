@@ -58,6 +58,12 @@ class Tile(NamedTuple):
         part = pltriton.load(ref.at[self.row, t, self.states], mask=self.states_exist(t), other=0.0)
         return part.astype(jnp.float32)
 
+    def load_start(self, ref: Any, t: Array) -> Array | None:
+        """Reads whether a history begins at a position from an int8 array [b, l], where there is one."""
+        if ref is None:
+            return None
+        return pltriton.load(ref.at[self.row, t], mask=t < self.positions, other=0) != 0
+
     def load_parameter(self, ref: Any) -> Array:
         """Reads [tile e] of an array [e]."""
         return pltriton.load(ref.at[self.channels], mask=self.in_channels, other=0.0)
@@ -80,6 +86,11 @@ def this_tile(x_shape: tuple[int, ...], state_width: int, channels: int) -> Tile
         in_channels=first + jnp.arange(channels) < width,
         in_states=jnp.arange(tile_states) < state_width,
     )
+
+
+def from_before(a: Array, start: Array | None) -> Array:
+    """What of a tile [n, e] passes between a position and the one before: nothing where a history begins."""
+    return a if start is None else jnp.where(start, jnp.zeros_like(a), a)
 
 
 def divide(index: Array, by: int) -> Array:

@@ -1,6 +1,6 @@
 """State space duality (Mamba-2): the public operator and its checks."""
 
-from typing import Literal
+from typing import Any, Literal
 
 import jax.numpy as jnp
 from jax import Array
@@ -10,6 +10,7 @@ from kernels.ssd.pallas_triton import ssd_pallas_triton
 from kernels.ssd.reference import dense_mask as _dense_mask
 from kernels.ssd.reference import ssd_reference
 from kernels.ssd.xla import ssd_last_xla, ssd_xla
+from kernels.starts import real_starts
 from kernels.step_size import step_size
 from kernels.triton_call import products as resolve_products
 
@@ -50,24 +51,18 @@ def _wide(*arrays: Array | None) -> list[Array | None]:
     return [None if a is None else a.astype(jnp.promote_types(a.dtype, jnp.float32)) for a in arrays]
 
 
-def _plain(inputs: tuple[Array | None, ...], chunk_size: int | None) -> tuple[Array, Array]:
+def _plain(inputs: tuple[Array | None, ...], starts: Array | None, chunk_size: int | None) -> tuple[Array, Array]:
     """Runs the chunked form, or the step-by-step one where there is no chunk size."""
     x, dt, A, B, C, D, dt_bias, initial_state, lengths = inputs
     A, D, initial_state = _wide(A, D, initial_state)
-    arguments = (x, step_size(dt, dt_bias, lengths), A, B, C, D, initial_state)
+    arguments = (x, step_size(dt, dt_bias, lengths), A, B, C, D, initial_state, starts)
     return ssd_reference(*arguments) if chunk_size is None else ssd_xla(*arguments, chunk_size=chunk_size)
 
 
-def _kernels(
-    inputs: tuple[Array | None, ...],
-    chunk_size: int,
-    products: str | None,
-    config: SsdConfig | None,
-    interpret: bool,
-    return_final_state: bool,
-) -> tuple[Array, Array | None]:
-    """Runs the GPU kernels; inputs as `ssd_pallas_triton` takes them."""
-    x, B = inputs[0], inputs[3]
+def kernel_options(
+    x: Array, B: Array, chunk_size: int, products: str | None, config: SsdConfig | None, implementation: str
+) -> dict[str, Any]:
+    """Returns how `ssd_pallas_triton` runs x [b, l, h, p] and B [b, l, g, n]: config, products and interpret."""
     batch, length, heads, width = x.shape
     factors = resolve_products(products)
     if config is None:
@@ -76,8 +71,29 @@ def _kernels(
             batch=batch, length=length, heads=heads, groups=B.shape[2], width=width, state_width=B.shape[3],
             chunk_size=chunk_size, wide_products=wide,
         )  # fmt: skip
-    options = {"products": factors, "interpret": interpret, "return_final_state": return_final_state}
-    return ssd_pallas_triton(*inputs, config=config, **options)
+    return {"config": config, "products": factors, "interpret": implementation == "pallas_triton_interpreted"}
+
+
+def checked(
+    inputs: tuple[Array | None, ...], chunk_size: int, implementation: str | None
+) -> tuple[tuple[Array | None, ...], str]:
+    """Returns the inputs (x, dt, A, B, C, D, dt_bias, initial_state, lengths) with groups, and the implementation.
+
+    Raises:
+      ValueError: as in `ssd`.
+    """
+    x, dt, A, B, C, *optional = inputs
+    if B.ndim == 3:
+        B, C = B[:, :, None], C[:, :, None] if C.ndim == 3 else C
+    _check_inputs(x, dt, A, B)
+    _check("C", C, B.shape)
+    _check_optional(x, B, *optional)
+    if chunk_size < 1:
+        raise ValueError(f"chunk_size={chunk_size} must be at least 1")
+    implementation = implementation or default_implementation()
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(f"implementation={implementation!r} must be one of {IMPLEMENTATIONS}, or None")
+    return (x, dt, A, B, C, *optional), implementation
 
 
 def ssd(
@@ -92,6 +108,7 @@ def ssd(
     initial_state: Array | None = None,
     return_final_state: bool = False,
     lengths: Array | None = None,
+    starts: Array | None = None,
     chunk_size: int = DEFAULT_CHUNK_SIZE,
     products: str | None = None,
     config: SsdConfig | None = None,
@@ -114,40 +131,37 @@ def ssd(
       initial_state: [b, h, p, n], or None for zeros.
       return_final_state: also return the state after the last position.
       lengths: int [b] real positions a row, or None for all; later positions leave the state as it is.
+      starts: bool [b, l], true where a history begins: state_{t-1} is 0 there, exactly, so that histories packed into
+        one row know nothing of each other; or None for one history a row.
       chunk_size: positions handled densely at once; any length works, and the result does not depend on it.
       products: "tfloat32" or "float32" factors of float32 products in GPU kernels, or None to follow
         `jax_default_matmul_precision`, which rules the other implementations.
       config: how the GPU kernels cut up the work, or None to derive it from the shape and `chunk_size`.
       implementation: "xla" (chunked), "reference" (step by step), "pallas_triton" (GPU kernels),
         "pallas_triton_interpreted" (the same kernels as slow plain JAX, for tests) or None for the best on this
-        platform.
+        platform that offers what is asked for; the kernels do not offer `starts`.
 
     Returns:
       y [b, l, h, p] in the dtype of x; with `return_final_state` also the state [b, h, p, n], float32 or wider.
 
     Raises:
-      ValueError: for shapes that do not fit, a chunk size under 1, an unknown implementation, or what the named
-        implementation does not offer.
+      ValueError: for shapes that do not fit, starts that are not bool, a chunk size under 1, an unknown implementation,
+        or what the named implementation does not offer.
 
     Source: Dao & Gu 2024 (Mamba-2), sections 3 to 6.
     """
-    if B.ndim == 3:
-        B, C = B[:, :, None], C[:, :, None] if C.ndim == 3 else C
-    _check_inputs(x, dt, A, B)
-    _check("C", C, B.shape)
-    _check_optional(x, B, D, dt_bias, initial_state, lengths)
-    if chunk_size < 1:
-        raise ValueError(f"chunk_size={chunk_size} must be at least 1")
-    implementation = implementation or default_implementation()
-    if implementation not in IMPLEMENTATIONS:
-        raise ValueError(f"implementation={implementation!r} must be one of {IMPLEMENTATIONS}, or None")
-
+    if implementation is None and starts is not None:
+        implementation = "xla"
     inputs = (x, dt, A, B, C, D, dt_bias, initial_state, lengths)
+    inputs, implementation = checked(inputs, chunk_size, implementation)
+    starts = real_starts(starts, x.shape[:2], lengths)
     if implementation.startswith("pallas_triton"):
-        interpret = implementation == "pallas_triton_interpreted"
-        y, state = _kernels(inputs, chunk_size, products, config, interpret, return_final_state)
+        if starts is not None:
+            raise ValueError(f"implementation={implementation!r} offers no starts: use implementation='xla'")
+        options = kernel_options(x, inputs[3], chunk_size, products, config, implementation)
+        y, _, state = ssd_pallas_triton(*inputs, **options, return_final_state=return_final_state)
     else:
-        y, state = _plain(inputs, None if implementation == "reference" else chunk_size)
+        y, state = _plain(inputs, starts, None if implementation == "reference" else chunk_size)
     return (y, state) if return_final_state else y
 
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from kernels.ssd.config import MAX_WIDTH, SsdConfig
-from kernels.ssd.pallas_triton_vjp import backward
+from kernels.ssd.pallas_triton_vjp import Outputs, add_parts, backward
 from kernels.ssd.segments import states_before
 from kernels.ssd.tiles import (
     Plan,
@@ -24,7 +24,9 @@ from kernels.ssd.tiles import (
     load_steps,
     load_tile,
     num_programs,
+    open_gate,
     place,
+    scaled,
     store_tile,
 )
 from kernels.triton_call import Products, triton_call, vary_together
@@ -32,8 +34,7 @@ from kernels.triton_call import Products, triton_call, vary_together
 
 def _update_state(plan: Plan, state: Array, to_end: Array, total: Array, delta: Array, x: Array, B: Array) -> Array:
     """state' = total state + sum_j to_end_j delta_j x_j B_j^T"""
-    weighted = ((to_end * delta)[:, None] * x.astype(jnp.float32)).astype(x.dtype)
-    return total * state + plan.dot(weighted, B, trans_a=True)
+    return total * state + plan.dot(scaled(x, to_end * delta), B, trans_a=True)
 
 
 def _segment_kernel(plan: Plan, x_ref, dt_ref, A_ref, B_ref, bias_ref, lengths_ref, added_ref, log_ref) -> None:
@@ -63,12 +64,25 @@ def _forward_kernel(plan: Plan, keep_states: bool, *refs: Any) -> None:
     """Outputs, the final state and, for the gradient, the state before each chunk."""
     x_ref, dt_ref, A_ref, B_ref, C_ref, D_ref, bias_ref, lengths_ref, *rest = refs
     initial_ref = rest.pop(0) if plan.has_initial or plan.segments > 1 else None
+    z_ref = rest.pop(0) if plan.gated else None
     y_ref, *rest = rest
+    squares_ref = rest.pop(0) if plan.gated else None
     final_ref = rest.pop(0) if plan.wants_final else None
     row, segment, group, head, _, split = place(plan, 1, plan.config.width_splits)
     columns = plan.columns(split)
     states = plan.states
     A, D, bias, row_length = A_ref[head], D_ref[head], bias_ref[head], lengths_ref[row]
+
+    def gated(y: Array, positions: Span) -> Array:
+        # Keeps the loads of z from rising to where registers are full.
+        plan.barrier()
+        if plan.products == "tfloat32" and y_ref.dtype == jnp.float32:
+            # Through the cache into the threads that load z: else registers are full of where tiles are exchanged.
+            store_tile(y_ref, y, row, positions, head, columns)
+            plan.barrier()
+            y = load_tile(y_ref, row, positions, head, columns)
+            plan.barrier()
+        return y * open_gate(load_tile(z_ref, row, positions, head, columns)).opening
 
     def walk(chunk: Array, state: Array) -> Array:
         index = segment * plan.num_chunks + chunk
@@ -79,16 +93,16 @@ def _forward_kernel(plan: Plan, keep_states: bool, *refs: Any) -> None:
             unless = chunk == 0 if plan.starts_from_zero else None
             store_tile(rest[0], state, row, index, head, columns, states, unless=unless)
         B, C = (load_tile(ref, row, positions, group, states) for ref in (B_ref, C_ref))
-        mixed = plan.dot(C, B, trans_b=True) * decays.between * delta[None, :]
+        mixed = plan.dot(C, B, trans_b=True) * decays.between
         y = decays.from_start[:, None] * plan.dot(C, state.astype(C.dtype), trans_b=True)
         x = load_tile(x_ref, row, positions, head, columns)
-        y += plan.dot(mixed.astype(x.dtype), x)
-        store_tile(y_ref, y + D * x.astype(jnp.float32), row, positions, head, columns)
-        if plan.products == "float32" or initial_ref is not None:
-            # Loaded again, from the cache: registers are full here, of split factors or of pointers.
-            x = load_tile(x_ref, row, positions, head, columns)
-            B = load_tile(B_ref, row, positions, group, states)
-        return _update_state(plan, state, decays.to_end, decays.total, delta, x, B)
+        y += plan.dot(mixed.astype(x.dtype), scaled(x, delta)) + D * x.astype(jnp.float32)
+        state = _update_state(plan, state, decays.to_end, decays.total, delta, x, B)
+        if plan.gated:
+            y = gated(y, positions)
+            store_tile(squares_ref, jnp.sum(y * y, axis=1), split, row, positions, head)
+        store_tile(y_ref, y, row, positions, head, columns)
+        return state
 
     if initial_ref is None:
         state = jnp.zeros((columns.count, states.count), jnp.float32)
@@ -112,9 +126,9 @@ def _call(plan: Plan, kernel: Any, arguments: list[Array], out_shapes: list[Any]
     )
 
 
-def _forward(plan: Plan, keep_states: bool, *inputs: Array | None) -> tuple[Array, Array | None, Array | None]:
-    """Returns y, the final state if it is wanted, and the state before each chunk [b, k, h, p, n] if it is kept."""
-    x, dt, A, B, C, D, dt_bias, initial, lengths = inputs
+def _forward(plan: Plan, keep_states: bool, *inputs: Array | None) -> tuple[Outputs, Array | None]:
+    """Returns the outputs, and the state before each chunk [b, k, h, p, n] if it is kept."""
+    x, dt, A, B, C, D, dt_bias, initial, lengths, z = inputs
     state_shape = (plan.heads, plan.width, plan.state_width)
     before = None if initial is None else initial[:, None]
     if plan.segments > 1:
@@ -130,31 +144,36 @@ def _forward(plan: Plan, keep_states: bool, *inputs: Array | None) -> tuple[Arra
         )
         before = states_before(added, log_total, initial)
     shapes = [(x.shape, x.dtype)]
+    if plan.gated:
+        shapes.append(((plan.config.width_splits, *dt.shape), jnp.float32))
     if plan.wants_final:
         shapes.append(((plan.batch, plan.segments, *state_shape), jnp.float32))
     if keep_states:
         shapes.append(((plan.batch, plan.all_chunks, *state_shape), jnp.float32))
-    arguments = [x, dt, A, B, C, D, dt_bias, lengths] + ([] if before is None else [before])
+    arguments = [x, dt, A, B, C, D, dt_bias, lengths, before, z]
     y, *rest = _call(
-        plan, lambda plan, *refs: _forward_kernel(plan, keep_states, *refs), arguments, shapes, "ssd_forward"
+        plan,
+        lambda plan, *refs: _forward_kernel(plan, keep_states, *refs),
+        [a for a in arguments if a is not None],
+        shapes,
+        "ssd_gated_forward" if plan.gated else "ssd_forward",
     )
+    squares = add_parts(rest.pop(0)) if plan.gated else None
     final = rest.pop(0)[:, -1] if plan.wants_final else None
-    return y, final, rest[0] if keep_states else None
+    return Outputs(y, squares, final), rest[0] if keep_states else None
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _ssd(plan: Plan, *inputs: Array | None) -> tuple[Array, Array | None]:
-    return _forward(plan, False, *inputs)[:2]
+def _ssd(plan: Plan, *inputs: Array | None) -> Outputs:
+    return _forward(plan, False, *inputs)[0]
 
 
-def _ssd_fwd(plan: Plan, *inputs: Array | None) -> tuple[tuple[Array, Array], tuple[Any, ...]]:
-    y, final, states = _forward(plan, True, *inputs)
-    return (y, final), (*inputs, states)
+def _ssd_fwd(plan: Plan, *inputs: Array | None) -> tuple[Outputs, tuple[Any, ...]]:
+    outputs, states = _forward(plan, True, *inputs)
+    return outputs, (*inputs, states)
 
 
-def _ssd_bwd(
-    plan: Plan, residuals: tuple[Any, ...], cotangents: tuple[Array, Array | None]
-) -> tuple[Array | None, ...]:
+def _ssd_bwd(plan: Plan, residuals: tuple[Any, ...], cotangents: Outputs) -> tuple[Array | None, ...]:
     return backward(plan, residuals, cotangents)
 
 
@@ -171,23 +190,26 @@ def ssd_pallas_triton(
     dt_bias: Array | None,
     initial_state: Array | None,
     lengths: Array | None,
+    z: Array | None = None,
     *,
     config: SsdConfig,
     products: Products,
     interpret: bool,
     return_final_state: bool,
-) -> tuple[Array, Array | None]:
-    """Runs the operator of `kernels.ssd.ssd`, softplus, bias and skip included.
+) -> Outputs:
+    """Runs the operator of `kernels.ssd.ssd`, softplus, bias and skip included, or that of `kernels.ssd.ssd_gated`.
 
     Args:
       x, dt, A, B, C, D, dt_bias, initial_state, lengths: as there, with B and C as [b, l, g, n] in the dtype of x.
+      z: [b, l, h, p] gate before its activation, or None for no gate; rows in segments have none.
       config: how the work is cut up.
       products: what becomes of float32 factors.
       interpret: run the kernels as plain JAX, on any platform.
       return_final_state: the final state is wanted; else nothing is written for it.
 
     Returns:
-      y [b, l, h, p] in the dtype of x and the final state [b, h, p, n] in float32, or None.
+      y [b, l, h, p] in the dtype of x, with a gate sums of squares [b, l, h] in float32, or None, and the final state
+      [b, h, p, n] in float32, or None.
 
     Raises:
       ValueError: for dtypes, widths or a config that the kernels do not offer.
@@ -201,7 +223,7 @@ def ssd_pallas_triton(
             raise ValueError(f"{name}={size} is over the {MAX_WIDTH} of the Triton kernels: use implementation='xla'")
     config.check(heads_per_group=heads // groups, width=width)
     shape = (batch, length, heads, groups, width, state_width)
-    plan = Plan(*shape, config, products, interpret, initial_state is not None, return_final_state)
+    plan = Plan(*shape, config, products, interpret, initial_state is not None, return_final_state, z is not None)
     zeros = jnp.zeros(heads, jnp.float32)
     inputs = (
         x,
@@ -213,5 +235,6 @@ def ssd_pallas_triton(
         zeros if dt_bias is None else dt_bias.astype(jnp.float32),
         None if initial_state is None else initial_state.astype(jnp.float32),
         jnp.full(batch, length, jnp.int32) if lengths is None else lengths.astype(jnp.int32),
+        None if z is None else z.astype(x.dtype),
     )
     return _ssd(plan, *vary_together(*inputs))

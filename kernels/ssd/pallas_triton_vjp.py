@@ -8,6 +8,14 @@ of the state after a chunk,
   R' = total R + sum_i from_start_i dy_i C_i^T
 
 and the gradient of a log decay is all that flows over its position: from before it to it or later.
+
+Behind a gate, o = y silu(z) with gradients do of o and ds of its sums of squares, a walk before that one makes y again
+from the kept states and finds
+
+  g = do + 2 o ds,    dz = g y silu'(z),    dy = g silu(z)
+
+It is a walk of its own because registers do not suffice for one that does both; what it loads comes out of the cache
+the second time. dy lies where dx will be until then.
 """
 
 import functools
@@ -16,7 +24,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.experimental.pallas import triton as pltriton
 
 from kernels.ssd.segments import states_before
 from kernels.ssd.tiles import (
@@ -29,7 +36,9 @@ from kernels.ssd.tiles import (
     load_tile,
     lower_triangle,
     num_programs,
+    open_gate,
     place,
+    scaled,
     store_tile,
 )
 from kernels.triton_call import triton_call
@@ -58,8 +67,22 @@ def _request_kernel(plan: Plan, dy_ref, dt_ref, A_ref, C_ref, bias_ref, lengths_
     log_ref[row, segment, head] = log_total
 
 
+class Outputs(NamedTuple):
+    """What the operator returns, or the gradients by it.
+
+    Attributes:
+      y: [b, l, h, p]; with a gate, multiplied by it.
+      squares: [b, l, h] sums of squares of y in float32, or None where there is no gate.
+      final: [b, h, p, n] final state, or None where it is no output.
+    """
+
+    y: Array
+    squares: Array | None
+    final: Array | None
+
+
 class _Refs(NamedTuple):
-    """What the backward kernel reads and, from dx on, writes; `after` and `d_initial` may be missing."""
+    """What the backward kernel reads and writes; those from `after` on may be missing."""
 
     x: Any
     dt: Any
@@ -71,13 +94,16 @@ class _Refs(NamedTuple):
     lengths: Any
     states: Any
     dy: Any
-    after: Any
     dx: Any
     ddt: Any
     dB: Any
     dC: Any
     dA: Any
     dD: Any
+    after: Any = None
+    z: Any = None
+    d_squares: Any = None
+    dz: Any = None
     d_initial: Any = None
 
 
@@ -97,6 +123,11 @@ class _Head(NamedTuple):
     A: Array
     D: Array
     bias: Array
+
+
+def _state_before(plan: Plan, refs: _Refs, at: Place, head: _Head, chunk: Array) -> Array:
+    unless = chunk == 0 if plan.starts_from_zero else None
+    return load_tile(refs.states, at.row, chunk, head.index, plan.columns(at.split), plan.states, unless=unless)
 
 
 def _walk(plan: Plan, refs: _Refs, at: Place, head: _Head, step: Array, sums: _Sums) -> _Sums:
@@ -120,6 +151,9 @@ def _walk(plan: Plan, refs: _Refs, at: Place, head: _Head, step: Array, sums: _S
         tile += jnp.where(head.first, 0.0, before)
         store_tile(ref, tile, at.part, at.row, positions, at.group, states)
 
+    def ask() -> Array:
+        return plan.dot(scaled(values(refs.dy), decays.from_start), maps(refs.C), trans_a=True)
+
     delta, slope = load_steps(refs.dt, at.row, positions, head.index, head.bias, refs.lengths[at.row])
     decays = chunk_decays(delta * head.A)
     narrow = refs.x.dtype
@@ -127,23 +161,22 @@ def _walk(plan: Plan, refs: _Refs, at: Place, head: _Head, step: Array, sums: _S
     # Inside the chunk.
     dy, x, B, C = values(refs.dy), values(refs.x), maps(refs.B), maps(refs.C)
     scores = plan.dot(C, B, trans_b=True)
-    d_mixed = plan.dot(dy, _scaled(x, delta), trans_b=True) * decays.between
+    d_mixed = plan.dot(dy, scaled(x, delta), trans_b=True) * decays.between
     flows = jnp.where(lower_triangle(plan.chunk, strict=True), d_mixed * scores, 0.0)
     inside = jnp.sum(flows, axis=0) - jnp.sum(flows, axis=1)
     du = plan.dot((scores * decays.between).astype(narrow), dy, trans_a=True)
     d_scores = d_mixed.astype(narrow)
 
     # From the state before it to the outputs.
-    unless = chunk == 0 if plan.starts_from_zero else None
-    before = load_tile(refs.states, at.row, chunk, head.index, columns, states, unless=unless)
-    dC = plan.dot(_scaled(dy, decays.from_start), before.astype(narrow))
+    before = _state_before(plan, refs, at, head, chunk)
+    dC = plan.dot(scaled(dy, decays.from_start), before.astype(narrow))
     arriving = jnp.sum(dC * C.astype(jnp.float32), axis=1)
     through = decays.total * jnp.sum(sums.state * before)
     add_to(refs.dC, dC + plan.dot(d_scores, B))
 
     # From the inputs to the state after it.
     after, x, B = sums.state.astype(narrow), values(refs.x), maps(refs.B)
-    dB = plan.dot(_scaled(x, decays.to_end * delta), after)
+    dB = plan.dot(scaled(x, decays.to_end * delta), after)
     leaving = inside + jnp.sum(dB * B.astype(jnp.float32), axis=1)
     add_to(refs.dB, dB + plan.dot(d_scores, maps(refs.C), trans_a=True))
 
@@ -153,44 +186,64 @@ def _walk(plan: Plan, refs: _Refs, at: Place, head: _Head, step: Array, sums: _S
     d_log_decay = jnp.sum(jnp.where(later, arriving[:, None], leaving[:, None]), axis=0) + through
 
     x, dy = values(refs.x), values(refs.dy)
-    du += plan.dot(_scaled(maps(refs.B), decays.to_end), after, trans_b=True)
+    du += plan.dot(scaled(maps(refs.B), decays.to_end), after, trans_b=True)
+    if plan.gated:
+        # Before dx takes the place of dy, for the other threads too.
+        asked = ask()
+        plan.barrier()
     x_wide, dy_wide = x.astype(jnp.float32), dy.astype(jnp.float32)
     store_tile(refs.dx, delta[:, None] * du + head.D * dy_wide, at.row, positions, head.index, columns)
     d_delta = head.A * d_log_decay + jnp.sum(x_wide * du, axis=1)
     store_tile(refs.ddt, d_delta * slope, at.split, at.row, positions, head.index)
-
-    asked = plan.dot(_scaled(values(refs.dy), decays.from_start), maps(refs.C), trans_a=True)
     return _Sums(
-        decays.total * sums.state + asked,
+        decays.total * sums.state + (asked if plan.gated else ask()),
         sums.A + jnp.sum(d_log_decay * delta),
         sums.D + jnp.sum(dy_wide * x_wide),
     )
 
 
-def _scaled(tile: Array, factors: Array) -> Array:
-    """Rows of a tile times factors, in the tile's dtype."""
-    return (factors[:, None] * tile.astype(jnp.float32)).astype(tile.dtype)
+def _pull_through_gate(plan: Plan, refs: _Refs, at: Place, head: _Head, chunk: Array, nothing: None) -> None:
+    """Makes the output of a chunk again, writes the gradient of its gate, and leaves that of the output in dx."""
+    positions = Span(chunk * plan.chunk, plan.chunk, plan.length)
+    here = (at.row, positions, head.index, plan.columns(at.split))
+    there = (at.row, positions, at.group, plan.states)
+    delta = load_steps(refs.dt, at.row, positions, head.index, head.bias, refs.lengths[at.row]).delta
+    decays = chunk_decays(delta * head.A)
+    state = _state_before(plan, refs, at, head, chunk)
+    B, C, x = load_tile(refs.B, *there), load_tile(refs.C, *there), load_tile(refs.x, *here)
+    mixed = plan.dot(C, B, trans_b=True) * decays.between
+    y = decays.from_start[:, None] * plan.dot(C, state.astype(C.dtype), trans_b=True)
+    y += plan.dot(mixed.astype(x.dtype), scaled(x, delta)) + head.D * x.astype(jnp.float32)
+    gate = open_gate(load_tile(refs.z, *here))
+    d_squares = load_tile(refs.d_squares, at.row, positions, head.index)
+    d_gated = load_tile(refs.dy, *here).astype(jnp.float32) + 2.0 * d_squares[:, None] * y * gate.opening
+    store_tile(refs.dz, d_gated * y * gate.slope, *here)
+    store_tile(refs.dx, d_gated * gate.opening, *here)
 
 
-def _backward_kernel(plan: Plan, *all_refs: Any) -> None:
+def _backward_kernel(names: tuple[str, ...], plan: Plan, *all_refs: Any) -> None:
     """All gradients; the heads of a program take turns and add their gradients of B and C."""
-    has_after = plan.wants_final or plan.segments > 1
-    refs = _Refs(*(all_refs if has_after else (*all_refs[:10], None, *all_refs[10:])))
+    refs = _Refs(**dict(zip(names, all_refs, strict=True)))
     count, splits = plan.config.heads_per_program, plan.config.width_splits
     at = place(plan, count, splits)
     columns, states = plan.columns(at.split), plan.states
 
     def one_head(number: Array, nothing: None) -> None:
-        if count > 1 and not plan.interpret:
+        if count > 1:
             # What another thread of the program stored for the head before is visible from here on.
-            pltriton.debug_barrier()
+            plan.barrier()
         index = at.head + number
         head = _Head(index, number == 0, refs.A[index], refs.D[index], refs.bias[index])
         after = jnp.zeros((columns.count, states.count), jnp.float32)
         if refs.after is not None:
             after = load_tile(refs.after, at.row, at.segment, index, columns, states)
+        given = refs
+        if plan.gated:
+            jax.lax.fori_loop(0, plan.num_chunks, functools.partial(_pull_through_gate, plan, refs, at, head), None)
+            plan.barrier()
+            given = refs._replace(dy=refs.dx)
         sums = _Sums(after, jnp.float32(0), jnp.float32(0))
-        sums = jax.lax.fori_loop(0, plan.num_chunks, functools.partial(_walk, plan, refs, at, head), sums)
+        sums = jax.lax.fori_loop(0, plan.num_chunks, functools.partial(_walk, plan, given, at, head), sums)
         refs.dA[at.split, at.row, at.segment, index] = sums.A
         refs.dD[at.split, at.row, at.segment, index] = sums.D
         if refs.d_initial is not None:
@@ -217,7 +270,7 @@ def _call(plan: Plan, kernel: Any, arguments: list[Array], shapes: list[Any], he
 
 def _states_after(plan: Plan, residuals: tuple[Any, ...], dy: Array, d_final: Array | None) -> Array | None:
     """Gradient of the state after each segment, [b, s, h, p, n], or None for zeros."""
-    _, dt, A, _, C, _, dt_bias, _, lengths, _ = residuals
+    _, dt, A, _, C, _, dt_bias, _, lengths, *_ = residuals
     if plan.segments == 1:
         return None if d_final is None else d_final[:, None]
     asked, log_total = _call(
@@ -234,22 +287,20 @@ def _states_after(plan: Plan, residuals: tuple[Any, ...], dy: Array, d_final: Ar
     return states_before(asked, log_total, d_final, reverse=True)
 
 
-def backward(
-    plan: Plan, residuals: tuple[Any, ...], cotangents: tuple[Array, Array | None]
-) -> tuple[Array | None, ...]:
-    """Pulls the gradients of y and of the final state back to every input.
+def backward(plan: Plan, residuals: tuple[Any, ...], cotangents: Outputs) -> tuple[Array | None, ...]:
+    """Pulls the gradients of the outputs back to every input.
 
     Args:
       plan: static numbers of the call.
-      residuals: the inputs (x, dt, A, B, C, D, dt_bias, initial state or None, lengths), and the states before each
-        chunk.
-      cotangents: dy [b, l, h, p] and d_final [b, h, p, n], or None where the final state is no output.
+      residuals: the inputs (x, dt, A, B, C, D, dt_bias, initial state or None, lengths, z or None), and the states
+        before each chunk.
+      cotangents: gradients by the outputs; None where there is no such output.
 
     Returns:
-      One gradient for each input; None for lengths and for an initial state that is not there.
+      One gradient for each input; None for lengths and for what is not there.
     """
-    x, dt, A, B, C, D, dt_bias, initial, lengths, states = residuals
-    dy, d_final = cotangents
+    x, dt, A, B, C, D, dt_bias, initial, lengths, z, states = residuals
+    dy, d_squares, d_final = cotangents
     count, splits = plan.config.heads_per_program, plan.config.width_splits
     parts = plan.heads // plan.groups // count * splits
     after = _states_after(plan, residuals, dy, d_final)
@@ -257,31 +308,40 @@ def backward(
     map_dtype = B.dtype if parts == count == 1 else jnp.float32
     map_shape = ((parts, *B.shape), map_dtype)
     per_head = ((splits, plan.batch, plan.segments, plan.heads), jnp.float32)
-    shapes = [(x.shape, x.dtype), ((splits, *dt.shape), jnp.float32), map_shape, map_shape, per_head, per_head]
+    read = {"x": x, "dt": dt, "A": A, "B": B, "C": C, "D": D, "bias": dt_bias, "lengths": lengths, "states": states}
+    read |= {"dy": dy.astype(x.dtype), "after": after, "z": z, "d_squares": d_squares}
+    read = {name: a for name, a in read.items() if a is not None}
+    written = {"dx": (x.shape, x.dtype), "ddt": ((splits, *dt.shape), jnp.float32)}
+    written |= {"dB": map_shape, "dC": map_shape, "dA": per_head, "dD": per_head}
     if initial is not None:
-        shapes.append(((plan.batch, plan.segments, plan.heads, plan.width, plan.state_width), jnp.float32))
-    dx, ddt, dB, dC, dA, dD, *d_initial = _call(
+        state_shape = (plan.batch, plan.segments, plan.heads, plan.width, plan.state_width)
+        written["d_initial"] = (state_shape, jnp.float32)
+    if z is not None:
+        written["dz"] = (z.shape, z.dtype)
+    outputs = _call(
         plan,
-        _backward_kernel,
-        [x, dt, A, B, C, D, dt_bias, lengths, states, dy.astype(x.dtype)] + ([] if after is None else [after]),
-        shapes,
+        functools.partial(_backward_kernel, (*read, *written)),
+        list(read.values()),
+        list(written.values()),
         count,
-        "ssd_backward",
+        "ssd_gated_backward" if plan.gated else "ssd_backward",
     )
-    ddt = _add_parts(ddt)
+    gradients = dict(zip(written, outputs, strict=True))
+    ddt = add_parts(gradients["ddt"])
     return (
-        dx,
+        gradients["dx"],
         ddt,
-        jnp.sum(dA, axis=(0, 1, 2)),
-        _add_parts(dB).astype(B.dtype),
-        _add_parts(dC).astype(C.dtype),
-        jnp.sum(dD, axis=(0, 1, 2)),
+        jnp.sum(gradients["dA"], axis=(0, 1, 2)),
+        add_parts(gradients["dB"]).astype(B.dtype),
+        add_parts(gradients["dC"]).astype(C.dtype),
+        jnp.sum(gradients["dD"], axis=(0, 1, 2)),
         jnp.sum(ddt, axis=(0, 1)),
-        d_initial[0][:, 0] if d_initial else None,
+        gradients["d_initial"][:, 0] if initial is not None else None,
         None,
+        gradients.get("dz"),
     )
 
 
-def _add_parts(parts: Array) -> Array:
+def add_parts(parts: Array) -> Array:
     """Adds up the first axis; alone it is taken off without a copy."""
     return parts[0] if parts.shape[0] == 1 else jnp.sum(parts, axis=0)

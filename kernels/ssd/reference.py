@@ -13,6 +13,7 @@ def ssd_reference(
     C: Array,
     D: Array | None,
     initial_state: Array | None,
+    starts: Array | None = None,
 ) -> tuple[Array, Array]:
     """Runs the recurrence one position after the other, in the widest dtype of the inputs.
 
@@ -26,6 +27,7 @@ def ssd_reference(
       C: [b, l, g, n] output maps.
       D: [h] skip weights, or None.
       initial_state: [b, h, p, n], or None for zeros.
+      starts: bool [b, l], true where state_{t-1} is taken as 0, or None for nowhere.
 
     Returns:
       y [b, l, h, p] and the final state [b, h, p, n].
@@ -41,13 +43,15 @@ def ssd_reference(
         state = initial_state.astype(dtype)
 
     def step(state: Array, inputs: tuple[Array, ...]) -> tuple[Array, Array]:
-        x_t, delta_t, B_t, C_t = inputs
+        x_t, delta_t, B_t, C_t, start = inputs
+        if start is not None:
+            state = jnp.where(start[:, None, None, None], 0, state)
         decay = jnp.exp(delta_t * A)[..., None, None]
         state = decay * state + jnp.einsum("bh,bhp,bhn->bhpn", delta_t, x_t, B_t)
         return state, jnp.einsum("bhpn,bhn->bhp", state, C_t)
 
     by_time = [jnp.moveaxis(a.astype(dtype), 1, 0) for a in (x, delta, B, C)]
-    state, y = jax.lax.scan(step, state, tuple(by_time))
+    state, y = jax.lax.scan(step, state, (*by_time, None if starts is None else starts.T))
     y = jnp.moveaxis(y, 0, 1)
     if D is not None:
         y = y + D[:, None] * x

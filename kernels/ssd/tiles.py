@@ -31,6 +31,7 @@ class Plan:
       interpret: run as plain JAX.
       has_initial: there is an initial state.
       wants_final: the final state is an output.
+      gated: outputs are multiplied by silu(z), and their sums of squares are an output.
     """
 
     batch: int
@@ -44,6 +45,7 @@ class Plan:
     interpret: bool
     has_initial: bool
     wants_final: bool = False
+    gated: bool = False
 
     @property
     def chunk(self) -> int:
@@ -79,6 +81,11 @@ class Plan:
         """The columns of a head's width that a program handles."""
         count = power_of_two(self.width) // self.config.width_splits
         return Span(split * count if self.config.width_splits > 1 else 0, count, self.width)
+
+    def barrier(self) -> None:
+        """Lets a program's threads see what the others stored before it."""
+        if not self.interpret:
+            pltriton.debug_barrier()
 
     def dot(self, a: Array, b: Array, **transposed: bool) -> Array:
         """Product of two tiles."""
@@ -180,6 +187,26 @@ def load_steps(dt_ref: Any, row: Any, positions: Span, head: Any, bias: Array, r
     delta = jnp.maximum(raw, 0.0) + jnp.log1p(tail)
     slope = jnp.where(raw >= 0, 1.0, tail) / (1.0 + tail)
     return Steps(jnp.where(real, delta, 0.0), jnp.where(real, slope, 0.0))
+
+
+def scaled(tile: Array, factors: Array) -> Array:
+    """Rows of a tile times factors, in the tile's dtype."""
+    return (factors[:, None] * tile.astype(jnp.float32)).astype(tile.dtype)
+
+
+class Gate(NamedTuple):
+    """A gate silu(z), and d silu / d z, in float32."""
+
+    opening: Array
+    slope: Array
+
+
+def open_gate(z: Array) -> Gate:
+    """Activates a tile of gates."""
+    z = z.astype(jnp.float32)
+    share = 1.0 / (1.0 + jnp.exp(-z))
+    opening = z / (1.0 + jnp.exp(-z))
+    return Gate(opening, share * (1.0 + z - opening))
 
 
 class Decays(NamedTuple):

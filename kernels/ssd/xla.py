@@ -107,11 +107,16 @@ def _place(cut: _Cut, batch: int, length: int, index: Array) -> _Place:
 
 def _read(inputs: Inputs, cut: _Cut, place: _Place, groups: int) -> Inputs:
     """Reads a tile of the inputs."""
-    tile = Inputs(*(_by_group(_take(a, cut, place), groups) for a in inputs))
+    *arrays, starts = inputs
+    if starts is not None:
+        starts = _take(starts, cut, place)
+    tile = Inputs(*(_by_group(_take(a, cut, place), groups) for a in arrays), starts)
     if place.fresh is not None:
-        # Positions done before neither decay nor add.
+        # Positions done before neither decay nor add, and no history begins there.
         tile = tile._replace(
-            delta=jnp.where(place.fresh, tile.delta, 0), log_decay=jnp.where(place.fresh, tile.log_decay, 0)
+            delta=jnp.where(place.fresh, tile.delta, 0),
+            log_decay=jnp.where(place.fresh, tile.log_decay, 0),
+            starts=None if starts is None else starts & place.fresh[..., 0, 0],
         )
     return tile
 
@@ -195,13 +200,21 @@ def _forward(cut: _Cut, inputs: Inputs, D: Array, state: Array | None, *, keep: 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _chunked(
-    cut: _Cut, x: Array, delta: Array, log_decay: Array, B: Array, C: Array, D: Array, state: Array | None
+    cut: _Cut,
+    x: Array,
+    delta: Array,
+    log_decay: Array,
+    B: Array,
+    C: Array,
+    starts: Array | None,
+    D: Array,
+    state: Array | None,
 ) -> tuple[Array, Array]:
     """Returns the output and the final state; its gradient keeps no [c, c] array and recomputes them.
 
     D is [g, r] and the state [b, g, n, r, p], or None for zeros.
     """
-    return _forward(cut, Inputs(x, delta, log_decay, B, C), D, state, keep=False)[:2]
+    return _forward(cut, Inputs(x, delta, log_decay, B, C, starts), D, state, keep=False)[:2]
 
 
 def _chunked_fwd(cut: _Cut, *arguments: Any) -> tuple[tuple[Array, Array], tuple[Any, ...]]:
@@ -223,7 +236,7 @@ def _chunked_bwd(cut: _Cut, residuals: tuple[Any, ...], cotangents: tuple[Any, A
         # A row of one chunk whose state nobody reads has nothing to do with states at all.
         d_final = None if befores is None else _zeros(state_shape, wide, x)
     buffers = (
-        *(_zeros(a.shape, a.dtype, x) for a in inputs),
+        *(_zeros(a.shape, a.dtype, x) for a in inputs[:5]),
         _zeros(inputs.delta.shape, wide, x),
         None if from_nothing else _zeros(state_shape, wide, x),
         _carried(d_final, cut),
@@ -245,7 +258,7 @@ def _chunked_bwd(cut: _Cut, residuals: tuple[Any, ...], cotangents: tuple[Any, A
         return *gradients, d_initial, None if walking is None else d_state
 
     *gradients, dD, d_initial, _ = _walk(cut, x, body, buffers, reverse=True)
-    return *gradients, jnp.sum(dD, axis=(0, 1)).reshape(D.shape).astype(D.dtype), d_initial
+    return *gradients, None, jnp.sum(dD, axis=(0, 1)).reshape(D.shape).astype(D.dtype), d_initial
 
 
 _chunked.defvjp(_chunked_fwd, _chunked_bwd, symbolic_zeros=True)
@@ -259,6 +272,7 @@ def ssd_xla(
     C: Array,
     D: Array | None,
     initial_state: Array | None,
+    starts: Array | None = None,
     *,
     chunk_size: int,
 ) -> tuple[Array, Array]:
@@ -286,7 +300,10 @@ def ssd_xla(
             initial_state.astype(wide).reshape(batch, *per_group, width, state_width), (0, 1, 4, 2, 3)
         )
     maps = [a.reshape(batch, length, groups * state_width) for a in (B, C)]
-    arguments = *(padded(a) for a in (x, delta, delta * A, *maps)), D, state
+    log_decay = delta * A
+    if starts is not None:
+        log_decay, starts = jnp.where(starts[..., None], 0, log_decay), padded(starts)
+    arguments = *(padded(a) for a in (x, delta, log_decay, *maps)), starts, D, state
     y, final = _chunked(cut, *vary_together(*arguments))
     final = jnp.transpose(final, (0, 1, 3, 4, 2)).reshape(batch, heads, width, state_width)
     return y[:, :length], final

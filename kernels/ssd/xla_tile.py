@@ -18,13 +18,16 @@ from jax import Array
 _COARSE_STEP = 1.0 / 64.0
 
 
-def add_up(a: Array, *, reverse: bool = False, exclusive: bool = False) -> Array:
+def add_up(a: Array, *, reverse: bool = False, exclusive: bool = False, together: Array | None = None) -> Array:
     """Cumulative sum over the last axis as a product with ones: a few dozen terms, one operation.
 
-    `reverse` sums from the end; `exclusive` leaves the position itself out.
+    `reverse` sums from the end; `exclusive` leaves the position itself out; `together` [.., c, c] tells which positions
+    are summed with which.
     """
     ones = jnp.ones((a.shape[-1], a.shape[-1]), a.dtype)
     triangle = jnp.tril(ones, -int(exclusive)) if reverse else jnp.triu(ones, int(exclusive))
+    if together is not None:
+        triangle = jnp.where(together, triangle, 0)
     return jnp.matmul(a, triangle, precision=jax.lax.Precision.HIGHEST)
 
 
@@ -47,19 +50,58 @@ class _Decays(NamedTuple):
     to_end: Array
 
 
-def _cumulative(log_decay: Array) -> tuple[Array, Array]:
+class _Histories(NamedTuple):
+    """Which positions of a chunk share a history with what.
+
+    Attributes:
+      together: [b, k, 1, 1, c, c], with which other positions.
+      from_start: [b, k, 1, 1, c], with what came before the chunk.
+      to_end: [b, k, 1, 1, c], with the chunk's last position.
+    """
+
+    together: Array
+    from_start: Array
+    to_end: Array
+
+
+def _histories(starts: Array | None) -> _Histories | None:
+    """Numbers the histories of each chunk from starts [b, k, c]; 0 is the one that came from before."""
+    if starts is None:
+        return None
+    number = add_up(starts.astype(jnp.float32))[:, :, None, None]
+    return _Histories(number[..., :, None] == number[..., None, :], number == 0, number == number[..., -1:])
+
+
+def _sums_together(histories: _Histories | None) -> Array | None:
+    return None if histories is None else histories.together[:, :, 0]
+
+
+def _reached(log_decay: Array, mask: Array | None) -> Array:
+    """Decay factors, 0 where nothing flows. The mask comes before exp, for elsewhere the sums may be anything."""
+    return jnp.exp(log_decay if mask is None else jnp.where(mask, log_decay, -jnp.inf))
+
+
+def _weigh(decay: Array, product: Array, starts: Array | None) -> Array:
+    """Multiplies by decay factors; products across histories may overflow where those inside do not."""
+    weighed = decay * product
+    return weighed if starts is None else jnp.where(decay == 0, 0, weighed)
+
+
+def _cumulative(log_decay: Array, together: Array | None = None) -> tuple[Array, Array]:
     """Sums of log decays [.., c] up to each position, as coarse and fine parts."""
     coarse = jnp.round(log_decay / _COARSE_STEP) * _COARSE_STEP
-    return add_up(coarse), add_up(log_decay - coarse)
+    return add_up(coarse, together=together), add_up(log_decay - coarse, together=together)
 
 
-def _between(parts: tuple[Array, Array], *, transposed: bool = False) -> Array:
+def _between(parts: tuple[Array, Array], *, transposed: bool = False, together: Array | None = None) -> Array:
     """Decay factors [.., i, j] from position j to i, or [.., j, i]."""
     rows, columns = [part[..., :, None] for part in parts], [part[..., None, :] for part in parts]
     later, sooner = (columns, rows) if transposed else (rows, columns)
     segments = sum(end - start for end, start in zip(later, sooner, strict=True))
     ones = jnp.ones((parts[0].shape[-1],) * 2, bool)
     earlier = jnp.triu(ones, 1) if transposed else jnp.tril(ones, -1)
+    if together is not None:
+        earlier = earlier & together
     # The mask comes before exp: above the diagonal the sums are positive and overflow for strong decay.
     return jnp.exp(jnp.where(earlier, segments, -jnp.inf))
 
@@ -72,11 +114,14 @@ def decays_between(log_decay: Array) -> Array:
     return _between(_cumulative(log_decay))
 
 
-def _decays(log_decay: Array, *, transposed: bool = False) -> _Decays:
-    parts = _cumulative(jnp.moveaxis(log_decay, 2, -1))
-    to_end = jnp.exp(sum(part[..., -1:] - part for part in parts))
-    from_start = jnp.exp(sum(parts))
-    return _Decays(_between(parts, transposed=transposed), jnp.moveaxis(from_start, -1, 2), jnp.moveaxis(to_end, -1, 2))
+def _decays(log_decay: Array, histories: _Histories | None, *, transposed: bool = False) -> _Decays:
+    # Sums of one history take nothing from another: not its rounding, nor what its strong decay would cancel.
+    parts = _cumulative(jnp.moveaxis(log_decay, 2, -1), _sums_together(histories))
+    together, from_before, with_last = (None, None, None) if histories is None else histories
+    to_end = _reached(sum(part[..., -1:] - part for part in parts), with_last)
+    from_start = _reached(sum(parts), from_before)
+    between = _between(parts, transposed=transposed, together=together)
+    return _Decays(between, jnp.moveaxis(from_start, -1, 2), jnp.moveaxis(to_end, -1, 2))
 
 
 def _recurrence(state: Array, decay: Array, added: Array, *, reverse: bool = False) -> tuple[Array, Array]:
@@ -105,13 +150,17 @@ def _beside(product: Array, axis: int = 4) -> Array:
 
 
 class Inputs(NamedTuple):
-    """What a tile reads; in whole arrays heads and maps lie without groups: [b, l, h, p], [b, l, h] and [b, l, g n]."""
+    """What a tile reads; in whole arrays heads and maps lie without groups: [b, l, h, p], [b, l, h] and [b, l, g n].
+
+    Starts are bool [b, k, c], and [b, l] in whole arrays, or None; log decays are 0 there.
+    """
 
     x: Array
     delta: Array
     log_decay: Array
     B: Array
     C: Array
+    starts: Array | None
 
     def u(self) -> Array:
         """Values times steps, in the dtype of the values."""
@@ -123,37 +172,43 @@ def forward_tile(inputs: Inputs, D: Array, state: Array | None) -> tuple[Array, 
 
     Returns the output, the part of it that comes from earlier positions, the final state and those before each chunk.
     """
-    x, delta, log_decay, B, C = inputs
+    x, delta, log_decay, B, C, starts = inputs
     wide, narrow = delta.dtype, x.dtype
     dot = partial(jnp.einsum, preferred_element_type=wide)
     u = inputs.u()
-    decays = _decays(log_decay)
+    decays = _decays(log_decay, _histories(starts))
     scores = dot("bkign,bkjgn->bkgij", C, B)
-    y = _beside(dot("bkgrij,bkjgrp->bkgrip", (decays.between * scores[:, :, :, None]).astype(narrow), u))
+    mixing = _weigh(decays.between, scores[:, :, :, None], starts).astype(narrow)
+    y = _beside(dot("bkgrij,bkjgrp->bkgrip", mixing, u))
     added = dot("bkcgn,bkcgrp->bkgnrp", B, (decays.to_end[..., None] * u).astype(narrow))
     if state is None:
         final, before = added[:, 0], None
     else:
         final, before = _recurrence(state, decays.from_start[:, :, -1], added)
-        y += decays.from_start[..., None] * _beside(dot("bkcgn,bkgnrp->bkgcrp", C, before.astype(narrow)), 3)
+        from_before = _beside(dot("bkcgn,bkgnrp->bkgcrp", C, before.astype(narrow)), 3)
+        y += _weigh(decays.from_start[..., None], from_before, starts)
     own = _sum_width(C.astype(wide) * B)[..., None, None]
     return (y + own * u + D[..., None] * x).astype(narrow), y, final, before
 
 
-def _inside_backward(inputs: Inputs, y: Array, between: Array, dy: Array) -> tuple[Array, Array, Array, Array]:
+def _inside_backward(
+    inputs: Inputs, y: Array, between: Array, histories: _Histories | None, dy: Array
+) -> tuple[Array, Array, Array, Array]:
     """What positions of a chunk give to later ones: gradients of u, the log decays [.., c], B and C [b, k, g, c, n].
 
     Maps between positions are transposed here: what is multiplied from the left has to lie in rows on CPUs.
     """
-    u, (_, delta, _, B, C) = inputs.u(), inputs
+    u, (_, delta, _, B, C, starts) = inputs.u(), inputs
     narrow, dy_n = u.dtype, dy.astype(u.dtype)
     dot = partial(jnp.einsum, preferred_element_type=delta.dtype)
     scores = dot("bkjgn,bkign->bkgji", B, C)
     d_mixed = dot("bkjgrp,bkigrp->bkgrji", u, dy_n)
-    d_scores = _sum_heads(d_mixed * between).astype(narrow)
-    du = _beside(dot("bkgrji,bkigrp->bkgrjp", (between * scores[:, :, :, None]).astype(narrow), dy_n))
+    d_scores = _sum_heads(_weigh(between, d_mixed, starts)).astype(narrow)
+    mixing = _weigh(between, scores[:, :, :, None], starts).astype(narrow)
+    du = _beside(dot("bkgrji,bkigrp->bkgrjp", mixing, dy_n))
     # The same rounded u as in y, for these two nearly cancel.
-    d_log = add_up(jnp.moveaxis(_sum_width(dy * y - du * u), 2, -1), reverse=True)
+    flow = jnp.moveaxis(_sum_width(dy * y - du * u), 2, -1)
+    d_log = add_up(flow, reverse=True, together=_sums_together(histories))
     return du, d_log, dot("bkgji,bkign->bkgjn", d_scores, C), dot("bkgji,bkjgn->bkgin", d_scores, B)
 
 
@@ -171,7 +226,7 @@ def _before_backward(
     asked = dot("bkcgn,bkcgrp->bkgnrp", inputs.C, dy_from)
     chunk_decay = decays.from_start[:, :, -1]
     d_state, d_after = _recurrence(d_after, chunk_decay, asked, reverse=True)
-    through = chunk_decay * _sum_width(jnp.swapaxes(_sum_width(d_after * before), 3, 4))
+    through = _weigh(chunk_decay, _sum_width(jnp.swapaxes(_sum_width(d_after * before), 3, 4)), inputs.starts)
     return d_state, d_after, through[..., None], dot("bkcgrp,bkgnrp->bkgcn", dy_from, before.astype(narrow))
 
 
@@ -180,7 +235,8 @@ def _after_backward(inputs: Inputs, decays: _Decays, d_after: Array) -> tuple[Ar
     u, wide, narrow = inputs.u(), inputs.delta.dtype, inputs.x.dtype
     dot = partial(jnp.einsum, preferred_element_type=wide)
     d_after = d_after.astype(narrow)
-    du = decays.to_end[..., None] * _beside(dot("bkcgn,bkgnrp->bkgcrp", inputs.B, d_after), 3)
+    du = _beside(dot("bkcgn,bkgnrp->bkgcrp", inputs.B, d_after), 3)
+    du = _weigh(decays.to_end[..., None], du, inputs.starts)
     d_log = add_up(jnp.moveaxis(_sum_width(du * u), 2, -1), exclusive=True)
     return du, d_log, dot("bkcgrp,bkgnrp->bkgcn", (decays.to_end[..., None] * u).astype(narrow), d_after)
 
@@ -203,9 +259,10 @@ def backward_tile(
     Returns:
       Gradients of x, delta, log_decay, B, C and, at each position, of D; and of the state before the tile.
     """
-    x, delta, log_decay, B, C = inputs
-    decays = _decays(log_decay, transposed=True)
-    du, d_log, dB, dC = _inside_backward(inputs, y, decays.between, dy)
+    x, delta, log_decay, B, C, starts = inputs
+    histories = _histories(starts)
+    decays = _decays(log_decay, histories, transposed=True)
+    du, d_log, dB, dC = _inside_backward(inputs, y, decays.between, histories, dy)
     d_state = None
     if before is not None:
         d_state, d_after, through, from_before = _before_backward(inputs, decays, before, dy, d_after)

@@ -28,7 +28,7 @@ CUT = {
 }
 
 
-def kernels_of(shape, dtype=jnp.float32, *, optional=True):
+def kernels_of(shape, dtype=jnp.float32, *, optional=True, packed=False):
     """Captures the kernels of a value and its gradients."""
     b, length, e, n = shape
     wide = {"A": (e, n)}
@@ -37,10 +37,11 @@ def kernels_of(shape, dtype=jnp.float32, *, optional=True):
     narrow = {"x": (b, length, e), "dt": (b, length, e), "B": (b, length, n), "C": (b, length, n)}
     arrays = {name: jax.ShapeDtypeStruct(s, dtype) for name, s in narrow.items()}
     arrays |= {name: jax.ShapeDtypeStruct(s, jnp.float32) for name, s in wide.items()}
+    starts = jnp.zeros((b, length), bool) if packed else None
 
     def run(arrays, dy):
         def apply(arrays):
-            return selective_scan(**arrays, return_final_state=optional, implementation="pallas_triton")
+            return selective_scan(**arrays, starts=starts, return_final_state=optional, implementation="pallas_triton")
 
         y, pull = jax.vjp(apply, arrays)
         return y, pull((dy, arrays["initial_state"]) if optional else dy)
@@ -74,6 +75,11 @@ def test_kernels_stay_in_registers(shape, capabilities):
 
 def test_bfloat16_stays_in_registers():
     for kernel in kernels_of((2048, 50, 128, 32), jnp.bfloat16):
+        check(kernel, 90, (2048, 50, 128, 32))
+
+
+def test_starts_cost_no_local_memory():
+    for kernel in kernels_of((2048, 50, 128, 32), packed=True):
         check(kernel, 90, (2048, 50, 128, 32))
 
 

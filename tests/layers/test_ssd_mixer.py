@@ -1,0 +1,77 @@
+"""The end of the Mamba-2 mixer in one kernel, against gate, norm and projection one after the other."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.quick_jit import quick_jit
+from tim4rec_jax.config import ModelConfig
+from tim4rec_jax.layers.ssd_mixer import SSDMixer
+
+SIZES = {"vocab_size": 10, "max_len": 20, "d_model": 16, "head_dim": 16, "d_state": 16, "use_time": False}
+FUSED = {"ssd_implementation": "pallas_triton_interpreted"}
+
+
+def mixer(**changes):
+    return SSDMixer(ModelConfig(**SIZES | changes))
+
+
+def variables_and_input():
+    rng = np.random.default_rng(0)
+    u = jnp.asarray(rng.normal(size=(2, 20, 16)), jnp.float32)
+    options = {"channel": None, "example_ids": jnp.arange(2), "deterministic": True}
+    params = mixer().init(jax.random.key(0), u, **options)["params"]
+    # Gains of 1 and biases of 0 would hide where they are applied.
+    params["norm_scale"] = jnp.asarray(rng.normal(size=params["norm_scale"].shape), jnp.float32)
+    params["out_proj"]["bias"] = jnp.asarray(rng.normal(size=16), jnp.float32)
+    params["out_proj"]["kernel"] *= 50
+    return params, u, options
+
+
+def run(changes):
+    """Output, gradients by parameters and input, and what was left for looking at."""
+    params, u, options = variables_and_input()
+
+    def apply(params, u):
+        (out, _), seen = mixer(**changes).apply({"params": params}, u, **options, mutable=["intermediates"])
+        return jnp.sum(jnp.square(out.astype(jnp.float32))), (out, seen["intermediates"])
+
+    (_, (out, seen)), gradients = quick_jit(jax.value_and_grad(apply, argnums=(0, 1), has_aux=True))(params, u)
+    return out, gradients, seen
+
+
+def near(actual, expected, fraction):
+    actual, expected = np.asarray(actual, np.float32), np.asarray(expected, np.float32)
+    assert np.abs(actual - expected).max() <= fraction * np.abs(expected).max()
+
+
+def test_one_kernel_equals_the_steps():
+    plain, fused = run({}), run(FUSED)
+    near(fused[0], plain[0], 2e-6)
+    jax.tree.map(lambda a, b: near(a, b, 2e-5), fused[1], plain[1])
+
+
+def test_one_kernel_in_bfloat16():
+    plain, fused = run({}), run(FUSED | {"dtype": "bfloat16"})
+    assert fused[0].dtype == jnp.bfloat16
+    near(fused[0], plain[0], 3e-2)
+    jax.tree.map(lambda a, b: near(a, b, 5e-2), fused[1], plain[1])
+
+
+def test_only_the_steps_have_an_output_of_the_ssd_to_look_at():
+    assert set(run({})[2]) == {"scan", "step_size"}
+    assert set(run(FUSED)[2]) == {"step_size"}
+
+
+@pytest.mark.parametrize("changes", [{}, FUSED])
+def test_the_last_position_alone_equals_the_last_of_all(changes):
+    params, u, options = variables_and_input()
+    del options["channel"]
+    model, lengths = mixer(**changes), jnp.array([20, 7])
+
+    def apply(method, **given):
+        return quick_jit(lambda p, u: model.apply({"params": p}, u, None, **options, **given, method=method))(params, u)
+
+    last, (full, _) = apply("last", lengths=lengths), apply("__call__")
+    np.testing.assert_allclose(last, full[jnp.arange(2), lengths - 1], rtol=1e-5, atol=1e-5)
