@@ -18,7 +18,15 @@ from tim4rec_jax.run_dir import CHANGEABLE_ON_RESUME, CONFIG, read_config, read_
 
 # Settings that a model's numbers do not depend on, and those that the data answer for by their fingerprint.
 _FREE = {name for name in CHANGEABLE_ON_RESUME if name not in ("train.epochs", "train.max_steps", "train.patience")}
-_FREE |= {"name", "model.vocab_size", "eval.baselines"}
+_FREE |= {
+    "name",
+    "model.vocab_size",
+    "model.gap_mean",
+    "model.gap_std",
+    "model.first_second",
+    "model.last_second",
+    "eval.baselines",
+}
 
 
 @dataclass(frozen=True)

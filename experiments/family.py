@@ -106,3 +106,13 @@ def compose(name: str, load: Callable[[str], ExperimentConfig]) -> ExperimentCon
     base = load(_BASES[data])
     config = dataclasses.replace(base, name=name, model=_MODELS[model](base.model))
     return _own(config, _OWN.get(model, {}).get(data, {}))
+
+
+def causal(config: ExperimentConfig, *, max_len: int, batch_size: int) -> ExperimentConfig:
+    """Returns an experiment with the causal time branch, trained on every position of packed rows."""
+    return dataclasses.replace(
+        config,
+        model=dataclasses.replace(config.model, time_mode="causal", max_len=max_len),
+        data=dataclasses.replace(config.data, timestamp_precision="int64"),
+        train=dataclasses.replace(config.train, positions="all", batch_size=batch_size),
+    )

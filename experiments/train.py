@@ -25,12 +25,14 @@ from experiments.command_line import parse_settings, run_program
 from experiments.configs import config_names, load_config
 from experiments.published import PUBLISHED
 from tim4rec_jax.config import DataConfig, EvalConfig, ExperimentConfig, ModelConfig, TrainConfig
+from tim4rec_jax.data.gaps import gap_statistics, training_span
 from tim4rec_jax.data.interactions import InteractionLog, load_log
 from tim4rec_jax.data.splits import leave_one_out
 from tim4rec_jax.evaluation.baselines import popularity_counts, popularity_ranks
 from tim4rec_jax.evaluation.metrics import summarise
-from tim4rec_jax.models import MODELS
+from tim4rec_jax.models import build_model
 from tim4rec_jax.run_dir import create_run, write_results
+from tim4rec_jax.training.all_positions import require_packable
 from tim4rec_jax.training.loop import Interrupted, Trainer
 
 
@@ -72,9 +74,20 @@ def parse(argv: Sequence[str]) -> tuple[ExperimentConfig, pathlib.Path, bool]:
     return config, arguments.run_dir or pathlib.Path("runs") / base.name, arguments.resume
 
 
+def with_data(config: ExperimentConfig, log: InteractionLog) -> ExperimentConfig:
+    """Fills in what the data decide: the size of the catalogue, and the times that a causal time branch counts by."""
+    known: dict[str, Any] = {"vocab_size": log.num_items + 1}
+    if config.model.time_mode == "causal":
+        split = leave_one_out(log)
+        known["gap_mean"], known["gap_std"] = gap_statistics(log, split)
+        known["first_second"], known["last_second"] = training_span(log, split)
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, **known))
+
+
 def train_one(config: ExperimentConfig, log: InteractionLog, run_dir: pathlib.Path, resume: bool) -> dict[str, Any]:
     """Makes or opens the run folder and trains; returns the results with wall time added."""
-    config = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=log.num_items + 1))
+    config = with_data(config, log)
+    require_packable(config, build_model(config.model))
     create_run(run_dir, config, log, resume=resume)
     started = time.perf_counter()
     results = Trainer(config, log, run_dir, resume=resume).run()
@@ -120,7 +133,7 @@ def run(config: ExperimentConfig, run_dir: pathlib.Path, resume: bool, console: 
     console.print(log.statistics.table(config.data.name))
     results = train_one(config, log, run_dir, resume)
     rows = [(_name(config), results["test"], f"this run, best epoch {results['best_epoch']} of {results['epochs']}")]
-    if "time_off" in config.eval.baselines and MODELS[config.model.name](config.model).uses_time:
+    if "time_off" in config.eval.baselines and build_model(with_data(config, log).model).uses_time:
         console.print("the same model with time off")
         plain = dataclasses.replace(config, model=dataclasses.replace(config.model, use_time=False))
         other = train_one(plain, log, run_dir / "time_off", resume)

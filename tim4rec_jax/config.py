@@ -47,6 +47,11 @@ class ModelConfig:
       use_time: the time-aware mask; off gives the SSD-only model (SSD4Rec).
       time_mode: "faithful" is the paper's time branch, which mixes positions, so that the model is not causal and its
         length is fixed; "causal" reads gaps up to each position only.
+      gap_mean, gap_std: of log1p(seconds) over the positive gaps of the training part, which the causal time branch is
+        standardised with; training fills them in from the data.
+      date_knots: values a channel of a piecewise linear function of the date that the causal model adds to its output;
+        0 for none.
+      first_second, last_second: of the training part, between which the knots lie; filled in likewise.
       time_gate_per_position: the time channel's residual gate has a value a position (`p2p_residual`), else one a head.
       kaiming_init: convolutions start N(0, 2 / (channels * d_conv)) with zero bias, else uniform(+-1/sqrt(d_conv)).
       mask_padded_time: a padded position has a gap of 0 (the original: minus the last timestamp).
@@ -77,6 +82,11 @@ class ModelConfig:
     use_ffn: bool = True
     use_time: bool = True
     time_mode: TimeMode = "faithful"
+    gap_mean: float = 0.0
+    gap_std: float = 1.0
+    date_knots: int = 64
+    first_second: int = 0
+    last_second: int = 1
     time_gate_per_position: bool = False
     kaiming_init: bool = True
     mask_padded_time: bool = False
@@ -117,6 +127,14 @@ class ModelConfig:
         _require(
             self.time_mode in get_args(TimeMode), f"time_mode={self.time_mode!r} must be one of {get_args(TimeMode)}"
         )
+        _require(
+            self.date_knots != 1 and self.date_knots >= 0, f"date_knots={self.date_knots} must be 0, or at least 2"
+        )
+        _require(
+            self.first_second < self.last_second,
+            f"first_second={self.first_second} must lie before last_second={self.last_second}",
+        )
+        _require(self.gap_std > 0, f"gap_std={self.gap_std} must be positive")
         _require(self.norm_eps > 0, f"norm_eps={self.norm_eps} must be positive")
         _require(self.dtype in get_args(Dtype), f"dtype={self.dtype!r} must be one of {get_args(Dtype)}")
 
@@ -222,7 +240,8 @@ class TrainConfig:
         every target has at least this much before it; None is half of max_len.
       seed: of initial values, shuffling, dropout and negatives.
       patience: validations in a row without improvement that stop training.
-      length_groups: static lengths a batch's rows are grouped into; 1 pads every row to max_len.
+      length_groups: static lengths a batch's rows are grouped into; 1 pads every row to max_len. Not read with
+        `positions="all"`, whose rows are full.
       microbatch_tokens: positions computed at once within a batch; None computes each length group's rows at once up to
         a size that suits the platform.
       log_every: steps between log lines.

@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from tim4rec_jax.data.length_groups import LengthGroup, choose_lengths, plan_length_groups
+from tim4rec_jax.data.length_groups import LengthGroup, choose_lengths, plan_length_groups, plan_packed_rows
 
 
 def cost(chosen, lengths, penalty):
@@ -75,3 +75,15 @@ def test_rows_are_bounded_by_the_batch_the_tokens_and_on_a_cpu_the_scores():
     assert plan([50], 50, vocab_size=10**6)[0].rows == 4
     assert plan([50], 50, vocab_size=10**8)[0].rows == 1
     assert plan([50], 50, vocab_size=10**6, platform="gpu")[0].rows == 64
+
+
+def test_packed_rows_are_one_group():
+    def planned(platform, microbatch_tokens=None, max_len=200):
+        options = {"batch_size": 64, "microbatch_tokens": microbatch_tokens, "platform": platform}
+        return plan_packed_rows(max_len, **options)
+
+    assert planned("gpu") == (LengthGroup(200, 64),)
+    assert planned("gpu", 1000) == planned("cpu", 1000) == (LengthGroup(200, 5),)
+    assert planned("cpu") == (LengthGroup(200, 10),)
+    assert planned("cpu", max_len=5000) == (LengthGroup(5000, 1),)
+    assert planned("cpu", max_len=4) == (LengthGroup(4, 64),)

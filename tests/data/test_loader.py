@@ -95,6 +95,14 @@ def test_starting_inside_an_epoch_gives_the_rest_of_it(log, examples, name):
 
 
 @pytest.mark.parametrize("name", LOADERS)
+def test_examples_before_a_batch_are_those_with_weight(log, examples, name):
+    loader = loader_of(name, log, examples)
+    weights = [int(batch.weights.sum()) for batch in epoch_of(loader, 1)]
+    before = [loader.examples_before(1, batch) for batch in range(loader.num_batches + 1)]
+    assert before == [0, *np.cumsum(weights)]
+
+
+@pytest.mark.parametrize("name", LOADERS)
 def test_epochs_and_seeds_differ(log, examples, name):
     first, again, second = (epoch_of(loader_of(name, log, examples), epoch) for epoch in (1, 1, 2))
     assert_same_batches(again, first)

@@ -14,6 +14,7 @@ from tim4rec_jax.config import DataConfig, EvalConfig, ExperimentConfig, ModelCo
 from tim4rec_jax.data.examples import Examples
 from tim4rec_jax.evaluation import full_sort
 from tim4rec_jax.evaluation.full_sort import FullSortEvaluator, evaluate
+from tim4rec_jax.models import init_params
 
 MAX_LEN, NUM_ITEMS = 20, 37
 CONFIG = ExperimentConfig("toy", ModelConfig(max_len=MAX_LEN), eval=EvalConfig(batch_size=16, top_k=(10, 20)))
@@ -175,3 +176,27 @@ def test_no_examples(log):
     model, _ = init_toy(NUM_ITEMS + 1)
     with pytest.raises(ValueError, match="0 examples to evaluate"):
         FullSortEvaluator(model, log, Examples(np.zeros(0, np.int32), np.zeros(0, np.int32)), CONFIG)
+
+
+def test_longer_histories_than_trained(log, examples):
+    """A model of any length reads as many events as asked for; one with parameters for its length refuses."""
+
+    def with_lengths(model, trained, read):
+        shape = ModelConfig(
+            name=model, vocab_size=NUM_ITEMS + 1, max_len=trained, d_model=8, d_state=4, head_dim=4, inner_size=8,
+            num_layers=1, use_time=False, use_ffn=False,
+        )  # fmt: skip
+        return ExperimentConfig("test", shape, eval=EvalConfig(top_k=(10,), max_len=read))
+
+    long = with_lengths("tim4rec", 45, None)
+    params = init_params(build_model(long.model), jax.random.key(0))
+    params = jax.tree.map(lambda p: 20 * p if p.ndim == 2 else p, params)
+    expected = evaluate(build_model(long.model), params, log, examples, long).ranks
+    extended, short = (with_lengths("tim4rec", 4, read) for read in (45, None))
+    model = build_model(extended.model)
+    np.testing.assert_array_equal(evaluate(model, params, log, examples, extended).ranks, expected)
+    assert np.any(evaluate(model, params, log, examples, short).ranks != expected)
+
+    attention = with_lengths("sasrec", 4, 45)
+    with pytest.raises(ValueError, match=r"eval.max_len=45 is over the model's max_len=4, and sasrec reads no more"):
+        FullSortEvaluator(build_model(attention.model), log, examples, attention)

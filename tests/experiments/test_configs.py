@@ -63,6 +63,24 @@ FAMILY = {
 }
 
 
+# Columns: length, rows a batch, dropout.
+CAUSAL = {
+    "ml1m_tim4rec_causal": (200, 32, 0.2),
+    "ml100k_tim4rec_causal": (200, 16, 0.2),
+    "beauty_tim4rec_causal": (50, 64, 0.4),
+}
+
+
+@pytest.mark.parametrize("name", CAUSAL)
+def test_values_of_the_causal_experiments(name):
+    config = load_config(name)
+    assert CAUSAL[name] == (config.model.max_len, config.train.batch_size, config.model.dropout)
+    assert (config.name, config.model.time_mode, config.train.positions) == (name, "causal", "all")
+    assert config.data == dataclasses.replace(
+        load_config(name.removesuffix("_causal")).data, timestamp_precision="int64"
+    )
+
+
 @pytest.mark.parametrize("name", FAMILY)
 def test_values_of_the_family(name):
     config = load_config(name)
@@ -78,7 +96,7 @@ def test_values_of_the_family(name):
 
 def test_every_config_is_covered():
     combinations = {f"{data}_{model}" for data in DATA_NAMES for model in MODEL_NAMES}
-    assert set(config_names()) == {*EXPECTED, *combinations, "quickstart"}
+    assert set(config_names()) == {*EXPECTED, *CAUSAL, *combinations, "quickstart"}
     assert load_config("quickstart_tim4rec").model == load_config("quickstart").model
 
 

@@ -95,6 +95,40 @@ def test_both_loaders_train_alike(tmp_path):
     assert [line["step"] for line in read_metrics(tmp_path / "grain") if line["kind"] == "train"] == [3, 4]
 
 
+PACKED = [
+    *SMALL[1:], "--config=quickstart_sasrec", "--train.positions=all", "--train.batch_size=32", "--train.log_every=1",
+    "--eval.baselines", "popularity",
+]  # fmt: skip
+
+
+def test_training_on_all_positions_resumes_inside_an_epoch_with_either_loader(tmp_path, monkeypatch):
+    """The bits of a run with the one loader are those of one with the other that was stopped on the way."""
+    folders = whole, stopped = tmp_path / "device", tmp_path / "grain"
+    assert train.main([*PACKED, f"--run_dir={whole}"]) == 0
+    again = [*PACKED, f"--run_dir={stopped}", "--data.loader=grain"]
+    log_line = Trainer._log_line
+
+    def stop_at_step_five(trainer, step):
+        log_line(trainer, step)
+        if step == 5:
+            signal.raise_signal(signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_log_line", stop_at_step_five)
+        assert train.main(again) == 130
+    assert [line["step"] for line in read_metrics(stopped)] == [1, 2, 3, 4, 5]
+    assert train.main([*again, "--resume"]) == 0
+
+    (step, leaves), (other_step, others) = map(_state, folders)
+    assert step == other_step > 20
+    for ours, theirs in zip(leaves, others, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    assert read_results(whole)["test"] == read_results(stopped)["test"]
+    losses = [[line["loss"] for line in read_metrics(folder) if line["kind"] == "train"] for folder in folders]
+    assert losses[0] == losses[1]
+    assert np.mean(losses[0][-5:]) < 0.97 * np.mean(losses[0][:5])
+
+
 def _state(folder: pathlib.Path) -> tuple[int, list[np.ndarray]]:
     config = read_config(folder)
     template = _template(folder, config)
@@ -195,6 +229,11 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, capsys):
         (["--data.name=ml-2m"], "ml-1m"),
         (["--data.name=custom", "--data.path=/nowhere/log.csv"], "/nowhere/log.csv"),
         (["--data.k_core=500"], "500-core"),
+        (["--train.positions=all"], "train.positions='all' needs a causal model"),
+        (
+            ["--config=quickstart_sasrec", "--train.positions=all", "--train.window_context=50"],
+            "window_context=50 must",
+        ),
     ],
 )
 def test_bad_input_is_one_clear_line(tmp_path, capsys, options, message):

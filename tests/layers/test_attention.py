@@ -13,6 +13,7 @@ from tim4rec_jax.layers.attention import (
     AttentionEncoder,
     CausalAttention,
     Intervals,
+    first_positions,
     interval_scores,
     interval_values,
 )
@@ -156,3 +157,9 @@ def test_what_attends_to_what():
     )
     seen = np.tril(np.ones((length, length))) * real[:, None]
     np.testing.assert_allclose(weights, seen / seen.sum(-1, keepdims=True), rtol=1e-6)
+
+
+def test_where_histories_begin():
+    starts = np.array([[1, 0, 0, 1, 1, 0], [0, 0, 1, 0, 0, 0], [0, 0, 0, 0, 0, 0]], bool)
+    expected = [[0, 0, 0, 3, 4, 4], [0, 0, 2, 2, 2, 2], [0] * 6]
+    np.testing.assert_array_equal(first_positions(jnp.asarray(starts)), expected)

@@ -24,6 +24,7 @@ from tests.models.attention_cases import (
     shapes_of,
     spread,
 )
+from tests.models.packing_cases import check_packing
 from tests.torch_reference import sasrec as pytorch
 from tim4rec_jax import build_model, interop
 
@@ -53,6 +54,11 @@ def test_state_dicts_round_trip(layers):
 def test_the_model_is_causal():
     assert not build_model(SMALL).uses_time
     check_causality(SMALL)
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+def test_packed_histories_are_as_if_alone(layers, x64):
+    check_packing(dataclasses.replace(SMALL, num_layers=layers))
 
 
 def test_padding_and_batch_do_not_matter():

@@ -97,3 +97,22 @@ def plan_length_groups(
         rows_limit = min(batch_size, max(1, _CPU_SCORE_BYTES // (4 * vocab_size)))
     tokens = microbatch_tokens or batch_size * max_len
     return tuple(LengthGroup(c, int(np.clip(tokens // c, 1, rows_limit))) for c in reversed(chosen))
+
+
+def plan_packed_rows(
+    max_len: int, *, batch_size: int, microbatch_tokens: int | None, platform: str
+) -> tuple[LengthGroup, ...]:
+    """Plans how many rows of packed batches, all of `max_len` positions, are computed at once.
+
+    Args:
+      max_len: positions of a row.
+      batch_size: rows of a batch.
+      microbatch_tokens: positions computed at once; None suits the platform.
+      platform: "cpu", "gpu" or "tpu".
+
+    Returns:
+      One group.
+    """
+    if microbatch_tokens is None:
+        microbatch_tokens = _CPU_TOKENS if platform == "cpu" else batch_size * max_len
+    return (LengthGroup(max_len, int(np.clip(microbatch_tokens // max_len, 1, batch_size))),)

@@ -3,7 +3,7 @@
 For a seed both give the same batches in the same order, and both start at any batch of any epoch.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -79,8 +79,12 @@ class Loader(Protocol):
         """Yields the payload of every batch of an epoch from batch `start` on."""
         ...
 
-    def batch(self, resident: Any, payload: Any) -> Batch:
-        """Turns a payload into the batch, inside the jitted step."""
+    def examples_before(self, epoch: int, batch: int) -> int:
+        """Returns how many examples the batches of an epoch before `batch` hold."""
+        ...
+
+    def batch(self, resident: Any, payload: Any) -> Any:
+        """Turns a payload into the batch (`Batch`, or `packed_loader.PackedBatch`), inside the jitted step."""
         ...
 
 
@@ -103,6 +107,9 @@ class _Plan:
         weights = (np.arange(self.batch_size) < len(chosen)).astype(np.float32)
         return self.examples.users[filled], self.examples.ends[filled], weights
 
+    def examples_before(self, epoch: int, batch: int) -> int:
+        return min(batch * self.batch_size, len(self.examples))
+
 
 def _to_batch(windows: Windows, weights: Any) -> Batch:
     return Batch(windows.items, windows.lengths, windows.timestamps, windows.targets, weights)
@@ -116,6 +123,7 @@ class DeviceLoader:
     ) -> None:
         self._plan = _Plan(examples, batch_size, seed)
         self.num_batches = self._plan.num_batches
+        self.examples_before = self._plan.examples_before
         timestamps = timestamps_for_device(log.timestamps, precision)
         self.resident = jax.device_put((np.asarray(log.items, np.int32), timestamps, np.asarray(log.offsets, np.int32)))
         self._max_len = max_len
@@ -132,18 +140,24 @@ class DeviceLoader:
         return _to_batch(gather_windows(*resident, users, ends, self._max_len, xp=jnp), weights)
 
 
+@dataclass(frozen=True)
 class _HostBatches:
     """The batches of one epoch as a random-access source for Grain."""
 
-    def __init__(self, loader: "GrainLoader", epoch: int) -> None:
-        self._loader = loader
-        self._order = epoch_order(loader.plan.seed, epoch, len(loader.plan.examples))
+    gather: Callable[[int], Any]
+    num_batches: int
 
     def __len__(self) -> int:
-        return self._loader.num_batches
+        return self.num_batches
 
-    def __getitem__(self, batch: int) -> Batch:
-        return self._loader.gather(self._order, batch)
+    def __getitem__(self, batch: int) -> Any:
+        return self.gather(batch)
+
+
+def prefetched(gather: Callable[[int], Any], num_batches: int, start: int) -> Iterator[Any]:
+    """Yields `gather(batch)` for every batch from `start` on, in order, made a few ahead in Grain's threads."""
+    batches = grain.MapDataset.source(_HostBatches(gather, num_batches))[start:]
+    yield from batches.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=8))
 
 
 class GrainLoader:
@@ -152,21 +166,22 @@ class GrainLoader:
     def __init__(
         self, log: InteractionLog, examples: Examples, *, max_len: int, batch_size: int, seed: int, precision: str
     ) -> None:
-        self.plan = _Plan(examples, batch_size, seed)
-        self.num_batches = self.plan.num_batches
+        self._plan = _Plan(examples, batch_size, seed)
+        self.num_batches = self._plan.num_batches
+        self.examples_before = self._plan.examples_before
         self.resident = ()
         self._columns = (log.items, timestamps_for_device(log.timestamps, precision), log.offsets)
         self._max_len = max_len
 
-    def gather(self, order: np.ndarray, batch: int) -> Batch:
-        """Returns one batch as NumPy arrays."""
-        users, ends, weights = self.plan.rows(order, batch)
-        return _to_batch(gather_windows(*self._columns, users, ends, self._max_len, xp=np), weights)
-
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """Yields every batch from `start` on."""
-        batches = grain.MapDataset.source(_HostBatches(self, epoch))[start:]
-        yield from batches.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=8))
+        order = epoch_order(self._plan.seed, epoch, len(self._plan.examples))
+
+        def gather(batch: int) -> Batch:
+            users, ends, weights = self._plan.rows(order, batch)
+            return _to_batch(gather_windows(*self._columns, users, ends, self._max_len, xp=np), weights)
+
+        yield from prefetched(gather, self.num_batches, start)
 
     def batch(self, resident: tuple[()], payload: Batch) -> Batch:
         """The payload is the batch."""

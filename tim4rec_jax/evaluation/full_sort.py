@@ -111,6 +111,17 @@ def _rank_batch(
     return ranks.reshape(-1), finite.reshape(-1)
 
 
+def _positions_read(model: nn.Module, config: ExperimentConfig) -> int:
+    """Returns how many events of a history are read, at most."""
+    trained, asked = config.model.max_len, config.eval.max_len
+    if asked is not None and asked > trained and not getattr(model, "any_length", False):
+        raise ValueError(
+            f"eval.max_len={asked} is over the model's max_len={trained}, and {config.model.name} reads no more: train "
+            "with a larger model.max_len, or take a causal state-space model (model.time_mode=causal or use_time=false)"
+        )
+    return trained if asked is None else asked
+
+
 class FullSortEvaluator:
     """Ranks the targets of fixed examples under changing parameters; batches and programs are made once.
 
@@ -124,7 +135,7 @@ class FullSortEvaluator:
           model: from `build_model(config.model)`.
           log: the cleaned log.
           examples: what to predict, by user and end position.
-          config: reads model.max_len, data.timestamp_precision and eval.
+          config: reads model.max_len, eval.max_len, data.timestamp_precision and eval.
 
         Raises:
           ValueError: without examples, for a k larger than the catalogue, or a timestamp beyond the precision.
@@ -132,6 +143,7 @@ class FullSortEvaluator:
         if len(examples.users) == 0:
             raise ValueError("there are 0 examples to evaluate; does the log have users with at least 3 events?")
         check_top_k(config.eval.top_k, log.num_items, "eval.top_k")
+        self._max_len = _positions_read(model, config)
         self.model, self.config = model, config
         self.num_examples = len(examples.users)
         self._log = _DeviceLog(
@@ -143,7 +155,7 @@ class FullSortEvaluator:
         self._batches = self._lay_out(examples, log.num_items + 1)
 
     def _lay_out(self, examples: Examples, v: int) -> list[_Batch]:
-        max_len = self.config.model.max_len
+        max_len = self._max_len
         lengths = np.minimum(examples.ends, max_len)
         order = np.argsort(lengths, kind="stable")
         tokens = ENCODE_TOKENS.get(jax.default_backend(), ENCODE_TOKENS_ACCELERATOR)
@@ -181,7 +193,7 @@ class FullSortEvaluator:
                 batch.users,
                 batch.ends,
                 model=self.model,
-                max_len=self.config.model.max_len,
+                max_len=self._max_len,
                 length=batch.length,
                 tile=batch.tile,
                 seen_len=self._seen_len,

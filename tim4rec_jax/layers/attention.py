@@ -79,14 +79,24 @@ def interval_values(weights: Array, values: Array, intervals: Array) -> Array:
     return jnp.einsum(equation, sums.astype(values.dtype), values)
 
 
+def first_positions(starts: Array) -> Array:
+    """Returns where each position's history begins, int [b, L], from marks [b, L] of first positions.
+
+    What lies before the first mark of a row begins at 0.
+    """
+    marked = jnp.where(starts, jnp.arange(starts.shape[1]), 0)
+    return jax.lax.cummax(marked, axis=1)
+
+
 class CausalAttention(nn.Module):
     """Multi-head attention of each position to itself and to the real positions before it (arXiv 1808.09781).
 
       s_ij = q_i . (k_j + K[interval_ij]) / sqrt(p) + mask_ij,    w = Dropout(softmax_j(s))
       out_i = (sum_j w_ij (v_j + V[interval_ij])) Wo + bo
 
-    mask is 0 where j <= i and item j is no padding, else MASKED_SCORE. K and V are there only with intervals (Li et al.
-    2020, "Time Interval Aware Self-Attention for Sequential Recommendation"). Softmax in float32 or wider.
+    mask is 0 where j <= i, both are of one history, and item j is no padding, else MASKED_SCORE. K and V are there only
+    with intervals (Li et al. 2020, "Time Interval Aware Self-Attention for Sequential Recommendation"). Softmax in
+    float32 or wider.
 
     Attributes:
       config: the model's settings.
@@ -101,7 +111,7 @@ class CausalAttention(nn.Module):
 
     def __call__(
         self, x: Array, queries: Array, positions: Array, real: Array, intervals: Intervals | None,
-        example_ids: Array, *, deterministic: bool,
+        example_ids: Array, *, deterministic: bool, firsts: Array | None = None,
     ) -> Array:  # fmt: skip
         """Attends from some positions to all.
 
@@ -113,6 +123,7 @@ class CausalAttention(nn.Module):
           intervals: time between events, or None to attend without it.
           example_ids: int [b].
           deterministic: no dropout.
+          firsts: int [b, m], where the history of each query begins, or None for 0.
 
         Returns:
           [b, m, d].
@@ -127,6 +138,8 @@ class CausalAttention(nn.Module):
             between = intervals.between(positions)
             scores += interval_scores(q, intervals.keys, between)
         seen = (jnp.arange(x.shape[1]) <= positions[:, :, None]) & real[:, None]
+        if firsts is not None:
+            seen &= jnp.arange(x.shape[1]) >= firsts[:, :, None]
         mask = jnp.where(seen, jnp.zeros((), dtype), jnp.asarray(MASKED_SCORE, dtype))
         weights = jax.nn.softmax(scores / math.sqrt(q.shape[-1]) + mask[:, None], axis=-1)
         weights = self._dropped(weights, positions, example_ids, deterministic)
@@ -167,13 +180,15 @@ class AttentionLayer(nn.Module):
 
     def __call__(
         self, x: Array, real: Array, intervals: Intervals | None, example_ids: Array, *, deterministic: bool,
-        positions: Array | None = None,
+        positions: Array | None = None, firsts: Array | None = None,
     ) -> Array:  # fmt: skip
         """Returns the layer's output at positions [b, m] (None: at all); see `CausalAttention` for the arguments."""
         u = x if positions is None else take_at(x, positions)
         positions = jnp.broadcast_to(jnp.arange(x.shape[1]), real.shape) if positions is None else positions
         drop = {"deterministic": deterministic, "positions": positions}
-        mixed = self.attention(x, u, positions, real, intervals, example_ids, deterministic=deterministic)
+        mixed = self.attention(
+            x, u, positions, real, intervals, example_ids, deterministic=deterministic, firsts=firsts
+        )
         h = self.attention_norm(self.attention_dropout(mixed, example_ids, **drop) + u)
         inner = nn.gelu(self.fc1(h), approximate=False)
         return self.ffn_norm(self.ffn_dropout(self.fc2(inner), example_ids, **drop) + h)
@@ -200,7 +215,7 @@ class AttentionEncoder(nn.Module):
 
     def __call__(
         self, embedded: Array, real: Array, intervals: Intervals | None, example_ids: Array, *, deterministic: bool,
-        read: Array | None = None,
+        read: Array | None = None, starts: Array | None = None,
     ) -> Array:  # fmt: skip
         """Returns the hidden states at positions `read` [b, m] (None: at all), without computing what is not read.
 
@@ -211,6 +226,8 @@ class AttentionEncoder(nn.Module):
           example_ids: int [b].
           deterministic: no dropout.
           read: int [b, m] or None.
+          starts: bool [b, L], true where a row's history begins anew; what lies before has no effect from there on,
+            and positions count from there. None is one history a row. Not together with `read`.
 
         Returns:
           [b, m, d], or [b, L, d].
@@ -221,8 +238,11 @@ class AttentionEncoder(nn.Module):
         length = embedded.shape[1]
         if length > self.config.max_len:
             raise ValueError(f"items have {length} positions, more than max_len={self.config.max_len}")
-        x = self.norm(embedded + self.position_embedding(jnp.arange(length)))
+        firsts = None if starts is None else first_positions(starts)
+        positions = jnp.arange(length) if firsts is None else jnp.arange(length) - firsts
+        x = self.norm(embedded + self.position_embedding(positions))
         x = self.dropout(x, example_ids, deterministic=deterministic)
+        options = {"deterministic": deterministic, "firsts": firsts}
         for layer in self.layers[:-1]:
-            x = layer(x, real, intervals, example_ids, deterministic=deterministic)
-        return self.layers[-1](x, real, intervals, example_ids, deterministic=deterministic, positions=read)
+            x = layer(x, real, intervals, example_ids, **options)
+        return self.layers[-1](x, real, intervals, example_ids, **options, positions=read)

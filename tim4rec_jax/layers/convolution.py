@@ -6,7 +6,7 @@ import jax
 from flax import linen as nn
 from jax import Array
 
-from kernels.causal_conv1d import causal_conv1d, causal_conv1d_last
+from kernels.causal_conv1d import causal_conv1d, causal_conv1d_last, causal_conv1d_tail
 from tim4rec_jax.layers.dense import wide
 
 
@@ -41,10 +41,24 @@ class CausalConv(nn.Module):
         self.kernel = self.param("kernel", weight_init, (self.taps, self.channels), dtype)
         self.bias = self.param("bias", bias_init, (self.channels,), dtype)
 
-    def __call__(self, x: Array, channels: slice = slice(None)) -> Array:
-        """Convolves x [b, l, c], which holds the given channels only."""
-        options = {"activation": self.activation, "implementation": self.implementation}
-        return causal_conv1d(x, self.kernel[:, channels], self.bias[channels], **options)
+    def __call__(self, x: Array, channels: slice = slice(None), *, starts: Array | None = None) -> Array:
+        """Convolves x [b, l, c], which holds the given channels only; `starts` [b, l] mark where histories begin."""
+        return causal_conv1d(
+            x, self.kernel[:, channels], self.bias[channels], activation=self.activation, starts=starts,
+            implementation=self.implementation,
+        )  # fmt: skip
+
+    def extend(self, x: Array, tail: Array, lengths: Array) -> tuple[Array, Array]:
+        """Goes on after the inputs `tail` [b, K - 1, c]; returns the outputs [b, l, c] and the next tail.
+
+        Args:
+          x: [b, l, c] further inputs.
+          tail: [b, K - 1, c] inputs before them, 0 where there are none.
+          lengths: int [b] real positions of x, 0 to l.
+        """
+        tail = tail.astype(x.dtype)
+        y = causal_conv1d(x, self.kernel, self.bias, activation=self.activation, initial=tail)
+        return y, causal_conv1d_tail(x, self.taps, lengths, tail)
 
     def last(self, window: Array, channels: slice = slice(None)) -> Array:
         """Returns the output [b, c] at one position from its window [b, K, c] of inputs (0 before the first)."""

@@ -1,5 +1,7 @@
 """The Mamba-1 mixer: a selective scan with a state of its own in every channel."""
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
@@ -23,6 +25,18 @@ def _decay_init(key: Array, shape: tuple[int, ...], dtype: jnp.dtype) -> Array:
     """Logarithms of 1, 2, ..., n in every channel (Gu & Dao 2023, section 3.6: S4D-Real)."""
     del key
     return jnp.broadcast_to(jnp.log(jnp.arange(1, shape[1] + 1, dtype=dtype)), shape)
+
+
+class MambaState(NamedTuple):
+    """What a mixer keeps of a history: constant in its length.
+
+    Attributes:
+      conv: [b, K - 1, e] last inputs of the convolution.
+      ssm: [b, e, n] state of the scan, float32 or wider.
+    """
+
+    conv: Array
+    ssm: Array
 
 
 class MambaMixer(nn.Module):
@@ -54,24 +68,56 @@ class MambaMixer(nn.Module):
         self.D = self.param("D", nn.initializers.ones_init(), (inner,), dtype)
         self.out_proj = Linear(config.d_model, config.dtype, use_bias=False)
 
-    def __call__(self, u: Array, read: Array | None = None) -> Array:
+    def __call__(self, u: Array, read: Array | None = None, starts: Array | None = None) -> Array:
         """Mixes u [b, L, d].
 
         Args:
           u: [b, L, d].
           read: int [b, m] positions whose output is wanted, or None for all; gate and output map run there alone.
+          starts: bool [b, L], true where a row's history begins anew: what lies before has no effect from there on.
+            None is one history a row.
 
         Returns:
           [b, L, d], or [b, m, d].
         """
         config = self.config
         inner, state, rank = config.d_inner, config.d_state, dt_rank(config)
-        x = self.conv(self.in_proj(u, [slice(0, inner)]))
+        x = self.conv(self.in_proj(u, [slice(0, inner)]), starts=starts)
         r, B, C = jnp.split(self.x_proj(x), [rank, rank + state], axis=-1)
         y = selective_scan(
             x, self.dt_proj(r), -jnp.exp(self.A_log), B, C, D=self.D, dt_bias=self.dt_bias,
-            implementation=config.scan_implementation,
+            starts=starts, implementation=config.scan_implementation,
         )  # fmt: skip
         if read is not None:
             y, u = take_at(y, read), take_at(u, read)
         return self.out_proj(y * jax.nn.silu(self.in_proj(u, [slice(inner, None)])))
+
+    def init_state(self, batch: int) -> MambaState:
+        """Returns the state before the first event of `batch` histories."""
+        config = self.config
+        return MambaState(
+            jnp.zeros((batch, config.d_conv - 1, config.d_inner), config.dtype),
+            jnp.zeros((batch, config.d_inner, config.d_state), wide(config.dtype)),
+        )
+
+    def extend(self, u: Array, state: MambaState, lengths: Array) -> tuple[Array, MambaState]:
+        """Goes on with histories where `state` left them.
+
+        Args:
+          u: [b, L, d] at their next positions.
+          state: of the positions before.
+          lengths: int [b] real positions of u, 0 to L; later ones leave the state as it is.
+
+        Returns:
+          [b, L, d] as `__call__`, and the next state.
+        """
+        config = self.config
+        width, rank = config.d_state, dt_rank(config)
+        x, z = jnp.split(self.in_proj(u), 2, axis=-1)
+        x, tail = self.conv.extend(x, state.conv, lengths)
+        r, B, C = jnp.split(self.x_proj(x), [rank, rank + width], axis=-1)
+        y, ssm = selective_scan(
+            x, self.dt_proj(r), -jnp.exp(self.A_log), B, C, D=self.D, dt_bias=self.dt_bias, initial_state=state.ssm,
+            return_final_state=True, lengths=lengths, implementation=config.scan_implementation,
+        )  # fmt: skip
+        return self.out_proj(y * jax.nn.silu(z)), MambaState(tail, ssm)

@@ -9,6 +9,7 @@ from jax import Array
 
 from tim4rec_jax.config import ModelConfig
 from tim4rec_jax.models.base import SequentialModel
+from tim4rec_jax.models.causal_tim4rec import CausalTiM4Rec
 from tim4rec_jax.models.echomamba4rec import EchoMamba4Rec
 from tim4rec_jax.models.mamba4rec import Mamba4Rec
 from tim4rec_jax.models.sasrec import SASRec
@@ -37,6 +38,8 @@ def build_model(config: ModelConfig) -> SequentialModel:
         raise ValueError(f"vocab_size={config.vocab_size} must be at least 2: the padding row and one item")
     if config.dtype == "float64" and not jax.config.jax_enable_x64:
         raise ValueError("dtype='float64' needs JAX's 64-bit mode: set JAX_ENABLE_X64=1")
+    if config.name == "tim4rec" and (config.time_mode == "causal" or not config.use_time):
+        return CausalTiM4Rec(config)
     return MODELS[config.name](config)
 
 
@@ -48,7 +51,7 @@ def init_params(model: SequentialModel, key: Array) -> dict[str, Any]:
       key: typed PRNG key.
     """
     items = jnp.ones((1, model.config.max_len), jnp.int32)
-    timestamps = jnp.zeros((1, model.config.max_len), jnp.float32)
+    timestamps = jnp.zeros((1, model.config.max_len), jnp.int32)
     lengths = jnp.ones(1, jnp.int32)
     return model.init(key, items, lengths, timestamps, deterministic=True, method="encode")["params"]
 

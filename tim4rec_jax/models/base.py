@@ -17,6 +17,9 @@ class SequentialModel(Protocol):
       config: settings the module was built from.
       causal: output i depends on inputs up to i only; such a model may be trained on all positions at once.
       uses_time: timestamps change the output.
+
+    Two more facts hold where a class says so: `packable`, `encode` takes `starts` and so rows of several histories, and
+    `any_length`, no parameter depends on the length, and histories longer than max_len may be read.
     """
 
     config: ModelConfig

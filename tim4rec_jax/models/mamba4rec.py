@@ -1,16 +1,19 @@
 """Mamba4Rec: selective state spaces over items."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 
 from tim4rec_jax.config import ModelConfig
 from tim4rec_jax.layers.dense import INIT_STD, Linear, layer_norm, wide
 from tim4rec_jax.layers.dropout import Dropout
 from tim4rec_jax.layers.feed_forward import FEED_FORWARD_EPS
-from tim4rec_jax.layers.mamba_mixer import MambaMixer
+from tim4rec_jax.layers.mamba_mixer import MambaMixer, MambaState
 from tim4rec_jax.layers.ssd_mixer import take_at
-from tim4rec_jax.typing import Array, Hidden, Int, Items, LastHidden, Lengths, Scores, Timestamps
+from tim4rec_jax.typing import Array, Bool, Hidden, Int, Items, LastHidden, Lengths, Scores, Timestamps
 
 
 class GeluFeedForward(nn.Module):
@@ -54,14 +57,24 @@ class Mamba4RecLayer(nn.Module):
         if config.use_ffn:
             self.ffn = GeluFeedForward(config)
 
-    def __call__(self, u: Array, example_ids: Array, *, deterministic: bool, read: Array | None = None) -> Array:
-        """Maps u [b, L, d] to [b, L, d], or to [b, m, d] at the positions `read` [b, m]."""
+    def __call__(
+        self, u: Array, example_ids: Array, *, deterministic: bool, read: Array | None = None,
+        starts: Array | np.ndarray | None = None,
+    ) -> Array:  # fmt: skip
+        """Maps u [b, L, d] to [b, L, d], or to [b, m, d] at the positions `read` [b, m]; see `MambaMixer`."""
         drop = {"deterministic": deterministic, "positions": read}
-        h = self.dropout(self.mixer(u, read), example_ids, **drop)
-        if self.config.num_layers > 1:
-            h = h + (u if read is None else take_at(u, read))
-        h = self.norm(h)
+        mixed = self.mixer(u, read, starts)
+        return self._residual_block(mixed, u if read is None else take_at(u, read), example_ids, drop)
+
+    def _residual_block(self, mixed: Array, u: Array, example_ids: Array, drop: dict[str, Any]) -> Array:
+        h = self.dropout(mixed, example_ids, **drop)
+        h = self.norm(h + u if self.config.num_layers > 1 else h)
         return self.ffn(h, example_ids, **drop) if self.config.use_ffn else h
+
+    def extend(self, u: Array, state: MambaState, lengths: Array) -> tuple[Array, MambaState]:
+        """Maps u [b, L, d] at the positions after `state`, without dropout; see `MambaMixer.extend`."""
+        mixed, state = self.mixer.extend(u, state, lengths)
+        return self._residual_block(mixed, u, jnp.arange(u.shape[0]), {"deterministic": True}), state
 
 
 class Mamba4Rec(nn.Module):
@@ -78,6 +91,7 @@ class Mamba4Rec(nn.Module):
     config: ModelConfig
 
     causal = True
+    packable = True
     uses_time = False
 
     def setup(self) -> None:
@@ -92,24 +106,23 @@ class Mamba4Rec(nn.Module):
 
     def encode(
         self, items: Items, lengths: Lengths, timestamps: Timestamps | None, *, deterministic: bool,
-        example_ids: Int[Array, " b"] | None = None,
+        example_ids: Int[Array, " b"] | None = None, starts: Bool[Array | np.ndarray, "b l"] | None = None,
     ) -> Hidden:  # fmt: skip
         """Returns the hidden state at every position.
 
         Args:
-          items: int [b, l], padded on the right with 0.
+          items: int [b, l], padded on the right with 0; any length.
           lengths: int [b]; not read, for no position reads a later one.
           timestamps: not read.
           deterministic: no dropout.
           example_ids: int [b] names of the rows for their dropout masks; None counts from 0.
+          starts: bool [b, l], true where a row's history begins anew: what lies before has no effect from there on.
+            None is one history a row.
 
         Returns:
           [b, l, d].
-
-        Raises:
-          ValueError: for more positions than max_len.
         """
-        return self._encode(items, deterministic, example_ids, None)
+        return self._encode(items, deterministic, example_ids, starts=starts)
 
     def encode_last(
         self, items: Items, lengths: Lengths, timestamps: Timestamps | None, *, deterministic: bool,
@@ -119,17 +132,44 @@ class Mamba4Rec(nn.Module):
 
         `items` may be cut to any static length that holds the longest row.
         """
-        return self._encode(items, deterministic, example_ids, jnp.asarray(lengths)[:, None] - 1)[:, 0]
+        return self._encode(items, deterministic, example_ids, read=jnp.asarray(lengths)[:, None] - 1)[:, 0]
 
-    def _encode(self, items: Items, deterministic: bool, example_ids: Array | None, read: Array | None) -> Array:
-        if items.shape[1] > self.config.max_len:
-            raise ValueError(f"items have {items.shape[1]} positions, more than max_len={self.config.max_len}")
+    def _encode(
+        self, items: Items, deterministic: bool, example_ids: Array | None, *, read: Array | None = None,
+        starts: Array | np.ndarray | None = None,
+    ) -> Array:  # fmt: skip
         example_ids = jnp.arange(items.shape[0]) if example_ids is None else example_ids
         drop = {"deterministic": deterministic}
         x = self.embedding_norm(self.embedding_dropout(self.item_embedding(items), example_ids, **drop))
         for layer in self.layers[:-1]:
-            x = layer(x, example_ids, **drop)
-        return self.layers[-1](x, example_ids, **drop, read=read)
+            x = layer(x, example_ids, **drop, starts=starts)
+        return self.layers[-1](x, example_ids, **drop, read=read, starts=starts)
+
+    def init_state(self, batch: int) -> tuple[MambaState, ...]:
+        """Returns the state before the first event of `batch` histories; its size does not depend on their length."""
+        return tuple(layer.mixer.init_state(batch) for layer in self.layers)
+
+    def extend(
+        self, state: tuple[MambaState, ...], items: Items, lengths: Lengths, timestamps: Timestamps | None
+    ) -> tuple[tuple[MambaState, ...], Hidden]:
+        """Goes on with histories where `state` left them: pieces of any size give what one pass gives.
+
+        Args:
+          state: of the events so far, one entry a layer.
+          items: int [b, l], the next events, padded on the right.
+          lengths: int [b] events a row, 0 to l; later columns leave the state as it is.
+          timestamps: not read.
+
+        Returns:
+          The next state, and the hidden states [b, l, d] at the new positions.
+        """
+        example_ids = jnp.arange(items.shape[0])
+        embedded = self.embedding_dropout(self.item_embedding(items), example_ids, deterministic=True)
+        x, states = self.embedding_norm(embedded), []
+        for layer, before in zip(self.layers, state, strict=True):
+            x, after = layer.extend(x, before, jnp.asarray(lengths))
+            states.append(after)
+        return tuple(states), x
 
     def item_table(self) -> Array:
         """Returns E, [v, d] in the arithmetic's dtype."""

@@ -1,12 +1,13 @@
 """SASRec: causal self-attention over items and their positions."""
 
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 
 from tim4rec_jax.config import ModelConfig
 from tim4rec_jax.layers.attention import AttentionEncoder
 from tim4rec_jax.layers.dense import INIT_STD, wide
-from tim4rec_jax.typing import Array, Hidden, Int, Items, LastHidden, Lengths, Scores, Timestamps
+from tim4rec_jax.typing import Array, Bool, Hidden, Int, Items, LastHidden, Lengths, Scores, Timestamps
 
 
 class SASRec(nn.Module):
@@ -23,6 +24,7 @@ class SASRec(nn.Module):
     config: ModelConfig
 
     causal = True
+    packable = True
     uses_time = False
 
     def setup(self) -> None:
@@ -35,7 +37,7 @@ class SASRec(nn.Module):
 
     def encode(
         self, items: Items, lengths: Lengths, timestamps: Timestamps | None, *, deterministic: bool,
-        example_ids: Int[Array, " b"] | None = None,
+        example_ids: Int[Array, " b"] | None = None, starts: Bool[Array | np.ndarray, "b l"] | None = None,
     ) -> Hidden:  # fmt: skip
         """Returns the hidden state at every position.
 
@@ -45,6 +47,8 @@ class SASRec(nn.Module):
           timestamps: not read.
           deterministic: no dropout.
           example_ids: int [b] names of the rows for their dropout masks; None counts from 0.
+          starts: bool [b, l], true where a row's history begins anew: what lies before has no effect from there on,
+            and positions count from there. None is one history a row.
 
         Returns:
           [b, l, d].
@@ -52,7 +56,7 @@ class SASRec(nn.Module):
         Raises:
           ValueError: for more positions than max_len.
         """
-        return self._encode(items, deterministic, example_ids)
+        return self._encode(items, deterministic, example_ids, starts=starts)
 
     def encode_last(
         self, items: Items, lengths: Lengths, timestamps: Timestamps | None, *, deterministic: bool,
@@ -62,12 +66,16 @@ class SASRec(nn.Module):
 
         `items` may be cut to any static length that holds the longest row.
         """
-        return self._encode(items, deterministic, example_ids, read=lengths[:, None] - 1)[:, 0]
+        return self._encode(items, deterministic, example_ids, read=jnp.asarray(lengths)[:, None] - 1)[:, 0]
 
-    def _encode(self, items: Items, deterministic: bool, example_ids: Array | None, **options: Array) -> Array:
+    def _encode(
+        self, items: Items, deterministic: bool, example_ids: Array | None, *, read: Array | None = None,
+        starts: Array | np.ndarray | None = None,
+    ) -> Array:  # fmt: skip
         example_ids = jnp.arange(items.shape[0]) if example_ids is None else example_ids
         embedded = self.item_embedding(items)
-        return self.encoder(embedded, items != 0, None, example_ids, deterministic=deterministic, **options)
+        options = {"deterministic": deterministic, "read": read, "starts": starts}
+        return self.encoder(embedded, items != 0, None, example_ids, **options)
 
     def item_table(self) -> Array:
         """Returns E, [v, d] in the arithmetic's dtype."""

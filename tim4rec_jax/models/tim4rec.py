@@ -7,7 +7,7 @@ from tim4rec_jax.config import ModelConfig
 from tim4rec_jax.layers.dense import INIT_STD, layer_norm, wide
 from tim4rec_jax.layers.dropout import Dropout
 from tim4rec_jax.layers.feed_forward import FeedForward
-from tim4rec_jax.layers.ssd_mixer import SSDMixer, take_at
+from tim4rec_jax.layers.ssd_mixer import MixerState, SSDMixer, take_at
 from tim4rec_jax.layers.time_channel import time_gaps
 from tim4rec_jax.typing import Array, Hidden, Int, Items, LastHidden, Lengths, Scores, Timestamps
 
@@ -38,11 +38,18 @@ class TiM4RecLayer(nn.Module):
         return self.ffn(h, example_ids, **drop) if self.config.use_ffn else h
 
     def __call__(
-        self, u: Array, channel: Array | None, example_ids: Array, *, deterministic: bool
+        self, u: Array, channel: Array | None, example_ids: Array, *, deterministic: bool, starts: Array | None = None
     ) -> tuple[Array, Array | None]:
-        """Maps u [b, L, d] and the time channel [b, h or 1, max_len] to the next layer's."""
-        mixed, channel = self.mixer(u, channel, example_ids, deterministic=deterministic)
+        """Maps u [b, L, d] and the time channel to the next layer's; see `SSDMixer`."""
+        mixed, channel = self.mixer(u, channel, example_ids, deterministic=deterministic, starts=starts)
         return self._residual_block(mixed, u, example_ids, deterministic, None), channel
+
+    def extend(
+        self, u: Array, channel: Array | None, state: MixerState, lengths: Lengths
+    ) -> tuple[Array, Array | None, MixerState]:
+        """Maps u [b, L, d] at the positions after `state`, without dropout; see `SSDMixer.extend`."""
+        mixed, channel, state = self.mixer.extend(u, channel, state, lengths)
+        return self._residual_block(mixed, u, jnp.arange(u.shape[0]), True, None), channel, state
 
     def last(
         self, u: Array, channel: Array | None, lengths: Lengths, example_ids: Array, *, deterministic: bool

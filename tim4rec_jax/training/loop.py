@@ -21,12 +21,14 @@ from jax import Array
 
 from tim4rec_jax.config import ExperimentConfig
 from tim4rec_jax.data.interactions import InteractionLog
-from tim4rec_jax.data.length_groups import LengthGroup, plan_length_groups
-from tim4rec_jax.data.loader import LOADERS, Loader
+from tim4rec_jax.data.length_groups import LengthGroup, plan_length_groups, plan_packed_rows
+from tim4rec_jax.data.loader import Loader
+from tim4rec_jax.data.packed_loader import make_loader
 from tim4rec_jax.data.splits import Split, leave_one_out
 from tim4rec_jax.evaluation.full_sort import FullSortEvaluator
 from tim4rec_jax.models import SequentialModel, build_model
 from tim4rec_jax.run_dir import CHECKPOINTS, write_results, write_test_ranks
+from tim4rec_jax.training.all_positions import require_packable
 from tim4rec_jax.training.checkpoint import Checkpointer
 from tim4rec_jax.training.early_stop import EarlyStop
 from tim4rec_jax.training.logging import MetricLogger, TrainingProgress, plot_training_curves, read_metrics
@@ -145,10 +147,8 @@ class Trainer:
         if len(self.split.train) == 0:
             raise ValueError("the log has 0 training examples: every user has 3 events or fewer; give longer histories")
         self.model: SequentialModel = build_model(config.model)
-        self.loader: Loader = LOADERS[config.data.loader](
-            log, self.split.train, max_len=config.model.max_len, batch_size=config.train.batch_size,
-            seed=config.train.seed, precision=config.data.timestamp_precision,
-        )  # fmt: skip
+        require_packable(config, self.model)
+        self.loader: Loader = make_loader(config, log, self.split.train)
         total_steps = config.train.epochs * self.loader.num_batches
         if config.train.max_steps is not None:
             total_steps = min(total_steps, config.train.max_steps)
@@ -162,13 +162,17 @@ class Trainer:
         self._unfetched: list[Array] = []
 
     def _plan_groups(self) -> tuple[LengthGroup, ...]:
-        train = self.config.train
-        lengths = np.minimum(self.split.train.ends, self.config.model.max_len)
+        train, max_len = self.config.train, self.config.model.max_len
+        options = {
+            "batch_size": train.batch_size, "microbatch_tokens": train.microbatch_tokens,
+            "platform": jax.default_backend(),
+        }  # fmt: skip
+        if train.positions == "all":
+            return plan_packed_rows(max_len, **options)
+        lengths = np.minimum(self.split.train.ends, max_len)
         return plan_length_groups(
-            lengths, self.config.model.max_len, max_groups=train.length_groups, batch_size=train.batch_size,
-            vocab_size=self.config.model.vocab_size, microbatch_tokens=train.microbatch_tokens,
-            platform=jax.default_backend(),
-        )  # fmt: skip
+            lengths, max_len, max_groups=train.length_groups, vocab_size=self.config.model.vocab_size, **options
+        )
 
     @property
     def num_parameters(self) -> int:
@@ -229,8 +233,8 @@ class Trainer:
 
     def _train_epoch(self) -> None:
         position, train = self.position, self.config.train
-        size, total = train.batch_size, len(self.split.train)
-        self._progress.start_epoch(position.epoch, done=position.batch * size)
+        examples = self.loader.examples_before(position.epoch, position.batch)
+        self._progress.start_epoch(position.epoch, done=examples)
         done = int(self.state.step)
         for payload in self.loader.epoch(position.epoch, position.batch):
             if done >= self.total_steps:
@@ -239,7 +243,8 @@ class Trainer:
             self._unfetched.append(loss)
             position.batch += 1
             done += 1
-            self._progress.advance(min(size, total - (position.batch - 1) * size))
+            before, examples = examples, self.loader.examples_before(position.epoch, position.batch)
+            self._progress.advance(examples - before)
             if done % train.log_every == 0:
                 self._log_line(done)
             if self._stop_requests:

@@ -14,7 +14,9 @@ from kernels.softmax_cross_entropy import softmax_cross_entropy
 from tim4rec_jax.config import ExperimentConfig, TrainConfig
 from tim4rec_jax.data.length_groups import LengthGroup
 from tim4rec_jax.data.loader import Batch, Loader
+from tim4rec_jax.data.packed_loader import PackedBatch
 from tim4rec_jax.models import SequentialModel, init_params
+from tim4rec_jax.training.all_positions import packed_value_and_grad
 from tim4rec_jax.training.losses import bpr, cross_entropy, sample_negative
 
 
@@ -136,10 +138,11 @@ def train_step(
     resident: Any,
     payload: Any,
 ) -> tuple[TrainState, Array]:
-    """Makes one update from the mean loss of the batch's real rows.
+    """Makes one update from the mean loss of the batch's targets.
 
     Args:
-      model, optimizer, config, groups, loader: fixed for the run.
+      model, optimizer, config, loader: fixed for the run.
+      groups: rows computed together; of packed batches, one group of rows of max_len positions.
       state: is donated when jitted.
       resident: the loader's arrays on the device.
       payload: one of the loader's, see `data.loader.Loader`.
@@ -150,10 +153,14 @@ def train_step(
     batch = loader.batch(resident, payload)
     key = jax.random.fold_in(jax.random.wrap_key_data(state.key, impl="threefry2x32"), state.step)
 
-    def loss_sum(params: Any, rows: Batch, example_ids: Array) -> Array:
-        return _loss_sum(model, config.train, params, rows, example_ids, key)
+    if isinstance(batch, PackedBatch):
+        total, grads = packed_value_and_grad(model, config.train, state.params, batch, groups[0].rows, key)
+    else:
 
-    total, grads = grouped_value_and_grad(loss_sum, state.params, batch, groups)
+        def loss_sum(params: Any, rows: Batch, example_ids: Array) -> Array:
+            return _loss_sum(model, config.train, params, rows, example_ids, key)
+
+        total, grads = grouped_value_and_grad(loss_sum, state.params, batch, groups)
     weight = jnp.sum(batch.weights)
     grads = jax.tree.map(lambda g: g / weight, grads)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)

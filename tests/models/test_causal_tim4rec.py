@@ -1,0 +1,211 @@
+"""The causal form of TiM4Rec: no position reads a later one, histories share rows, and go on from a state."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.quick_jit import quick_jit
+from tim4rec_jax import ModelConfig, build_model
+from tim4rec_jax.layers.causal_time import DateOffset
+from tim4rec_jax.models import init_params
+from tim4rec_jax.models.causal_tim4rec import CausalTiM4Rec
+
+CAUSAL = ModelConfig(
+    vocab_size=40, max_len=12, d_model=16, d_state=8, head_dim=8, chunk_size=5, dropout=0.0, time_dropout=0.0,
+    norm_eps=1e-6, time_mode="causal", gap_mean=8.0, gap_std=3.0, date_knots=5, first_second=1_000,
+    last_second=40_000_000, dtype="float64",
+)  # fmt: skip
+SETTINGS = {
+    "time": CAUSAL,
+    "time off": dataclasses.replace(CAUSAL, use_time=False),
+    "one layer, no date": dataclasses.replace(CAUSAL, num_layers=1, use_ffn=False, date_knots=0),
+}
+
+
+@pytest.fixture(autouse=True)
+def double():
+    with jax.enable_x64(True):
+        yield
+
+
+def perturbed(config):
+    """Parameters far from their initial values, where every path counts."""
+    params = init_params(build_model(config), jax.random.key(0))
+    rng = np.random.default_rng(1)
+    return jax.tree.map(lambda p: jnp.asarray(p + 0.3 * rng.normal(size=p.shape), p.dtype), params)
+
+
+def history(length, seed=2, rows=3):
+    rng = np.random.default_rng(seed)
+    items = rng.integers(1, CAUSAL.vocab_size, (rows, length), np.int32)
+    gaps = rng.choice([0, 1, 60, 86_400, 3_000_000], (rows, length)).astype(np.int64)
+    return jnp.asarray(items), jnp.asarray(np.cumsum(gaps, axis=1) % 2_000_000_000 + 100, jnp.int32)
+
+
+@functools.cache
+def program(config, method):
+    model = build_model(config)
+    fixed = {} if method == "extend" else {"deterministic": True}
+    return quick_jit(lambda params, *a, **k: model.apply({"params": params}, *a, **fixed, **k, method=method))
+
+
+def encode(config, params, items, timestamps, **options):
+    lengths = jnp.full(items.shape[0], items.shape[1], jnp.int32)
+    return program(config, "encode")(params, items, lengths, timestamps, **options)
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_no_position_reads_a_later_one(name):
+    config = SETTINGS[name]
+    assert isinstance(build_model(config), CausalTiM4Rec) and build_model(config).causal
+    params = perturbed(config)
+    items, timestamps = history(9)
+    before = encode(config, params, items, timestamps)
+    for position in (1, 5, 8):
+        changed = encode(
+            config, params, items.at[:, position].set(items[:, position] % 39 + 1), timestamps.at[:, position:].add(777)
+        )
+        np.testing.assert_array_equal(changed[:, :position], before[:, :position])
+        assert np.abs(changed[:, position:] - before[:, position:]).max(axis=(0, 2)).min() > 1e-6
+
+
+def test_without_a_date_time_matters_only_by_its_gaps():
+    config = dataclasses.replace(CAUSAL, date_knots=0)
+    params = perturbed(config)
+    items, timestamps = history(9)
+    before = encode(config, params, items, timestamps)
+    np.testing.assert_array_equal(encode(config, params, items, timestamps + 5_000), before)
+    later = encode(config, params, items, timestamps.at[:, 4:].add(5_000))
+    np.testing.assert_array_equal(later[:, :4], before[:, :4])
+    assert np.abs(later[:, 4:] - before[:, 4:]).max() > 1e-4
+    # A tie is told from a first event and from a short gap.
+    tied = timestamps.at[:, 1].set(timestamps[:, 0])
+    a_second = tied.at[:, 1:].add(1)
+    first, second = (encode(config, params, items, times)[:, 1] for times in (tied, a_second))
+    assert np.abs(first - second).max() > 1e-7
+
+
+def test_the_date_shifts_the_output_along_straight_lines():
+    config = dataclasses.replace(CAUSAL, date_knots=3, first_second=100, last_second=300)
+    knots = np.random.default_rng(0).normal(size=(3, config.d_model))
+    offset = DateOffset(config).apply(
+        {"params": {"knots": jnp.asarray(knots)}}, jnp.array([50, 100, 150, 200, 275, 400])
+    )
+    expected = [knots[0], knots[0], (knots[0] + knots[1]) / 2, knots[1], 0.25 * knots[1] + 0.75 * knots[2], knots[2]]
+    np.testing.assert_allclose(offset, expected, rtol=0, atol=1e-14)
+    with pytest.raises(ValueError, match=r"date_knots=1 must be 0, or at least 2"):
+        dataclasses.replace(CAUSAL, date_knots=1)
+    with pytest.raises(ValueError, match=r"first_second=5 must lie before last_second=5"):
+        dataclasses.replace(CAUSAL, first_second=5, last_second=5)
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_the_last_position_alone(name):
+    config = SETTINGS[name]
+    params = perturbed(config)
+    items, timestamps = history(9)
+    lengths = jnp.array([1, 5, 9], jnp.int32)
+    inside = jnp.arange(9) < lengths[:, None]
+    items, timestamps = jnp.where(inside, items, 0), jnp.where(inside, timestamps, 0)
+    every = encode(config, params, items, timestamps)
+    last = program(config, "encode_last")(params, items, lengths, timestamps)
+    np.testing.assert_allclose(last, every[jnp.arange(3), lengths - 1], rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_packed_histories_know_nothing_of_each_other(name):
+    config = SETTINGS[name]
+    params = perturbed(config)
+    items, timestamps = history(11, rows=2)
+    starts = np.zeros((2, 11), bool)
+    starts[0, [0, 4, 5]] = starts[1, [0, 7]] = True
+    packed = encode(config, params, items, timestamps, starts=jnp.asarray(starts))
+    for row, first, end in ((0, 0, 4), (0, 4, 5), (0, 5, 11), (1, 0, 7), (1, 7, 11)):
+        alone = encode(config, params, items[row : row + 1, first:end], timestamps[row : row + 1, first:end])
+        np.testing.assert_allclose(packed[row, first:end], alone[0], rtol=0, atol=1e-11)
+    other = encode(config, params, items.at[0, :4].set(1), timestamps.at[0, :4].set(5), starts=jnp.asarray(starts))
+    np.testing.assert_array_equal(other[0, 4:], packed[0, 4:])
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_pieces_of_any_size_give_what_one_pass_gives(name):
+    config = SETTINGS[name]
+    params, model = perturbed(config), build_model(config)
+    items, timestamps = history(23)
+    whole = encode(config, params, items, timestamps)
+    final = None
+    for sizes in ([23], [1] * 23, [7, 1, 2, 13]):
+        state, parts, at = model.apply({"params": params}, 3, method="init_state"), [], 0
+        for size in sizes:
+            columns = slice(at, at + size)
+            lengths = jnp.full(3, size, jnp.int32)
+            state, hidden = program(config, "extend")(params, state, items[:, columns], lengths, timestamps[:, columns])
+            parts.append(hidden)
+            at += size
+        np.testing.assert_allclose(jnp.concatenate(parts, axis=1), whole, rtol=0, atol=1e-10)
+        final = state if final is None else final
+        for a, b in zip(jax.tree.leaves(state), jax.tree.leaves(final), strict=True):
+            np.testing.assert_allclose(a, b, rtol=0, atol=1e-10)
+    np.testing.assert_array_equal(final.events, 23)
+
+
+def test_ragged_pieces_leave_what_is_padded_alone():
+    params, model = perturbed(CAUSAL), build_model(CAUSAL)
+    items, timestamps = history(6)
+    empty = model.apply({"params": params}, 3, method="init_state")
+    lengths = jnp.array([0, 2, 6], jnp.int32)
+    state, _ = program(CAUSAL, "extend")(params, empty, items, lengths, timestamps)
+    for leaf, start in zip(jax.tree.leaves(state), jax.tree.leaves(empty), strict=True):
+        np.testing.assert_array_equal(leaf[0], start[0])
+    junk_items, junk_times = items.at[1, 2:].set(7), timestamps.at[1, 2:].set(1)
+    other, _ = program(CAUSAL, "extend")(params, empty, junk_items, lengths, junk_times)
+    jax.tree.map(np.testing.assert_array_equal, state, other)
+    assert state.events.tolist() == [0, 2, 6]
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float64", 1e-12), ("float32", 1e-5)])
+def test_ten_thousand_events_one_by_one(dtype, tolerance):
+    """At initial values, as trained models are: small random changes of the decays would forget everything."""
+    config = dataclasses.replace(CAUSAL, dtype=dtype, vocab_size=30)
+    model = build_model(config)
+    params = init_params(model, jax.random.key(3))
+    items, timestamps = (
+        column[:, :10_000] % 30 if i == 0 else column for i, column in enumerate(history(10_000, rows=1))
+    )
+    timestamps = jnp.cumsum(jnp.abs(timestamps) % 1000, axis=1).astype(jnp.int32)
+    whole = encode(config, params, items, timestamps)
+    start = model.apply({"params": params}, 1, method="init_state")
+
+    def step(state, event):
+        item, second = event
+        one = jnp.ones(1, jnp.int32)
+        state, hidden = model.apply(
+            {"params": params}, state, item[None, None], one, second[None, None], method="extend"
+        )
+        return state, hidden[0, 0]
+
+    _, stepped = quick_jit(lambda state: jax.lax.scan(step, state, (items[0], timestamps[0])))(start)
+    np.testing.assert_allclose(stepped, whole[0], rtol=0, atol=tolerance * float(jnp.abs(whole).max()))
+
+
+def test_no_parameter_depends_on_the_length():
+    shapes = [
+        jax.tree.map(jnp.shape, init_params(build_model(dataclasses.replace(CAUSAL, max_len=n)), jax.random.key(0)))
+        for n in (3, 50)
+    ]
+    assert shapes[0] == shapes[1]
+
+
+def test_time_must_be_whole_seconds_for_every_position():
+    params = perturbed(CAUSAL)
+    items, timestamps = history(5)
+    with pytest.raises(ValueError, match=r"timestamps are float32; .* data.timestamp_precision='int64'"):
+        encode(CAUSAL, params, items, timestamps.astype(jnp.float32))
+    with pytest.raises(ValueError, match=r"timestamps have shape \(3, 4\), expected at least \(b, l\)=\(3, 5\)"):
+        encode(CAUSAL, params, items, timestamps[:, :4])
+    with pytest.raises(ValueError, match=r"time_mode='casual' must be one of"):
+        dataclasses.replace(CAUSAL, time_mode="casual")

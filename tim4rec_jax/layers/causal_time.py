@@ -1,0 +1,124 @@
+"""A causal time branch: gaps up to each position become a factor on the SSD step, and its date shifts the output."""
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax import Array
+
+from tim4rec_jax.config import ModelConfig
+from tim4rec_jax.layers.convolution import CausalConv
+from tim4rec_jax.layers.dense import Linear, layer_norm, wide
+from tim4rec_jax.layers.dropout import Dropout
+
+NUM_FEATURES = 3
+_INNER = 4
+_NORM_EPS = 1e-5
+_DATE_STD = 1e-3
+
+Tails = tuple[Array, Array]
+
+
+def gap_features(gaps: Array, firsts: Array, *, mean: float, std: float, dtype: jnp.dtype) -> Array:
+    """Describes the time since the event before.
+
+      f = [(log1p(gap) - mean) / std if gap > 0 else 0,  gap == 0,  first event]
+
+    Args:
+      gaps: [b, l] seconds, at least 0; not read where `firsts`.
+      firsts: bool [b, l], no event before it is known.
+      mean, std: of log1p(gap) over the positive gaps of the training part.
+      dtype: of the result.
+
+    Returns:
+      [b, l, 3].
+    """
+    gaps = jnp.where(firsts, 0, gaps)
+    scaled = (jnp.log1p(jnp.maximum(gaps, 0).astype(dtype)) - mean) / std
+    features = jnp.where(gaps > 0, scaled, 0), (gaps == 0) & ~firsts, firsts
+    return jnp.stack([feature.astype(dtype) for feature in features], axis=-1)
+
+
+class CausalTimeChannel(nn.Module):
+    """One layer of the causal time branch; heads are mixed where the paper's branch mixes positions.
+
+      s  = W2 silu(W1 Dropout(T) + b1) + b2
+      g  = act(conv2(act(conv1(T * s)))),    the factor is 1 + g
+      r  = sigmoid(Wr Dropout(T) + br),      T' = LayerNorm_h(r * T + (1 - r) * g)
+
+    T, s, g and r have a value for each head and position. The factor starts near 1, so that a model starts as it would
+    without time, where the paper's factor g starts near 0. After arXiv 2409.16182, section 3.
+
+    Attributes:
+      config: the model's settings.
+    """
+
+    config: ModelConfig
+
+    def setup(self) -> None:
+        config = self.config
+        # The branch ends in step sizes, so it stays in float32 beside bfloat16 arithmetic.
+        dtype, heads = wide(config.dtype).name, config.num_heads
+        conv = (heads, config.d_conv, config.activation, config.kaiming_init, dtype)
+        self.scale_dropout = Dropout(config.time_dropout)
+        self.scale_in = Linear(_INNER * heads, dtype)
+        self.scale_out = Linear(heads, dtype)
+        self.conv_1 = CausalConv(*conv)
+        self.conv_2 = CausalConv(*conv)
+        self.gate_dropout = Dropout(config.time_dropout)
+        self.residual_gate = Linear(heads, dtype)
+        self.norm = layer_norm(_NORM_EPS, dtype)
+
+    def _scaled(self, channel: Array, example_ids: Array, deterministic: bool) -> Array:
+        dropped = self.scale_dropout(channel, example_ids, deterministic=deterministic)
+        return channel * self.scale_out(nn.silu(self.scale_in(dropped)))
+
+    def factor(self, channel: Array, example_ids: Array, *, deterministic: bool, starts: Array | None = None) -> Array:
+        """Returns 1 + g [b, l, h] from the channel T [b, l, h]."""
+        scaled = self._scaled(channel, example_ids, deterministic)
+        return 1 + self.conv_2(self.conv_1(scaled, starts=starts), starts=starts)
+
+    def extend(self, channel: Array, tails: Tails, lengths: Array) -> tuple[Array, Tails]:
+        """Returns `factor` of further positions, given what the convolutions saw last, and the next tails."""
+        scaled = self._scaled(channel, jnp.arange(channel.shape[0]), True)
+        first, tail_1 = self.conv_1.extend(scaled, tails[0], lengths)
+        second, tail_2 = self.conv_2.extend(first, tails[1], lengths)
+        return 1 + second, (tail_1, tail_2)
+
+    def init_tails(self, batch: int) -> Tails:
+        """Returns the tails before the first event."""
+        zeros = jnp.zeros((batch, self.config.d_conv - 1, self.config.num_heads), wide(self.config.dtype))
+        return zeros, zeros
+
+    def carry(self, channel: Array, factor: Array, example_ids: Array, *, deterministic: bool) -> Array:
+        """Returns the next layer's channel T' [b, l, h]."""
+        dropped = self.gate_dropout(channel, example_ids, deterministic=deterministic)
+        gate = jax.nn.sigmoid(self.residual_gate(dropped))
+        return self.norm(gate * channel + (1 - gate) * (factor - 1))
+
+
+class DateOffset(nn.Module):
+    """A piecewise linear function of the date for each channel, to be added to the hidden state that scores items.
+
+      offset(t) = (1 - w) K[j] + w K[j + 1],    j + w = (m - 1) (t - first) / (last - first), held constant outside
+
+    Under tied embeddings E (h + offset(t)) lets the popularity of items move with the calendar.
+
+    Attributes:
+      config: the model's settings.
+    """
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, timestamps: Array) -> Array:
+        """Maps whole seconds [...] to [..., d]."""
+        config = self.config
+        dtype = wide(config.dtype)
+        shape = (config.date_knots, config.d_model)
+        knots = self.param("knots", nn.initializers.normal(_DATE_STD), shape, dtype)
+        # The difference is exact in whole seconds; its share is not.
+        since = jnp.clip(timestamps, config.first_second, config.last_second) - config.first_second
+        place = since.astype(dtype) * ((config.date_knots - 1) / (config.last_second - config.first_second))
+        before = jnp.clip(jnp.floor(place).astype(jnp.int32), 0, config.date_knots - 2)
+        weight = (place - before)[..., None]
+        return ((1 - weight) * knots[before] + weight * knots[before + 1]).astype(config.dtype)
