@@ -7,8 +7,12 @@
 A line of the input file is {"user": "42"} or {"history": ["1193", "661"], "times": [978300760, 978302109]}, times
 optional. Where times are missing they are assumed, and the output says so. The output file has one row a recommended
 item: line, user, rank, item_id, score, title, assumed_gap (seconds; null where times are known).
+
+The last max_len events of a history are read, as in evaluation. A causal model's state can hold all of them, however
+many they are: --full-history (see also experiments.stream, which keeps the states).
 """
 
+import dataclasses
 import json
 import pathlib
 import sys
@@ -24,10 +28,15 @@ from rich.table import Table
 from rich.text import Text
 
 from experiments.command_line import run_program
-from tim4rec_jax.run_dir import replacing
+from experiments.configs import config_names, load_config
+from tim4rec_jax.models import build_model
+from tim4rec_jax.run_dir import read_config, replacing
 from tim4rec_jax.serving.recommender import History, Recommendation, Recommender
+from tim4rec_jax.serving.streaming import require_streamable
+from tim4rec_jax.serving.user_table import UserTable
 
 SHOWN_BAD_LINES = 5
+HISTORIES_AT_ONCE = 4096
 
 
 @dataclass(frozen=True)
@@ -43,6 +52,7 @@ class Arguments:
       output: Parquet file for the recommendations of --input.
       k: items to recommend.
       exclude_seen: leave the items of the history out.
+      full_history: read whole histories instead of their last max_len events; for causal models.
     """
 
     run: pathlib.Path
@@ -53,6 +63,7 @@ class Arguments:
     output: pathlib.Path | None = None
     k: int = 10
     exclude_seen: bool = False
+    full_history: bool = False
 
 
 def check(arguments: Arguments) -> None:
@@ -92,8 +103,8 @@ def _seconds(texts: Sequence[str]) -> list[int]:
     return [int(text) for text in texts]
 
 
-def _raw_id(value: Any) -> str:
-    """A JSON string or whole number as a raw id; ids that look like numbers are often written as such."""
+def raw_id(value: Any) -> str:
+    """Returns a JSON string or whole number as a raw id; ids that look like numbers are often written as such."""
     if isinstance(value, bool) or not isinstance(value, str | int):
         raise ValueError(f"id {json.dumps(value)} must be a string or a whole number")
     return str(value)
@@ -110,7 +121,7 @@ def _parse_line(recommender: Recommender, text: str) -> tuple[str | None, Histor
     if unknown:
         raise ValueError(f'unknown keys {unknown}; known: "user", or "history" with "times"')
     if "user" in values:
-        user = _raw_id(values["user"])
+        user = raw_id(values["user"])
         return user, recommender.history_of_user(user)
     history, times = values["history"], values.get("times")
     if not isinstance(history, list):
@@ -119,7 +130,48 @@ def _parse_line(recommender: Recommender, text: str) -> tuple[str | None, Histor
         not isinstance(times, list) or any(isinstance(t, bool) or not isinstance(t, int) for t in times)
     ):
         raise ValueError(f'"times" must be a list of whole seconds since 1970, not {json.dumps(times)}')
-    return None, recommender.history_from_ids([_raw_id(item) for item in history], times)
+    return None, recommender.history_from_ids([raw_id(item) for item in history], times)
+
+
+def streamable_configs() -> list[str]:
+    """Returns the experiments whose model can go on from a state."""
+    names = []
+    for name in config_names():
+        model = build_model(dataclasses.replace(load_config(name).model, vocab_size=2))
+        names += [name] if hasattr(model, "extend") else []
+    return names
+
+
+def load_streamable(run: pathlib.Path) -> Recommender:
+    """Reads a run whose model can go on from a state.
+
+    Raises:
+      FileNotFoundError, ValueError, CheckpointError: as `Recommender.from_run`.
+      ValueError: for another model; it names the experiments whose models can.
+    """
+    try:
+        require_streamable(build_model(read_config(run).model))
+    except ValueError as error:
+        raise ValueError(f"{run}: {error} (--config={', '.join(streamable_configs())})") from error
+    return Recommender.from_run(run, report=lambda line: print(line, file=sys.stderr))
+
+
+def top_k(
+    recommender: Recommender, histories: Sequence[History], arguments: Arguments
+) -> tuple[np.ndarray, np.ndarray]:
+    """Ranks the catalogue after each history, as `Recommender.top_k`, from whole histories where that is asked for."""
+    k, exclude_seen = arguments.k, arguments.exclude_seen
+    if not arguments.full_history:
+        return recommender.top_k(histories, k, exclude_seen=exclude_seen)
+    recommender.check(histories, k, exclude_seen)
+    parts = []
+    for first in range(0, len(histories), HISTORIES_AT_ONCE):
+        table = UserTable(recommender, keep_items=exclude_seen)
+        named = {str(i): history for i, history in enumerate(histories[first : first + HISTORIES_AT_ONCE])}
+        table.add_histories(named)
+        parts.append(table.top_k(list(named), k, exclude_seen=exclude_seen))
+    indices, scores = (np.concatenate(part) for part in zip(*parts, strict=True))
+    return indices, scores
 
 
 def read_lines(recommender: Recommender, path: pathlib.Path) -> list[_Line]:
@@ -183,7 +235,7 @@ def recommend_file(recommender: Recommender, arguments: Arguments) -> pl.DataFra
             f"there is no folder {arguments.output.absolute().parent} to write {arguments.output} to"
         )
     k = arguments.k
-    indices, scores = recommender.top_k([line.history for line in lines], k, exclude_seen=arguments.exclude_seen)
+    indices, scores = top_k(recommender, [line.history for line in lines], arguments)
     flat = indices.reshape(-1) - 1
     repeat = np.repeat(np.arange(len(lines)), k)
     table = pl.DataFrame(
@@ -210,7 +262,10 @@ def run(arguments: Arguments, console: Console) -> None:
       FloatingPointError: the model's scores are not finite.
     """
     check(arguments)
-    recommender = Recommender.from_run(arguments.run, report=lambda line: print(line, file=sys.stderr))
+    if arguments.full_history:
+        recommender = load_streamable(arguments.run)
+    else:
+        recommender = Recommender.from_run(arguments.run, report=lambda line: print(line, file=sys.stderr))
     if arguments.input is not None:
         table = recommend_file(recommender, arguments)
         assumed = table.filter((pl.col("rank") == 1) & pl.col("assumed_gap").is_not_null()).height
@@ -223,7 +278,7 @@ def run(arguments: Arguments, console: Console) -> None:
     else:
         times = None if arguments.times is None else _seconds(_split("--times", arguments.times))
         history = recommender.history_from_ids(_split("--history", arguments.history), times)
-    [recommendations] = recommender.recommend([history], arguments.k, exclude_seen=arguments.exclude_seen)
+    [recommendations] = recommender.named(*top_k(recommender, [history], arguments))
     title = f"next for {history.label}, after {len(history.items)} events"
     console.print(show(recommendations, title, _assumption(recommender, history)))
 

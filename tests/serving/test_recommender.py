@@ -50,6 +50,25 @@ def test_top_k_is_the_sorted_catalogue(recommender, histories, all_scores, exclu
             np.testing.assert_allclose(found_scores, row[best], rtol=1e-3, atol=1e-3)
 
 
+def test_padding_is_never_recommended(recommender):
+    """Even where its score is the best and the seen items fill their array."""
+    favourite = jax.tree.map(lambda x: x, recommender.params)
+    table = favourite["item_embedding"]["embedding"]
+    history = recommender.history_from_ids(["i1"])
+    model, config = recommender.model, recommender.config
+    hidden = model.apply(
+        {"params": favourite}, np.array([[1] + [0] * (MAX_LEN - 1)]), np.ones(1, np.int32),
+        np.zeros((1, MAX_LEN), np.float32), deterministic=True, method="encode_last",
+    )  # fmt: skip
+    favourite = {**favourite, "item_embedding": {"embedding": table.at[0].set(1e3 * hidden[0])}}
+    biased = Recommender(
+        model, favourite, config, item_ids=recommender.item_ids, titles=None, histories=recommender._histories
+    )
+    for exclude_seen in (False, True):
+        indices, _ = biased.top_k([history], 5, exclude_seen=exclude_seen)
+        assert indices.min() >= 1
+
+
 def test_small_batches_give_the_same(recommender, histories, monkeypatch):
     expected, expected_scores = recommender.top_k(histories, 5)
     monkeypatch.setattr(recommender_module, "BATCH_TOKENS", 64)

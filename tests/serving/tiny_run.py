@@ -28,6 +28,12 @@ def make_config(**model) -> ExperimentConfig:
     )
 
 
+def make_causal_config(**model) -> ExperimentConfig:
+    """The same with the causal time branch."""
+    config = make_config(**{"time_mode": "causal", "gap_mean": 10.0, "gap_std": 2.0, "norm_eps": 1e-6, **model})
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, timestamp_precision="int64"))
+
+
 def make_log() -> InteractionLog:
     """40 users of 3 to 25 events over 30 items, with titles for all but the last item."""
     log = random_log(num_users=40, num_items=NUM_ITEMS, min_events=3, max_events=25, seed=2)
@@ -45,7 +51,7 @@ def make_run(path: pathlib.Path, log: InteractionLog, config: ExperimentConfig):
     params = init_state(model, make_optimizer(config.train, 1), seed=0).params
     # Initial embeddings are so small that all scores nearly tie, whatever the times.
     params["item_embedding"] = _scaled(params["item_embedding"])
-    if config.model.use_time:
+    if config.model.name == "tim4rec" and config.model.use_time:
         mixer = params["layers_0"]["mixer"]
         mixer["time"] = {name: _scaled(part) if "scale" in name else part for name, part in mixer["time"].items()}
         mixer["in_proj"], mixer["out_proj"] = _scaled(mixer["in_proj"]), _scaled(mixer["out_proj"])

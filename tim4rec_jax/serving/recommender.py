@@ -52,11 +52,13 @@ class Recommendation:
     title: str | None
 
 
-def _next_power_of_two(n: int) -> int:
+def next_power_of_two(n: int) -> int:
+    """Returns the least power of two that is at least n >= 1."""
     return 1 << (n - 1).bit_length()
 
 
-def _nearest(word: str, known: Sequence[str]) -> str:
+def nearest(word: str, known: Sequence[str]) -> str:
+    """Returns the known names most like a word, quoted, for messages."""
     close = difflib.get_close_matches(word, known, n=3, cutoff=0.5) or list(known[:3])
     return ", ".join(repr(name) for name in close)
 
@@ -84,6 +86,23 @@ def _checked_times(times: Sequence[int], num_items: int, label: str) -> np.ndarr
     return seconds
 
 
+def best_columns(scores: jax.Array, excluded: jax.Array, k: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Picks the k best columns a row, best first, never column 0, the padding; equal scores in order of index.
+
+    Args:
+      scores: [b, v].
+      excluded: int [b, s] columns to leave out as well; 0 for none.
+      k: columns a row.
+
+    Returns:
+      Scores [b, k], indices [b, k], and whether all scores of a row are finite [b].
+    """
+    finite = jnp.isfinite(scores).all(axis=1)
+    scores = scores.at[jnp.arange(scores.shape[0])[:, None], excluded].set(-jnp.inf).at[:, 0].set(-jnp.inf)
+    best, indices = jax.lax.top_k(scores, k)
+    return best, indices, finite
+
+
 @functools.partial(jax.jit, static_argnames=("model", "k"))
 def _top_k(
     params: Any,
@@ -95,17 +114,10 @@ def _top_k(
     model: nn.Module,
     k: int,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The k best columns a row: scores [b, k], indices [b, k], and whether all scores of a row are finite [b].
-
-    `excluded` [b, s] lists columns to leave out; its zeros leave out column 0, the padding, which is always wanted.
-    """
+    """The k best items after each history, see `best_columns`."""
     variables = {"params": params}
     hidden = model.apply(variables, items, lengths, timestamps, deterministic=True, method="encode_last")
-    scores = model.apply(variables, hidden, method="score")
-    finite = jnp.isfinite(scores).all(axis=1)
-    scores = scores.at[jnp.arange(scores.shape[0])[:, None], excluded].set(-jnp.inf)
-    best, indices = jax.lax.top_k(scores, k)
-    return best, indices, finite
+    return best_columns(model.apply(variables, hidden, method="score"), excluded, k)
 
 
 class Recommender:
@@ -196,7 +208,7 @@ class Recommender:
         if row is None:
             raise ValueError(
                 f"unknown user {str(raw_user_id)!r}; "
-                f"nearest known: {_nearest(str(raw_user_id), list(self._row_of_user))}; "
+                f"nearest known: {nearest(str(raw_user_id), list(self._row_of_user))}; "
                 f"histories.parquet in the run folder lists all {len(self._row_of_user)} "
                 "(users removed in cleaning are not among them: give their items as a history instead)"
             )
@@ -206,6 +218,33 @@ class Recommender:
             np.asarray(stored["timestamps"], np.int64),
             label=f"user {str(raw_user_id)!r}",
         )
+
+    def stored_histories(self) -> dict[str, History]:
+        """Returns the histories of all users of the run's log by raw id; see `history_of_user`."""
+        columns = self._histories.select("user_id", "items", "timestamps")
+        return {
+            user: History(np.asarray(items, np.int32), np.asarray(times, np.int64), label=f"user {user!r}")
+            for user, items, times in columns.iter_rows()
+        }
+
+    def item_index(self, raw_item_id: str, label: str, place: str = "") -> int:
+        """The index from 1 of an item.
+
+        Args:
+          raw_item_id: id as in the log.
+          label: what messages begin with, such as "user '42'".
+          place: where it stood, for messages.
+
+        Raises:
+          ValueError: for an unknown item; the nearest ids are shown.
+        """
+        index = self._index_of_item.get(raw_item_id)
+        if index is None:
+            raise ValueError(
+                f"{label}: unknown item {raw_item_id!r}{place}; nearest known: {nearest(raw_item_id, self.item_ids)}; "
+                f"item_ids.parquet in the run folder lists all {self.num_items}"
+            )
+        return index
 
     def history_from_ids(
         self, raw_item_ids: Sequence[str], times: Sequence[int] | None = None, *, label: str = "the history"
@@ -227,13 +266,8 @@ class Recommender:
         ids = [str(item_id) for item_id in raw_item_ids]
         if not ids:
             raise ValueError(f"{label} is empty; give at least 1 item id")
-        for position, item_id in enumerate(ids, start=1):
-            if item_id not in self._index_of_item:
-                raise ValueError(
-                    f"{label}: unknown item {item_id!r} at position {position}; nearest known: "
-                    f"{_nearest(item_id, self.item_ids)}; item_ids.parquet in the run folder lists all {self.num_items}"
-                )
-        items = np.array([self._index_of_item[item_id] for item_id in ids], np.int32)
+        found = [self.item_index(item_id, label, f" at position {i}") for i, item_id in enumerate(ids, start=1)]
+        items = np.array(found, np.int32)
         if times is None:
             steps_back = np.arange(len(ids))[::-1]
             return History(items, self.newest_time - steps_back * self.typical_gap, label, self.typical_gap)
@@ -253,7 +287,10 @@ class Recommender:
           ValueError: for an empty history, a k under 1, or a k over the catalogue or what exclude_seen leaves of it.
           FloatingPointError: where scores are not finite.
         """
-        indices, scores = self.top_k(histories, k, exclude_seen=exclude_seen)
+        return self.named(*self.top_k(histories, k, exclude_seen=exclude_seen))
+
+    def named(self, indices: np.ndarray, scores: np.ndarray) -> list[list[Recommendation]]:
+        """Gives item indices [n, k] from 1 and their scores [n, k] their ids and titles."""
         return [
             [
                 Recommendation(self.item_ids[i - 1], float(score), None if self.titles is None else self.titles[i - 1])
@@ -279,7 +316,7 @@ class Recommender:
           ValueError: for an empty history, a k under 1, or a k over the catalogue or what exclude_seen leaves of it.
           FloatingPointError: where scores are not finite.
         """
-        self._check(histories, k, exclude_seen)
+        self.check(histories, k, exclude_seen)
         indices = np.zeros((len(histories), k), np.int32)
         scores = np.zeros((len(histories), k), np.float32)
         max_len = self.config.model.max_len
@@ -300,13 +337,14 @@ class Recommender:
         return indices, scores
 
     def _static_length(self, length: int) -> int:
-        return min(max(_next_power_of_two(int(length)), SHORTEST_LENGTH), self.config.model.max_len)
+        return min(max(next_power_of_two(int(length)), SHORTEST_LENGTH), self.config.model.max_len)
 
     def _row_limit(self, length: int) -> int:
         rows = min(BATCH_TOKENS // self._static_length(length), SCORE_TILE_BYTES // (4 * (self.num_items + 1)))
         return 1 << (max(1, rows).bit_length() - 1)
 
-    def _check(self, histories: Sequence[History], k: int, exclude_seen: bool) -> None:
+    def check(self, histories: Sequence[History], k: int, exclude_seen: bool) -> None:
+        """Refuses what `top_k` cannot do; raises ValueError as it says."""
         check_top_k((k,), self.num_items)
         for history in histories:
             if len(history.items) == 0:
@@ -323,8 +361,8 @@ class Recommender:
     ) -> tuple[np.ndarray, np.ndarray]:
         """One device call; all sizes are rounded up to powers of two, so that later calls find a compiled program."""
         n, max_len = len(histories), self.config.model.max_len
-        b = _next_power_of_two(n)
-        seen = _next_power_of_two(max(len(history.items) for history in histories)) if exclude_seen else 1
+        b = next_power_of_two(n)
+        seen = next_power_of_two(max(len(history.items) for history in histories)) if exclude_seen else 1
         items = np.zeros((b, length), np.int32)
         timestamps = np.zeros((b, max_len), np.int64)
         excluded = np.zeros((b, seen), np.int32)
@@ -344,7 +382,7 @@ class Recommender:
                 timestamps_for_device(timestamps, self.config.data.timestamp_precision),
                 excluded,
                 model=self.model,
-                k=min(_next_power_of_two(k), self.num_items),
+                k=min(next_power_of_two(k), self.num_items),
             )
         )
         if not finite[:n].all():

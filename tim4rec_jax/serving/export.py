@@ -1,0 +1,243 @@
+"""A trained model as programs that run without this library: StableHLO by `jax.export`, arrays, and a description."""
+
+import dataclasses
+import importlib.metadata
+import json
+import os
+import pathlib
+import shutil
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import polars as pl
+from jax import export
+
+from tim4rec_jax.evaluation.metrics import check_top_k
+from tim4rec_jax.models import build_model
+from tim4rec_jax.serving.recommender import Recommender, best_columns
+
+EXPORT_FORMAT = 1
+PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
+PARAMETERS, ITEMS, DESCRIPTION = "parameters.npz", "items.parquet", "export.json"
+
+_MEANINGS = {
+    "parameters": f"the arrays of {PARAMETERS} by name",
+    "items": "items of the history, oldest first, as indices from 1 (column index of items.parquet), padded with 0",
+    "lengths": "events of the history, 1 to max_len",
+    "timestamps": "seconds since 1970 of the events, padded with 0",
+    "excluded": "item indices to leave out of the list; 0 for none",
+    "state": "all zeros before the first event; give back what the last call returned",
+    "item": "index of the new event's item",
+    "timestamp": "seconds since 1970 of the new event, never before the history's last",
+    "hidden": "what top_k ranks from",
+    "best": "indices of the best items, best first; 0 where fewer than k are left",
+    "scores": "their scores, logits; minus infinity where fewer than k are left",
+}
+
+
+class _Program(NamedTuple):
+    """One function to export, its arguments by name as shapes, and what it returns."""
+
+    function: Callable[..., Any]
+    arguments: dict[str, Any]
+    results: tuple[str, ...]
+
+
+def flat_arrays(tree: Any) -> dict[str, Any]:
+    """Returns the leaves of a tree by path, such as "layers_0/mixer/D"."""
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): leaf
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
+
+
+def _portable(model: nn.Module) -> nn.Module:
+    """The same model in operators that every platform runs."""
+    plain = {name: "xla" for name in ("ssd_implementation", "conv_implementation", "scan_implementation")}
+    return build_model(dataclasses.replace(model.config, **plain))
+
+
+def _row_by_row(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Maps a function of batches over rows: what it decides from the batch's size is then decided for one row."""
+
+    def one(*arguments: Any) -> Any:
+        results = function(*(jax.tree.map(lambda a: a[None], argument) for argument in arguments))
+        return jax.tree.map(lambda a: a[0], results)
+
+    return jax.vmap(one)
+
+
+def _programs(model: nn.Module, params: Any, time_dtype: Any, k: int) -> dict[str, _Program]:
+    config = model.config
+    structure = jax.tree.structure(params)
+    names = list(flat_arrays(params))
+    b, s = export.symbolic_shape("b, s")
+
+    def variables(parameters: dict[str, jax.Array]) -> dict[str, Any]:
+        return {"params": jax.tree.unflatten(structure, [parameters[name] for name in names])}
+
+    def shape(*sizes: Any, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(sizes, dtype)
+
+    def rank(parameters: Any, hidden: jax.Array, excluded: jax.Array) -> tuple[jax.Array, jax.Array]:
+        scores = model.apply(variables(parameters), hidden, method="score")
+        best, indices, _ = best_columns(scores, excluded, k)
+        return jnp.where(best > -jnp.inf, indices, 0).astype(jnp.int32), best
+
+    def recommend(parameters: Any, items: Any, lengths: Any, *rest: Any) -> tuple[jax.Array, jax.Array]:
+        def encode(items: Any, lengths: Any, timestamps: Any = None) -> jax.Array:
+            arguments = (items, lengths, timestamps)
+            return model.apply(variables(parameters), *arguments, deterministic=True, method="encode_last")
+
+        return rank(parameters, _row_by_row(encode)(items, lengths, *rest[:-1]), rest[-1])
+
+    parameters = {name: shape(*leaf.shape, dtype=leaf.dtype) for name, leaf in flat_arrays(params).items()}
+    time = {"timestamps": shape(b, config.max_len, dtype=time_dtype)} if model.uses_time else {}
+    history = {"items": shape(b, config.max_len), "lengths": shape(b), **time, "excluded": shape(b, s)}
+    programs = {"recommend": _Program(recommend, {"parameters": parameters, **history}, ("best", "scores"))}
+    if not hasattr(model, "extend"):
+        return programs
+
+    empty = jax.eval_shape(lambda p: model.apply({"params": p}, 1, method="init_state"), params)
+    state_structure, state_names = jax.tree.structure(empty), list(flat_arrays(empty))
+
+    def step(parameters: Any, state: Any, item: Any, *timestamp: Any) -> tuple[Any, jax.Array]:
+        def extend(state: Any, item: Any, *timestamp: Any) -> tuple[Any, jax.Array]:
+            before = jax.tree.unflatten(state_structure, [state[name] for name in state_names])
+            seconds = timestamp[0][:, None] if timestamp else None
+            arguments = (before, item[:, None], jnp.ones(1, jnp.int32), seconds)
+            after, hidden = model.apply(variables(parameters), *arguments, method="extend")
+            return flat_arrays(after), hidden[:, 0]
+
+        return _row_by_row(extend)(state, item, *timestamp)
+
+    state = {name: shape(b, *leaf.shape[1:], dtype=leaf.dtype) for name, leaf in flat_arrays(empty).items()}
+    time = {"timestamp": shape(b)} if model.uses_time else {}
+    event = {"parameters": parameters, "state": state, "item": shape(b), **time}
+    hidden = {"hidden": shape(b, config.d_model, dtype=config.dtype), "excluded": shape(b, s)}
+    programs["step"] = _Program(step, event, ("state", "hidden"))
+    programs["top_k"] = _Program(rank, {"parameters": parameters, **hidden}, ("best", "scores"))
+    return programs
+
+
+def _described(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _described(leaf) for name, leaf in sorted(value.items())}
+    sizes = [size if isinstance(size, int) else str(size) for size in value.shape]
+    return {"shape": sizes, "dtype": jnp.dtype(value.dtype).name}
+
+
+def _argument(name: str, value: Any) -> dict[str, Any]:
+    """Parameters and states are described once, by their files and programs; everything else here."""
+    if name == "parameters":
+        return {"name": name, "meaning": _MEANINGS[name]}
+    described = {"arrays": _described(value)} if isinstance(value, dict) else _described(value)
+    return {"name": name, **described, "meaning": _MEANINGS[name]}
+
+
+def _export(name: str, program: _Program, platforms: Sequence[str], folder: pathlib.Path) -> dict[str, Any]:
+    """Writes one program and returns its description."""
+    exported = export.export(jax.jit(program.function), platforms=platforms)(*program.arguments.values())
+    file = f"{name}.jax_export"
+    (folder / file).write_bytes(bytes(exported.serialize()))
+    results = jax.tree.unflatten(exported.out_tree, exported.out_avals)
+    arguments = ", ".join(program.arguments)
+    return {
+        "file": file,
+        "call": f"{', '.join(program.results)} = call({arguments})",
+        "inputs": [_argument(key, value) for key, value in program.arguments.items()],
+        "outputs": [_argument(key, value) for key, value in zip(program.results, results, strict=True)],
+        "calling_convention_version": exported.calling_convention_version,
+    }
+
+
+def _write_items(recommender: Recommender, file: pathlib.Path) -> None:
+    model, n = recommender.model, recommender.num_items
+    rows = np.asarray(model.apply({"params": recommender.params}, method="item_table").astype(jnp.float32))[1:]
+    table = pl.DataFrame(
+        {
+            "index": np.arange(1, n + 1, dtype=np.int32),
+            "item_id": pl.Series(recommender.item_ids, dtype=pl.String),
+            "title": pl.Series(recommender.titles or [None] * n, dtype=pl.String),
+            "embedding": pl.Series(rows, dtype=pl.Array(pl.Float32, rows.shape[1])),
+        }
+    )
+    table.write_parquet(file)
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None  # run from a checkout that is not installed
+
+
+def export_model(
+    recommender: Recommender, output: pathlib.Path, *, k: int, platforms: Sequence[str] = ("cpu", "cuda", "tpu")
+) -> dict[str, Any]:
+    """Writes a folder from which the model runs with JAX and NumPy alone.
+
+      recommend.jax_export   histories in, the k best items out; static length max_len, any batch
+      step.jax_export        causal models: states and one event each in, states and hidden states out
+      top_k.jax_export       causal models: hidden states in, the k best items out
+      parameters.npz         the arrays that every program takes first, as a dictionary
+      items.parquet          index, item_id, title, embedding (float32) of every item
+      export.json            inputs and outputs of the programs: names, shapes, dtypes, meaning
+
+    The parameters are an input and no constants, so that all programs share them, and programs stay small and need not
+    be written again after training on.
+
+    Args:
+      recommender: the run's model, parameters and items.
+      output: the folder; must not exist.
+      k: items of a list.
+      platforms: what the programs can run on, of `PLATFORMS`.
+
+    Returns:
+      The content of export.json.
+
+    Raises:
+      FileExistsError: `output` is there.
+      FileNotFoundError: the folder that should hold it is not.
+      ValueError: for a k under 1 or over the catalogue, or an unknown platform.
+    """
+    output = pathlib.Path(output).absolute()
+    if output.exists():
+        raise FileExistsError(f"{output} exists; choose another folder, or remove this one")
+    if not output.parent.is_dir():
+        raise FileNotFoundError(f"there is no folder {output.parent} to write {output.name} to")
+    check_top_k((k,), recommender.num_items)
+    unknown = sorted(set(platforms) - set(PLATFORMS))
+    if unknown or not platforms:
+        raise ValueError(f"platforms={tuple(platforms)}: expected some of {PLATFORMS}")
+    config = recommender.config
+    time_dtype = jnp.float32 if config.data.timestamp_precision == "float32" else jnp.int32
+    model = _portable(recommender.model)
+    temporary = output.with_name(f".{output.name}.{os.getpid()}.tmp")
+    temporary.mkdir()
+    try:
+        programs = {
+            name: _export(name, program, platforms, temporary)
+            for name, program in _programs(model, recommender.params, time_dtype, k).items()
+        }
+        arrays = {name: np.asarray(leaf) for name, leaf in flat_arrays(recommender.params).items()}
+        np.savez(temporary / PARAMETERS, **arrays)
+        _write_items(recommender, temporary / ITEMS)
+        description = {
+            "format": EXPORT_FORMAT, "made_with": {name: _version(name) for name in ("tim4rec_jax", "jax")},
+            "run": config.name, "model": dataclasses.asdict(config.model), "platforms": list(platforms), "k": k,
+            "max_len": config.model.max_len, "num_items": recommender.num_items,
+            "sizes": {"b": "histories of a call, at least 1", "s": "items to leave out, at least 1"},
+            "order": "arrays of a dictionary follow each other by sorted name",
+            "parameters": {"file": PARAMETERS, "arrays": _described(arrays)},
+            "items": {"file": ITEMS, "columns": ["index", "item_id", "title", "embedding"]}, "programs": programs,
+        }  # fmt: skip
+        (temporary / DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
+        os.rename(temporary, output)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return description

@@ -1,0 +1,259 @@
+"""A causal model event by event: a state of constant size for each history, many histories in one call."""
+
+import functools
+import hashlib
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from tim4rec_jax.data.loader import timestamps_for_device
+from tim4rec_jax.evaluation.metrics import check_top_k
+from tim4rec_jax.serving.recommender import SCORE_TILE_BYTES, best_columns, next_power_of_two
+
+State = Any
+
+
+def require_streamable(model: nn.Module) -> None:
+    """Refuses a model that cannot go on from a state.
+
+    Raises:
+      ValueError: with what to train instead.
+    """
+    if not hasattr(model, "extend"):
+        config = model.config
+        form = f" with time_mode={config.time_mode!r}" if config.name == "tim4rec" else ""
+        raise ValueError(
+            f"the model {config.name!r}{form} cannot go on from a state: it reads its whole history again for every "
+            "event; train tim4rec with model.time_mode='causal' or with model.use_time off, or mamba4rec"
+        )
+
+
+def fingerprint(model: nn.Module, params: Any, item_ids: Sequence[str]) -> str:
+    """Returns a hash of a model's settings and parameters and of the items it knows, in their order."""
+    digest = hashlib.sha256(json.dumps([repr(model.config), list(item_ids)]).encode())
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        array = np.asarray(leaf)
+        digest.update(f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}".encode())
+        digest.update(np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()
+
+
+@functools.partial(jax.jit, static_argnames=("model", "batch"))
+def _init_state(params: Any, *, model: nn.Module, batch: int) -> State:
+    return model.apply({"params": params}, batch, method="init_state")
+
+
+@functools.partial(jax.jit, static_argnames="model", donate_argnames="state")
+def _extend(
+    params: Any, state: State, items: jax.Array, lengths: jax.Array, timestamps: jax.Array, *, model: nn.Module
+) -> tuple[State, jax.Array]:
+    """The next state, and the hidden state after the last event of each row [b, d]."""
+    state, hidden = model.apply({"params": params}, state, items, lengths, timestamps, method="extend")
+    return state, hidden[jnp.arange(items.shape[0]), jnp.maximum(lengths, 1) - 1]
+
+
+@functools.partial(jax.jit, static_argnames="model", donate_argnames="table")
+def extend_rows(
+    params: Any,
+    table: tuple[State, jax.Array],
+    rows: jax.Array,
+    items: jax.Array,
+    lengths: jax.Array,
+    timestamps: jax.Array,
+    *,
+    model: nn.Module,
+) -> tuple[State, jax.Array]:
+    """Goes on with some rows of a table of states.
+
+    Args:
+      params: the model's.
+      table: states of n rows, and their hidden states [n, d]; given up, the result takes its place.
+      rows: int32 [b], each at most once; n or more for rows that only fill the batch.
+      items: int32 [b, l], padded on the right.
+      lengths: int32 [b], at least 1 but in filling rows.
+      timestamps: int32 [b, l] seconds.
+      model: the module.
+    """
+    before = jax.tree.map(lambda leaf: leaf.at[rows].get(mode="clip"), table[0])
+    state, hidden = model.apply({"params": params}, before, items, lengths, timestamps, method="extend")
+    last = hidden[jnp.arange(items.shape[0]), jnp.maximum(lengths, 1) - 1]
+    return jax.tree.map(lambda leaf, new: leaf.at[rows].set(new, mode="drop"), table, (state, last))
+
+
+@functools.partial(jax.jit, static_argnames=("model", "k"))
+def _top_k(
+    params: Any, hidden: jax.Array, excluded: jax.Array, *, model: nn.Module, k: int
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    return best_columns(model.apply({"params": params}, hidden, method="score"), excluded, k)
+
+
+def _label(labels: Sequence[str] | None, row: int) -> str:
+    return f"row {row}" if labels is None else labels[row]
+
+
+class Streamer:
+    """A trained causal model, event by event.
+
+    A state belongs to a batch of histories and is given up to the call that goes on from it.
+
+    Attributes:
+      model: the module.
+      params: its parameters.
+      num_items: v - 1, items of the catalogue.
+    """
+
+    def __init__(self, model: nn.Module, params: Any) -> None:
+        """Takes a model from `build_model` and its parameters.
+
+        Raises:
+          ValueError: for a model that cannot go on from a state.
+        """
+        require_streamable(model)
+        self.model, self.params = model, params
+        self.num_items = model.config.vocab_size - 1
+
+    def init_state(self, batch: int) -> State:
+        """Returns the state before the first event of `batch` histories; its size does not depend on their length."""
+        # Every leaf owns its memory, which the next call takes over.
+        return jax.tree.map(jnp.copy, _init_state(self.params, model=self.model, batch=batch))
+
+    def state_bytes(self) -> int:
+        """Returns the bytes of one history's state, of its hidden state and nothing else."""
+        shapes = jax.eval_shape(
+            lambda params: self.model.apply({"params": params}, 1, method="init_state"), self.params
+        )
+        hidden = self.model.config.d_model * jnp.dtype(self.model.config.dtype).itemsize
+        return hidden + sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes))
+
+    def step(self, state: State, items: np.ndarray, timestamps: np.ndarray) -> tuple[State, jax.Array]:
+        """Takes in one event of every history.
+
+        Args:
+          state: of b histories; must not be used again.
+          items: int [b], item indices from 1.
+          timestamps: int [b] seconds since 1970.
+
+        Returns:
+          The next state, and the hidden states [b, d], from which `top_k` ranks.
+
+        Raises:
+          ValueError: for an unknown item, a time that is no second, or (where the model reads times) one before the
+            history's last; the state is as it was and may be used again.
+        """
+        items, timestamps = np.asarray(items), np.asarray(timestamps)
+        return self.extend(state, items[:, None], np.ones(items.shape[:1], np.int32), timestamps[:, None])
+
+    def extend(
+        self, state: State, items: np.ndarray, lengths: np.ndarray, timestamps: np.ndarray
+    ) -> tuple[State, jax.Array]:
+        """Takes in several events of every history: pieces of any size give what one pass gives.
+
+        Args:
+          state: of b histories; must not be used again.
+          items: int [b, l], item indices from 1, padded on the right.
+          lengths: int [b], events of each row, 0 to l.
+          timestamps: int [b, l] seconds since 1970.
+
+        Returns:
+          The next state, and the hidden states [b, d] after the last event of each row; not to be read at length 0.
+
+        Raises:
+          ValueError: as `step`.
+        """
+        items, lengths, timestamps = (np.asarray(a) for a in (items, lengths, timestamps))
+        self._check(state, items, lengths, timestamps)
+        inside = np.arange(items.shape[1]) < lengths[:, None]
+        return _extend(
+            self.params,
+            state,
+            np.where(inside, items, 0).astype(np.int32),
+            lengths.astype(np.int32),
+            timestamps_for_device(np.where(inside, timestamps, 0), "int64"),
+            model=self.model,
+        )
+
+    def _check(self, state: State, items: np.ndarray, lengths: np.ndarray, timestamps: np.ndarray) -> None:
+        if timestamps.shape != items.shape or lengths.shape != items.shape[:1]:
+            raise ValueError(
+                f"items {items.shape}, lengths {lengths.shape} and timestamps {timestamps.shape} must be [b, l], [b] "
+                "and [b, l]"
+            )
+        for name, array in (("items", items), ("lengths", lengths), ("timestamps", timestamps)):
+            if array.dtype.kind not in "iu":
+                raise ValueError(f"{name} are {array.dtype}; give whole numbers")
+        inside = np.arange(items.shape[1]) < lengths[:, None]
+        for row, column in np.argwhere(inside & ((items < 1) | (items > self.num_items)))[:1]:
+            raise ValueError(
+                f"row {row}: unknown item {items[row, column]}; items are 1 to {self.num_items}; the state is unchanged"
+            )
+        events = getattr(state, "events", None)
+        if events is None:
+            return
+        last = np.where(np.asarray(events) > 0, np.asarray(state.timestamps), np.iinfo(np.int32).min)
+        previous = np.concatenate([last[:, None], timestamps[:, :-1]], axis=1)
+        for row, column in np.argwhere(inside & (timestamps < previous))[:1]:
+            raise ValueError(
+                f"row {row}: time {timestamps[row, column]} goes backwards, the last event was at "
+                f"{previous[row, column]}; the state is unchanged"
+            )
+
+    def top_k(
+        self,
+        hidden: jax.Array,
+        k: int,
+        exclude: Sequence[np.ndarray] | None = None,
+        labels: Sequence[str] | None = None,
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Ranks the catalogue.
+
+        Args:
+          hidden: [b, d] from `step` or `extend`.
+          k: items a row.
+          exclude: item indices to leave out of each row's list, b arrays; None leaves out nothing.
+          labels: how messages call the rows; None counts them from 0.
+
+        Returns:
+          Item indices from 1 [b, k] int32 and their scores [b, k], best first; equal scores in order of index.
+
+        Raises:
+          ValueError: for a k under 1, or over the catalogue or what `exclude` leaves of it.
+          FloatingPointError: where scores are not finite.
+        """
+        check_top_k((k,), self.num_items)
+        excluded = [np.unique(row) for row in exclude] if exclude is not None else [np.zeros(0, np.int32)] * len(hidden)
+        for row, ids in enumerate(excluded):
+            left = self.num_items - len(ids)
+            if k > left:
+                raise ValueError(
+                    f"k={k}, but {left} of {self.num_items} items are left for {_label(labels, row)}; lower k or "
+                    "exclude fewer"
+                )
+        tile = 1 << (max(1, SCORE_TILE_BYTES // (4 * (self.num_items + 1))).bit_length() - 1)
+        parts = [
+            self._top_k_tile(hidden[first : first + tile], k, excluded[first : first + tile])
+            for first in range(0, len(hidden), tile)
+        ]
+        indices, scores, finite = (np.concatenate(column) for column in zip(*parts, strict=True))
+        if not finite.all():
+            raise FloatingPointError(
+                f"the scores of {_label(labels, int(np.argmin(finite)))} are not finite; the parameters or the state "
+                "hold NaN or infinity"
+            )
+        return indices, scores
+
+    def _top_k_tile(self, hidden: jax.Array, k: int, excluded: list[np.ndarray]) -> tuple[np.ndarray, ...]:
+        """One device call; sizes are rounded up to powers of two, so that later calls find a compiled program."""
+        n, b = len(hidden), next_power_of_two(len(hidden))
+        columns = np.zeros((b, next_power_of_two(max(1, *(len(ids) for ids in excluded)))), np.int32)
+        for row, ids in enumerate(excluded):
+            columns[row, : len(ids)] = ids
+        if b != n:
+            hidden = jnp.concatenate([hidden, jnp.zeros((b - n, hidden.shape[1]), hidden.dtype)])
+        width = min(next_power_of_two(k), self.num_items)
+        best, indices, finite = jax.device_get(_top_k(self.params, hidden, columns, model=self.model, k=width))
+        return indices[:n, :k], best[:n, :k], finite[:n]

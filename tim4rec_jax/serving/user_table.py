@@ -1,0 +1,313 @@
+"""The states of many users by raw id: events in, recommendations out, saved and loaded with their bits."""
+
+import json
+import pathlib
+import zipfile
+from array import array
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from tim4rec_jax.run_dir import replacing
+from tim4rec_jax.serving.recommender import History, Recommender, next_power_of_two
+from tim4rec_jax.serving.streaming import Streamer, extend_rows, fingerprint
+
+TABLE_FORMAT = 1
+FIRST_CAPACITY = 64
+PIECE_LENGTHS = (1, 4, 16, 64, 256)
+MOST_ROWS = 4**6
+BATCH_TOKENS = 2**15
+LAST_SECOND = np.iinfo(np.int32).max  # models subtract seconds in int32
+
+
+class Event(NamedTuple):
+    """One thing a user did: raw ids, and seconds since 1970."""
+
+    user: str
+    item: str
+    timestamp: int
+
+
+def _batch_rows(waiting: int, most: int) -> int:
+    """A power of four, so that few programs compile: half full at least, or the next smaller one."""
+    rows = 1
+    while rows < waiting and rows < most:
+        rows *= 4
+    rows = min(rows, most)
+    return rows if rows == 1 or 2 * waiting >= rows else rows // 4
+
+
+class UserTable:
+    """One row of model state a user; new users begin empty.
+
+    Events are checked when they are given and computed when an answer, a save or `flush` needs them, many users in one
+    call. Memory: `streamer.state_bytes()` a user, and 4 bytes an event where items are kept.
+
+    Attributes:
+      recommender: the run's model, ids and titles.
+      keeps_items: every user's items are kept on the host, so that seen ones can be left out.
+      notes: numbers and words saved with the table; not read here.
+      pending: events given and not yet computed.
+    """
+
+    def __init__(self, recommender: Recommender, *, keep_items: bool = True) -> None:
+        """Makes an empty table.
+
+        Args:
+          recommender: of a run whose model can go on from a state.
+          keep_items: keep every user's items.
+
+        Raises:
+          ValueError: for a model that cannot go on from a state.
+        """
+        self.recommender, self.keeps_items = recommender, keep_items
+        self.streamer = Streamer(recommender.model, recommender.params)
+        self.notes: dict[str, Any] = {}
+        self.pending = 0
+        self._rows: dict[str, int] = {}
+        self._last_times, self._events = array("q"), array("q")
+        self._items: list[array] = []
+        self._waiting: dict[int, tuple[array, array]] = {}
+        self._table = self._empty(FIRST_CAPACITY)
+
+    def _empty(self, rows: int) -> tuple[Any, jax.Array]:
+        config = self.recommender.model.config
+        return self.streamer.init_state(rows), jnp.zeros((rows, config.d_model), config.dtype)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __contains__(self, user: str) -> bool:
+        return user in self._rows
+
+    @property
+    def users(self) -> list[str]:
+        """Raw ids in order of their first event."""
+        return list(self._rows)
+
+    @property
+    def hidden(self) -> jax.Array:
+        """Hidden states [rows, d] after each user's last computed event, in order of `users`; later rows are empty."""
+        return self._table[1]
+
+    def events_of(self, user: str) -> int:
+        """Returns how many events a user has; 0 for an unknown one."""
+        row = self._rows.get(user)
+        return 0 if row is None else self._events[row]
+
+    def add(self, events: Iterable[Event]) -> None:
+        """Takes in events, each user's oldest first: all of them, or none where one is refused.
+
+        Raises:
+          ValueError: for an unknown item (the nearest are shown), or a time that is no second or lies before the
+            user's last; nothing has changed.
+        """
+        checked: list[tuple[str, int, int]] = []
+        latest: dict[str, int | None] = {}
+        for user, item, timestamp in events:
+            label = f"user {user!r}"
+            index = self.recommender.item_index(item, label)
+            if user not in latest:
+                row = self._rows.get(user)
+                latest[user] = None if row is None else self._last_times[row]
+            latest[user] = _checked_time(timestamp, latest[user], f"{label}, item {item!r}")
+            checked.append((user, index, latest[user]))
+        for user, index, seconds in checked:
+            self._queue(user, [index], [seconds])
+
+    def add_histories(self, histories: Mapping[str, History]) -> None:
+        """Takes in whole histories by user: all of them, or none where one is refused.
+
+        Raises:
+          ValueError: for a history that is empty or begins before the user's last event; nothing has changed.
+        """
+        for user, history in histories.items():
+            if len(history.items) == 0:
+                raise ValueError(f"{history.label} is empty; give at least 1 event")
+            row = self._rows.get(user)
+            _checked_time(int(history.timestamps[0]), None if row is None else self._last_times[row], f"user {user!r}")
+            _checked_time(int(history.timestamps[-1]), int(history.timestamps[0]), f"user {user!r}")
+        for user, history in histories.items():
+            self._queue(user, history.items.tolist(), history.timestamps.tolist())
+
+    def _queue(self, user: str, items: list[int], seconds: list[int]) -> None:
+        row = self._rows.setdefault(user, len(self._rows))
+        if row == len(self._events):
+            self._last_times.append(0)
+            self._events.append(0)
+            if self.keeps_items:
+                self._items.append(array("i"))
+        self._last_times[row] = seconds[-1]
+        self._events[row] += len(items)
+        if self.keeps_items:
+            self._items[row].extend(items)
+        waiting_items, waiting_seconds = self._waiting.setdefault(row, (array("i"), array("i")))
+        waiting_items.extend(items)
+        waiting_seconds.extend(seconds)
+        self.pending += len(items)
+
+    def flush(self) -> None:
+        """Computes the states of all events given so far."""
+        self._grow()
+        waiting, self._waiting, self.pending = self._waiting, {}, 0
+        first = 0
+        while waiting:
+            # Rounds of one piece a user; within a round, users with pieces of like length together.
+            pieces = {row: min(len(items) - first, PIECE_LENGTHS[-1]) for row, (items, _) in waiting.items()}
+            for shorter, length in zip((0, *PIECE_LENGTHS), PIECE_LENGTHS, strict=False):
+                rows = [row for row, size in pieces.items() if shorter < size <= length]
+                most = min(MOST_ROWS, BATCH_TOKENS // length)
+                while rows:
+                    batch = _batch_rows(len(rows), most)
+                    chosen, rows = rows[:batch], rows[batch:]
+                    self._run({row: waiting[row] for row in chosen}, batch, length, first)
+            first += PIECE_LENGTHS[-1]
+            waiting = {row: events for row, events in waiting.items() if len(events[0]) > first}
+
+    def _grow(self) -> None:
+        capacity = self.hidden.shape[0]
+        needed = capacity
+        while needed < len(self._rows):
+            needed *= 2
+        if needed > capacity:
+            more = self._empty(needed - capacity)
+            self._table = jax.tree.map(lambda old, new: jnp.concatenate([old, new]), self._table, more)
+
+    def _run(self, events: dict[int, tuple[array, array]], batch: int, length: int, first: int) -> None:
+        items, seconds = np.zeros((batch, length), np.int32), np.zeros((batch, length), np.int32)
+        rows, lengths = np.full(batch, np.iinfo(np.int32).max, np.int32), np.zeros(batch, np.int32)
+        for place, (row, (row_items, row_seconds)) in enumerate(events.items()):
+            piece = row_items[first : first + length]
+            rows[place], lengths[place] = row, len(piece)
+            items[place, : len(piece)] = piece
+            seconds[place, : len(piece)] = row_seconds[first : first + length]
+        self._table = extend_rows(
+            self.streamer.params, self._table, rows, items, lengths, seconds, model=self.streamer.model
+        )
+
+    def top_k(self, users: Sequence[str], k: int, *, exclude_seen: bool = False) -> tuple[np.ndarray, np.ndarray]:
+        """Ranks the catalogue for users.
+
+        Args:
+          users: raw ids.
+          k: items a user.
+          exclude_seen: leave out what the user has had; needs the items to be kept.
+
+        Returns:
+          Item indices from 1 [n, k] int32 and their scores [n, k], best first.
+
+        Raises:
+          ValueError: for a user without events, a k that does not fit, or items that are not kept.
+          FloatingPointError: where scores are not finite.
+        """
+        for user in users:
+            if user not in self._rows:
+                raise ValueError(f"user {user!r} has no events; give at least one, or begin from the stored histories")
+        if exclude_seen and not self.keeps_items:
+            raise ValueError("exclude_seen needs every user's items, which this table does not keep (keep_items)")
+        self.flush()
+        n = len(users)
+        rows = np.zeros(next_power_of_two(max(1, n)), np.int32)
+        rows[:n] = [self._rows[user] for user in users]
+        labels = [f"user {user!r}" for user in users] + ["no user"] * (len(rows) - n)
+        seen = None
+        if exclude_seen:  # by filling rows nothing: their results are dropped
+            seen = [np.array(self._items[row] if i < n else [], np.int32) for i, row in enumerate(rows)]
+        indices, scores = self.streamer.top_k(self.hidden[rows], k, seen, labels)
+        return indices[:n], scores[:n]
+
+    @cached_property
+    def _fingerprint(self) -> str:
+        return fingerprint(self.streamer.model, self.streamer.params, self.recommender.item_ids)
+
+    def save(self, path: pathlib.Path) -> None:
+        """Writes the table into one file of NumPy arrays without pickle; a kill leaves the old file or the new one."""
+        self.flush()
+        header = {
+            "format": TABLE_FORMAT, "fingerprint": self._fingerprint, "keeps_items": self.keeps_items,
+            "notes": self.notes,
+        }  # fmt: skip
+        arrays = {"header": _text(json.dumps(header)), "users": _text(json.dumps(self.users))}
+        arrays |= {"last_times": np.array(self._last_times), "events": np.array(self._events)}
+        if self.keeps_items:
+            arrays["items"] = np.frombuffer(b"".join(items.tobytes() for items in self._items), np.int32)
+        arrays |= {name: _plain(np.asarray(leaf[: len(self)])) for name, leaf in _named(self._table).items()}
+        with replacing(pathlib.Path(path)) as temporary, temporary.open("wb") as file:
+            np.savez(file, **arrays)
+
+    @classmethod
+    def load(cls, path: pathlib.Path, recommender: Recommender) -> "UserTable":
+        """Reads a table that `save` wrote.
+
+        Raises:
+          FileNotFoundError: there is no such file.
+          ValueError: the file is damaged, has another format, or belongs to another model.
+        """
+        path = pathlib.Path(path)
+        try:
+            with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
+                arrays = {name: file[name] for name in file.files}
+            header = json.loads(arrays["header"].tobytes())
+            users = json.loads(arrays["users"].tobytes())
+        except (zipfile.BadZipFile, KeyError, ValueError, EOFError, TypeError) as error:
+            raise ValueError(f"{path} is no table of user states, or is damaged: {error}") from error
+        if header["format"] != TABLE_FORMAT:
+            raise ValueError(
+                f"{path} has format {header['format']}, this program reads {TABLE_FORMAT}; replay the events"
+            )
+        table = cls(recommender, keep_items=header["keeps_items"])
+        if header["fingerprint"] != table._fingerprint:
+            raise ValueError(
+                f"{path} holds the states of another model or of other parameters; states mean nothing to a model that "
+                "did not make them: give the run that made it, or replay the events into a new table"
+            )
+        table._take(users, header["notes"], arrays)
+        return table
+
+    def _take(self, users: list[str], notes: dict[str, Any], arrays: dict[str, np.ndarray]) -> None:
+        self.notes = notes
+        self._rows = {user: row for row, user in enumerate(users)}
+        self._last_times = array("q", arrays["last_times"].tobytes())
+        self._events = array("q", arrays["events"].tobytes())
+        if self.keeps_items:
+            ends = np.cumsum(arrays["events"])
+            self._items = [array("i", part.tobytes()) for part in np.split(arrays["items"], ends[:-1])][: len(users)]
+        self._grow()
+        leaves, structure = jax.tree.flatten(self._table)
+        stored = [arrays[name].view(leaf.dtype) for name, leaf in zip(_named(self._table), leaves, strict=True)]
+        filled = [leaf.at[: len(users)].set(new) for leaf, new in zip(leaves, stored, strict=True)]
+        self._table = jax.tree.unflatten(structure, filled)
+
+
+def _checked_time(timestamp: Any, last: int | None, label: str) -> int:
+    if isinstance(timestamp, bool) or not isinstance(timestamp, int | np.integer):
+        raise ValueError(f"{label}: timestamp {timestamp!r} must be a whole number of seconds since 1970")
+    if not 0 <= timestamp <= LAST_SECOND:
+        raise ValueError(
+            f"{label}: timestamp {timestamp} must lie in 0 to {LAST_SECOND} (2038-01-19); give seconds since 1970, not "
+            "milliseconds"
+        )
+    if last is not None and timestamp < last:
+        raise ValueError(
+            f"{label}: timestamp {timestamp} goes backwards, the user's last event was at {last}; give each user's "
+            "events oldest first"
+        )
+    return int(timestamp)
+
+
+def _text(text: str) -> np.ndarray:
+    return np.frombuffer(text.encode(), np.uint8)
+
+
+def _plain(values: np.ndarray) -> np.ndarray:
+    """The same bits in a type that NumPy itself can store."""
+    return values if values.dtype.kind in "fiu" else values.view(np.uint16)
+
+
+def _named(tree: Any) -> dict[str, jax.Array]:
+    """The leaves of a table by their paths."""
+    return {f"table{jax.tree_util.keystr(path)}": leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
