@@ -9,8 +9,9 @@ from flax import linen as nn
 from jax import Array
 
 from tim4rec_jax.config import ModelConfig
-from tim4rec_jax.layers.dense import INIT_STD, Linear, layer_norm, wide
+from tim4rec_jax.layers.dense import Linear, layer_norm, wide
 from tim4rec_jax.layers.dropout import Dropout
+from tim4rec_jax.layers.item_embedding import embedding_table
 from tim4rec_jax.layers.ssd_mixer import take_at
 
 # Added to a score rather than put in its place: a row that may look at nothing (all of it padding) stays finite.
@@ -205,10 +206,7 @@ class AttentionEncoder(nn.Module):
 
     def setup(self) -> None:
         config = self.config
-        self.position_embedding = nn.Embed(
-            config.max_len, config.d_model, dtype=jnp.dtype(config.dtype), param_dtype=wide(config.dtype),
-            embedding_init=nn.initializers.normal(INIT_STD),
-        )  # fmt: skip
+        self.position_embedding = embedding_table(config.max_len, config)
         self.norm = layer_norm(config.norm_eps, config.dtype)
         self.dropout = Dropout(config.dropout)
         self.layers = [AttentionLayer(config) for _ in range(config.num_layers)]

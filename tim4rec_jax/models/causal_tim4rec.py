@@ -8,8 +8,9 @@ from flax import linen as nn
 
 from tim4rec_jax.config import ModelConfig
 from tim4rec_jax.layers.causal_time import DateOffset, gap_features
-from tim4rec_jax.layers.dense import INIT_STD, Linear, layer_norm, wide
+from tim4rec_jax.layers.dense import Linear, layer_norm, wide
 from tim4rec_jax.layers.dropout import Dropout
+from tim4rec_jax.layers.item_embedding import embedding_table, table_rows, tied_scores
 from tim4rec_jax.layers.ssd_mixer import MixerState
 from tim4rec_jax.models.tim4rec import TiM4RecLayer
 from tim4rec_jax.typing import Array, Bool, Hidden, Int, Items, LastHidden, Lengths, Scores, Timestamps
@@ -54,10 +55,7 @@ class CausalTiM4Rec(nn.Module):
 
     def setup(self) -> None:
         config = self.config
-        self.item_embedding = nn.Embed(
-            config.vocab_size, config.d_model, dtype=jnp.dtype(config.dtype), param_dtype=wide(config.dtype),
-            embedding_init=nn.initializers.normal(INIT_STD),
-        )  # fmt: skip
+        self.item_embedding = embedding_table(config.vocab_size, config)
         self.embedding_dropout = Dropout(config.dropout)
         self.embedding_norm = layer_norm(config.norm_eps, config.dtype)
         if config.use_time:
@@ -186,11 +184,8 @@ class CausalTiM4Rec(nn.Module):
 
     def item_table(self) -> Array:
         """Returns E, [v, d] in the arithmetic's dtype."""
-        return self.item_embedding.embedding.astype(self.config.dtype)
+        return table_rows(self.item_embedding)
 
     def score(self, hidden: LastHidden) -> Scores:
         """Returns hidden E^T over all rows of the embedding, [b, v], float32 or wider."""
-        return jnp.einsum(
-            "bd,vd->bv", hidden.astype(self.config.dtype), self.item_table(),
-            preferred_element_type=wide(self.config.dtype),
-        )  # fmt: skip
+        return tied_scores(hidden, self.item_embedding)

@@ -5,8 +5,8 @@ from flax import linen as nn
 
 from tim4rec_jax.config import ModelConfig
 from tim4rec_jax.layers.attention import AttentionEncoder, Intervals
-from tim4rec_jax.layers.dense import INIT_STD, wide
 from tim4rec_jax.layers.dropout import Dropout
+from tim4rec_jax.layers.item_embedding import embedding_table, table_rows, tied_scores
 from tim4rec_jax.typing import Array, Hidden, Int, Items, LastHidden, Lengths, Scores, Timestamps
 
 
@@ -39,18 +39,13 @@ class TiSASRec(nn.Module):
         return self.config.use_time
 
     def setup(self) -> None:
-        self.item_embedding = self._table(self.config.vocab_size)
+        self.item_embedding = embedding_table(self.config.vocab_size, self.config)
         self.encoder = AttentionEncoder(self.config)
         if self.config.use_time:
-            self.interval_keys, self.interval_values = (self._table(self.config.time_span + 1) for _ in range(2))
+            self.interval_keys, self.interval_values = (
+                embedding_table(self.config.time_span + 1, self.config) for _ in range(2)
+            )
             self.key_dropout, self.value_dropout = (Dropout(self.config.dropout) for _ in range(2))
-
-    def _table(self, rows: int) -> nn.Embed:
-        config = self.config
-        return nn.Embed(
-            rows, config.d_model, dtype=jnp.dtype(config.dtype), param_dtype=wide(config.dtype),
-            embedding_init=nn.initializers.normal(INIT_STD),
-        )  # fmt: skip
 
     def _intervals(
         self, items: Items, timestamps: Timestamps | None, example_ids: Array, deterministic: bool
@@ -65,7 +60,7 @@ class TiSASRec(nn.Module):
             )
 
         def dropped(table: nn.Embed, dropout: Dropout) -> Array:
-            rows = table.embedding.astype(config.dtype)
+            rows = table_rows(table)
             if deterministic or dropout.rate == 0:
                 return rows
             rows = jnp.broadcast_to(rows, (items.shape[0], *rows.shape))
@@ -116,11 +111,8 @@ class TiSASRec(nn.Module):
 
     def item_table(self) -> Array:
         """Returns E, [v, d] in the arithmetic's dtype."""
-        return self.item_embedding.embedding.astype(self.config.dtype)
+        return table_rows(self.item_embedding)
 
     def score(self, hidden: LastHidden) -> Scores:
         """Returns hidden E^T over all rows of the embedding, [b, v], float32 or wider."""
-        return jnp.einsum(
-            "bd,vd->bv", hidden.astype(self.config.dtype), self.item_table(),
-            preferred_element_type=wide(self.config.dtype),
-        )  # fmt: skip
+        return tied_scores(hidden, self.item_embedding)
