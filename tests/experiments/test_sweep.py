@@ -161,6 +161,7 @@ def test_a_search_bears_failures(tmp_path, capsys, trained):
 
 def test_an_interrupted_grid_goes_on(tmp_path, capsys, trained):
     order, stop_at = trained
+    handler = signal.getsignal(signal.SIGINT)
     stop_at["at"] = "trial_0001"
     code, out, _ = _main(capsys, tmp_path / "g", *GRID)
     assert code == 130 and order() == ["trial_0000/seed_2020", "trial_0001/seed_2020"]
@@ -168,7 +169,7 @@ def test_an_interrupted_grid_goes_on(tmp_path, capsys, trained):
     stop_at["at"] = ""
     assert _main(capsys, tmp_path / "g", *GRID)[0] == 0
     assert order()[2:] == [f"trial_000{n}/seed_2020" for n in (1, 2, 3)]
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is handler
 
 
 @pytest.mark.parametrize(

@@ -76,7 +76,7 @@ class CausalTiM4Rec(nn.Module):
         )
         return self.time_in(features)
 
-    def _dated(self, x: Array, timestamps: Array | None) -> Array:
+    def _dated(self, x: Array, timestamps: Array | np.ndarray | None) -> Array:
         """Adds the date's offset to x [..., d]."""
         if not self.config.use_time or not self.config.date_knots:
             return x
