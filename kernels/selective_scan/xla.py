@@ -1,8 +1,8 @@
 """Selective scan in plain JAX: one position after the other, with states kept for the gradient at chunk borders only.
 
-A step works on the whole batch at once and costs a few operations an element, which an associative scan multiplies. The
-inner functions are time-major: by position [l, b, e] or [l, b, n], cut into k chunks of c; states are [b, n, e],
-channels last, so that loops run along contiguous memory.
+A step costs a few operations an element, which an associative scan multiplies; it works on all rows of a tile at once.
+The inner functions are time-major: by position [l, b, e] or [l, b, n], cut into k chunks of c, where b counts the rows
+of one tile; states are [b, n, e], channels last, so that loops run along contiguous memory.
 """
 
 from functools import partial
@@ -102,6 +102,22 @@ def _scan_bwd(residuals: tuple[Array | None, ...], cotangents: tuple[Array, Arra
 _scan.defvjp(_scan_fwd, _scan_bwd)
 
 
+# Values in the states of a tile: a step's arrays should stay in a CPU's cache.
+_TILE_VALUES = 2**15
+
+
+def _row_tiles(batch: int, state_values: int) -> tuple[int, int]:
+    """Returns how many tiles of how many rows a batch is cut into, for states of so many values a row.
+
+    On CPUs a step on all rows would go through memory. Elsewhere one tile is everything, for small ones would leave a
+    GPU idle.
+    """
+    if jax.default_backend() != "cpu":
+        return 1, batch
+    tiles = max(1, -(-batch // max(1, _TILE_VALUES // state_values)))
+    return tiles, -(-batch // tiles)  # one tile of no rows for an empty batch
+
+
 def selective_scan_xla(
     x: Array,
     delta: Array,
@@ -117,35 +133,46 @@ def selective_scan_xla(
     """Runs the operator of `reference.selective_scan_reference`; arguments and results are the same.
 
     Args:
-      chunk_size: c, positions between two states that are kept for the gradient; l need not be a multiple. Memory for
-        states is (l / c + c) b e n numbers.
+      chunk_size: c, most positions between two states that are kept for the gradient; l need not be a multiple. Memory
+        for states is l / c b e n numbers and c e n for each row of a tile.
     """
     batch, length, width = x.shape
     wide = jnp.result_type(delta, A)
-    chunk = min(chunk_size, length)
-    num_chunks = -(-length // chunk)
+    num_chunks = -(-length // min(chunk_size, length))
+    chunk = -(-length // num_chunks)  # of like size, so that little is computed on padding
+    tiles, rows = _row_tiles(batch, A.size)
+
+    def to_tiles(a: Array) -> Array:
+        """[b, ...] -> [tiles, rows, ...]"""
+        a = jnp.pad(a, [(0, tiles * rows - batch)] + [(0, 0)] * (a.ndim - 1))
+        return a.reshape(tiles, rows, *a.shape[1:])
 
     def to_chunks(a: Array) -> Array:
-        """[b, l, w] -> [k, c, b, w]; padding has delta = 0, so it neither decays nor adds."""
+        """[b, l, w] -> [tiles, k, c, rows, w]; padding has delta = 0, so it neither decays nor adds."""
         a = jnp.pad(a, [(0, 0), (0, num_chunks * chunk - length), (0, 0)])
-        return jnp.moveaxis(a.reshape(batch, num_chunks, chunk, -1), 0, 2)
+        return jnp.moveaxis(to_tiles(a.reshape(batch, num_chunks, chunk, -1)), 1, 3)
 
     delta = delta.astype(wide)
     u = delta * x
     if initial_state is None:
         initial_state = jnp.zeros((batch, *A.shape), wide)
-    y, final_state = _scan(
-        *vary_together(
-            to_chunks(delta),
-            to_chunks(u),
-            A.T.astype(wide),
-            to_chunks(B),
-            to_chunks(C),
-            jnp.swapaxes(initial_state.astype(wide), 1, 2),
-            None if starts is None else to_chunks(starts[..., None])[..., 0],
-        )
+    decay, *by_tile = vary_together(
+        A.T.astype(wide),
+        to_chunks(delta),
+        to_chunks(u),
+        to_chunks(B),
+        to_chunks(C),
+        to_tiles(jnp.swapaxes(initial_state.astype(wide), 1, 2)),
+        None if starts is None else to_chunks(starts[..., None])[..., 0],
     )
-    y = jnp.moveaxis(y, 2, 0).reshape(batch, num_chunks * chunk, width)[:, :length]
+
+    def scan_tile(tile: list[Array | None]) -> tuple[Array, Array]:
+        delta, u, B, C, state, starts = tile
+        return _scan(delta, u, decay, B, C, state, starts)
+
+    y, final_state = jax.lax.map(scan_tile, by_tile)
+    y = jnp.moveaxis(y, 3, 1).reshape(tiles * rows, num_chunks * chunk, width)[:batch, :length]
+    final_state = final_state.reshape(tiles * rows, *final_state.shape[2:])[:batch]
     if D is not None:
         y = y + D * x
     return y.astype(x.dtype), jnp.swapaxes(final_state, 1, 2)

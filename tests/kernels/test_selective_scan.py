@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, PartitionSpec
 
-from kernels.selective_scan import IMPLEMENTATIONS, SelectiveScanConfig, selective_scan, step_size
+from kernels.selective_scan import IMPLEMENTATIONS, SelectiveScanConfig, selective_scan, step_size, xla
 from tests.kernels.selective_scan_cases import (
     BATCH,
     STATE,
@@ -110,6 +110,18 @@ def test_values_and_gradients_in_float32(case, implementation, options):
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_values_and_gradients_in_float64(case, implementation, x64):
     check(case, "float64", implementation, FORMS[implementation][0])
+
+
+@pytest.mark.parametrize(("rows", "cut"), [(1, (3, 1)), (2, (2, 2)), (3, (1, 3))])
+def test_plain_jax_in_tiles_of_some_rows(rows, cut, monkeypatch, x64):
+    # Two tiles of two rows hold one row more than the batch.
+    monkeypatch.setattr(xla, "_TILE_VALUES", rows * WIDTH * STATE)
+    assert xla._row_tiles(BATCH, WIDTH * STATE) == cut
+    assert xla._row_tiles(0, WIDTH * STATE) == (1, 0)
+    _program.cache_clear()
+    check(CASES[1], "float64", "xla", {"chunk_size": 7})
+    check(CASES[3], "float64", "xla", {"chunk_size": 7})
+    _program.cache_clear()
 
 
 @pytest.mark.parametrize("state", [1, 16, 100])
