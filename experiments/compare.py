@@ -3,9 +3,11 @@
     python -m experiments.compare --data=ml100k --models=tim4rec,ssd4rec,sasrec --seeds=3
     python -m experiments.compare --data=ml1m --seeds=2020,7,11 --epochs=10 --train.batch_size=256 --jobs=2
     python -m experiments.compare --data=ml100k --seeds=3 --report-only
+    python -m experiments.compare --rows "faithful=runs/a/seed_*" "causal=runs/b/seed_*" --output=runs/time_branch
 
 Only what is not there yet is trained; the same command goes on after Ctrl-C, SIGTERM, a crash or a kill. All models run
 with the first seed, then with the second. Any setting of `tim4rec_jax.config` given by its path holds for every model.
+With --rows nothing is trained: runs that are there, of any settings but tested on the same, are put side by side.
 Writes <output>.md, <output>.json and <output>.png. Exit codes: 0 done, 2 an error or a training that failed, 130
 stopped by Ctrl-C and 0 by SIGTERM with the state saved.
 """
@@ -19,6 +21,7 @@ from experiments.command_line import run_program
 from experiments.comparison_numbers import collect
 from experiments.comparison_plan import Plan, options, parse, require_same_settings
 from experiments.comparison_report import write_report
+from experiments.comparison_rows import is_asked_for, parse_rows
 from experiments.run_queue import Job, is_finished, processor_shares, train_all
 from tim4rec_jax.data.interactions import load_log
 
@@ -44,8 +47,19 @@ def train_missing(plan: Plan, jobs: int, console: Console) -> tuple[dict[str, st
     return result.failures, result.stopped_by
 
 
+def show_report(plan: Plan, note: str, console: Console) -> None:
+    """Writes and shows the comparison of what is finished."""
+    written = write_report(plan, collect(plan, note))
+    console.print(written[0].read_text(encoding="utf-8"), markup=False, highlight=False, soft_wrap=True)
+    console.print(f"written: {', '.join(map(str, written))}", soft_wrap=True)
+
+
 def program(argv: list[str]) -> int:
     """The program behind `main`."""
+    if is_asked_for(argv):
+        of_rows, plan = parse_rows(argv)
+        show_report(plan, of_rows.note, Console())
+        return 0
     arguments, plan = parse(argv)
     processor_shares(arguments.jobs)
     console, failures = Console(), {}
@@ -62,9 +76,7 @@ def program(argv: list[str]) -> int:
             console.print("stopped; the same command goes on, and --report-only shows what is finished", soft_wrap=True)
             return 0 if stopped_by == signal.SIGTERM else 130
     if not failures or any(is_finished(plan.folder(*run)) for run in plan.runs_in_order()):
-        written = write_report(plan, collect(plan, arguments.note))
-        console.print(written[0].read_text(encoding="utf-8"), markup=False, highlight=False, soft_wrap=True)
-        console.print(f"written: {', '.join(map(str, written))}", soft_wrap=True)
+        show_report(plan, arguments.note, console)
     if failures:
         raise ValueError("trainings failed:\n" + "\n".join(f"{label}: {error}" for label, error in failures.items()))
     return 0

@@ -118,9 +118,13 @@ def collect(plan: Plan, note: str) -> dict[str, Any]:
       FileNotFoundError: no run is finished.
       ValueError: a run's files do not belong together.
     """
-    finished = {m: [s for s in plan.seeds if is_finished(plan.folder(m, s))] for m in plan.configs}
-    missing = [{"model": m, "seed": s} for m, s in plan.runs_in_order() if s not in finished[m]]
-    finished = {model: seeds for model, seeds in finished.items() if seeds}
+    finished: dict[str, list[int]] = {}
+    missing = []
+    for m, s in plan.runs_in_order():
+        if is_finished(plan.folder(m, s)):
+            finished.setdefault(m, []).append(s)
+        else:
+            missing.append({"model": m, "seed": s})
     if not finished:
         raise FileNotFoundError(f"no run of this comparison is finished in {plan.runs}; leave out --report-only")
     evaluation = next(iter(plan.configs.values())).eval

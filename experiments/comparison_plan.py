@@ -5,7 +5,7 @@ import dataclasses
 import difflib
 import pathlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Any
 
 import tyro
@@ -17,8 +17,8 @@ from tim4rec_jax.config import DataConfig, EvalConfig, ExperimentConfig, ModelCo
 from tim4rec_jax.run_dir import CHANGEABLE_ON_RESUME, CONFIG, read_config, read_environment
 
 # Settings that a model's numbers do not depend on, and those that the data answer for by their fingerprint.
-_FREE = {name for name in CHANGEABLE_ON_RESUME if name not in ("train.epochs", "train.max_steps", "train.patience")}
-_FREE |= {
+FREE = {name for name in CHANGEABLE_ON_RESUME if name not in ("train.epochs", "train.max_steps", "train.patience")}
+FREE |= {
     "name",
     "model.vocab_size",
     "model.gap_mean",
@@ -77,6 +77,7 @@ class Plan:
       seeds: in order.
       metric: decides which is best.
       runs, output: where run folders are, where results go.
+      folders: of runs that lie elsewhere, by (model, seed); if there are any, the comparison is of these alone.
     """
 
     data_set: str
@@ -87,13 +88,15 @@ class Plan:
     metric: str
     runs: pathlib.Path
     output: pathlib.Path
+    folders: Mapping[tuple[str, int], pathlib.Path] = field(default_factory=dict)
 
     def runs_in_order(self) -> Iterator[tuple[str, int]]:
         """Yields (model, seed), all models of one seed before the next seed."""
-        return ((model, seed) for seed in self.seeds for model in self.configs)
+        every = ((model, seed) for seed in self.seeds for model in self.configs)
+        return (run for run in every if not self.folders or run in self.folders)
 
     def folder(self, model: str, seed: int) -> pathlib.Path:
-        return self.runs / model / f"seed_{seed}"
+        return self.folders.get((model, seed), self.runs / model / f"seed_{seed}")
 
     def config(self, model: str, seed: int) -> ExperimentConfig:
         config = self.configs[model]
@@ -159,6 +162,18 @@ def parse_seeds(text: str, first: int = 2020) -> tuple[int, ...]:
     return numbers
 
 
+def require_metric(metric: str, config: ExperimentConfig) -> str:
+    """Returns the name of a metric that an experiment measures.
+
+    Raises:
+      ValueError: it is none; the nearest are shown.
+    """
+    known = [f"{name}@{k}" for k in config.eval.top_k for name in ("hit", "ndcg", "mrr")]
+    if metric not in known:
+        raise _nearest("metric", metric, known)
+    return metric
+
+
 def parse(argv: Sequence[str]) -> tuple[Arguments, Plan]:
     """Reads the command line.
 
@@ -185,10 +200,7 @@ def parse(argv: Sequence[str]) -> tuple[Arguments, Plan]:
         overrides |= {key: value for key, value in flat(configs[model].to_dict()).items() if before[key] != value}
     overrides.pop("eval.baselines", None)
     seeds = parse_seeds(arguments.seeds, base.train.seed)
-    metric = arguments.metric or configs[model].eval.monitor
-    known = [f"{name}@{k}" for k in configs[model].eval.top_k for name in ("hit", "ndcg", "mrr")]
-    if metric not in known:
-        raise _nearest("metric", metric, known)
+    metric = require_metric(arguments.metric or configs[model].eval.monitor, configs[model])
     own = _own_settings(configs, arguments.own_settings)
     runs = arguments.runs or pathlib.Path("runs") / "compare" / found.data
     output = arguments.output or pathlib.Path("experiments") / "results" / f"compare_{found.data}"
@@ -220,7 +232,7 @@ def _own_settings(configs: Mapping[str, ExperimentConfig], accepted: bool) -> di
       ValueError: there are some and they are not accepted.
     """
     settings = {model: flat(config.to_dict()) for model, config in configs.items()}
-    paths = [path for path in next(iter(settings.values())) if not path.startswith("model.") and path not in _FREE]
+    paths = [path for path in next(iter(settings.values())) if not path.startswith("model.") and path not in FREE]
     own = {path: {model: values[path] for model, values in settings.items()} for path in paths}
     own = {path: values for path, values in own.items() if len(set(values.values())) > 1}
     if own and not accepted:
@@ -267,7 +279,7 @@ def require_same_settings(plan: Plan, fingerprint: str | None) -> None:
             continue
         old, new = flat(read_config(folder).to_dict()), flat(plan.config(model, seed).to_dict())
         for key in sorted(new):
-            if key not in _FREE and old[key] != new[key]:
+            if key not in FREE and old[key] != new[key]:
                 differences.setdefault(f"{key}: {old[key]!r} there, {new[key]!r} asked for", []).append(folder)
         data = read_environment(folder)["data_fingerprint"]
         fingerprint = fingerprint or data

@@ -35,14 +35,15 @@ def _value(row: Mapping[str, Any], metric: str, best: str) -> str:
 
 
 def _costs(row: Mapping[str, Any]) -> list[str]:
-    """Parameters, seconds an epoch, peak memory in MiB, best epochs; nothing for what is not trained."""
+    """Parameters, seconds an epoch and in all, peak memory in MiB, best epochs; nothing for what is not trained."""
     runs = row["runs"]
     if not runs:
-        return [NOTHING] * 4
+        return [NOTHING] * 5
     peak = max(run["peak_device_bytes"] or run["peak_resident_bytes"] for run in runs)
     seconds = statistics.median(run["seconds_per_epoch"] for run in runs)
+    total = statistics.median(run["train_seconds"] for run in runs)
     best = ", ".join(f"{run['best_epoch']} of {run['epochs']}" for run in runs)
-    return [f"{runs[0]['parameters']:,}", f"{seconds:.3g}", f"{peak / 2**20:,.0f}", best]
+    return [f"{runs[0]['parameters']:,}", f"{seconds:.3g}", f"{total:,.0f}", f"{peak / 2**20:,.0f}", best]
 
 
 def _budget(numbers: Mapping[str, Any]) -> list[str]:
@@ -72,7 +73,8 @@ def _footnotes(numbers: Mapping[str, Any]) -> list[str]:
         "not of other seeds; the best is picked on the same users. Markov: what most often directly followed the last "
         "item, then popularity.",
         "",
-        "Seconds an epoch: median over epochs of training alone, without validation. Peak memory: of the "
+        "Seconds an epoch: median over epochs of training alone, without validation; in all: of a whole run, the "
+        "median over seeds. Peak memory: of the "
         f"{'device' if on_device else 'process, compilation included'}. Trained on: {'; '.join(machines)}. "
         f"Code: {', '.join(commit[:12] for commit in numbers['commits'])}{dirty}.",
         "",
@@ -120,7 +122,7 @@ def markdown(numbers: Mapping[str, Any]) -> str:
     ]
     for k in lists:
         columns = [f"{metric}@{k}" for metric in METRICS]
-        costs = ["seeds", "parameters", "s an epoch", "peak MiB", "best epoch"] if k == first_k else []
+        costs = ["seeds", "parameters", "s an epoch", "s in all", "peak MiB", "best epoch"] if k == first_k else []
         cells = [
             [row["name"], *(_value(row, column, best[column]) for column in columns)]
             + ([str(len(row["seeds"])) if row["trained"] else NOTHING, *_costs(row)] if costs else [])

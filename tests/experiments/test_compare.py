@@ -39,7 +39,7 @@ def _arguments(tmp_path: pathlib.Path, *more: str) -> list[str]:
     return [*TINY, "--seeds=2", f"--runs={tmp_path / 'runs'}", f"--output={tmp_path / 'out' / 'table'}", *more]
 
 
-def _finish(plan, model: str, seed: int, log, ranks: np.ndarray) -> None:
+def finish(plan, model: str, seed: int, log, ranks: np.ndarray) -> None:
     """Makes the folder of a finished run without training."""
     config, folder = plan.config(model, seed), plan.folder(model, seed)
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=log.num_items + 1))
@@ -70,7 +70,7 @@ def finished(tmp_path, log):
     for model, seed in plan.runs_in_order():
         mean = {"sasrec": 1.2, "ssd4rec": 8.0}[model]
         ranks[model, seed] = np.minimum(generator.geometric(1 / mean, log.num_users), log.num_items).astype(np.int32)
-        _finish(plan, model, seed, log, ranks[model, seed])
+        finish(plan, model, seed, log, ranks[model, seed])
     return ranks
 
 
@@ -113,7 +113,7 @@ def test_no_folder_of_the_machine_is_told(tmp_path, finished):
 def test_the_table_says_what_it_rests_on(tmp_path, finished):
     text, _ = _report(tmp_path)
     line = next(line for line in text.splitlines() if line.startswith("| sasrec |"))
-    assert "**" in line and " ± " in line and line.endswith("| 2 | 1,234 | 4.5 | 300 | 2 of 2, 2 of 2 |")
+    assert "**" in line and " ± " in line and line.endswith("| 2 | 1,234 | 4.5 | 9 | 300 | 2 of 2, 2 of 2 |")
     assert "‡" in next(line for line in text.splitlines() if line.startswith("| ssd4rec |"))
     for words in ("One budget for all: epochs 3", "`train.batch_size=16`", "seeds 2020, 2021", "Holm", "not excluded",
                   "## Behind sasrec in ndcg@10", "No numbers are known at this setting"):  # fmt: skip
@@ -203,7 +203,7 @@ def test_own_settings_are_shown(tmp_path, log):
     arguments = [a for a in _arguments(tmp_path, "--own-settings", "--models=sasrec") if a != TINY[1]]
     _, plan = parse(arguments)
     plan = dataclasses.replace(plan, own={"train.batch_size": {"sasrec": 64, "tisasrec": 32}})
-    _finish(plan, "sasrec", 2020, log, np.ones(log.num_users, np.int32))
+    finish(plan, "sasrec", 2020, log, np.ones(log.num_users, np.int32))
     written = compare.write_report(plan, compare.collect(plan, ""))
     assert "**Not the same for all models**: `train.batch_size`: sasrec 64, tisasrec 32." in written[0].read_text()
 
