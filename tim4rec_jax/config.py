@@ -232,8 +232,8 @@ class TrainConfig:
       schedule: "constant", or "cosine" decay to 0 over all steps.
       warmup_steps: linear warm-up from 0 ahead of the schedule.
       loss: "ce" over the whole catalogue or "bpr" with one sampled negative.
-      loss_implementation: None computes all scores of a microbatch at once for "ce"; a backend of
-        `kernels.softmax_cross_entropy` never does, which large catalogues need.
+      loss_implementation: None computes all scores of a microbatch at once for "ce" (with `positions="all"` of some of
+        its positions, and in tiles for large catalogues); a backend of `kernels.softmax_cross_entropy` never does.
       positions: "last" trains on the last position of every prefix, as the papers do; "all" on every position of a
         window at once, with short histories packed into one row, which needs a causal model.
       window_context: positions of a later window of a long history that are read and not trained on again, so that

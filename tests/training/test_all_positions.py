@@ -132,8 +132,9 @@ def test_microbatches_do_not_matter_with_dropout():
         assert_alike(step_of(config, rows_at_once, loader)(state, loader.resident, payload), expected, 1e-5)
 
 
+@pytest.mark.parametrize("implementation", ["xla", None])
 @pytest.mark.parametrize("num_trained", [0, 1, 300, 301, 700])
-def test_pieces_of_the_loss_give_the_whole_sum(monkeypatch, num_trained):
+def test_pieces_of_the_loss_give_the_whole_sum(monkeypatch, num_trained, implementation):
     monkeypatch.setattr(all_positions, "loss_positions", lambda num_positions: 100)
     rng = np.random.default_rng(0)
     hidden, table = (jnp.asarray(rng.normal(size=(n, 8)), jnp.float32) for n in (730, 30))
@@ -146,7 +147,7 @@ def test_pieces_of_the_loss_give_the_whole_sum(monkeypatch, num_trained):
     def expected(hidden, table):
         return jnp.sum(weights * optax.softmax_cross_entropy_with_integer_labels(hidden @ table.T, targets))
 
-    total, gradients = quick_jit(functools.partial(weighted_cross_entropy, implementation="xla"))(
+    total, gradients = quick_jit(functools.partial(weighted_cross_entropy, implementation=implementation))(
         hidden, table, targets, weights
     )
     wanted, wanted_gradients = expected(hidden, table)
@@ -202,11 +203,25 @@ def test_backends_of_the_loss_agree():
     loader = loader_of(config)
     payload, state = only_batch(loader), state_of(PLAIN)
     expected = step_of(config, 20, loader)(state, loader.resident, payload)
-    named = config_of(PLAIN, 20, loss_implementation="reference")
-    assert_alike(step_of(named, 20, loader)(state, loader.resident, payload), expected, 5e-6)
+    for name in ("reference", "xla"):
+        named = config_of(PLAIN, 20, loss_implementation=name)
+        assert_alike(step_of(named, 20, loader)(state, loader.resident, payload), expected, 5e-6)
     wrong = config_of(PLAIN, 20, loss_implementation="fortran")
     with pytest.raises(ValueError, match="implementation='fortran' must be one of"):
         step_of(wrong, 20, loader).trace(state, loader.resident, payload)
+
+
+def test_scores_of_a_piece_that_are_too_many_go_in_tiles(monkeypatch):
+    """Without a named backend the largest array holds either all scores of a piece, or none of their number."""
+
+    def widest(bytes_at_once):
+        monkeypatch.setattr(all_positions, "_SCORE_BYTES", bytes_at_once)
+        shapes = [jax.ShapeDtypeStruct(s, t) for s, t in (((256, 4), "float32"), ((9999, 4), "float32"))]
+        shapes += [jax.ShapeDtypeStruct((256,), "int32"), jax.ShapeDtypeStruct((256,), "float32")]
+        loss = functools.partial(weighted_cross_entropy, implementation=None)
+        return "256x9999xf32" in jax.jit(loss).lower(*shapes).as_text()
+
+    assert widest(4 * 256 * 9999) and not widest(4 * 256 * 9999 - 1)
 
 
 def test_padding_alone_is_finite():

@@ -10,9 +10,13 @@ from kernels.softmax_cross_entropy import softmax_cross_entropy
 from tim4rec_jax.config import ExperimentConfig, TrainConfig
 from tim4rec_jax.data.packed_loader import PackedBatch
 from tim4rec_jax.models import SequentialModel
+from tim4rec_jax.training.losses import cross_entropy
 
 # Fewer at once would leave matrix products too small.
 _LEAST_LOSS_POSITIONS = 256
+# Up to here all scores of a piece are kept for its gradient, which saves computing them again: on one core, with 256
+# positions and 12,102 items, 0.62 of the time of tiles that are computed twice.
+_SCORE_BYTES = 16 * 2**20
 
 
 def require_packable(config: ExperimentConfig, model: SequentialModel) -> None:
@@ -31,6 +35,14 @@ def loss_positions(num_positions: int) -> int:
     return min(num_positions, max(_LEAST_LOSS_POSITIONS, -(-num_positions // 8)))
 
 
+def _losses(hidden: Array, table: Array, targets: Array, implementation: str | None) -> Array:
+    """Softmax cross-entropy [t] of a piece."""
+    wide = jnp.promote_types(jnp.float32, hidden.dtype)
+    if implementation is None and hidden.shape[0] * table.shape[0] * wide.itemsize <= _SCORE_BYTES:
+        return cross_entropy(jnp.matmul(hidden, table.T, preferred_element_type=wide), targets)
+    return softmax_cross_entropy(hidden, table, targets, implementation=implementation)
+
+
 def weighted_cross_entropy(
     hidden: Array, table: Array, targets: Array, weights: Array, implementation: str | None
 ) -> tuple[Array, tuple[Array, Array]]:
@@ -46,7 +58,8 @@ def weighted_cross_entropy(
       table: [v, d].
       targets: int [t].
       weights: [t], float32 or wider.
-      implementation: backend of `kernels.softmax_cross_entropy`, or None for its choice.
+      implementation: backend of `kernels.softmax_cross_entropy`; None computes all scores of a piece at once where
+        they are few, and leaves the choice to the operator where they are not.
 
     Returns:
       The sum [], and its gradients by hidden [t, d] and table [v, d] in their dtypes.
@@ -60,7 +73,7 @@ def weighted_cross_entropy(
     )
 
     def loss_sum(hidden: Array, table: Array, targets: Array, weights: Array) -> Array:
-        return jnp.sum(weights * softmax_cross_entropy(hidden, table, targets, implementation=implementation))
+        return jnp.sum(weights * _losses(hidden, table, targets, implementation))
 
     def add_piece(k: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         total, d_hidden, d_table = carry
