@@ -9,6 +9,7 @@ import pytest
 
 from tests.evaluation.logs import random_log
 from tests.evaluation.toy_model import ToyModel, init_toy
+from tests.quick_jit import quick_jit
 from tim4rec_jax import build_model
 from tim4rec_jax.config import DataConfig, EvalConfig, ExperimentConfig, ModelConfig
 from tim4rec_jax.data.examples import Examples
@@ -200,3 +201,30 @@ def test_longer_histories_than_trained(log, examples):
     attention = with_lengths("sasrec", 4, 45)
     with pytest.raises(ValueError, match=r"eval.max_len=45 is over the model's max_len=4, and sasrec reads no more"):
         FullSortEvaluator(build_model(attention.model), log, examples, attention)
+
+
+@pytest.mark.parametrize("model", ["tim4rec", "tisasrec"])
+def test_fewer_events_than_a_fixed_length_holds(log, examples, model):
+    """The ranks are those of histories cut to as many events."""
+    shape = ModelConfig(
+        name=model, vocab_size=NUM_ITEMS + 1, max_len=MAX_LEN, d_model=8, d_state=4, head_dim=4, inner_size=8,
+        num_layers=1, use_ffn=False,
+    )  # fmt: skip
+    config = ExperimentConfig("test", shape, eval=EvalConfig(top_k=(10,), max_len=3))
+    built = build_model(shape)
+    params = jax.tree.map(lambda p: 20 * p if p.ndim == 2 else p, init_params(built, jax.random.key(0)))
+    ranks = evaluate(built, params, log, examples, config).ranks
+
+    @quick_jit
+    def scores_of(items, lengths, times):
+        last = built.apply({"params": params}, items, lengths, times, deterministic=True, method="encode_last")
+        return built.apply({"params": params}, last, method="score")
+
+    for i in (0, len(examples) // 2, len(examples) - 1):
+        end = log.offsets[examples.users[i]] + examples.ends[i]
+        window = slice(end - min(3, examples.ends[i]), end)
+        length = window.stop - window.start
+        items, times = np.zeros((1, MAX_LEN), np.int32), np.zeros((1, MAX_LEN), np.float32)
+        items[0, :length], times[0, :length] = log.items[window], log.timestamps[window]
+        scores = np.asarray(scores_of(items, jnp.array([length]), times))[0, 1:]
+        assert ranks[i] == 1 + (scores > scores[log.items[end] - 1]).sum()

@@ -10,6 +10,7 @@ import polars as pl
 import pytest
 
 from tests.serving.tiny_run import MAX_LEN, NUM_ITEMS
+from tim4rec_jax.models import build_model, init_params
 from tim4rec_jax.serving import recommender as recommender_module
 from tim4rec_jax.serving.recommender import History, Recommender
 
@@ -197,3 +198,40 @@ def test_items_that_do_not_fit_the_model(run, tmp_path):
     items[:-1].write_parquet(copy / "item_ids.parquet")
     with pytest.raises(ValueError, match=r"lists 29 items, but the model has vocab_size=31 \(items \+ 1\)"):
         Recommender.from_run(copy)
+
+
+@pytest.mark.parametrize(("read", "settings"), [(5, {}), (25, {"use_time": False})])
+def test_as_many_events_are_read_as_in_evaluation(recommender, histories, read, settings):
+    """Fewer than the model holds, or more where it reads any length; the rest of a history changes nothing."""
+    config = dataclasses.replace(
+        recommender.config,
+        model=dataclasses.replace(recommender.config.model, **settings),
+        eval=dataclasses.replace(recommender.config.eval, max_len=read),
+    )
+    model = build_model(config.model)
+    params = init_params(model, jax.random.key(1))
+    made = Recommender(
+        model, params, config, item_ids=recommender.item_ids, titles=None, histories=recommender._histories
+    )
+    cut = [
+        dataclasses.replace(history, items=history.items[-read:], timestamps=history.timestamps[-read:])
+        for history in histories
+    ]
+    assert max(len(history.items) for history in histories) > made.max_len == read or read == 25
+    for found, expected in zip(made.top_k(histories, 5), made.top_k(cut, 5), strict=True):
+        np.testing.assert_array_equal(found, expected)
+    longer = dataclasses.replace(
+        config, model=dataclasses.replace(config.model, max_len=100), eval=recommender.config.eval
+    )
+    if settings:
+        whole = Recommender(
+            build_model(longer.model), params, longer, item_ids=recommender.item_ids, titles=None,
+            histories=recommender._histories,
+        )  # fmt: skip
+        np.testing.assert_array_equal(made.top_k(histories, 5)[0], whole.top_k(histories, 5)[0])
+
+
+def test_more_events_than_a_fixed_length_are_refused(recommender):
+    config = dataclasses.replace(recommender.config, eval=dataclasses.replace(recommender.config.eval, max_len=13))
+    with pytest.raises(ValueError, match=r"eval.max_len=13 is over the model's max_len=12, and tim4rec reads no more"):
+        Recommender(recommender.model, {}, config, item_ids=[], titles=None, histories=recommender._histories)

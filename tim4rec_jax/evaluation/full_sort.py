@@ -72,7 +72,7 @@ def _batch_shape(num_rows: int, row_limit: int, tile_limit: int) -> tuple[int, i
     return batches, tiles, -(-rows // tiles)
 
 
-@functools.partial(jax.jit, static_argnames=("model", "max_len", "length", "tile", "seen_len"))
+@functools.partial(jax.jit, static_argnames=("model", "max_len", "time_len", "length", "tile", "seen_len"))
 def _rank_batch(
     params: Any,
     log: _DeviceLog,
@@ -81,6 +81,7 @@ def _rank_batch(
     *,
     model: nn.Module,
     max_len: int,
+    time_len: int,
     length: int,
     tile: int,
     seen_len: int,
@@ -88,11 +89,12 @@ def _rank_batch(
     """Ranks one batch's targets; returns ranks [b] int32 and whether all scores of a row are finite [b] bool."""
     windows = gather_windows(*log, users, ends, max_len, xp=jnp)
     variables = {"params": params}
+    # Models of fixed length ask for all their timestamps, also where fewer events are read.
     hidden = model.apply(
         variables,
         windows.items[:, :length],
         windows.lengths,
-        windows.timestamps,
+        jnp.pad(windows.timestamps, ((0, 0), (0, time_len - max_len))),
         deterministic=True,
         method="encode_last",
     )
@@ -111,8 +113,16 @@ def _rank_batch(
     return ranks.reshape(-1), finite.reshape(-1)
 
 
-def _positions_read(model: nn.Module, config: ExperimentConfig) -> int:
-    """Returns how many events of a history are read, at most."""
+def positions_read(model: nn.Module, config: ExperimentConfig) -> int:
+    """Returns how many events of a history are read, at most: eval.max_len, or the model's max_len.
+
+    Args:
+      model: of `config.model`.
+      config: reads model.max_len and eval.max_len.
+
+    Raises:
+      ValueError: more are asked for than the model can read.
+    """
     trained, asked = config.model.max_len, config.eval.max_len
     if asked is not None and asked > trained and not getattr(model, "any_length", False):
         raise ValueError(
@@ -143,7 +153,7 @@ class FullSortEvaluator:
         if len(examples.users) == 0:
             raise ValueError("there are 0 examples to evaluate; does the log have users with at least 3 events?")
         check_top_k(config.eval.top_k, log.num_items, "eval.top_k")
-        self._max_len = _positions_read(model, config)
+        self._max_len = positions_read(model, config)
         self.model, self.config = model, config
         self.num_examples = len(examples.users)
         self._log = _DeviceLog(
@@ -194,6 +204,7 @@ class FullSortEvaluator:
                 batch.ends,
                 model=self.model,
                 max_len=self._max_len,
+                time_len=max(self._max_len, self.config.model.max_len),
                 length=batch.length,
                 tile=batch.tile,
                 seen_len=self._seen_len,

@@ -71,7 +71,7 @@ def _row_by_row(function: Callable[..., Any]) -> Callable[..., Any]:
     return jax.vmap(one)
 
 
-def _programs(model: nn.Module, params: Any, time_dtype: Any, k: int) -> dict[str, _Program]:
+def _programs(model: nn.Module, params: Any, time_dtype: Any, max_len: int, k: int) -> dict[str, _Program]:
     config = model.config
     structure = jax.tree.structure(params)
     names = list(flat_arrays(params))
@@ -96,8 +96,10 @@ def _programs(model: nn.Module, params: Any, time_dtype: Any, k: int) -> dict[st
         return rank(parameters, _row_by_row(encode)(items, lengths, *rest[:-1]), rest[-1])
 
     parameters = {name: shape(*leaf.shape, dtype=leaf.dtype) for name, leaf in flat_arrays(params).items()}
-    time = {"timestamps": shape(b, config.max_len, dtype=time_dtype)} if model.uses_time else {}
-    history = {"items": shape(b, config.max_len), "lengths": shape(b), **time, "excluded": shape(b, s)}
+    # Models of fixed length ask for all their timestamps, also where fewer events are read.
+    columns = max(max_len, config.max_len)
+    time = {"timestamps": shape(b, columns, dtype=time_dtype)} if model.uses_time else {}
+    history = {"items": shape(b, max_len), "lengths": shape(b), **time, "excluded": shape(b, s)}
     programs = {"recommend": _Program(recommend, {"parameters": parameters, **history}, ("best", "scores"))}
     if not hasattr(model, "extend"):
         return programs
@@ -181,7 +183,7 @@ def export_model(
 ) -> dict[str, Any]:
     """Writes a folder from which the model runs with JAX and NumPy alone.
 
-      recommend.jax_export   histories in, the k best items out; static length max_len, any batch
+      recommend.jax_export   histories in, the k best items out; static length of the recommender's max_len, any batch
       step.jax_export        causal models: states and one event each in, states and hidden states out
       top_k.jax_export       causal models: hidden states in, the k best items out
       parameters.npz         the arrays that every program takes first, as a dictionary
@@ -222,7 +224,7 @@ def export_model(
     try:
         programs = {
             name: _export(name, program, platforms, temporary)
-            for name, program in _programs(model, recommender.params, time_dtype, k).items()
+            for name, program in _programs(model, recommender.params, time_dtype, recommender.max_len, k).items()
         }
         arrays = {name: np.asarray(leaf) for name, leaf in flat_arrays(recommender.params).items()}
         np.savez(temporary / PARAMETERS, **arrays)
@@ -230,7 +232,7 @@ def export_model(
         description = {
             "format": EXPORT_FORMAT, "made_with": {name: _version(name) for name in ("tim4rec_jax", "jax")},
             "run": config.name, "model": dataclasses.asdict(config.model), "platforms": list(platforms), "k": k,
-            "max_len": config.model.max_len, "num_items": recommender.num_items,
+            "max_len": recommender.max_len, "num_items": recommender.num_items,
             "sizes": {"b": "histories of a call, at least 1", "s": "items to leave out, at least 1"},
             "order": "arrays of a dictionary follow each other by sorted name",
             "parameters": {"file": PARAMETERS, "arrays": _described(arrays)},

@@ -16,6 +16,7 @@ import polars as pl
 
 from tim4rec_jax.config import ExperimentConfig
 from tim4rec_jax.data.loader import timestamps_for_device
+from tim4rec_jax.evaluation.full_sort import positions_read
 from tim4rec_jax.evaluation.metrics import check_top_k
 from tim4rec_jax.run_dir import read_histories, read_items
 from tim4rec_jax.serving.stored_run import load_model
@@ -138,11 +139,15 @@ class Recommender:
         Args:
           model: from `build_model(config.model)`.
           params: its parameter tree.
-          config: reads model.max_len and data.timestamp_precision.
+          config: reads model.max_len, eval.max_len and data.timestamp_precision.
           item_ids: raw id of item 1, 2, ...
           titles: title of item 1, 2, ..., or None where no titles are known.
           histories: columns user_id (String), items (List of item indices), timestamps (List of int64 seconds).
+
+        Raises:
+          ValueError: eval.max_len is more than the model can read.
         """
+        self.max_len = positions_read(model, config)
         self.model, self.params, self.config = model, params, config
         self.item_ids, self.titles = list(item_ids), None if titles is None else list(titles)
         self.num_items = len(self.item_ids)
@@ -279,7 +284,7 @@ class Recommender:
         """The k items that come next most likely, best first, for each history.
 
         Args:
-          histories: of any length; the last max_len events are read.
+          histories: of any length; the last `max_len` events are read, as in evaluation.
           k: items a history.
           exclude_seen: leave every item of a history out of its list.
 
@@ -305,7 +310,7 @@ class Recommender:
         """As `recommend`, in arrays.
 
         Args:
-          histories: n of them, of any length; the last max_len events are read.
+          histories: n of them, of any length; the last `max_len` events are read, as in evaluation.
           k: items a history.
           exclude_seen: leave every item of a history out of its list.
 
@@ -319,8 +324,7 @@ class Recommender:
         self.check(histories, k, exclude_seen)
         indices = np.zeros((len(histories), k), np.int32)
         scores = np.zeros((len(histories), k), np.float32)
-        max_len = self.config.model.max_len
-        lengths = np.array([min(len(history.items), max_len) for history in histories], np.int32)
+        lengths = np.array([min(len(history.items), self.max_len) for history in histories], np.int32)
         order = np.argsort(lengths, kind="stable")
         first = 0
         while first < len(order):
@@ -337,7 +341,7 @@ class Recommender:
         return indices, scores
 
     def _static_length(self, length: int) -> int:
-        return min(max(next_power_of_two(int(length)), SHORTEST_LENGTH), self.config.model.max_len)
+        return min(max(next_power_of_two(int(length)), SHORTEST_LENGTH), self.max_len)
 
     def _row_limit(self, length: int) -> int:
         rows = min(BATCH_TOKENS // self._static_length(length), SCORE_TILE_BYTES // (4 * (self.num_items + 1)))
@@ -360,11 +364,11 @@ class Recommender:
         self, histories: Sequence[History], lengths: np.ndarray, length: int, k: int, exclude_seen: bool
     ) -> tuple[np.ndarray, np.ndarray]:
         """One device call; all sizes are rounded up to powers of two, so that later calls find a compiled program."""
-        n, max_len = len(histories), self.config.model.max_len
+        n = len(histories)
         b = next_power_of_two(n)
         seen = next_power_of_two(max(len(history.items) for history in histories)) if exclude_seen else 1
         items = np.zeros((b, length), np.int32)
-        timestamps = np.zeros((b, max_len), np.int64)
+        timestamps = np.zeros((b, max(length, self.config.model.max_len)), np.int64)
         excluded = np.zeros((b, seen), np.int32)
         for row, history in enumerate(histories):
             items[row, : lengths[row]] = history.items[-lengths[row] :]
