@@ -12,5 +12,5 @@ from tim4rec_jax.config import ExperimentConfig
 
 
 def config() -> ExperimentConfig:
-    base = causal(ml100k_tim4rec.config(), max_len=200, batch_size=16)
+    base = causal(ml100k_tim4rec.config(), max_len=200, batch_size=8, epochs=20)
     return dataclasses.replace(base, name="ml100k_tim4rec_causal")

@@ -12,5 +12,5 @@ from tim4rec_jax.config import ExperimentConfig
 
 
 def config() -> ExperimentConfig:
-    base = causal(ml1m_tim4rec.config(), max_len=200, batch_size=32)
+    base = causal(ml1m_tim4rec.config(), max_len=200, batch_size=16, epochs=30)
     return dataclasses.replace(base, name="ml1m_tim4rec_causal")

@@ -63,18 +63,20 @@ FAMILY = {
 }
 
 
-# Columns: length, rows a batch, dropout.
+# Columns: length, rows a batch, epochs, dropout.
 CAUSAL = {
-    "ml1m_tim4rec_causal": (200, 32, 0.2),
-    "ml100k_tim4rec_causal": (200, 16, 0.2),
-    "beauty_tim4rec_causal": (50, 64, 0.4),
+    "ml1m_tim4rec_causal": (200, 16, 30, 0.2),
+    "ml100k_tim4rec_causal": (200, 8, 20, 0.2),
+    "beauty_tim4rec_causal": (50, 32, 10, 0.4),
 }
 
 
 @pytest.mark.parametrize("name", CAUSAL)
 def test_values_of_the_causal_experiments(name):
     config = load_config(name)
-    assert CAUSAL[name] == (config.model.max_len, config.train.batch_size, config.model.dropout)
+    train = config.train
+    assert CAUSAL[name] == (config.model.max_len, train.batch_size, train.epochs, config.model.dropout)
+    assert (train.learning_rate, train.schedule, train.warmup_steps) == (2e-3, "cosine", 40)
     assert (config.name, config.model.time_mode, config.train.positions) == (name, "causal", "all")
     assert config.data == dataclasses.replace(
         load_config(name.removesuffix("_causal")).data, timestamp_precision="int64"
