@@ -2,28 +2,31 @@
 
     python -m experiments.evaluate --run=runs/quickstart
     python -m experiments.evaluate --run=runs/quickstart --split=valid --eval.exclude_seen
+    python -m experiments.evaluate --run=runs/ml1m_tim4rec_causal --eval.max_len=1000 --output=longer.json
 
 The numbers of the test part equal those that training printed at its end (results.json), which stand beside them.
 """
 
 import argparse
 import dataclasses
+import json
 import pathlib
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import tyro
 from rich.console import Console
 from rich.table import Table
 
 from experiments.command_line import run_program
+from experiments.record import without_folders
 from tim4rec_jax.config import EvalConfig
 from tim4rec_jax.data.splits import leave_one_out
 from tim4rec_jax.evaluation.full_sort import EvaluationResult, evaluate
 from tim4rec_jax.evaluation.metrics import standard_errors
-from tim4rec_jax.run_dir import read_config, read_results
+from tim4rec_jax.run_dir import environment, read_config, read_environment, read_results, write_atomically
 from tim4rec_jax.serving.stored_run import load_log, load_model
 
 
@@ -35,11 +38,14 @@ class EvalOptions:
       batch_size: users scored at once.
       top_k: list lengths k of hit@k, ndcg@k and mrr@k.
       exclude_seen: leave items of the user's own history out of the ranking (never compare such numbers with others).
+      max_len: events of a history that are read; None is the model's max_len. More than that needs a causal
+        state-space model.
     """
 
     batch_size: int
     top_k: tuple[int, ...]
     exclude_seen: bool
+    max_len: int | None
 
 
 @dataclass(frozen=True)
@@ -50,11 +56,13 @@ class Arguments:
       run: the run folder.
       eval: settings of the ranking.
       split: the part of the log to predict.
+      output: JSON file to write the numbers to, with command, versions, device, settings and data fingerprint.
     """
 
     run: pathlib.Path
     eval: EvalOptions
     split: Literal["test", "valid"] = "test"
+    output: pathlib.Path | None = None
 
 
 def parse(argv: Sequence[str]) -> Arguments:
@@ -67,7 +75,7 @@ def parse(argv: Sequence[str]) -> Arguments:
     finder.add_argument("--run", type=pathlib.Path)
     run = finder.parse_known_args(argv)[0].run
     stored = EvalConfig() if run is None else read_config(run).eval
-    options = EvalOptions(stored.batch_size, tuple(stored.top_k), stored.exclude_seen)
+    options = EvalOptions(stored.batch_size, tuple(stored.top_k), stored.exclude_seen, stored.max_len)
     default = Arguments(run=tyro.MISSING if run is None else run, eval=options)
     return tyro.cli(Arguments, args=list(argv), default=default, prog="experiments.evaluate")
 
@@ -75,7 +83,8 @@ def parse(argv: Sequence[str]) -> Arguments:
 def recorded_metrics(arguments: Arguments) -> Mapping[str, float]:
     """The numbers training wrote for the same measurement; empty where there are none to compare with."""
     stored = read_config(arguments.run).eval
-    if arguments.split != "test" or arguments.eval.exclude_seen != stored.exclude_seen:
+    asked = arguments.eval
+    if arguments.split != "test" or (asked.exclude_seen, asked.max_len) != (stored.exclude_seen, stored.max_len):
         return {}
     try:
         return read_results(arguments.run).get("test", {})
@@ -113,16 +122,36 @@ def run(arguments: Arguments) -> EvaluationResult:
     options = arguments.eval
     settings = EvalConfig(
         batch_size=options.batch_size, top_k=options.top_k, monitor=f"ndcg@{options.top_k[0]}",
-        exclude_seen=options.exclude_seen,
+        exclude_seen=options.exclude_seen, max_len=options.max_len,
     )  # fmt: skip
     examples = getattr(leave_one_out(log), arguments.split)
     return evaluate(stored.model, stored.params, log, examples, dataclasses.replace(stored.config, eval=settings))
+
+
+def evidence(arguments: Arguments, result: EvaluationResult) -> dict[str, Any]:
+    """What an evaluation is remembered by; folders of the machine are left out."""
+    stored, trained = read_config(arguments.run), read_environment(arguments.run)
+    command = [without_folders(argument) for argument in sys.orig_argv]
+    return {
+        "environment": environment(trained["data_fingerprint"], command=command),
+        "run": {"name": stored.name, "seed": stored.train.seed, "max_len": stored.model.max_len}
+        | {"git_commit": trained["git_commit"]},
+        "split": arguments.split,
+        "eval": dataclasses.asdict(arguments.eval),
+        "users": len(result.ranks),
+        "metrics": result.metrics,
+        "standard_errors": standard_errors(result.ranks, arguments.eval.top_k) if len(result.ranks) > 1 else None,
+        "seconds": result.seconds,
+    }
 
 
 def program(argv: list[str]) -> int:
     """The program behind `main`."""
     arguments = parse(argv)
     result = run(arguments)
+    if arguments.output is not None:
+        arguments.output.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(arguments.output, (json.dumps(evidence(arguments, result), indent=1) + "\n").encode())
     Console().print(report(arguments, result, recorded_metrics(arguments)))
     return 0
 

@@ -1,10 +1,18 @@
 """Fake devices, JAX's 64-bit mode, and where the reference vectors and the real logs lie, if they are there."""
 
+import atexit
 import os
 import pathlib
+import shutil
+import tempfile
 
 # Before JAX starts: several devices to shard over, all of them this processor.
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=4".strip()
+
+# What takes long to compile is compiled once for all workers of a test run and for the programs that tests start.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="tim4rec_jax_compiled_")
+    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
 import jax
 import pytest

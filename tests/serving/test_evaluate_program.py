@@ -1,6 +1,7 @@
 """experiments.evaluate: the numbers of the library, from the run folder alone, beside those of training."""
 
 import dataclasses
+import json
 import re
 import shutil
 
@@ -12,6 +13,7 @@ from tim4rec_jax.data.splits import leave_one_out
 from tim4rec_jax.evaluation.full_sort import evaluate
 from tim4rec_jax.models import build_model
 from tim4rec_jax.run_dir import write_results
+from tim4rec_jax.serving.stored_run import load_model
 
 CONFIG = make_config()
 EXCLUDING = dataclasses.replace(CONFIG, eval=dataclasses.replace(CONFIG.eval, exclude_seen=True))
@@ -88,10 +90,26 @@ def test_unfinished_run_is_measured_all_the_same(run, capsys):
     assert code == 0 and {row[2] for row in _rows(out).values()} == {"–"}
 
 
+def test_fewer_events_are_read_and_remembered(finished, tmp_path, log, capsys):
+    path, expected = finished
+    config = dataclasses.replace(CONFIG, eval=dataclasses.replace(CONFIG.eval, max_len=3))
+    stored = load_model(path)
+    metrics = evaluate(stored.model, stored.params, log, leave_one_out(log).test, config).metrics
+    output = tmp_path / "out" / "short.json"
+    code, out, _ = _main(capsys, f"--run={path}", "--eval.max_len=3", f"--output={output}")
+    rows, written = _rows(out), json.loads(output.read_text())
+    assert code == 0 and {row[2] for row in rows.values()} == {"–"}
+    assert written["metrics"] == metrics != expected["test"]
+    assert written["eval"]["max_len"] == 3 and written["run"]["max_len"] == CONFIG.model.max_len
+    assert written["environment"]["data_fingerprint"] == log.fingerprint and written["split"] == "test"
+    assert {name: row[0] for name, row in rows.items()} == {k: f"{v:.4f}" for k, v in metrics.items()}
+
+
 def test_refusals_are_one_line(finished, tmp_path, capsys):
     path, _ = finished
     for argv, message in [
         ([f"--run={path}", "--eval.top_k", "31"], "k=31 is larger than the catalogue of 30 items; set eval.top_k to"),
+        ([f"--run={path}", "--eval.max_len=13"], "eval.max_len=13 is over the model's max_len=12"),
         ([f"--run={tmp_path / 'nowhere'}"], f"there is no run folder {tmp_path / 'nowhere'}"),
     ]:
         code, out, err = _main(capsys, *argv)
