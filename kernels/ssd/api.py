@@ -139,7 +139,7 @@ def ssd(
       config: how the GPU kernels cut up the work, or None to derive it from the shape and `chunk_size`.
       implementation: "xla" (chunked), "reference" (step by step), "pallas_triton" (GPU kernels),
         "pallas_triton_interpreted" (the same kernels as slow plain JAX, for tests) or None for the best on this
-        platform that offers what is asked for; the kernels do not offer `starts`.
+        platform.
 
     Returns:
       y [b, l, h, p] in the dtype of x; with `return_final_state` also the state [b, h, p, n], float32 or wider.
@@ -150,16 +150,12 @@ def ssd(
 
     Source: Dao & Gu 2024 (Mamba-2), sections 3 to 6.
     """
-    if implementation is None and starts is not None:
-        implementation = "xla"
     inputs = (x, dt, A, B, C, D, dt_bias, initial_state, lengths)
     inputs, implementation = checked(inputs, chunk_size, implementation)
     starts = real_starts(starts, x.shape[:2], lengths)
     if implementation.startswith("pallas_triton"):
-        if starts is not None:
-            raise ValueError(f"implementation={implementation!r} offers no starts: use implementation='xla'")
         options = kernel_options(x, inputs[3], chunk_size, products, config, implementation)
-        y, _, state = ssd_pallas_triton(*inputs, **options, return_final_state=return_final_state)
+        y, _, state = ssd_pallas_triton(*inputs, starts=starts, **options, return_final_state=return_final_state)
     else:
         y, state = _plain(inputs, starts, None if implementation == "reference" else chunk_size)
     return (y, state) if return_final_state else y

@@ -26,6 +26,7 @@ from jax import Array
 from kernels.ssd.api import Implementation, checked, kernel_options, ssd
 from kernels.ssd.config import DEFAULT_CHUNK_SIZE, SsdConfig
 from kernels.ssd.pallas_triton import ssd_pallas_triton
+from kernels.starts import real_starts
 
 
 def _gate(y: Array, z: Array) -> tuple[Array, Array]:
@@ -46,6 +47,7 @@ def ssd_gated(
     dt_bias: Array | None = None,
     initial_state: Array | None = None,
     lengths: Array | None = None,
+    starts: Array | None = None,
     chunk_size: int = DEFAULT_CHUNK_SIZE,
     products: str | None = None,
     config: SsdConfig | None = None,
@@ -56,7 +58,7 @@ def ssd_gated(
       u = ssd(x, dt, A, B, C) silu(z),    squares[b, l, h] = sum_p u[b, l, h, p]^2
 
     Args:
-      x, dt, A, B, C, D, dt_bias, initial_state, lengths, chunk_size, products, config: as in `ssd`.
+      x, dt, A, B, C, D, dt_bias, initial_state, lengths, starts, chunk_size, products, config: as in `ssd`.
       z: [b, l, h, p] gate before its activation.
       implementation: as in `ssd`. The GPU kernels do all of it at once, but for rows cut into segments, where the gate
         comes after them: a gradient would have to make y twice.
@@ -76,9 +78,10 @@ def ssd_gated(
     if implementation.startswith("pallas_triton"):
         options = kernel_options(x, inputs[3], chunk_size, products, config, implementation)
         if options["config"].segments == 1:
-            return ssd_pallas_triton(*inputs, z, **options, return_final_state=False)[:2]
+            starts = real_starts(starts, x.shape[:2], lengths)
+            return ssd_pallas_triton(*inputs, z, starts, **options, return_final_state=False)[:2]
     y = ssd(
-        x, dt, A, B, C, D=D, dt_bias=dt_bias, initial_state=initial_state, lengths=lengths, chunk_size=chunk_size,
-        products=products, config=config, implementation=implementation,
+        x, dt, A, B, C, D=D, dt_bias=dt_bias, initial_state=initial_state, lengths=lengths, starts=starts,
+        chunk_size=chunk_size, products=products, config=config, implementation=implementation,
     )  # fmt: skip
     return _gate(y, z)

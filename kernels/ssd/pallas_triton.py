@@ -15,30 +15,35 @@ from jax import Array
 
 from kernels.ssd.config import MAX_WIDTH, SsdConfig
 from kernels.ssd.pallas_triton_vjp import Outputs, add_parts, backward
-from kernels.ssd.segments import states_before
+from kernels.ssd.segments import states_before, uncut_segments
 from kernels.ssd.tiles import (
     Plan,
     Span,
     chunk_decays,
     edge_decays,
+    load_histories,
     load_steps,
     load_tile,
     num_programs,
     open_gate,
     place,
+    reached,
     scaled,
     store_tile,
+    weigh,
 )
+from kernels.starts import history_numbers
 from kernels.triton_call import Products, triton_call, vary_together
 
 
 def _update_state(plan: Plan, state: Array, to_end: Array, total: Array, delta: Array, x: Array, B: Array) -> Array:
     """state' = total state + sum_j to_end_j delta_j x_j B_j^T"""
-    return total * state + plan.dot(scaled(x, to_end * delta), B, trans_a=True)
+    return weigh(plan, total, state) + plan.dot(scaled(x, to_end * delta), B, trans_a=True)
 
 
-def _segment_kernel(plan: Plan, x_ref, dt_ref, A_ref, B_ref, bias_ref, lengths_ref, added_ref, log_ref) -> None:
+def _segment_kernel(plan: Plan, x_ref, dt_ref, A_ref, B_ref, bias_ref, lengths_ref, *rest) -> None:
     """The state that a segment adds to nothing, and its total log decay."""
+    numbers_ref, added_ref, log_ref = rest if plan.packed else (None, *rest)
     row, segment, group, head, _, split = place(plan, 1, plan.config.width_splits)
     columns = plan.columns(split)
     states = plan.states
@@ -46,9 +51,10 @@ def _segment_kernel(plan: Plan, x_ref, dt_ref, A_ref, B_ref, bias_ref, lengths_r
 
     def walk(chunk: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
         state, log_total = carry
-        positions = Span((segment * plan.num_chunks + chunk) * plan.chunk, plan.chunk, plan.length)
+        index = segment * plan.num_chunks + chunk
+        positions = Span(index * plan.chunk, plan.chunk, plan.length)
         delta = load_steps(dt_ref, row, positions, head, bias, row_length).delta
-        _, to_end, total = edge_decays(delta * A)
+        _, to_end, total = edge_decays(delta * A, load_histories(plan, numbers_ref, row, index))
         x = load_tile(x_ref, row, positions, head, columns)
         B = load_tile(B_ref, row, positions, group, states)
         return _update_state(plan, state, to_end, total, delta, x, B), log_total + jnp.sum(delta * A)
@@ -65,6 +71,7 @@ def _forward_kernel(plan: Plan, keep_states: bool, *refs: Any) -> None:
     x_ref, dt_ref, A_ref, B_ref, C_ref, D_ref, bias_ref, lengths_ref, *rest = refs
     initial_ref = rest.pop(0) if plan.has_initial or plan.segments > 1 else None
     z_ref = rest.pop(0) if plan.gated else None
+    numbers_ref = rest.pop(0) if plan.packed else None
     y_ref, *rest = rest
     squares_ref = rest.pop(0) if plan.gated else None
     final_ref = rest.pop(0) if plan.wants_final else None
@@ -88,13 +95,13 @@ def _forward_kernel(plan: Plan, keep_states: bool, *refs: Any) -> None:
         index = segment * plan.num_chunks + chunk
         positions = Span(index * plan.chunk, plan.chunk, plan.length)
         delta = load_steps(dt_ref, row, positions, head, bias, row_length).delta
-        decays = chunk_decays(delta * A)
+        decays = chunk_decays(delta * A, load_histories(plan, numbers_ref, row, index))
         if keep_states:
             unless = chunk == 0 if plan.starts_from_zero else None
             store_tile(rest[0], state, row, index, head, columns, states, unless=unless)
         B, C = (load_tile(ref, row, positions, group, states) for ref in (B_ref, C_ref))
-        mixed = plan.dot(C, B, trans_b=True) * decays.between
-        y = decays.from_start[:, None] * plan.dot(C, state.astype(C.dtype), trans_b=True)
+        mixed = reached(plan, plan.dot(C, B, trans_b=True) * decays.between, decays.between)
+        y = weigh(plan, decays.from_start[:, None], plan.dot(C, state.astype(C.dtype), trans_b=True))
         x = load_tile(x_ref, row, positions, head, columns)
         y += plan.dot(mixed.astype(x.dtype), scaled(x, delta)) + D * x.astype(jnp.float32)
         state = _update_state(plan, state, decays.to_end, decays.total, delta, x, B)
@@ -128,21 +135,21 @@ def _call(plan: Plan, kernel: Any, arguments: list[Array], out_shapes: list[Any]
 
 def _forward(plan: Plan, keep_states: bool, *inputs: Array | None) -> tuple[Outputs, Array | None]:
     """Returns the outputs, and the state before each chunk [b, k, h, p, n] if it is kept."""
-    x, dt, A, B, C, D, dt_bias, initial, lengths, z = inputs
+    x, dt, A, B, C, D, dt_bias, initial, lengths, z, numbers = inputs
     state_shape = (plan.heads, plan.width, plan.state_width)
     before = None if initial is None else initial[:, None]
     if plan.segments > 1:
         added, log_total = _call(
             plan,
             _segment_kernel,
-            [x, dt, A, B, dt_bias, lengths],
+            [a for a in (x, dt, A, B, dt_bias, lengths, numbers) if a is not None],
             [
                 ((plan.batch, plan.segments, *state_shape), jnp.float32),
                 ((plan.batch, plan.segments, plan.heads), jnp.float32),
             ],
             "ssd_segments",
         )
-        before = states_before(added, log_total, initial)
+        before = states_before(added, log_total, initial, uncut=uncut_segments(plan, numbers))
     shapes = [(x.shape, x.dtype)]
     if plan.gated:
         shapes.append(((plan.config.width_splits, *dt.shape), jnp.float32))
@@ -150,7 +157,7 @@ def _forward(plan: Plan, keep_states: bool, *inputs: Array | None) -> tuple[Outp
         shapes.append(((plan.batch, plan.segments, *state_shape), jnp.float32))
     if keep_states:
         shapes.append(((plan.batch, plan.all_chunks, *state_shape), jnp.float32))
-    arguments = [x, dt, A, B, C, D, dt_bias, lengths, before, z]
+    arguments = [x, dt, A, B, C, D, dt_bias, lengths, before, z, numbers]
     y, *rest = _call(
         plan,
         lambda plan, *refs: _forward_kernel(plan, keep_states, *refs),
@@ -191,6 +198,7 @@ def ssd_pallas_triton(
     initial_state: Array | None,
     lengths: Array | None,
     z: Array | None = None,
+    starts: Array | None = None,
     *,
     config: SsdConfig,
     products: Products,
@@ -202,6 +210,7 @@ def ssd_pallas_triton(
     Args:
       x, dt, A, B, C, D, dt_bias, initial_state, lengths: as there, with B and C as [b, l, g, n] in the dtype of x.
       z: [b, l, h, p] gate before its activation, or None for no gate; rows in segments have none.
+      starts: bool [b, l] as there, false after a row's length.
       config: how the work is cut up.
       products: what becomes of float32 factors.
       interpret: run the kernels as plain JAX, on any platform.
@@ -223,7 +232,10 @@ def ssd_pallas_triton(
             raise ValueError(f"{name}={size} is over the {MAX_WIDTH} of the Triton kernels: use implementation='xla'")
     config.check(heads_per_group=heads // groups, width=width)
     shape = (batch, length, heads, groups, width, state_width)
-    plan = Plan(*shape, config, products, interpret, initial_state is not None, return_final_state, z is not None)
+    plan = Plan(
+        *shape, config, products, interpret, has_initial=initial_state is not None, wants_final=return_final_state,
+        gated=z is not None, packed=starts is not None,
+    )  # fmt: skip
     zeros = jnp.zeros(heads, jnp.float32)
     inputs = (
         x,
@@ -236,5 +248,6 @@ def ssd_pallas_triton(
         None if initial_state is None else initial_state.astype(jnp.float32),
         jnp.full(batch, length, jnp.int32) if lengths is None else lengths.astype(jnp.int32),
         None if z is None else z.astype(x.dtype),
+        None if starts is None else history_numbers(starts, plan.all_chunks * plan.chunk),
     )
     return _ssd(plan, *vary_together(*inputs))

@@ -25,27 +25,31 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from kernels.ssd.segments import states_before
+from kernels.ssd.segments import states_before, uncut_segments
 from kernels.ssd.tiles import (
     Place,
     Plan,
     Span,
     chunk_decays,
     edge_decays,
+    load_histories,
     load_steps,
     load_tile,
     lower_triangle,
     num_programs,
     open_gate,
     place,
+    reached,
     scaled,
     store_tile,
+    weigh,
 )
 from kernels.triton_call import triton_call
 
 
-def _request_kernel(plan: Plan, dy_ref, dt_ref, A_ref, C_ref, bias_ref, lengths_ref, asked_ref, log_ref) -> None:
+def _request_kernel(plan: Plan, dy_ref, dt_ref, A_ref, C_ref, bias_ref, lengths_ref, *rest) -> None:
     """What a segment's outputs ask of the state before it, and the segment's total log decay."""
+    numbers_ref, asked_ref, log_ref = rest if plan.packed else (None, *rest)
     row, segment, group, head, _, split = place(plan, 1, plan.config.width_splits)
     columns, states = plan.columns(split), plan.states
     A, bias, row_length = A_ref[head], bias_ref[head], lengths_ref[row]
@@ -55,11 +59,11 @@ def _request_kernel(plan: Plan, dy_ref, dt_ref, A_ref, C_ref, bias_ref, lengths_
         chunk = (segment + 1) * plan.num_chunks - 1 - step
         positions = Span(chunk * plan.chunk, plan.chunk, plan.length)
         delta = load_steps(dt_ref, row, positions, head, bias, row_length).delta
-        from_start, _, total = edge_decays(delta * A)
+        from_start, _, total = edge_decays(delta * A, load_histories(plan, numbers_ref, row, chunk))
         dy = load_tile(dy_ref, row, positions, head, columns)
         C = load_tile(C_ref, row, positions, group, states)
         weighted = (from_start[:, None] * dy.astype(jnp.float32)).astype(dy.dtype)
-        return total * asked + plan.dot(weighted, C, trans_a=True), log_total + jnp.sum(delta * A)
+        return weigh(plan, total, asked) + plan.dot(weighted, C, trans_a=True), log_total + jnp.sum(delta * A)
 
     zeros = jnp.zeros((columns.count, states.count), jnp.float32)
     asked, log_total = jax.lax.fori_loop(0, plan.num_chunks, walk, (zeros, jnp.float32(0)))
@@ -102,6 +106,7 @@ class _Refs(NamedTuple):
     dD: Any
     after: Any = None
     z: Any = None
+    numbers: Any = None
     d_squares: Any = None
     dz: Any = None
     d_initial: Any = None
@@ -155,38 +160,45 @@ def _walk(plan: Plan, refs: _Refs, at: Place, head: _Head, step: Array, sums: _S
         return plan.dot(scaled(values(refs.dy), decays.from_start), maps(refs.C), trans_a=True)
 
     delta, slope = load_steps(refs.dt, at.row, positions, head.index, head.bias, refs.lengths[at.row])
-    decays = chunk_decays(delta * head.A)
+    histories = load_histories(plan, refs.numbers, at.row, chunk)
+    decays = chunk_decays(delta * head.A, histories)
     narrow = refs.x.dtype
 
     # Inside the chunk.
     dy, x, B, C = values(refs.dy), values(refs.x), maps(refs.B), maps(refs.C)
     scores = plan.dot(C, B, trans_b=True)
-    d_mixed = plan.dot(dy, scaled(x, delta), trans_b=True) * decays.between
-    flows = jnp.where(lower_triangle(plan.chunk, strict=True), d_mixed * scores, 0.0)
+    d_mixed = reached(plan, plan.dot(dy, scaled(x, delta), trans_b=True) * decays.between, decays.between)
+    flows = reached(plan, jnp.where(lower_triangle(plan.chunk, strict=True), d_mixed * scores, 0.0), decays.between)
     inside = jnp.sum(flows, axis=0) - jnp.sum(flows, axis=1)
-    du = plan.dot((scores * decays.between).astype(narrow), dy, trans_a=True)
+    mixed = reached(plan, scores * decays.between, decays.between)
+    du = plan.dot(mixed.astype(narrow), dy, trans_a=True)
     d_scores = d_mixed.astype(narrow)
 
     # From the state before it to the outputs.
     before = _state_before(plan, refs, at, head, chunk)
     dC = plan.dot(scaled(dy, decays.from_start), before.astype(narrow))
+    dC = reached(plan, dC, decays.from_start[:, None])
     arriving = jnp.sum(dC * C.astype(jnp.float32), axis=1)
-    through = decays.total * jnp.sum(sums.state * before)
+    through = weigh(plan, decays.total, jnp.sum(sums.state * before))
     add_to(refs.dC, dC + plan.dot(d_scores, B))
 
     # From the inputs to the state after it.
     after, x, B = sums.state.astype(narrow), values(refs.x), maps(refs.B)
-    dB = plan.dot(scaled(x, decays.to_end * delta), after)
+    dB = reached(plan, plan.dot(scaled(x, decays.to_end * delta), after), decays.to_end[:, None])
     leaving = inside + jnp.sum(dB * B.astype(jnp.float32), axis=1)
     add_to(refs.dB, dB + plan.dot(d_scores, maps(refs.C), trans_a=True))
 
     # Over position k flows what arrives at it or later from before the chunk, what leaves the chunk from earlier
-    # positions, what goes from earlier positions to it or later, and what passes through the whole chunk.
-    later = lower_triangle(plan.chunk)
-    d_log_decay = jnp.sum(jnp.where(later, arriving[:, None], leaving[:, None]), axis=0) + through
+    # positions, what goes from earlier positions to it or later, and what passes through the whole chunk; each of it
+    # in one history, and nothing over its start.
+    crossing = jnp.where(lower_triangle(plan.chunk), arriving[:, None], leaving[:, None])
+    if histories is not None:
+        crossing = jnp.where(histories.together(), crossing, 0.0)
+    d_log_decay = jnp.sum(crossing, axis=0) + through
 
     x, dy = values(refs.x), values(refs.dy)
-    du += plan.dot(scaled(maps(refs.B), decays.to_end), after, trans_b=True)
+    from_after = plan.dot(scaled(maps(refs.B), decays.to_end), after, trans_b=True)
+    du += reached(plan, from_after, decays.to_end[:, None])
     if plan.gated:
         # Before dx takes the place of dy, for the other threads too.
         asked = ask()
@@ -196,7 +208,7 @@ def _walk(plan: Plan, refs: _Refs, at: Place, head: _Head, step: Array, sums: _S
     d_delta = head.A * d_log_decay + jnp.sum(x_wide * du, axis=1)
     store_tile(refs.ddt, d_delta * slope, at.split, at.row, positions, head.index)
     return _Sums(
-        decays.total * sums.state + (asked if plan.gated else ask()),
+        weigh(plan, decays.total, sums.state) + (asked if plan.gated else ask()),
         sums.A + jnp.sum(d_log_decay * delta),
         sums.D + jnp.sum(dy_wide * x_wide),
     )
@@ -208,11 +220,11 @@ def _pull_through_gate(plan: Plan, refs: _Refs, at: Place, head: _Head, chunk: A
     here = (at.row, positions, head.index, plan.columns(at.split))
     there = (at.row, positions, at.group, plan.states)
     delta = load_steps(refs.dt, at.row, positions, head.index, head.bias, refs.lengths[at.row]).delta
-    decays = chunk_decays(delta * head.A)
+    decays = chunk_decays(delta * head.A, load_histories(plan, refs.numbers, at.row, chunk))
     state = _state_before(plan, refs, at, head, chunk)
     B, C, x = load_tile(refs.B, *there), load_tile(refs.C, *there), load_tile(refs.x, *here)
-    mixed = plan.dot(C, B, trans_b=True) * decays.between
-    y = decays.from_start[:, None] * plan.dot(C, state.astype(C.dtype), trans_b=True)
+    mixed = reached(plan, plan.dot(C, B, trans_b=True) * decays.between, decays.between)
+    y = weigh(plan, decays.from_start[:, None], plan.dot(C, state.astype(C.dtype), trans_b=True))
     y += plan.dot(mixed.astype(x.dtype), scaled(x, delta)) + head.D * x.astype(jnp.float32)
     gate = open_gate(load_tile(refs.z, *here))
     d_squares = load_tile(refs.d_squares, at.row, positions, head.index)
@@ -270,13 +282,13 @@ def _call(plan: Plan, kernel: Any, arguments: list[Array], shapes: list[Any], he
 
 def _states_after(plan: Plan, residuals: tuple[Any, ...], dy: Array, d_final: Array | None) -> Array | None:
     """Gradient of the state after each segment, [b, s, h, p, n], or None for zeros."""
-    _, dt, A, _, C, _, dt_bias, _, lengths, *_ = residuals
+    _, dt, A, _, C, _, dt_bias, _, lengths, _, numbers, _ = residuals
     if plan.segments == 1:
         return None if d_final is None else d_final[:, None]
     asked, log_total = _call(
         plan,
         _request_kernel,
-        [dy, dt, A, C, dt_bias, lengths],
+        [a for a in (dy, dt, A, C, dt_bias, lengths, numbers) if a is not None],
         [
             ((plan.batch, plan.segments, plan.heads, plan.width, plan.state_width), jnp.float32),
             ((plan.batch, plan.segments, plan.heads), jnp.float32),
@@ -284,7 +296,7 @@ def _states_after(plan: Plan, residuals: tuple[Any, ...], dy: Array, d_final: Ar
         1,
         "ssd_requests",
     )
-    return states_before(asked, log_total, d_final, reverse=True)
+    return states_before(asked, log_total, d_final, uncut=uncut_segments(plan, numbers), reverse=True)
 
 
 def backward(plan: Plan, residuals: tuple[Any, ...], cotangents: Outputs) -> tuple[Array | None, ...]:
@@ -292,14 +304,14 @@ def backward(plan: Plan, residuals: tuple[Any, ...], cotangents: Outputs) -> tup
 
     Args:
       plan: static numbers of the call.
-      residuals: the inputs (x, dt, A, B, C, D, dt_bias, initial state or None, lengths, z or None), and the states
-        before each chunk.
+      residuals: the inputs (x, dt, A, B, C, D, dt_bias, initial state or None, lengths, z or None, numbers of the
+        histories or None), and the states before each chunk.
       cotangents: gradients by the outputs; None where there is no such output.
 
     Returns:
-      One gradient for each input; None for lengths and for what is not there.
+      One gradient for each input; None for integers and for what is not there.
     """
-    x, dt, A, B, C, D, dt_bias, initial, lengths, z, states = residuals
+    x, dt, A, B, C, D, dt_bias, initial, lengths, z, numbers, states = residuals
     dy, d_squares, d_final = cotangents
     count, splits = plan.config.heads_per_program, plan.config.width_splits
     parts = plan.heads // plan.groups // count * splits
@@ -309,7 +321,7 @@ def backward(plan: Plan, residuals: tuple[Any, ...], cotangents: Outputs) -> tup
     map_shape = ((parts, *B.shape), map_dtype)
     per_head = ((splits, plan.batch, plan.segments, plan.heads), jnp.float32)
     read = {"x": x, "dt": dt, "A": A, "B": B, "C": C, "D": D, "bias": dt_bias, "lengths": lengths, "states": states}
-    read |= {"dy": dy.astype(x.dtype), "after": after, "z": z, "d_squares": d_squares}
+    read |= {"dy": dy.astype(x.dtype), "after": after, "z": z, "numbers": numbers, "d_squares": d_squares}
     read = {name: a for name, a in read.items() if a is not None}
     written = {"dx": (x.shape, x.dtype), "ddt": ((splits, *dt.shape), jnp.float32)}
     written |= {"dB": map_shape, "dC": map_shape, "dA": per_head, "dD": per_head}
@@ -339,6 +351,7 @@ def backward(plan: Plan, residuals: tuple[Any, ...], cotangents: Outputs) -> tup
         gradients["d_initial"][:, 0] if initial is not None else None,
         None,
         gradients.get("dz"),
+        None,
     )
 
 

@@ -32,6 +32,7 @@ class Plan:
       has_initial: there is an initial state.
       wants_final: the final state is an output.
       gated: outputs are multiplied by silu(z), and their sums of squares are an output.
+      packed: rows hold several histories.
     """
 
     batch: int
@@ -46,6 +47,7 @@ class Plan:
     has_initial: bool
     wants_final: bool = False
     gated: bool = False
+    packed: bool = False
 
     @property
     def chunk(self) -> int:
@@ -209,8 +211,62 @@ def open_gate(z: Array) -> Gate:
     return Gate(opening, share * (1.0 + z - opening))
 
 
+class Histories(NamedTuple):
+    """Numbers of the histories that positions of a chunk belong to, as `kernels.starts.history_numbers` gives them.
+
+    Attributes:
+      number: [c], of each position.
+      sooner: [c], of the position before each.
+      first, last: [], of the last position before the chunk, and of the chunk's own last position.
+    """
+
+    number: Array
+    sooner: Array
+    first: Array
+    last: Array
+
+    def together(self) -> Array:
+        """[c, c] bool, true for positions of one history."""
+        return self.number[:, None] == self.number[None, :]
+
+    def edges(self) -> tuple[Array, Array, Array]:
+        """Bool [c], [c] and []: which positions go on with what was before, which go on at the end, and whether all."""
+        return self.number == self.first, self.number == self.last, self.first == self.last
+
+    def sum_up(self, a: Array) -> Array:
+        """Sums a [c] up to each position, over those positions whose history began before them and is the same one.
+
+        Sums of one history take nothing from another: not its rounding, nor what its strong decay would cancel.
+        """
+        joined = lower_triangle(a.shape[0]) & (self.number[:, None] == self.sooner[None, :])
+        return jnp.sum(jnp.where(joined, a[None, :], 0.0), axis=1)
+
+    def sum_last(self, a: Array) -> Array:
+        """Result of `sum_up` at the chunk's last position."""
+        return jnp.sum(jnp.where(self.sooner == self.last, a, 0.0))
+
+
+def load_histories(plan: Plan, numbers_ref: Any, row: Any, chunk: Any) -> Histories | None:
+    """Loads the numbers of a chunk, or gives None where every row is one history."""
+    if not plan.packed:
+        return None
+    first = chunk * plan.chunk
+    sooner, number = (pltriton.load(numbers_ref.at[row, pl.ds(first + k, plan.chunk)]) for k in (0, 1))
+    return Histories(number, sooner, numbers_ref[row, first], numbers_ref[row, first + plan.chunk])
+
+
+def reached(plan: Plan, tile: Array, decay: Array) -> Array:
+    """Among several histories, sets a tile to 0 where decay factors are, for another history may have overflowed."""
+    return jnp.where(decay == 0.0, 0.0, tile) if plan.packed else tile
+
+
+def weigh(plan: Plan, decay: Array, tile: Array) -> Array:
+    """Multiplies by decay factors; 0 wins as in `reached`."""
+    return reached(plan, decay * tile, decay)
+
+
 class Decays(NamedTuple):
-    """Decay factors of a chunk.
+    """Decay factors of a chunk, 0 from one history to another.
 
     Attributes:
       between: [c, c], from position j (after it) to position i, with ones on the diagonal and zeros above it.
@@ -225,25 +281,35 @@ class Decays(NamedTuple):
     total: Array
 
 
-def chunk_decays(log_decay: Array) -> Decays:
+def chunk_decays(log_decay: Array, histories: Histories | None) -> Decays:
     """Builds the decay factors from log decays [c], with the exact coarse sums of `kernels.ssd.xla`."""
-    edges = edge_decays(log_decay)
+    edges = edge_decays(log_decay, histories)
+    sum_up = jnp.cumsum if histories is None else histories.sum_up
     coarse, fine = _split(log_decay)
-    coarse_sum, fine_sum = jnp.cumsum(coarse), jnp.cumsum(fine)
+    coarse_sum, fine_sum = sum_up(coarse), sum_up(fine)
     segments = (coarse_sum[:, None] - coarse_sum[None, :]) + (fine_sum[:, None] - fine_sum[None, :])
+    joined = lower_triangle(log_decay.shape[0])
+    if histories is not None:
+        joined &= histories.together()
     # The mask comes before exp: above the diagonal the sums are positive and overflow for strong decay.
-    between = jnp.exp(jnp.where(lower_triangle(log_decay.shape[0]), segments, -jnp.inf))
+    between = jnp.exp(jnp.where(joined, segments, -jnp.inf))
     return Decays(between, *edges)
 
 
-def edge_decays(log_decay: Array) -> tuple[Array, Array, Array]:
+def edge_decays(log_decay: Array, histories: Histories | None) -> tuple[Array, Array, Array]:
     """`from_start`, `to_end` and `total` of `Decays` alone."""
+    sum_up, sum_last = (jnp.cumsum, jnp.sum) if histories is None else (histories.sum_up, histories.sum_last)
     coarse, fine = _split(log_decay)
-    coarse_total, fine_total = jnp.sum(coarse), jnp.sum(fine)
-    coarse_sum, fine_sum = jnp.cumsum(coarse), jnp.cumsum(fine)
-    from_start = jnp.exp(coarse_sum + fine_sum)
-    to_end = jnp.exp((coarse_total - coarse_sum) + (fine_total - fine_sum))
-    return from_start, to_end, jnp.exp(coarse_total + fine_total)
+    coarse_total, fine_total = sum_last(coarse), sum_last(fine)
+    coarse_sum, fine_sum = sum_up(coarse), sum_up(fine)
+    from_first, with_last, throughout = (None,) * 3 if histories is None else histories.edges()
+    from_start = _exp_where(from_first, coarse_sum + fine_sum)
+    to_end = _exp_where(with_last, (coarse_total - coarse_sum) + (fine_total - fine_sum))
+    return from_start, to_end, _exp_where(throughout, coarse_total + fine_total)
+
+
+def _exp_where(mask: Array | None, log_decay: Array) -> Array:
+    return jnp.exp(log_decay if mask is None else jnp.where(mask, log_decay, -jnp.inf))
 
 
 def _split(log_decay: Array) -> tuple[Array, Array]:
