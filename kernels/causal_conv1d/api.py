@@ -56,7 +56,7 @@ def causal_conv1d(
       initial: [b, K - 1, c], x before the first position, as `causal_conv1d_tail` returns it; or None for zeros.
       implementation: "xla" (shifted products), "reference" (window by window), "pallas_triton" (GPU kernels),
         "pallas_triton_interpreted" (the same kernels as slow plain JAX, for tests), or None for the best known on
-        this platform that offers what is asked for; the kernels offer neither `starts` nor `initial`.
+        this platform that offers what is asked for; the kernels do not offer `initial`.
       config: how the GPU kernels cut up the work, or None to derive it from the shape.
 
     Returns:
@@ -72,20 +72,20 @@ def causal_conv1d(
     _check_initial(initial, x, weight.shape[0])
     starts = real_starts(starts, x.shape[:2])
     activation_named(activation)
-    asked = [name for name, array in (("starts", starts), ("initial", initial)) if array is not None]
-    implementation = implementation or ("xla" if asked else default_implementation())
+    implementation = implementation or (default_implementation() if initial is None else "xla")
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"implementation={implementation!r} must be one of {IMPLEMENTATIONS}, or None")
     if implementation == "reference":
         return causal_conv1d_reference(x, weight, bias, starts, initial, activation=activation)
     if implementation == "xla":
         return causal_conv1d_xla(x, weight, bias, starts, initial, activation=activation)
-    if asked:
-        raise ValueError(f"implementation={implementation!r} offers no {asked[0]}: use implementation='xla'")
+    if initial is not None:
+        raise ValueError(f"implementation={implementation!r} offers no initial: use implementation='xla'")
     return causal_conv1d_pallas_triton(
         x,
         weight,
         bias,
+        starts,
         activation=activation,
         config=config,
         interpret=implementation == "pallas_triton_interpreted",

@@ -9,6 +9,9 @@ the K - 1 that a segment shares with its neighbour. Bytes in device memory per e
             once: 2 * 4 (K + 1) / (strips * positions of a strip), 0.1 for 8 rows of 50 positions and K 4
 
 The backward pass needs nothing but x from the forward one: it computes the values before the activation again.
+
+Where a row holds several histories, both passes also read one byte a position: its depth, how many of the K - 1
+positions before it are of its history. That says which inputs it sees, and to which its gradient flows.
 """
 
 import functools
@@ -25,6 +28,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
 
 from kernels.causal_conv1d.config import MAX_TAPS, CausalConv1dConfig, default_config
+from kernels.starts import positions_before
 from kernels.triton_call import triton_call, vary_together
 
 # Powers of 2 take one instruction where exp takes eight; in bfloat16, instructions are about as scarce as bytes.
@@ -40,6 +44,7 @@ class Plan:
       activation: its name.
       config: how the work is cut up.
       interpret: run as plain JAX.
+      packed: rows hold several histories.
     """
 
     batch: int
@@ -49,6 +54,7 @@ class Plan:
     activation: str
     config: CausalConv1dConfig
     interpret: bool
+    packed: bool
 
     @cached_property
     def strip_length(self) -> int:
@@ -163,55 +169,86 @@ def _load_run(plan: Plan, place: Place, ref: Any, step: Any, count: int) -> tupl
     return tuple(_load(plan, place, ref, step + u) for u in range(count))
 
 
+def _load_depths(plan: Plan, place: Place, ref: Any, step: Any, count: int) -> tuple[Array | None, ...]:
+    """Loads int32 [s, 1] at `count` positions; outside a row there is 0. Rows of one history have None."""
+
+    def load(step: Any) -> Array:
+        at = ref.at[place.row, place.start + step]
+        return pltriton.load(at, mask=step < place.end, other=jnp.zeros((), ref.dtype)).astype(jnp.int32)
+
+    return tuple(load(step + u) if plan.packed else None for u in range(count))
+
+
+def _seen(tiles: Sequence[Array], back: Sequence[int], depths: Sequence[Array | None]) -> list[Array]:
+    """Sets tiles [s, c] to 0 where a position of some depth does not see the one that is so far back."""
+    return [
+        tile if depth is None or distance == 0 else jnp.where(depth >= distance, tile, 0.0)
+        for tile, distance, depth in zip(tiles, back, depths, strict=True)
+    ]
+
+
 def _forward_kernel(plan: Plan, x_ref: Any, weight_ref: Any, *rest: Any) -> None:
-    *bias_ref, y_ref = rest
+    depths_ref = rest[-2] if plan.packed else None
+    *bias_ref, y_ref = rest[:-2] + rest[-1:] if plan.packed else rest
     unroll, taps = plan.config.forward_unroll, plan.taps
+    back = range(taps - 1, -1, -1)
     place = _place(plan, plan.strip_length)
     weight, bias = _load_parameters(plan, place, weight_ref, *bias_ref)
 
-    def walk(block: Array, x: tuple[Array, ...]) -> tuple[Array, ...]:
+    def walk(block: Array, carry: tuple[tuple[Array, ...], ...]) -> tuple[tuple[Array, ...], ...]:
+        x, depths = carry
         step = block * unroll
         # Memory answers while the present positions are worked on.
         following = _load_run(plan, place, x_ref, step + unroll, unroll)
+        following_depths = _load_depths(plan, place, depths_ref, step + unroll, unroll)
         for u in range(unroll):
-            value, _ = _value_and_slope(plan.activation, _weighted(weight, x[u : u + taps], bias))
+            window = _seen(x[u : u + taps], back, [depths[u]] * taps)
+            value, _ = _value_and_slope(plan.activation, _weighted(weight, window, bias))
             _store(plan, place, y_ref, step + u, value)
-        return (*x[unroll:], *following)
+        return (*x[unroll:], *following), following_depths
 
     before = _load_run(plan, place, x_ref, 1 - taps, taps - 1)
     x = (*before, *_load_run(plan, place, x_ref, 0, unroll))
-    jax.lax.fori_loop(0, -(-plan.strip_length // unroll), walk, x)
+    depths = _load_depths(plan, place, depths_ref, 0, unroll)
+    jax.lax.fori_loop(0, -(-plan.strip_length // unroll), walk, (x, depths))
 
 
 def _backward_kernel(plan: Plan, x_ref: Any, weight_ref: Any, *rest: Any) -> None:
     """Gradients of x, written K - 1 positions behind the walk, and the strips' share of those of the parameters."""
-    *bias_ref, dy_ref, dx_ref, partial_ref = rest
+    *bias_ref, dy_ref, dx_ref, partial_ref = rest[:-3] + rest[-2:] if plan.packed else rest
+    depths_ref = rest[-3] if plan.packed else None
     unroll, taps = plan.config.backward_unroll, plan.taps
+    back = range(taps)
     num_steps = plan.strip_length + taps - 1
     place = _place(plan, num_steps)
     weight, bias = _load_parameters(plan, place, weight_ref, *bias_ref)
 
     def walk(block: Array, carry: tuple[tuple[Array, ...], ...]) -> tuple[tuple[Array, ...], ...]:
-        x, dy, dpre, sums = carry
+        x, dy, dpre, sums, depths = carry
         step = block * unroll
         following = [_load_run(plan, place, ref, step + unroll, unroll) for ref in (x_ref, dy_ref)]
+        following_depths = _load_depths(plan, place, depths_ref, step + unroll, unroll)
         for u in range(unroll):
-            window = x[u : u + taps]
+            window = _seen(x[u : u + taps], back[::-1], [depths[u + taps - 1]] * taps)
             _, slope = _value_and_slope(plan.activation, _weighted(weight, window, bias))
             dpre = (*dpre, dy[u] * slope)
             # The next segment counts what lies in it.
             mine = dpre[-1] if plan.segments == 1 else jnp.where(step + u < plan.strip_length, dpre[-1], 0.0)
             shares = [mine * values for values in window] + [mine] * len(bias_ref)
             sums = tuple(total + share for total, share in zip(sums, shares, strict=True))
-            dx = _weighted(weight[::-1], dpre[-taps:])
+            dx = _weighted(weight[::-1], _seen(dpre[-taps:], back, depths[u : u + taps]))
             _store(plan, place, dx_ref, step + u - (taps - 1), dx)
-        return (*x[unroll:], *following[0]), following[1], dpre[unroll:], sums
+        depths = (*depths[unroll:], *following_depths)
+        return (*x[unroll:], *following[0]), following[1], dpre[unroll:], sums, depths
 
     before = _load_run(plan, place, x_ref, 1 - taps, taps - 1)
     x, dy = (_load_run(plan, place, ref, 0, unroll) for ref in (x_ref, dy_ref))
     zeros = jnp.zeros((plan.config.strips, plan.config.channels), jnp.float32)
-    carry = (*before, *x), dy, (zeros,) * (taps - 1), (zeros,) * (taps + len(bias_ref))
-    *_, sums = jax.lax.fori_loop(0, -(-num_steps // unroll), walk, carry)
+    # Before a strip no gradient is kept, whatever the depths there.
+    outside = (jnp.zeros((plan.config.strips, 1), jnp.int32) if plan.packed else None,) * (taps - 1)
+    depths = (*outside, *_load_depths(plan, place, depths_ref, 0, unroll))
+    carry = (*before, *x), dy, (zeros,) * (taps - 1), (zeros,) * (taps + len(bias_ref)), depths
+    *_, sums, _ = jax.lax.fori_loop(0, -(-num_steps // unroll), walk, carry)
     for index, total in enumerate(sums):
         _store_sum(plan, place, partial_ref, index, total)
 
@@ -231,8 +268,8 @@ def _call(plan: Plan, kernel: Any, num_warps: int, arguments: list[Array], out_s
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _causal_conv1d(plan: Plan, x: Array, weight: Array, bias: Array | None) -> Array:
-    arguments = [x, weight] if bias is None else [x, weight, bias[None, :]]
+def _causal_conv1d(plan: Plan, x: Array, weight: Array, bias: Array | None, depths: Array | None) -> Array:
+    arguments = [a for a in (x, weight, None if bias is None else bias[None, :], depths) if a is not None]
     warps = plan.config.forward_warps
     return _call(plan, _forward_kernel, warps, arguments, [(x.shape, x.dtype)], "causal_conv1d_forward")[0]
 
@@ -242,22 +279,29 @@ def _vjp_forward(plan: Plan, *inputs: Array | None) -> tuple[Array, tuple[Array 
 
 
 def _vjp_backward(plan: Plan, inputs: tuple[Array | None, ...], dy: Array) -> tuple[Array | None, ...]:
-    x, weight, bias = inputs
-    arguments = [x, weight, dy] if bias is None else [x, weight, bias[None, :], dy]
+    x, weight, bias, depths = inputs
+    arguments = [a for a in (x, weight, None if bias is None else bias[None, :], dy, depths) if a is not None]
     partial_shape = (plan.strip_blocks, plan.taps + (bias is not None), plan.channels)
     shapes = [(x.shape, x.dtype), (partial_shape, jnp.float32)]
     warps = plan.config.backward_warps
     dx, partial = _call(plan, _backward_kernel, warps, arguments, shapes, "causal_conv1d_backward")
     sums = jnp.sum(partial, axis=0)
     dbias = None if bias is None else sums[-1].astype(bias.dtype)
-    return dx, sums[: plan.taps].astype(weight.dtype), dbias
+    return dx, sums[: plan.taps].astype(weight.dtype), dbias, None
 
 
 _causal_conv1d.defvjp(_vjp_forward, _vjp_backward)
 
 
 def causal_conv1d_pallas_triton(
-    x: Array, weight: Array, bias: Array | None, *, activation: str, config: CausalConv1dConfig | None, interpret: bool
+    x: Array,
+    weight: Array,
+    bias: Array | None,
+    starts: Array | None,
+    *,
+    activation: str,
+    config: CausalConv1dConfig | None,
+    interpret: bool,
 ) -> Array:
     """Runs the kernels; arguments and result as in `kernels.causal_conv1d.causal_conv1d`.
 
@@ -276,5 +320,7 @@ def causal_conv1d_pallas_triton(
         raise ValueError(f"x {x.shape} is empty: the GPU kernels of causal_conv1d want every size at least 1")
     config = config or default_config(batch=x.shape[0], length=x.shape[1], channels=x.shape[2])
     config.check()
-    plan = Plan(*x.shape, taps=taps, activation=activation, config=config, interpret=interpret)
-    return _causal_conv1d(plan, *vary_together(x, weight, bias))
+    packed = starts is not None
+    plan = Plan(*x.shape, taps=taps, activation=activation, config=config, interpret=interpret, packed=packed)
+    depths = positions_before(starts, taps - 1) if packed else None
+    return _causal_conv1d(plan, *vary_together(x, weight, bias, depths))

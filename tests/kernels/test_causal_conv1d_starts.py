@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels.causal_conv1d import causal_conv1d, causal_conv1d_tail
+from kernels.causal_conv1d import IMPLEMENTATIONS, causal_conv1d, causal_conv1d_tail
+from kernels.causal_conv1d.config import CausalConv1dConfig
 from tests.kernels.packed import histories, marked
 from tests.kernels.test_causal_conv1d import assert_near, by_pytorch
 from tests.quick_jit import quick_jit
@@ -23,32 +24,53 @@ STARTS = {
     "everywhere": [range(LENGTH)] * BATCH,
 }
 
-by_implementation = pytest.mark.parametrize("implementation", ["reference", "xla"])
+KERNELS = "pallas_triton_interpreted"
+# Strips and channels that do not exist, blocks of positions that do not divide a strip, strips shorter than 8 taps.
+CUTS = {
+    "rows": CausalConv1dConfig(
+        channels=2, strips=2, segments=1, forward_unroll=3, backward_unroll=2, forward_warps=1, backward_warps=1
+    ),
+    "segments": CausalConv1dConfig(
+        channels=8, strips=4, segments=3, forward_unroll=2, backward_unroll=3, forward_warps=1, backward_warps=1
+    ),
+}
+PLAIN = ["reference", "xla"]
+
+by_plain = pytest.mark.parametrize("implementation", PLAIN)
+by_implementation = pytest.mark.parametrize("implementation", [*PLAIN, *CUTS])
 by_taps = pytest.mark.parametrize("taps", [1, 2, 4, 8])
 
 
 @functools.cache
-def inputs(taps):
-    """x, weight, bias, initial and dy in float64 with float32 values."""
+def inputs(taps, implementation="xla"):
+    """x, weight, bias, initial and dy in float64 with float32 values; kernels have zeros as initial."""
     rng = np.random.default_rng(taps)
     of_x = (BATCH, LENGTH, CHANNELS)
     shapes = of_x, (taps, CHANNELS), (CHANNELS,), (BATCH, taps - 1, CHANNELS), of_x
-    return [rng.normal(size=shape).astype(np.float32).astype(np.float64) for shape in shapes]
+    arrays = [rng.normal(size=shape).astype(np.float32).astype(np.float64) for shape in shapes]
+    if implementation in CUTS:
+        arrays[3] = np.zeros_like(arrays[3])
+    return arrays
 
 
 @functools.cache
 def program(implementation):
-    """Jitted (x, weight, bias, initial or None, dy, starts) -> y and the gradient by all but starts."""
+    """Jitted (x, weight, bias, initial or None, dy, starts) -> y and the gradient by all but starts.
+
+    An implementation is a plain one, or a cut of the kernels, which take no initial.
+    """
 
     @quick_jit
     def run(x, weight, bias, initial, dy, starts):
         options = {"activation": "silu", "implementation": implementation}
+        if implementation in CUTS:
+            options |= {"implementation": KERNELS, "config": CUTS[implementation]}
 
         def apply(x, weight, bias, initial):
             return causal_conv1d(x, weight, bias, starts=starts, initial=initial, **options)
 
-        y, pull = jax.vjp(apply, x, weight, bias, initial)
-        return [y, *pull(dy)]
+        y, pull = jax.vjp(apply, x, weight, bias, None if implementation in CUTS else initial)
+        return [a for a in (y, *pull(dy)) if a is not None]
 
     return run
 
@@ -71,22 +93,26 @@ def alone(x, weight, bias, initial, dy, starts):
 
 
 @functools.cache
-def truth(taps, name):
-    return alone(*inputs(taps), marked((BATCH, LENGTH), *STARTS[name]))
+def truth(taps, name, implementation):
+    return alone(*inputs(taps, implementation), marked((BATCH, LENGTH), *STARTS[name]))
 
 
 def check(implementation, taps, name, dtype):
-    given = [jnp.asarray(a, dtype) for a in inputs(taps)]
+    given = [jnp.asarray(a, dtype) for a in inputs(taps, implementation)]
     actual = program(implementation)(*given, marked((BATCH, LENGTH), *STARTS[name]))
     assert {a.dtype for a in actual} == {jnp.dtype(dtype)}
-    # With one tap nothing comes from before.
-    kept = slice(None) if taps > 1 else slice(-1)
-    assert_near(actual[kept], truth(taps, name)[kept], TOLERANCES[dtype])
+    # With one tap nothing comes from before, and kernels take nothing from there.
+    kept = slice(5 if taps > 1 and implementation in PLAIN else 4)
+    assert_near(actual[kept], truth(taps, name, implementation)[kept], TOLERANCES[dtype])
+
+
+def test_the_suite_knows_every_implementation():
+    assert {*PLAIN, KERNELS} == set(IMPLEMENTATIONS) - {"pallas_triton"}
 
 
 @by_taps
 @pytest.mark.parametrize("name", STARTS)
-@by_implementation
+@by_plain
 def test_each_history_alone_in_float64(implementation, name, taps, x64):
     check(implementation, taps, name, "float64")
 
@@ -95,6 +121,11 @@ def test_each_history_alone_in_float64(implementation, name, taps, x64):
 @by_implementation
 def test_each_history_alone_in_float32(implementation, name):
     check(implementation, 4, name, "float32")
+
+
+@pytest.mark.parametrize("taps", [1, 2, 8])
+def test_kernels_with_other_numbers_of_taps(taps):
+    check("segments", taps, "some", "float32")
 
 
 @hypothesis.settings(max_examples=30, deadline=None)
@@ -110,21 +141,24 @@ def test_any_starts_as_by_the_definition(bits):
 @by_implementation
 def test_no_history_feels_another(implementation, value):
     """Not by one bit, whatever the other holds."""
-    x, weight, bias, initial, dy = (jnp.asarray(a, jnp.float32) for a in inputs(4))
+    x, weight, bias, initial, dy = (jnp.asarray(a, jnp.float32) for a in inputs(4, implementation))
     starts = marked((BATCH, LENGTH), (3, 7), (3, 7), (3, 7))
     run = program(implementation)
-    y, dx, _, _, d_initial = run(x, weight, bias, initial, dy, starts)
+    y, dx, _, _, *d_initial = run(x, weight, bias, initial, dy, starts)
     changed = run(x.at[:, 3:7].set(value), weight, bias, initial, dy, starts)
     for a, b in ((changed[0], y), (changed[1], dx)):
         np.testing.assert_array_equal(a[:, :3], b[:, :3])
         np.testing.assert_array_equal(a[:, 7:], b[:, 7:])
         assert (a[:, 3:7] != b[:, 3:7]).any()
-    np.testing.assert_array_equal(changed[4], d_initial)
+    other = run(x, weight, bias, initial, dy.at[:, 3:7].set(value), starts)[1]
+    for part in (slice(3), slice(7, LENGTH)):
+        np.testing.assert_array_equal(other[:, part], dx[:, part])
+    np.testing.assert_array_equal(changed[4:], d_initial)
 
 
 @by_implementation
 def test_bfloat16_stays_bfloat16(implementation):
-    x, weight, bias, initial, dy = (jnp.asarray(a, jnp.bfloat16) for a in inputs(4))
+    x, weight, bias, initial, dy = (jnp.asarray(a, jnp.bfloat16) for a in inputs(4, implementation))
     starts = marked((BATCH, LENGTH), *STARTS["some"])
     actual = program(implementation)(x, weight, bias, initial, dy, starts)
     assert {a.dtype for a in actual} == {jnp.dtype(jnp.bfloat16)}
@@ -181,10 +215,8 @@ def test_bad_arguments():
     with pytest.raises(ValueError, match="initial is bfloat16, expected float32, the dtype of x"):
         causal_conv1d(x, weight, initial=initial.astype(jnp.bfloat16))
     for kernels in ("pallas_triton", "pallas_triton_interpreted"):
-        for name, array in (("starts", starts), ("initial", initial)):
-            message = f"implementation='{kernels}' offers no {name}: use implementation='xla'"
-            with pytest.raises(ValueError, match=message):
-                causal_conv1d(x, weight, **{name: array}, implementation=kernels)
+        with pytest.raises(ValueError, match=f"implementation='{kernels}' offers no initial: use implementation='xla'"):
+            causal_conv1d(x, weight, starts=starts, initial=initial, implementation=kernels)
     with pytest.raises(ValueError, match=r"x has shape \(3, 11\), expected \[b, l, c\]"):
         causal_conv1d_tail(x[..., 0], 4)
     with pytest.raises(ValueError, match="K=0 must be at least 1"):

@@ -27,8 +27,8 @@ SPILLED = {
 SHARED_LIMIT = 100 * 1024
 
 
-def programs(shape, *, dtype=jnp.float32, products="tfloat32", config=None):
-    """The kernels of the value and all gradients."""
+def programs(shape, *, dtype=jnp.float32, products="tfloat32", config=None, packed=False):
+    """The kernels of the value and all gradients; with `packed`, of rows that hold several histories."""
     batch, length, heads, width, state = shape
 
     def array(*sizes, dtype=dtype):
@@ -45,11 +45,12 @@ def programs(shape, *, dtype=jnp.float32, products="tfloat32", config=None):
         "dt_bias": per_head,
     }
 
-    def gradients(arrays, dy):
+    def gradients(arrays, dy, starts):
         apply = functools.partial(ssd, implementation="pallas_triton", products=products, config=config)
-        return jax.vjp(lambda arrays: apply(**arrays), arrays)[1](dy)
+        return jax.vjp(lambda arrays: apply(**arrays, starts=starts), arrays)[1](dy)
 
-    return capture(gradients, arrays, arrays["x"])
+    starts = array(batch, length, dtype=jnp.bool_) if packed else None
+    return capture(gradients, arrays, arrays["x"], starts)
 
 
 def report(kernel, capability, label):

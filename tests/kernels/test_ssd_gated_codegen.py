@@ -21,8 +21,8 @@ SPILLED = {
 }
 
 
-def programs(shape, *, dtype=jnp.float32, products="tfloat32", config=None):
-    """The kernels of the values and all gradients."""
+def programs(shape, *, dtype=jnp.float32, products="tfloat32", config=None, packed=False):
+    """The kernels of the values and all gradients; with `packed`, of rows that hold several histories."""
     batch, length, heads, width, state = shape
 
     def array(*sizes, dtype=dtype):
@@ -33,11 +33,12 @@ def programs(shape, *, dtype=jnp.float32, products="tfloat32", config=None):
     arrays = {"x": values, "dt": steps, "A": per_head, "B": maps, "C": maps, "z": values, "D": per_head}
     arrays["dt_bias"] = per_head
 
-    def gradients(arrays, cotangents):
+    def gradients(arrays, cotangents, starts):
         apply = functools.partial(ssd_gated, implementation="pallas_triton", products=products, config=config)
-        return jax.vjp(lambda arrays: apply(**arrays), arrays)[1](cotangents)
+        return jax.vjp(lambda arrays: apply(**arrays, starts=starts), arrays)[1](cotangents)
 
-    return capture(gradients, arrays, (values, steps))
+    starts = array(batch, length, dtype=jnp.bool_) if packed else None
+    return capture(gradients, arrays, (values, steps), starts)
 
 
 def check(kernels, label, spilled):
