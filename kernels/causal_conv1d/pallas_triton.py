@@ -188,8 +188,8 @@ def _seen(tiles: Sequence[Array], back: Sequence[int], depths: Sequence[Array | 
 
 
 def _forward_kernel(plan: Plan, x_ref: Any, weight_ref: Any, *rest: Any) -> None:
-    depths_ref = rest[-2] if plan.packed else None
-    *bias_ref, y_ref = rest[:-2] + rest[-1:] if plan.packed else rest
+    *given, y_ref = rest
+    *bias_ref, depths_ref = given if plan.packed else (*given, None)
     unroll, taps = plan.config.forward_unroll, plan.taps
     back = range(taps - 1, -1, -1)
     place = _place(plan, plan.strip_length)
@@ -215,8 +215,8 @@ def _forward_kernel(plan: Plan, x_ref: Any, weight_ref: Any, *rest: Any) -> None
 
 def _backward_kernel(plan: Plan, x_ref: Any, weight_ref: Any, *rest: Any) -> None:
     """Gradients of x, written K - 1 positions behind the walk, and the strips' share of those of the parameters."""
-    *bias_ref, dy_ref, dx_ref, partial_ref = rest[:-3] + rest[-2:] if plan.packed else rest
-    depths_ref = rest[-3] if plan.packed else None
+    *given, dy_ref, dx_ref, partial_ref = rest
+    *bias_ref, depths_ref = given if plan.packed else (*given, None)
     unroll, taps = plan.config.backward_unroll, plan.taps
     back = range(taps)
     num_steps = plan.strip_length + taps - 1
@@ -267,9 +267,13 @@ def _call(plan: Plan, kernel: Any, num_warps: int, arguments: list[Array], out_s
     )
 
 
+def _given(x: Array, weight: Array, bias: Array | None, depths: Array | None) -> list[Array]:
+    return [a for a in (x, weight, None if bias is None else bias[None, :], depths) if a is not None]
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _causal_conv1d(plan: Plan, x: Array, weight: Array, bias: Array | None, depths: Array | None) -> Array:
-    arguments = [a for a in (x, weight, None if bias is None else bias[None, :], depths) if a is not None]
+    arguments = _given(x, weight, bias, depths)
     warps = plan.config.forward_warps
     return _call(plan, _forward_kernel, warps, arguments, [(x.shape, x.dtype)], "causal_conv1d_forward")[0]
 
@@ -280,7 +284,7 @@ def _vjp_forward(plan: Plan, *inputs: Array | None) -> tuple[Array, tuple[Array 
 
 def _vjp_backward(plan: Plan, inputs: tuple[Array | None, ...], dy: Array) -> tuple[Array | None, ...]:
     x, weight, bias, depths = inputs
-    arguments = [a for a in (x, weight, None if bias is None else bias[None, :], dy, depths) if a is not None]
+    arguments = [*_given(x, weight, bias, depths), dy]
     partial_shape = (plan.strip_blocks, plan.taps + (bias is not None), plan.channels)
     shapes = [(x.shape, x.dtype), (partial_shape, jnp.float32)]
     warps = plan.config.backward_warps

@@ -216,12 +216,10 @@ class Histories(NamedTuple):
 
     Attributes:
       number: [c], of each position.
-      sooner: [c], of the position before each.
       first, last: [], of the last position before the chunk, and of the chunk's own last position.
     """
 
     number: Array
-    sooner: Array
     first: Array
     last: Array
 
@@ -233,30 +231,18 @@ class Histories(NamedTuple):
         """Bool [c], [c] and []: which positions go on with what was before, which go on at the end, and whether all."""
         return self.number == self.first, self.number == self.last, self.first == self.last
 
-    def sum_up(self, a: Array) -> Array:
-        """Sums a [c] up to each position, over those positions whose history began before them and is the same one.
-
-        Sums of one history take nothing from another: not its rounding, nor what its strong decay would cancel.
-        """
-        joined = lower_triangle(a.shape[0]) & (self.number[:, None] == self.sooner[None, :])
-        return jnp.sum(jnp.where(joined, a[None, :], 0.0), axis=1)
-
-    def sum_last(self, a: Array) -> Array:
-        """Result of `sum_up` at the chunk's last position."""
-        return jnp.sum(jnp.where(self.sooner == self.last, a, 0.0))
-
 
 def load_histories(plan: Plan, numbers_ref: Any, row: Any, chunk: Any) -> Histories | None:
     """Loads the numbers of a chunk, or gives None where every row is one history."""
     if not plan.packed:
         return None
     first = chunk * plan.chunk
-    sooner, number = (pltriton.load(numbers_ref.at[row, pl.ds(first + k, plan.chunk)]) for k in (0, 1))
-    return Histories(number, sooner, numbers_ref[row, first], numbers_ref[row, first + plan.chunk])
+    number = pltriton.load(numbers_ref.at[row, pl.ds(first + 1, plan.chunk)])
+    return Histories(number, numbers_ref[row, first], numbers_ref[row, first + plan.chunk])
 
 
 def reached(plan: Plan, tile: Array, decay: Array) -> Array:
-    """Among several histories, sets a tile to 0 where decay factors are, for another history may have overflowed."""
+    """Among several histories, sets a tile to 0 where decay factors are: also what has overflowed in another one."""
     return jnp.where(decay == 0.0, 0.0, tile) if plan.packed else tile
 
 
@@ -284,9 +270,8 @@ class Decays(NamedTuple):
 def chunk_decays(log_decay: Array, histories: Histories | None) -> Decays:
     """Builds the decay factors from log decays [c], with the exact coarse sums of `kernels.ssd.xla`."""
     edges = edge_decays(log_decay, histories)
-    sum_up = jnp.cumsum if histories is None else histories.sum_up
-    coarse, fine = _split(log_decay)
-    coarse_sum, fine_sum = sum_up(coarse), sum_up(fine)
+    coarse, fine = _split(log_decay, histories)
+    coarse_sum, fine_sum = jnp.cumsum(coarse), jnp.cumsum(fine)
     segments = (coarse_sum[:, None] - coarse_sum[None, :]) + (fine_sum[:, None] - fine_sum[None, :])
     joined = lower_triangle(log_decay.shape[0])
     if histories is not None:
@@ -298,10 +283,9 @@ def chunk_decays(log_decay: Array, histories: Histories | None) -> Decays:
 
 def edge_decays(log_decay: Array, histories: Histories | None) -> tuple[Array, Array, Array]:
     """`from_start`, `to_end` and `total` of `Decays` alone."""
-    sum_up, sum_last = (jnp.cumsum, jnp.sum) if histories is None else (histories.sum_up, histories.sum_last)
-    coarse, fine = _split(log_decay)
-    coarse_total, fine_total = sum_last(coarse), sum_last(fine)
-    coarse_sum, fine_sum = sum_up(coarse), sum_up(fine)
+    coarse, fine = _split(log_decay, histories)
+    coarse_total, fine_total = jnp.sum(coarse), jnp.sum(fine)
+    coarse_sum, fine_sum = jnp.cumsum(coarse), jnp.cumsum(fine)
     from_first, with_last, throughout = (None,) * 3 if histories is None else histories.edges()
     from_start = _exp_where(from_first, coarse_sum + fine_sum)
     to_end = _exp_where(with_last, (coarse_total - coarse_sum) + (fine_total - fine_sum))
@@ -312,9 +296,26 @@ def _exp_where(mask: Array | None, log_decay: Array) -> Array:
     return jnp.exp(log_decay if mask is None else jnp.where(mask, log_decay, -jnp.inf))
 
 
-def _split(log_decay: Array) -> tuple[Array, Array]:
+def _split(log_decay: Array, histories: Histories | None) -> tuple[Array, Array]:
+    if histories is not None:
+        return _split_for_exact_sums(log_decay)
     coarse = jnp.floor(log_decay * _COARSE_STEPS) * (1.0 / _COARSE_STEPS)
     return coarse, log_decay - coarse
+
+
+def _split_for_exact_sums(log_decay: Array) -> tuple[Array, Array]:
+    """Rounds log decays [c] so that both parts have exact sums over a chunk, in 24 bits.
+
+    Differences of sums inside one history then lose what others added before it to the last bit, whatever that was, and
+    also the step that leads to it. For c = 32 the parts are multiples of 2^-11 and 2^-30.
+    """
+    size = log_decay.shape[0]
+    coarse_step = size * 2.0**-16
+    fine_step = size * coarse_step * 2.0**-24
+    # Nothing is left of a state after this decay in float32.
+    log_decay = jnp.maximum(log_decay, -128.0)
+    coarse = jnp.floor(log_decay * (1.0 / coarse_step)) * coarse_step
+    return coarse, jnp.floor((log_decay - coarse) * (1.0 / fine_step) + 0.5) * fine_step
 
 
 def lower_triangle(size: int, *, strict: bool = False) -> Array:

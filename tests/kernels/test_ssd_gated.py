@@ -11,6 +11,7 @@ import torch
 from jax.sharding import PartitionSpec as P
 
 from kernels.ssd import IMPLEMENTATIONS, SsdConfig, ssd_gated
+from tests.kernels.packed import marked
 from tests.kernels.ssd_cases import assert_near
 from tests.quick_jit import quick_jit
 from tests.torch_reference.ssd import ssd_sequential
@@ -75,13 +76,13 @@ def truth(arrays, lengths, weights):
 
 @functools.cache
 def program(implementation, config=None, products=None):
-    """Jitted (arrays, lengths or None, weights) -> u, sums of squares, gradients."""
+    """Jitted (arrays, lengths or None, weights, starts or None) -> u, sums of squares, gradients."""
 
     @quick_jit
-    def run(arrays, lengths, weights):
+    def run(arrays, lengths, weights, starts=None):
         def apply(arrays):
             options = {"config": config, "products": products, "implementation": implementation}
-            return ssd_gated(**arrays, lengths=lengths, **options)
+            return ssd_gated(**arrays, lengths=lengths, starts=starts, **options)
 
         outputs, pull = jax.vjp(apply, arrays)
         return *outputs, pull(jax.tree.map(lambda w, o: w.astype(o.dtype), weights, outputs))[0]
@@ -116,6 +117,53 @@ def test_every_cut(name):
     shape, changes = CUTS[name]
     config = dataclasses.replace(PLAIN, **changes)
     check(shape, program(KERNELS, config, "float32" if "groups" in name else None))
+
+
+PACKED = marked(RAGGED[:2], (0, 15, 16, 30), (7,), (9, 10, 20))
+PACKED_CUTS = {
+    "heads in one program": {"heads_per_program": 2},
+    "segments": {"segments": 3},
+}
+
+
+@pytest.mark.parametrize("name", PACKED_CUTS)
+def test_rows_of_several_histories(name):
+    """As by the definition, whose output of each history is that of `ssd`."""
+    arrays, weights = inputs(RAGGED)
+    lengths, config = jnp.array([33, 30, 17]), dataclasses.replace(PLAIN, **PACKED_CUTS[name])
+    actual, expected = (
+        run(arrays, lengths, weights, PACKED) for run in (program(KERNELS, config), program("reference"))
+    )
+    assert_near(actual[0], expected[0], 2e-5, "u")
+    assert_near(actual[1], expected[1], 2e-5, "sums of squares")
+    for array, gradient in expected[2].items():
+        assert_near(actual[2][array], gradient, 1e-4, f"gradient by {array}")
+
+
+@pytest.mark.parametrize("changed", ["x", "dt", "B", "C", "z", "dy"])
+def test_no_history_feels_another(changed):
+    """Not by one bit, also where a neighbour's values are huge."""
+    arrays, weights = inputs(RAGGED)
+    config = dataclasses.replace(PLAIN, **PACKED_CUTS["heads in one program"])
+    run = program(KERNELS, config)
+
+    def results(arrays):
+        arrays = {name: jnp.asarray(a, jnp.float32) for name, a in arrays.items()}
+        dy = arrays.pop("dy")
+        u, squares, gradients = run(arrays, jnp.array([33, 30, 17]), (dy, weights[1]), PACKED)
+        return {"u": u, "squares": squares} | gradients
+
+    given = {name: np.asarray(a) for name, a in (arrays | {"dy": weights[0]}).items()}
+    other = {name: np.array(a) for name, a in given.items()}
+    # Sums of squares overflow beyond this.
+    other[changed][0, 16:30] *= -1e15
+    both = [results(a) for a in (other, given)]
+    for name in ("u", "squares", "x", "dt", "B", "C", "z"):
+        a, b = (np.array(result[name]) for result in both)
+        assert np.array_equal(a[0, 16:30], b[0, 16:30]) == (changed == "dy" and name in ("u", "squares"))
+        a[0, 16:30] = b[0, 16:30] = 0
+        np.testing.assert_array_equal(a, b, err_msg=name)
+    np.testing.assert_array_equal(both[0]["initial_state"], both[1]["initial_state"])
 
 
 def test_only_rows_in_segments_are_gated_after_the_kernels():

@@ -23,15 +23,15 @@ SHAPE = (BATCH, LENGTH)
 # A case, and where histories begin.
 CASES = {
     "some": (Case(LENGTH, 2), [(13, 14, 40), (49,), ()]),
-    "at position 0, before an initial state": (Case(LENGTH, 4, initial=True), [(0,), (0, 25), (7,)]),
-    "at borders of chunks": (Case(LENGTH, 4, initial=True), [(16, 32, 48), (15, 31, 47), (17, 33, 49)]),
-    "everywhere": (Case(LENGTH, None, initial=True), [range(LENGTH)] * 3),
-    "strong decay": (Case(LENGTH, 4, initial=True, step_scale=3.0), [(5, 20), (0, 1, 2, 3), (24,)]),
-    "rows that end": (Case(LENGTH, 1, lengths=(50, 0, 17), initial=True), [(3, 44), (0, 10), (4, 16, 17, 30)]),
+    "at position 0, before an initial state": (Case(LENGTH, 2, initial=True), [(0,), (0, 25), (7,)]),
+    "at borders of chunks": (Case(LENGTH, 2, initial=True), [(16, 32, 48), (15, 31, 47), (17, 33, 49)]),
+    "everywhere": (Case(LENGTH, 2, initial=True), [range(LENGTH)] * 3),
+    "strong decay": (Case(LENGTH, 2, initial=True, step_scale=3.0), [(5, 20), (0, 1, 2, 3), (24,)]),
+    "rows that end": (Case(LENGTH, None, lengths=(50, 0, 17), initial=True), [(3, 44), (0, 10), (4, 16, 17, 30)]),
 }
 KERNELS = "pallas_triton_interpreted"
 WHOLE = SsdConfig(chunk_size=16, segments=1, heads_per_program=1, width_splits=1, forward_warps=2, backward_warps=2)
-PARTS = dataclasses.replace(WHOLE, segments=4)
+PARTS = dataclasses.replace(WHOLE, segments=4, heads_per_program=2)
 # An implementation, and its chunk size or how kernels cut up the work.
 PLAIN = [("reference", 64), ("xla", 16), ("xla", 64)]
 FORMS = [*PLAIN, (KERNELS, WHOLE), (KERNELS, PARTS)]
@@ -44,7 +44,7 @@ def form_name(value):
 
 by_case = pytest.mark.parametrize("name", CASES)
 by_form = pytest.mark.parametrize(("implementation", "cut"), FORMS, ids=form_name)
-by_implementation = pytest.mark.parametrize(("implementation", "cut"), [FORMS[0], *FORMS[2:]], ids=form_name)
+by_implementation = pytest.mark.parametrize(("implementation", "cut"), [FORMS[0], *FORMS[2::2]], ids=form_name)
 
 
 def options(implementation, cut):
@@ -186,7 +186,7 @@ def test_products_across_histories_may_overflow(implementation, cut):
 @by_implementation
 def test_a_history_does_not_see_the_step_that_leads_to_it(implementation, cut):
     """A step at a start decays nothing, however long: float32 sums that held it would have no digits for the others."""
-    case, starts = Case(LENGTH, 1), marked(SHAPE, (0, 20, 40), (9,), (17, 18))
+    case, starts = Case(LENGTH, 2), marked(SHAPE, (0, 20, 40), (9,), (17, 18))
     arrays = inputs(case) | {name: np.array(inputs(case)[name]) for name in ("x", "dt")}
     arrays["dt"][starts], arrays["x"][starts] = 2.0**24, 2.0**-24
     weights = cotangents(case)
@@ -212,7 +212,17 @@ def test_bfloat16_is_close(implementation, cut):
         assert_near(gradient, expected[2][name], 2e-2, f"gradient by {name}")
 
 
-@pytest.mark.parametrize(("implementation", "cut"), FORMS[1:], ids=form_name)
+def test_segments_of_several_chunks():
+    """Of 32 positions, two chunks: histories begin at borders of either, and in segments one after the other."""
+    case = Case(90, 2, lengths=(90, 85, 40), initial=True)
+    starts = marked((BATCH, 90), (32, 64), (16, 31, 63, 70), (5, 33))
+    actual = program(KERNELS, dataclasses.replace(PARTS, segments=3))(
+        in_dtype(inputs(case), "float32"), starts, jnp.array(case.lengths), *in_dtype(cotangents(case), "float32")
+    )
+    assert_all_near(actual, alone(sequential, inputs(case), starts, case.lengths, *cotangents(case)), "float32")
+
+
+@pytest.mark.parametrize(("implementation", "cut"), FORMS[1::3], ids=form_name)
 def test_no_starts_are_starts_that_are_false(implementation, cut):
     case = CASES["some"][0]
     arrays, (dy, dstate) = in_dtype((inputs(case), cotangents(case)), "float32")

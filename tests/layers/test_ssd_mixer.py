@@ -29,9 +29,10 @@ def variables_and_input():
     return params, u, options
 
 
-def run(changes):
+def run(changes, starts=None):
     """Output, gradients by parameters and input, and what was left for looking at."""
     params, u, options = variables_and_input()
+    options["starts"] = starts
 
     def apply(params, u):
         (out, _), seen = mixer(**changes).apply({"params": params}, u, **options, mutable=["intermediates"])
@@ -50,6 +51,15 @@ def test_one_kernel_equals_the_steps():
     plain, fused = run({}), run(FUSED)
     near(fused[0], plain[0], 2e-6)
     jax.tree.map(lambda a, b: near(a, b, 2e-5), fused[1], plain[1])
+
+
+def test_one_kernel_equals_the_steps_on_rows_of_several_histories():
+    starts = jnp.zeros((2, 20), bool).at[0, jnp.array([0, 7, 16])].set(True).at[1, 17].set(True)
+    plain, fused = run({}, starts), run(FUSED | {"conv_implementation": "pallas_triton_interpreted"}, starts)
+    near(fused[0], plain[0], 2e-6)
+    jax.tree.map(lambda a, b: near(a, b, 2e-5), fused[1], plain[1])
+    # Where histories begin is what makes the difference.
+    assert np.abs(run(FUSED)[0] - fused[0])[0, 7:].max() > 1e-2 * np.abs(fused[0]).max()
 
 
 def test_one_kernel_in_bfloat16():

@@ -1,4 +1,4 @@
-"""Training with the GPU kernels, interpreted, against training with plain JAX."""
+"""Training with the GPU kernels, interpreted, against training with plain JAX: on prefixes and on all positions."""
 
 import dataclasses
 import functools
@@ -12,6 +12,7 @@ from tests.quick_jit import quick_jit
 from tim4rec_jax import ExperimentConfig, ModelConfig, TrainConfig, build_model
 from tim4rec_jax.data.length_groups import LengthGroup
 from tim4rec_jax.data.loader import Batch
+from tim4rec_jax.data.packed_loader import PackedBatch
 from tim4rec_jax.training.step import init_state, make_optimizer, train_step
 
 ROWS, MAX_LEN, VOCAB, STEPS = 6, 18, 40, 20
@@ -82,6 +83,56 @@ def test_the_step_that_is_run_has_kernels_in_it():
     for kernel in ("ssd_gated_forward", "ssd_gated_backward", "causal_conv1d_forward", "causal_conv1d_backward"):
         assert kernel in program, kernel
     assert program.count("pallas_call") > 6
+
+
+PACKED_STEPS = 5
+# Two histories and padding in a row, which has 18 positions.
+PACKED = dataclasses.replace(MODEL, name="tim4rec", time_mode="causal")
+
+
+def packed_batches():
+    rng = np.random.default_rng(6)
+    position = np.arange(MAX_LEN)
+    for _ in range(PACKED_STEPS):
+        second, end = (np.sort(rng.integers(1, MAX_LEN + 1, (ROWS, 2)), axis=1).T)[:, :, None]
+        starts, inside = (position == 0) | (position == second) | (position == end), position < end
+        items, targets = ((rng.integers(1, VOCAB, inside.shape) * inside).astype(np.int32) for _ in range(2))
+        times = (np.cumsum(rng.integers(0, 10_000, inside.shape), axis=1) * inside).astype(np.float32)
+        batch = PackedBatch(items, starts, times, targets, inside.astype(np.float32))
+        yield jax.tree.map(jnp.asarray, batch)
+
+
+def packed_step(name):
+    """The step, jitted, and the state before the first one."""
+    model_changes, train_changes = KERNELS.get(name, ({}, {}))
+    train = TrainConfig(batch_size=ROWS, positions="all", **train_changes)
+    config = ExperimentConfig(name="steps", model=dataclasses.replace(PACKED, **model_changes), train=train)
+    model, optimizer = build_model(config.model), make_optimizer(train, PACKED_STEPS)
+    state = init_state(model, optimizer, train.seed)
+    groups = (LengthGroup(MAX_LEN, ROWS),)
+    return functools.partial(train_step, model, optimizer, config, groups, GivenBatches()), state
+
+
+def packed_losses(name):
+    step, state = packed_step(name)
+    step, values = quick_jit(step), []
+    for batch in packed_batches():
+        state, loss = step(state, (), batch)
+        values.append(float(loss))
+    return np.array(values)
+
+
+def test_steps_on_all_positions_follow_plain_jax():
+    plain = packed_losses("plain")
+    assert plain[-1] != plain[0]
+    np.testing.assert_allclose(packed_losses("everything"), plain, rtol=1e-5)
+
+
+def test_the_step_on_all_positions_has_kernels_in_it():
+    step, state = packed_step("everything")
+    program = str(jax.make_jaxpr(step)(state, (), next(packed_batches())))
+    for kernel in ("ssd_gated_forward", "ssd_gated_backward", "causal_conv1d_forward", "causal_conv1d_backward"):
+        assert kernel in program, kernel
 
 
 def test_a_fused_loss_is_for_cross_entropy_only():

@@ -107,8 +107,8 @@ class SSDMixer(nn.Module):
         dt, channel = self._timed_steps(dt, channel, example_ids, deterministic=deterministic, carry=True, **options)
         x = x.reshape(*x.shape[:2], config.num_heads, config.head_dim)
         self.sow("intermediates", "step_size", step_size(dt, self.dt_bias))
-        if starts is None and (config.ssd_implementation or "").startswith("pallas_triton"):
-            return self._gated(x, dt, B, C, z), channel
+        if (config.ssd_implementation or "").startswith("pallas_triton"):
+            return self._gated(x, dt, B, C, z, starts), channel
         y = ssd(
             x, dt, -jnp.exp(self.A_log), B, C, D=self.D, dt_bias=self.dt_bias, starts=starts,
             chunk_size=config.chunk_size, implementation=config.ssd_implementation,
@@ -117,11 +117,11 @@ class SSDMixer(nn.Module):
         y = gated_rms_norm(y.reshape(z.shape), z, self.norm_scale, eps=config.norm_eps)
         return self.out_proj(y), channel
 
-    def _gated(self, x: Array, dt: Array, B: Array, C: Array, z: Array) -> Array:
+    def _gated(self, x: Array, dt: Array, B: Array, C: Array, z: Array, starts: Array | None) -> Array:
         """SSD, gate, norm and projection by the kernels, which never write the SSD's own output."""
         config = self.config
         u, squares = ssd_gated(
-            x, dt, -jnp.exp(self.A_log), B, C, z.reshape(x.shape), D=self.D, dt_bias=self.dt_bias,
+            x, dt, -jnp.exp(self.A_log), B, C, z.reshape(x.shape), D=self.D, dt_bias=self.dt_bias, starts=starts,
             chunk_size=config.chunk_size, implementation=config.ssd_implementation,
         )  # fmt: skip
         norm = {"sum_squares": jnp.sum(squares, axis=-1), "scale": self.norm_scale, "eps": config.norm_eps}
