@@ -23,17 +23,19 @@ CASES = {
 }
 
 
-def value_and_gradients(activation, dy, *given):
+def value_and_gradients(activation, dy, *given, starts=None):
     """Runs the kernels, compiled."""
-    y, pull = jax.vjp(lambda *a: causal_conv1d(*a, activation=activation, implementation="pallas_triton"), *given)
+    options = {"activation": activation, "starts": starts, "implementation": "pallas_triton"}
+    y, pull = jax.vjp(lambda *a: causal_conv1d(*a, **options), *given)
     return [y, *pull(dy)]
 
 
-def kernels_of(shape, taps, activation, dtype, *, bias=True):
-    """Captures the kernels of a value and its gradients."""
+def kernels_of(shape, taps, activation, dtype, *, bias=True, packed=False):
+    """Captures the kernels of a value and its gradients; with `packed`, of rows that hold several histories."""
     x = jax.ShapeDtypeStruct(shape, dtype)
     parameters = [jax.ShapeDtypeStruct(s, jnp.float32) for s in [(taps, shape[2]), (shape[2],)][: 1 + bias]]
-    return capture(functools.partial(value_and_gradients, activation), x, x, *parameters)
+    starts = jnp.zeros(shape[:2], bool) if packed else None
+    return capture(functools.partial(value_and_gradients, activation, starts=starts), x, x, *parameters)
 
 
 def check(kernel, capability, shape, most_registers):
