@@ -11,6 +11,7 @@ Nothing in it is a pickle. Every file is written beside its place and then renam
 """
 
 import contextlib
+import dataclasses
 import datetime
 import importlib.metadata
 import json
@@ -26,7 +27,7 @@ import jax
 import numpy as np
 import polars as pl
 
-from tim4rec_jax.config import ExperimentConfig, experiment_from_dict
+from tim4rec_jax.config import ExperimentConfig, ParallelConfig, experiment_from_dict
 
 FORMAT_VERSION = 1
 CONFIG, ENVIRONMENT, RESULTS = "config.json", "environment.json", "results.json"
@@ -39,6 +40,7 @@ CHANGEABLE_ON_RESUME = (
     *(f"train.{name}" for name in ("progress", "tensorboard")),
     *(f"data.{name}" for name in ("path", "item_path", "cache_dir")),
     "eval.batch_size",
+    *(f"parallel.{field.name}" for field in dataclasses.fields(ParallelConfig)),
 )
 
 

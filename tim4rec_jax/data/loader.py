@@ -1,6 +1,7 @@
 """Batches of training examples: gathered inside the step from a log that lies on the device, or by Grain on the host.
 
-For a seed both give the same batches in the same order, and both start at any batch of any epoch.
+For a seed both give the same batches in the same order, and both start at any batch of any epoch. A loader gives the
+places of each batch that it is asked for, all by default; places from the batch size on hold rows of weight 0.
 """
 
 from collections.abc import Callable, Iterator
@@ -90,22 +91,24 @@ class Loader(Protocol):
 
 @dataclass(frozen=True)
 class _Plan:
-    """Which examples each batch holds."""
+    """Which examples each batch holds, at the places of it that are asked for."""
 
     examples: Examples
     batch_size: int
     seed: int
+    places: range
 
     @property
     def num_batches(self) -> int:
         return -(-len(self.examples) // self.batch_size)
 
     def rows(self, order: np.ndarray, batch: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Returns users, ends and weights [b] of a batch; a short one is filled with its first example, weight 0."""
+        """Returns users, ends and weights [places] of a batch; behind its end stands its first example, weight 0."""
         chosen = order[batch * self.batch_size : (batch + 1) * self.batch_size]
-        filled = np.concatenate([chosen, np.full(self.batch_size - len(chosen), chosen[0])])
-        weights = (np.arange(self.batch_size) < len(chosen)).astype(np.float32)
-        return self.examples.users[filled], self.examples.ends[filled], weights
+        places = np.arange(self.places.start, self.places.stop)
+        real = places < len(chosen)
+        filled = chosen[np.where(real, places, 0)]
+        return self.examples.users[filled], self.examples.ends[filled], real.astype(np.float32)
 
     def examples_before(self, epoch: int, batch: int) -> int:
         return min(batch * self.batch_size, len(self.examples))
@@ -119,9 +122,10 @@ class DeviceLoader:
     """Keeps the log on the device; a payload is two integers and a weight an example, gathered inside the step."""
 
     def __init__(
-        self, log: InteractionLog, examples: Examples, *, max_len: int, batch_size: int, seed: int, precision: str
-    ) -> None:
-        self._plan = _Plan(examples, batch_size, seed)
+        self, log: InteractionLog, examples: Examples, *, max_len: int, batch_size: int, seed: int, precision: str,
+        places: range | None = None,
+    ) -> None:  # fmt: skip
+        self._plan = _Plan(examples, batch_size, seed, places or range(batch_size))
         self.num_batches = self._plan.num_batches
         self.examples_before = self._plan.examples_before
         timestamps = timestamps_for_device(log.timestamps, precision)
@@ -164,9 +168,10 @@ class GrainLoader:
     """Gathers whole batches on the host, a few ahead of the step, in Grain's threads."""
 
     def __init__(
-        self, log: InteractionLog, examples: Examples, *, max_len: int, batch_size: int, seed: int, precision: str
-    ) -> None:
-        self._plan = _Plan(examples, batch_size, seed)
+        self, log: InteractionLog, examples: Examples, *, max_len: int, batch_size: int, seed: int, precision: str,
+        places: range | None = None,
+    ) -> None:  # fmt: skip
+        self._plan = _Plan(examples, batch_size, seed, places or range(batch_size))
         self.num_batches = self._plan.num_batches
         self.examples_before = self._plan.examples_before
         self.resident = ()

@@ -65,8 +65,9 @@ class _PackedPlan:
     """Which rows each batch holds; the last epoch asked for is kept."""
 
     def __init__(
-        self, log: InteractionLog, examples: Examples, *, max_len: int, context: int | None, batch_size: int, seed: int
-    ) -> None:
+        self, log: InteractionLog, examples: Examples, *, max_len: int, context: int | None, batch_size: int, seed: int,
+        places: range,
+    ) -> None:  # fmt: skip
         if log.num_rows > np.iinfo(np.int32).max:
             raise ValueError(
                 f"the log has {log.num_rows} rows, more than the {np.iinfo(np.int32).max} of int32 indices"
@@ -74,7 +75,7 @@ class _PackedPlan:
         windows = window_histories(np.bincount(examples.users, minlength=log.num_users), max_len, context)
         first_rows = (log.offsets[windows.users] + windows.firsts).astype(np.int32)
         self.packed = PackedRows(windows, first_rows, pack_lengths(windows.ends - windows.firsts, max_len), seed)
-        self._batch_size = batch_size
+        self._batch_size, self._places = batch_size, places
         self.num_batches = -(-self.packed.pattern.num_rows // batch_size)
         self._kept: tuple[int, EpochRows] | None = None
 
@@ -84,7 +85,10 @@ class _PackedPlan:
         return self._kept[1]
 
     def positions(self, rows: EpochRows, batch: int) -> PackedPositions:
-        return self.packed.positions(rows, batch * self._batch_size, self._batch_size)
+        first = batch * self._batch_size
+        return self.packed.positions(
+            rows, first + self._places.start, len(self._places), stop=first + self._batch_size
+        )
 
     def examples_before(self, epoch: int, batch: int) -> int:
         before = self.epoch(epoch).targets_before
@@ -102,13 +106,15 @@ class PackedDeviceLoader:
       batch_size: rows of a step.
       seed: of the epochs' orders.
       precision: of timestamps, see `loader.timestamps_for_device`.
+      places: of each batch that are given, see `loader`; None is all.
     """
 
     def __init__(
         self, log: InteractionLog, examples: Examples, *, max_len: int, context: int | None, batch_size: int, seed: int,
-        precision: str,
+        precision: str, places: range | None = None,
     ) -> None:  # fmt: skip
-        self._plan = _PackedPlan(log, examples, max_len=max_len, context=context, batch_size=batch_size, seed=seed)
+        options = {"max_len": max_len, "context": context, "batch_size": batch_size, "seed": seed}
+        self._plan = _PackedPlan(log, examples, places=places or range(batch_size), **options)
         self.num_batches = self._plan.num_batches
         self.fill_share = self._plan.packed.pattern.fill_share
         self.examples_before = self._plan.examples_before
@@ -131,9 +137,10 @@ class PackedGrainLoader:
 
     def __init__(
         self, log: InteractionLog, examples: Examples, *, max_len: int, context: int | None, batch_size: int, seed: int,
-        precision: str,
+        precision: str, places: range | None = None,
     ) -> None:  # fmt: skip
-        self._plan = _PackedPlan(log, examples, max_len=max_len, context=context, batch_size=batch_size, seed=seed)
+        options = {"max_len": max_len, "context": context, "batch_size": batch_size, "seed": seed}
+        self._plan = _PackedPlan(log, examples, places=places or range(batch_size), **options)
         self.num_batches = self._plan.num_batches
         self.fill_share = self._plan.packed.pattern.fill_share
         self.examples_before = self._plan.examples_before
@@ -157,20 +164,24 @@ class PackedGrainLoader:
 PACKED_LOADERS = {"device": PackedDeviceLoader, "grain": PackedGrainLoader}
 
 
-def make_loader(config: ExperimentConfig, log: InteractionLog, examples: Examples) -> Loader:
+def make_loader(
+    config: ExperimentConfig, log: InteractionLog, examples: Examples, places: range | None = None
+) -> Loader:
     """Returns the loader that the settings ask for, by `train.positions` and `data.loader`.
 
     Args:
       config: of the run.
       log: cleaned log.
       examples: the training part.
+      places: of each batch that are given, one after the other; None is all. Those from `train.batch_size` on hold rows
+        of weight 0.
 
     Raises:
       ValueError: if timestamps do not fit, or a window's context leaves nothing to train on.
     """
     options = {
         "max_len": config.model.max_len, "batch_size": config.train.batch_size, "seed": config.train.seed,
-        "precision": config.data.timestamp_precision,
+        "precision": config.data.timestamp_precision, "places": places,
     }  # fmt: skip
     if config.train.positions == "last":
         return LOADERS[config.data.loader](log, examples, **options)

@@ -205,11 +205,11 @@ class PackedRows:
         targets = np.add.reduceat(targets, self.pattern.bounds[:-1], dtype=np.int64)[order]
         return EpochRows(order, windows, np.concatenate([[0], np.cumsum(targets)]))
 
-    def positions(self, epoch: EpochRows, first: int, num_rows: int) -> PackedPositions:
-        """Lays out `num_rows` rows from place `first` of an epoch on; rows after the last one are all padding."""
+    def positions(self, epoch: EpochRows, first: int, num_rows: int, stop: int | None = None) -> PackedPositions:
+        """Lays out `num_rows` rows from place `first` of an epoch on; rows from `stop` on are all padding."""
         pattern, windows = self.pattern, self.windows
         length = pattern.max_len
-        chosen = epoch.order[first : first + num_rows]
+        chosen = epoch.order[first : first + num_rows if stop is None else min(first + num_rows, stop)]
         counts = pattern.bounds[chosen + 1] - pattern.bounds[chosen]
         slots = _ranges(pattern.bounds[chosen], counts)
         begins = np.repeat(np.arange(len(chosen)) * length, counts) + pattern.offsets[slots]

@@ -1,7 +1,8 @@
 """Full ranking: every evaluated user's target is ranked against the whole catalogue (RecBole 1.2 protocol).
 
 No [users, v] matrix exists: users are encoded in batches and scored in tiles. Rows are sorted by length once and worked
-through in a few static lengths, so a short history is not computed at max_len.
+through in a few static lengths, so a short history is not computed at max_len. Given a mesh, its devices share the users
+of every batch; only ranks are exchanged.
 """
 
 import dataclasses
@@ -13,6 +14,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from tim4rec_jax.config import ExperimentConfig
 from tim4rec_jax.data.examples import Examples, gather_windows
@@ -72,8 +75,33 @@ def _batch_shape(num_rows: int, row_limit: int, tile_limit: int) -> tuple[int, i
     return batches, tiles, -(-rows // tiles)
 
 
-@functools.partial(jax.jit, static_argnames=("model", "max_len", "time_len", "length", "tile", "seen_len"))
+def _put(array: np.ndarray, mesh: Mesh | None, spec: P) -> jax.Array:
+    """Puts an array that every process has whole on the device, or on those of a mesh."""
+    if mesh is None:
+        return jax.device_put(array)
+    return jax.make_array_from_callback(array.shape, NamedSharding(mesh, spec), lambda index: array[index])
+
+
+@functools.partial(jax.jit, static_argnames=("mesh", "model", "max_len", "time_len", "length", "tile", "seen_len"))
 def _rank_batch(
+    params: Any, log: _DeviceLog, users: jax.Array, ends: jax.Array, *, mesh: Mesh | None, **options: Any
+) -> tuple[jax.Array, jax.Array]:
+    """Ranks one batch's targets, whose rows are shared among the devices of the mesh's first axis; see `_rank_rows`."""
+    rank_rows = functools.partial(_rank_rows, **options)
+    if mesh is None:
+        return rank_rows(params, log, users, ends)
+    axis = mesh.axis_names[0]
+
+    def rank_share(*arguments: Any) -> tuple[jax.Array, jax.Array]:
+        return jax.lax.all_gather(rank_rows(*arguments), axis, tiled=True)
+
+    specs = (P(), P(), P(axis), P(axis))
+    return jax.shard_map(rank_share, mesh=mesh, in_specs=specs, out_specs=P(), check_vma=False)(
+        params, log, users, ends
+    )
+
+
+def _rank_rows(
     params: Any,
     log: _DeviceLog,
     users: jax.Array,
@@ -86,7 +114,7 @@ def _rank_batch(
     tile: int,
     seen_len: int,
 ) -> tuple[jax.Array, jax.Array]:
-    """Ranks one batch's targets; returns ranks [b] int32 and whether all scores of a row are finite [b] bool."""
+    """Ranks the rows' targets; returns ranks [b] int32 and whether all scores of a row are finite [b] bool."""
     windows = gather_windows(*log, users, ends, max_len, xp=jnp)
     variables = {"params": params}
     # Models of fixed length ask for all their timestamps, also where fewer events are read.
@@ -138,7 +166,14 @@ class FullSortEvaluator:
     The log lies on the device from the start; a call moves nothing there.
     """
 
-    def __init__(self, model: nn.Module, log: InteractionLog, examples: Examples, config: ExperimentConfig):
+    def __init__(
+        self,
+        model: nn.Module,
+        log: InteractionLog,
+        examples: Examples,
+        config: ExperimentConfig,
+        mesh: Mesh | None = None,
+    ):
         """Lays out the batches.
 
         Args:
@@ -146,6 +181,7 @@ class FullSortEvaluator:
           log: the cleaned log.
           examples: what to predict, by user and end position.
           config: reads model.max_len, eval.max_len, data.timestamp_precision and eval.
+          mesh: devices that share the work along its first axis; None is one device.
 
         Raises:
           ValueError: without examples, for a k larger than the catalogue, or a timestamp beyond the precision.
@@ -154,13 +190,11 @@ class FullSortEvaluator:
             raise ValueError("there are 0 examples to evaluate; does the log have users with at least 3 events?")
         check_top_k(config.eval.top_k, log.num_items, "eval.top_k")
         self._max_len = positions_read(model, config)
-        self.model, self.config = model, config
+        self.model, self.config, self._mesh = model, config, mesh
         self.num_examples = len(examples.users)
-        self._log = _DeviceLog(
-            jax.device_put(np.asarray(log.items, np.int32)),
-            jax.device_put(timestamps_for_device(log.timestamps, config.data.timestamp_precision)),
-            jax.device_put(np.asarray(log.offsets, np.int32)),
-        )
+        timestamps = timestamps_for_device(log.timestamps, config.data.timestamp_precision)
+        columns = np.asarray(log.items, np.int32), timestamps, np.asarray(log.offsets, np.int32)
+        self._log = _DeviceLog(*(_put(column, mesh, P()) for column in columns))
         self._seen_len = int(examples.ends.max()) if config.eval.exclude_seen else 0
         self._batches = self._lay_out(examples, log.num_items + 1)
 
@@ -170,18 +204,20 @@ class FullSortEvaluator:
         order = np.argsort(lengths, kind="stable")
         tokens = ENCODE_TOKENS.get(jax.default_backend(), ENCODE_TOKENS_ACCELERATOR)
         tile_limit = max(1, SCORE_TILE_BYTES // (4 * max(v, self._seen_len)))
+        devices, spec = (1, P()) if self._mesh is None else (self._mesh.size, P(self._mesh.axis_names[0]))
         batches, first = [], 0
         for length in choose_lengths(
             lengths, max_len, max_groups=MAX_GROUPS, penalty=GROUP_PENALTY_TOKENS, step=LENGTH_STEP
         ):
             last = int(np.searchsorted(lengths[order], length, side="right"))
             row_limit = min(self.config.eval.batch_size, max(1, tokens // length))
-            count, tiles, tile = _batch_shape(last - first, row_limit, tile_limit)
-            for rows in np.split(order[first:last], range(tiles * tile, last - first, tiles * tile)):
+            _, tiles, tile = _batch_shape(-(-(last - first) // devices), row_limit, tile_limit)
+            size = devices * tiles * tile
+            for rows in np.split(order[first:last], range(size, last - first, size)):
                 # A short batch is filled by repeating its last row; `rows` says how many results are kept.
-                filled = np.pad(rows, (0, tiles * tile - len(rows)), mode="edge")
-                users = jax.device_put(examples.users[filled].astype(np.int32))
-                ends = jax.device_put(examples.ends[filled].astype(np.int32))
+                filled = np.pad(rows, (0, size - len(rows)), mode="edge")
+                users = _put(examples.users[filled].astype(np.int32), self._mesh, spec)
+                ends = _put(examples.ends[filled].astype(np.int32), self._mesh, spec)
                 batches.append(_Batch(rows, users, ends, length, tile))
             first = last
         return batches
@@ -202,6 +238,7 @@ class FullSortEvaluator:
                 self._log,
                 batch.users,
                 batch.ends,
+                mesh=self._mesh,
                 model=self.model,
                 max_len=self._max_len,
                 time_len=max(self._max_len, self.config.model.max_len),

@@ -110,8 +110,9 @@ def _of_rows(
 
 
 def packed_value_and_grad(
-    model: SequentialModel, config: TrainConfig, params: Any, batch: PackedBatch, rows_at_once: int, key: Array
-) -> tuple[Array, Any]:
+    model: SequentialModel, config: TrainConfig, params: Any, batch: PackedBatch, rows_at_once: int, key: Array,
+    first_id: Array | int = 0,
+) -> tuple[Array, Any]:  # fmt: skip
     """Returns the weighted sum of the cross-entropy at every position and its gradient.
 
     Rows are computed in microbatches; those of rows that only fill the batch, which come last, are left out.
@@ -122,10 +123,11 @@ def packed_value_and_grad(
       params: parameter tree.
       batch: [b, l].
       rows_at_once: rows of a microbatch, at least 1; bounds the memory.
-      key: of the step's dropout; a row's masks follow from its place in the batch.
+      key: of the step's dropout; a row's masks follow from its place in the whole batch.
+      first_id: place of the first of these rows in it.
     """
     num_rows = batch.items.shape[0]
-    ids = jnp.arange(num_rows)
+    ids = first_id + jnp.arange(num_rows)
     if rows_at_once >= num_rows:
         return _of_rows(model, config, params, batch, ids, key)
     missing = -num_rows % rows_at_once

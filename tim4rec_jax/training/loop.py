@@ -32,6 +32,7 @@ from tim4rec_jax.training.all_positions import require_packable
 from tim4rec_jax.training.checkpoint import Checkpointer
 from tim4rec_jax.training.early_stop import EarlyStop
 from tim4rec_jax.training.logging import MetricLogger, TrainingProgress, plot_training_curves, read_metrics
+from tim4rec_jax.training.parallel import Layout, make_layout
 from tim4rec_jax.training.step import TrainState, init_state, learning_rate_schedule, make_optimizer, train_step
 
 
@@ -148,7 +149,8 @@ class Trainer:
             raise ValueError("the log has 0 training examples: every user has 3 events or fewer; give longer histories")
         self.model: SequentialModel = build_model(config.model)
         require_packable(config, self.model)
-        self.loader: Loader = make_loader(config, log, self.split.train)
+        self.layout: Layout = make_layout(config.parallel)
+        self.loader: Loader = make_loader(config, log, self.split.train, self.layout.places(config.train.batch_size))
         total_steps = config.train.epochs * self.loader.num_batches
         if config.train.max_steps is not None:
             total_steps = min(total_steps, config.train.max_steps)
@@ -156,7 +158,8 @@ class Trainer:
         self.schedule = learning_rate_schedule(config.train, total_steps)
         self.optimizer = make_optimizer(config.train, total_steps)
         self.groups = self._plan_groups()
-        self.state: TrainState = init_state(self.model, self.optimizer, config.train.seed)
+        self.state: TrainState = self.layout.replicate(init_state(self.model, self.optimizer, config.train.seed))
+        self.resident = self.layout.replicate(self.loader.resident)
         self.position = Position(stop=EarlyStop(config.train.patience))
         self._step = None
         self._unfetched: list[Array] = []
@@ -164,7 +167,7 @@ class Trainer:
     def _plan_groups(self) -> tuple[LengthGroup, ...]:
         train, max_len = self.config.train, self.config.model.max_len
         options = {
-            "batch_size": train.batch_size, "microbatch_tokens": train.microbatch_tokens,
+            "batch_size": self.layout.rows_per_device(train.batch_size), "microbatch_tokens": train.microbatch_tokens,
             "platform": jax.default_backend(),
         }  # fmt: skip
         if train.positions == "all":
@@ -197,7 +200,7 @@ class Trainer:
             self._stop_requests = stop_requests
             if self.resume:
                 self._restore()
-            validate = FullSortEvaluator(self.model, self.log, self.split.valid, self.config)
+            validate = FullSortEvaluator(self.model, self.log, self.split.valid, self.config, mesh=self.layout.mesh)
             while not self.position.finished:
                 self._train_epoch()
                 self._finish_epoch(validate)
@@ -225,9 +228,10 @@ class Trainer:
                 "compiling the step for rows of "
                 + ", ".join(f"{group.length} ({group.rows} at once)" for group in self.groups)
                 + " positions"
+                + (f" on each of {self.layout.num_devices} devices" if self.layout.num_devices > 1 else "")
             )
             step = functools.partial(train_step, self.model, self.optimizer, self.config, self.groups, self.loader)
-            self._step = jax.jit(step, donate_argnums=0).lower(self.state, self.loader.resident, payload).compile()
+            self._step = self.layout.wrap(step).lower(self.state, self.resident, payload).compile()
             _return_freed_memory()
         return self._step
 
@@ -239,7 +243,8 @@ class Trainer:
         for payload in self.loader.epoch(position.epoch, position.batch):
             if done >= self.total_steps:
                 break
-            self.state, loss = self._compiled_step(payload)(self.state, self.loader.resident, payload)
+            payload = self.layout.split(payload)
+            self.state, loss = self._compiled_step(payload)(self.state, self.resident, payload)
             self._unfetched.append(loss)
             position.batch += 1
             done += 1
@@ -335,7 +340,8 @@ class Trainer:
             raise ValueError(f"{self.run_dir} has no best checkpoint; remove the folder and train again")
         step, params, info = restored
         started = time.perf_counter()
-        result = FullSortEvaluator(self.model, self.log, self.split.test, self.config)(params)
+        test = FullSortEvaluator(self.model, self.log, self.split.test, self.config, mesh=self.layout.mesh)
+        result = test(params)
         self._logger.log(
             "test", step=step, epoch=info["epoch"], seconds=time.perf_counter() - started, **result.metrics
         )

@@ -137,8 +137,13 @@ def train_step(
     state: TrainState,
     resident: Any,
     payload: Any,
+    *,
+    axis: str | None = None,
 ) -> tuple[TrainState, Array]:
     """Makes one update from the mean loss of the batch's targets.
+
+    On several devices each has its share of the batch's rows and all make the same update; what they exchange is one
+    sum of the gradients, the loss and the weight.
 
     Args:
       model, optimizer, config, loader: fixed for the run.
@@ -146,22 +151,27 @@ def train_step(
       state: is donated when jitted.
       resident: the loader's arrays on the device.
       payload: one of the loader's, see `data.loader.Loader`.
+      axis: name of the devices' axis under `jax.shard_map` or `jax.pmap`; None on one device.
 
     Returns:
       The new state and the mean loss [], both on the device.
     """
     batch = loader.batch(resident, payload)
+    # A row is named by its place in the whole batch, so that its dropout does not depend on the device.
+    first_id = 0 if axis is None else jax.lax.axis_index(axis) * batch.weights.shape[0]
     key = jax.random.fold_in(jax.random.wrap_key_data(state.key, impl="threefry2x32"), state.step)
 
     if isinstance(batch, PackedBatch):
-        total, grads = packed_value_and_grad(model, config.train, state.params, batch, groups[0].rows, key)
+        total, grads = packed_value_and_grad(model, config.train, state.params, batch, groups[0].rows, key, first_id)
     else:
 
         def loss_sum(params: Any, rows: Batch, example_ids: Array) -> Array:
-            return _loss_sum(model, config.train, params, rows, example_ids, key)
+            return _loss_sum(model, config.train, params, rows, first_id + example_ids, key)
 
         total, grads = grouped_value_and_grad(loss_sum, state.params, batch, groups)
     weight = jnp.sum(batch.weights)
+    if axis is not None:
+        total, weight, grads = jax.lax.psum((total, weight, grads), axis)
     grads = jax.tree.map(lambda g: g / weight, grads)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
