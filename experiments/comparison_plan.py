@@ -13,7 +13,7 @@ import tyro
 from experiments import train
 from experiments.command_line import parse_settings
 from experiments.configs import DATA_NAMES, MODEL_NAMES, load_config
-from tim4rec_jax.config import DataConfig, EvalConfig, ExperimentConfig, ModelConfig, TrainConfig
+from tim4rec_jax.config import DataConfig, EvalConfig, ExperimentConfig, ModelConfig, ParallelConfig, TrainConfig
 from tim4rec_jax.run_dir import CHANGEABLE_ON_RESUME, CONFIG, read_config, read_environment
 
 # Settings that a model's numbers do not depend on, and those that the data answer for by their fingerprint.
@@ -34,7 +34,7 @@ class Arguments:
     """Trains models on one log with several seeds each and compares them.
 
     Attributes:
-      model, data, train, eval: settings for every model, each an option by its path.
+      model, data, train, eval, parallel: settings for every model, each an option by its path.
       data_set: the data, by the first part of an experiment's name.
       models: names, separated by commas.
       seeds: how many, counted up from 2020, or the seeds themselves, separated by commas ("7," is seed 7 alone).
@@ -52,6 +52,7 @@ class Arguments:
     data: DataConfig
     train: TrainConfig
     eval: EvalConfig
+    parallel: ParallelConfig
     data_set: Annotated[str, tyro.conf.arg(aliases=("--data",))]
     models: str = ",".join(MODEL_NAMES)
     seeds: str = "3"
@@ -190,7 +191,7 @@ def parse(argv: Sequence[str]) -> tuple[Arguments, Plan]:
     arguments, configs, overrides = None, {}, {}
     for model in parse_models(found.models):
         base = load_config(f"{found.data}_{model}")
-        default = Arguments(base.model, base.data, base.train, base.eval, found.data, found.models)
+        default = Arguments(base.model, base.data, base.train, base.eval, base.parallel, found.data, found.models)
         arguments = parse_settings(
             Arguments, others, default, prog="experiments.compare",
             description=f"Data: {', '.join(DATA_NAMES)}. Models: {', '.join(MODEL_NAMES)}.",
@@ -222,7 +223,17 @@ def _resolved(base: ExperimentConfig, arguments: Arguments) -> ExperimentConfig:
         raise ValueError("--eval.baselines is not for comparisons: popularity and Markov stand beside all models")
     # Measured once for all runs; what costs a training of its own is a model of the comparison.
     measured = dataclasses.replace(arguments.eval, baselines=("popularity",))
-    return ExperimentConfig(base.name, arguments.model, arguments.data, settings, measured)
+    require_one_process(arguments.parallel)
+    return ExperimentConfig(base.name, arguments.model, arguments.data, settings, measured, arguments.parallel)
+
+
+def require_one_process(parallel: ParallelConfig) -> None:
+    """Raises ValueError where each of many runs would have to be started on several machines."""
+    if parallel.several_processes:
+        raise ValueError(
+            "--parallel.coordinator and --parallel.distributed are for experiments.train: here each run is one process "
+            "on this machine, on all its devices; train the runs one by one to spread them over machines"
+        )
 
 
 def _own_settings(configs: Mapping[str, ExperimentConfig], accepted: bool) -> dict[str, dict[str, Any]]:

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from experiments.command_line import parse_settings
-from experiments.comparison_plan import flat, parse_seeds
+from experiments.comparison_plan import flat, parse_seeds, require_one_process
 from experiments.configs import config_names, load_config
-from tim4rec_jax.config import DataConfig, EvalConfig, ExperimentConfig, ModelConfig, TrainConfig
+from tim4rec_jax.config import DataConfig, EvalConfig, ExperimentConfig, ModelConfig, ParallelConfig, TrainConfig
 from tim4rec_jax.run_dir import CHANGEABLE_ON_RESUME, write_atomically
 
 PLAN = "sweep_plan.json"
@@ -31,7 +31,7 @@ class Arguments:
     """Trains an experiment with several values of some settings; give --grid, or --space and --trials.
 
     Attributes:
-      model, data, train, eval: settings of every trial, each an option by its path.
+      model, data, train, eval, parallel: settings of every trial, each an option by its path.
       config: the experiment to start from.
       grid: settings and all their values, as in train.learning_rate=1e-3,3e-3: every combination is a trial.
       space: settings and where to look: low:high, log:low:high, or a|b|c; the setting's own type decides what a number
@@ -46,6 +46,7 @@ class Arguments:
     data: DataConfig
     train: TrainConfig
     eval: EvalConfig
+    parallel: ParallelConfig
     config: str
     grid: tuple[str, ...] = ()
     space: tuple[str, ...] = ()
@@ -247,7 +248,7 @@ def parse(argv: Sequence[str]) -> Plan:
     finder.add_argument("--config", default="quickstart")
     name = finder.parse_known_args(argv)[0].config
     file = load_config(name)
-    default = Arguments(file.model, file.data, file.train, file.eval, name)
+    default = Arguments(file.model, file.data, file.train, file.eval, file.parallel, name)
     given = parse_settings(
         Arguments, argv, default, prog="experiments.sweep", description=f"Experiments: {', '.join(config_names())}"
     )
@@ -255,7 +256,8 @@ def parse(argv: Sequence[str]) -> Plan:
         raise ValueError("--eval.baselines is not for sweeps: trials are compared with each other")
     # What costs a training of its own is no part of a trial.
     measured = dataclasses.replace(given.eval, baselines=("popularity",))
-    base = ExperimentConfig(file.name, given.model, given.data, given.train, measured)
+    require_one_process(given.parallel)
+    base = ExperimentConfig(file.name, given.model, given.data, given.train, measured, given.parallel)
     if bool(given.grid) == bool(given.space):
         raise ValueError(
             "give --grid, as in --grid train.learning_rate=1e-3,3e-3, or --space and --trials; one of them"

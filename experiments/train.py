@@ -3,6 +3,10 @@
     python -m experiments.train --config=quickstart
     python -m experiments.train --config=ml1m_tim4rec --train.learning_rate=3e-4 --run_dir=runs/try
     python -m experiments.train --config=ml1m_tim4rec --resume
+    python -m experiments.train --config=ml1m_tim4rec --parallel.distributed=auto   # in every task of SLURM
+
+It trains on all devices of the machine, unless --parallel.strategy=single. On several machines every process gets the
+same options, but for --parallel.process_id where the processes are counted by hand; process 0 writes the run folder.
 
 Every setting of `tim4rec_jax.config` is an option by its path. Exit codes: 0 done, 2 an error (one line on standard
 error), 130 stopped by Ctrl-C and 0 by SIGTERM with the state saved.
@@ -10,8 +14,10 @@ error), 130 stopped by Ctrl-C and 0 by SIGTERM with the state saved.
 
 import argparse
 import dataclasses
+import os
 import pathlib
 import signal
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -24,7 +30,7 @@ from rich.table import Table
 from experiments.command_line import parse_settings, run_program
 from experiments.configs import config_names, load_config
 from experiments.published import PUBLISHED
-from tim4rec_jax.config import DataConfig, EvalConfig, ExperimentConfig, ModelConfig, TrainConfig
+from tim4rec_jax.config import DataConfig, EvalConfig, ExperimentConfig, ModelConfig, ParallelConfig, TrainConfig
 from tim4rec_jax.data.gaps import gap_statistics, training_span
 from tim4rec_jax.data.interactions import InteractionLog, load_log
 from tim4rec_jax.data.splits import leave_one_out
@@ -34,14 +40,22 @@ from tim4rec_jax.models import build_model
 from tim4rec_jax.run_dir import create_run, write_results
 from tim4rec_jax.training.all_positions import require_packable
 from tim4rec_jax.training.loop import Interrupted, Trainer
+from tim4rec_jax.training.processes import (
+    ProcessError,
+    initialize,
+    is_main,
+    on_main,
+    quiet_unless_main,
+    require_same_start,
+)
 
 
 @dataclass(frozen=True)
 class Arguments:
-    """Options of the program; `model`, `data`, `train` and `eval` start from the named experiment.
+    """Options of the program; the settings start from the named experiment.
 
     Attributes:
-      model, data, train, eval: settings, each an option by its path.
+      model, data, train, eval, parallel: settings, each an option by its path.
       config: the experiment's name.
       run_dir: run folder; None is runs/<name of the experiment>.
       resume: continue the run in that folder.
@@ -51,6 +65,7 @@ class Arguments:
     data: DataConfig
     train: TrainConfig
     eval: EvalConfig
+    parallel: ParallelConfig
     config: str
     run_dir: pathlib.Path | None = None
     resume: bool = False
@@ -66,11 +81,13 @@ def parse(argv: Sequence[str]) -> tuple[ExperimentConfig, pathlib.Path, bool]:
     finder.add_argument("--config", default="quickstart")
     name = finder.parse_known_args(argv)[0].config
     base = load_config(name)
-    default = Arguments(base.model, base.data, base.train, base.eval, name)
+    default = Arguments(base.model, base.data, base.train, base.eval, base.parallel, name)
     arguments = parse_settings(
         Arguments, argv, default, prog="experiments.train", description=f"Experiments: {', '.join(config_names())}"
     )
-    config = ExperimentConfig(base.name, arguments.model, arguments.data, arguments.train, arguments.eval)
+    config = ExperimentConfig(
+        base.name, arguments.model, arguments.data, arguments.train, arguments.eval, arguments.parallel
+    )
     return config, arguments.run_dir or pathlib.Path("runs") / base.name, arguments.resume
 
 
@@ -88,11 +105,13 @@ def train_one(config: ExperimentConfig, log: InteractionLog, run_dir: pathlib.Pa
     """Makes or opens the run folder and trains; returns the results with wall time added."""
     config = with_data(config, log)
     require_packable(config, build_model(config.model))
-    create_run(run_dir, config, log, resume=resume)
+    require_same_start(config, log.fingerprint)
+    on_main(lambda: create_run(run_dir, config, log, resume=resume))
     started = time.perf_counter()
     results = Trainer(config, log, run_dir, resume=resume).run()
     results |= {"wall_seconds_of_this_process": time.perf_counter() - started}
-    write_results(run_dir, results)
+    if is_main():
+        write_results(run_dir, results)
     return results
 
 
@@ -140,7 +159,8 @@ def run(config: ExperimentConfig, run_dir: pathlib.Path, resume: bool, console: 
         rows.append((_name(plain), other["test"], f"this run, best epoch {other['best_epoch']} of {other['epochs']}"))
     if "popularity" in config.eval.baselines:
         rows.append(("popularity", popularity(config, log), "this log, counts of the training part"))
-    write_results(run_dir, results | {"baselines": {name: metrics for name, metrics, _ in rows[1:]}})
+    if is_main():
+        write_results(run_dir, results | {"baselines": {name: metrics for name, metrics, _ in rows[1:]}})
     rows += [(row.model, row.metrics, row.source) for row in PUBLISHED.get(config.data.name, [])]
     console.print(*final_tables(config, rows))
     console.print(f"run folder: {run_dir}", soft_wrap=True)
@@ -149,12 +169,18 @@ def run(config: ExperimentConfig, run_dir: pathlib.Path, resume: bool, console: 
 def program(argv: list[str]) -> int:
     """The program behind `main`."""
     config, run_dir, resume = parse(argv)
-    console = Console()
-    try:
-        run(config, run_dir, resume, console)
-    except Interrupted as stopped:
-        console.print(f"{stopped}\ncontinue with the same command and --resume", soft_wrap=True, markup=False)
-        return 0 if stopped.signal == signal.SIGTERM else 130
+    initialize(config.parallel)
+    with quiet_unless_main():
+        console = Console()
+        try:
+            run(config, run_dir, resume, console)
+        except Interrupted as stopped:
+            console.print(f"{stopped}\ncontinue with the same command and --resume", soft_wrap=True, markup=False)
+            return 0 if stopped.signal == signal.SIGTERM else 130
+        except ProcessError as error:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+            # JAX's orderly end at exit waits for all processes, and one of them is gone.
+            os._exit(2)
     return 0
 
 

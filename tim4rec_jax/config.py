@@ -8,13 +8,14 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal, get_args
 
+from tim4rec_jax.parallel_config import ParallelConfig
+
 Dtype = Literal["float32", "bfloat16", "float64"]
 LogFormat = Literal["auto", "recbole", "movielens", "amazon", "kuairand", "csv", "parquet"]
 Baseline = Literal["popularity", "time_off"]
 TimestampPrecision = Literal["float32", "int64"]
 TimeMode = Literal["faithful", "causal"]
 Positions = Literal["last", "all"]
-Strategy = Literal["auto", "single", "sharded", "pmap"]
 
 
 def _require(condition: bool, message: str) -> None:
@@ -330,74 +331,6 @@ class EvalConfig:
         _require(len(self.top_k) > 0 and min(self.top_k) >= 1, f"top_k={self.top_k} needs list lengths of at least 1")
         known = [f"{metric}@{k}" for k in self.top_k for metric in ("hit", "ndcg", "mrr")]
         _require(self.monitor in known, f"monitor={self.monitor!r} must be one of {known}")
-
-
-@dataclass(frozen=True)
-class ParallelConfig:
-    """Which devices and processes train together; batches and losses do not depend on it, but for rounding.
-
-    Attributes:
-      strategy: "single" trains on one device; "sharded" spreads every batch over all devices by `jax.shard_map`; "pmap"
-        does so by `jax.pmap`, in one process only; "auto" is "sharded" where there are several devices, else "single".
-      distributed: "auto" lets JAX find the other processes (SLURM, Open MPI, Kubernetes); "off" has none, unless
-        `coordinator` names them.
-      coordinator: host:port at which process 0 can be reached by all others.
-      num_processes: processes that train together; each has the same number of devices.
-      process_id: which of them this one is, from 0.
-      heartbeat_seconds: a process that is silent for so long is taken for lost, and the others end.
-    """
-
-    strategy: Strategy = "auto"
-    distributed: Literal["off", "auto"] = "off"
-    coordinator: str | None = None
-    num_processes: int | None = None
-    process_id: int | None = None
-    heartbeat_seconds: int = 30
-
-    def __post_init__(self) -> None:
-        _require(
-            self.strategy in get_args(Strategy),
-            f"parallel.strategy={self.strategy!r} must be one of {get_args(Strategy)}",
-        )
-        _require(
-            self.distributed in ("off", "auto"), f"parallel.distributed={self.distributed!r} must be 'off' or 'auto'"
-        )
-        count, number = self.num_processes, self.process_id
-        _require(count is None or count >= 1, f"parallel.num_processes={count} must be at least 1")
-        _require(number is None or number >= 0, f"parallel.process_id={number} must be at least 0")
-        _require(
-            count is None or number is None or number < count,
-            f"parallel.process_id={number} must be under parallel.num_processes={count}: processes count from 0",
-        )
-        _require(self.heartbeat_seconds >= 1, f"parallel.heartbeat_seconds={self.heartbeat_seconds} must be at least 1")
-        if self.coordinator is not None:
-            host, colon, port = self.coordinator.rpartition(":")
-            _require(
-                bool(host and colon) and port.isdecimal() and 1 <= int(port) <= 65535,
-                f"parallel.coordinator={self.coordinator!r} must be host:port with a port from 1 to 65535, as in "
-                "10.0.0.1:8476",
-            )
-        if self.distributed == "off":
-            self._require_all_or_none()
-        _require(
-            self.strategy not in ("single", "pmap") or not self.several_processes,
-            f"parallel.strategy={self.strategy!r} works in one process; use 'sharded' (or 'auto') for several",
-        )
-
-    def _require_all_or_none(self) -> None:
-        names = ("coordinator", "num_processes", "process_id")
-        given = [name for name in names if getattr(self, name) is not None]
-        missing = [name for name in names if name not in given]
-        _require(
-            not given or not missing,
-            f"parallel.{given[0] if given else ''} needs {' and '.join(f'parallel.{name}' for name in missing)} too; "
-            "or let JAX find out with parallel.distributed='auto'",
-        )
-
-    @cached_property
-    def several_processes(self) -> bool:
-        """JAX's distributed runtime has to be started."""
-        return self.distributed == "auto" or self.coordinator is not None
 
 
 @dataclass(frozen=True)

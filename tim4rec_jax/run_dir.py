@@ -256,6 +256,7 @@ def environment(fingerprint: str | None = None, *, command: Sequence[str] | None
         "backend": jax.default_backend(),
         "device_kind": devices[0].device_kind,
         "device_count": len(devices),
+        "process_count": jax.process_count(),
         "cpu_count": os.cpu_count(),
         "cpus_allowed": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         **_git_state(pathlib.Path(__file__)),

@@ -1,8 +1,8 @@
 """Full ranking: every evaluated user's target is ranked against the whole catalogue (RecBole 1.2 protocol).
 
 No [users, v] matrix exists: users are encoded in batches and scored in tiles. Rows are sorted by length once and worked
-through in a few static lengths, so a short history is not computed at max_len. Given a mesh, its devices share the users
-of every batch; only ranks are exchanged.
+through in a few static lengths, so a short history is not computed at max_len. Given a mesh, its devices share the
+users of every batch, and only ranks are exchanged.
 """
 
 import dataclasses

@@ -62,9 +62,11 @@ class Checkpointer:
     Args:
       directory: folder of the checkpoints; made at the first save.
       report: receives a line for every checkpoint that had to be passed over.
+      write: save; off in all but one of several processes that hold the same state.
     """
 
-    def __init__(self, directory: pathlib.Path, *, report: Callable[[str], None] = print) -> None:
+    def __init__(self, directory: pathlib.Path, *, report: Callable[[str], None] = print, write: bool = True) -> None:
+        self._saves = write
         self._directory = pathlib.Path(directory).absolute()
         self._report = report
         self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
@@ -134,6 +136,8 @@ class Checkpointer:
                 f"checkpoint of step {step}: {dict(info)!r} does not survive JSON; use finite numbers, strings, lists, "
                 "None and dicts with string keys"
             )
+        if not self._saves:
+            return
         self._settle(1)  # at most one save waits, so a slow disk cannot fill the memory with copies
         leaves = _leaves_on_host(tree)
         self._pending.append(self._writer.submit(self._write, kind, int(step), leaves, dict(info)))
@@ -266,7 +270,7 @@ def _write_checkpoint(folder: pathlib.Path, step: int, leaves: dict[str, _Leaf],
     try:
         # Orbax refuses empty arrays and an empty tree; the manifest says enough to make them again.
         if arrays := {name: leaf.data for name, leaf in leaves.items() if leaf.data.size}:
-            with _orbax_errors_not_logged(), ocp.Checkpointer(ocp.StandardCheckpointHandler()) as orbax:
+            with _orbax_errors_not_logged(), _orbax() as orbax:
                 orbax.save(unfinished / "arrays", args=ocp.args.StandardSave(arrays))
         manifest = {
             "format_version": FORMAT_VERSION,
@@ -308,6 +312,13 @@ def _failure_message(folder: pathlib.Path, step: int, leaves: dict[str, _Leaf], 
         f"{_bytes_of(leaves) / 1e6:.1f} MB, {free / 1e6:.1f} MB are free there. "
         + (*kept, "There is no checkpoint before it.")[0]
     )
+
+
+def _orbax() -> ocp.Checkpointer:
+    """Returns Orbax's writer and reader for this process alone: it would wait for all others otherwise."""
+    process = jax.process_index()
+    alone = ocp.options.MultiprocessingOptions(primary_host=process, active_processes={process})
+    return ocp.Checkpointer(ocp.StandardCheckpointHandler(multiprocessing_options=alone), multiprocessing_options=alone)
 
 
 @contextlib.contextmanager
@@ -381,7 +392,7 @@ def _read_tree(path: pathlib.Path, manifest: dict[str, Any], template: PyTree) -
     dtypes = {name: "uint32" if leaf["key_impl"] else leaf["dtype"] for name, leaf in saved.items()}
     hosts = {name: np.empty(saved[name]["data"], dtype) for name, dtype in dtypes.items()}
     if wanted := {name: host for name, host in hosts.items() if host.size}:
-        with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as orbax:
+        with _orbax() as orbax:
             hosts |= orbax.restore(path / "arrays", args=ocp.args.StandardRestore(wanted))
     leaves = [_placed(hosts[name], leaf, saved[name]["key_impl"]) for name, leaf in _named_leaves(template).items()]
     return jax.tree.unflatten(jax.tree.structure(template), leaves)

@@ -33,10 +33,14 @@ class MetricLogger:
     Args:
       run_dir: folder of the run; made if it is not there.
       tensorboard: also write event files to `run_dir/tensorboard`.
+      write: off in all but one of several processes of a run: nothing is touched then.
     """
 
-    def __init__(self, run_dir: pathlib.Path, *, tensorboard: bool) -> None:
+    def __init__(self, run_dir: pathlib.Path, *, tensorboard: bool, write: bool = True) -> None:
         self._file = pathlib.Path(run_dir) / METRICS
+        self._writes = write
+        if not write:
+            return
         self._file.parent.mkdir(parents=True, exist_ok=True)
         self._tensorboard = self._file.parent / "tensorboard" if tensorboard else None
         self._writer: SummaryWriter | None = None
@@ -67,6 +71,8 @@ class MetricLogger:
             raise ValueError(f"kind={kind!r} must be one of {get_args(Kind)}")
         if missing := [name for name in NEEDED[kind] if name not in values]:
             raise ValueError(f"a {kind} line needs {missing} besides {sorted(values)}")
+        if not self._writes:
+            return
         line = {"kind": kind} | {name: _jsonable(name, value) for name, value in values.items()}
         self._stream.write(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n")
         self._stream.flush()
@@ -91,6 +97,8 @@ class MetricLogger:
         Args:
           step: optimiser steps done at the checkpoint that training resumes from.
         """
+        if not self._writes:
+            return 0
         self._stream.close()
         position, kept, dropped = 0, [], 0
         for line, values in _lines(self._file):
@@ -109,6 +117,8 @@ class MetricLogger:
 
     def close(self) -> None:
         """Closes the files."""
+        if not self._writes:
+            return
         self._stream.close()
         if self._writer is not None:
             self._writer.close()
@@ -231,7 +241,7 @@ class TrainingProgress:
       console: where to print; None is standard output.
     """
 
-    def __init__(self, *, epochs: int, examples: int, enabled: bool = True, console: Console | None = None) -> None:
+    def __init__(self, epochs: int, examples: int, *, enabled: bool = True, console: Console | None = None) -> None:
         self._epochs, self._examples = epochs, examples
         self._console = Console() if console is None else console
         self._bar = Progress(

@@ -5,19 +5,16 @@ import dataclasses
 import functools
 import pathlib
 import resource
-import signal
 import statistics
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
-from types import FrameType
 from typing import Any
 
 import jax
 import numpy as np
 from jax import Array
+from rich.console import Console
 
 from tim4rec_jax.config import ExperimentConfig
 from tim4rec_jax.data.interactions import InteractionLog
@@ -31,17 +28,11 @@ from tim4rec_jax.run_dir import CHECKPOINTS, write_results, write_test_ranks
 from tim4rec_jax.training.all_positions import require_packable
 from tim4rec_jax.training.checkpoint import Checkpointer
 from tim4rec_jax.training.early_stop import EarlyStop
+from tim4rec_jax.training.interruption import Interrupted, StopRequests
 from tim4rec_jax.training.logging import MetricLogger, TrainingProgress, plot_training_curves, read_metrics
 from tim4rec_jax.training.parallel import Layout, make_layout
+from tim4rec_jax.training.processes import broadcast, is_main, lost_processes_named, restored_everywhere
 from tim4rec_jax.training.step import TrainState, init_state, learning_rate_schedule, make_optimizer, train_step
-
-
-class Interrupted(Exception):
-    """Training was asked to stop by a signal; its state is saved."""
-
-    def __init__(self, message: str, number: int) -> None:
-        super().__init__(message)
-        self.signal = number
 
 
 @dataclass
@@ -73,29 +64,6 @@ class Position:
     def from_dict(cls, values: dict[str, Any], patience: int) -> "Position":
         stop = EarlyStop(**(values["stop"] | {"patience": patience}))
         return cls(**(values | {"stop": stop, "epoch_losses": tuple(values["epoch_losses"])}))
-
-
-@contextmanager
-def _stop_requests() -> Iterator[list[int]]:
-    """Collects the first Ctrl-C or SIGTERM instead of dying of it; a second one acts as usual."""
-    received: list[int] = []
-    previous: dict[int, Any] = {}
-
-    def note(number: int, _: FrameType | None) -> None:
-        received.append(number)
-        for known, handler in previous.items():
-            signal.signal(known, handler)
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        try:
-            previous[number] = signal.signal(number, note)
-        except ValueError:  # not the main thread: whoever runs us has the signals
-            break
-    try:
-        yield received
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
 
 
 def _return_freed_memory() -> None:
@@ -135,6 +103,8 @@ def _peak_device_bytes() -> int | None:
 class Trainer:
     """One run of one model on one log.
 
+    With several processes every one has a trainer; that of process 0 writes the run folder.
+
     Args:
       config: settings with `model.vocab_size` filled in.
       log: cleaned log.
@@ -158,7 +128,8 @@ class Trainer:
         self.schedule = learning_rate_schedule(config.train, total_steps)
         self.optimizer = make_optimizer(config.train, total_steps)
         self.groups = self._plan_groups()
-        self.state: TrainState = self.layout.replicate(init_state(self.model, self.optimizer, config.train.seed))
+        state = init_state(self.model, self.optimizer, config.train.seed)
+        self.state: TrainState = self.layout.replicate(broadcast(state))
         self.resident = self.layout.replicate(self.loader.resident)
         self.position = Position(stop=EarlyStop(config.train.patience))
         self._step = None
@@ -188,13 +159,16 @@ class Trainer:
           FloatingPointError: a loss or a score is not finite; the checkpoint before it is kept.
           Interrupted: a signal asked to stop; the state is saved.
           CheckpointError: a save failed; the checkpoint before it is kept.
+          ProcessError: another process was lost.
         """
-        train = self.config.train
+        train, examples = self.config.train, len(self.split.train)
+        console = None if is_main() else Console(quiet=True)
         with (
-            TrainingProgress(epochs=train.epochs, examples=len(self.split.train), enabled=train.progress) as progress,
-            MetricLogger(self.run_dir, tensorboard=train.tensorboard) as logger,
-            Checkpointer(self.run_dir / CHECKPOINTS, report=progress.report) as checkpoints,
-            _stop_requests() as stop_requests,
+            lost_processes_named(),
+            TrainingProgress(train.epochs, examples, enabled=train.progress, console=console) as progress,
+            MetricLogger(self.run_dir, tensorboard=train.tensorboard, write=is_main()) as logger,
+            Checkpointer(self.run_dir / CHECKPOINTS, report=progress.report, write=is_main()) as checkpoints,
+            StopRequests() as stop_requests,
         ):
             self._progress, self._logger, self._checkpoints = progress, logger, checkpoints
             self._stop_requests = stop_requests
@@ -207,11 +181,12 @@ class Trainer:
             return self._test()
 
     def _restore(self) -> None:
-        restored = self._checkpoints.restore_latest(self.state)
+        restored = restored_everywhere(self._checkpoints.restore_latest, self.state)
         if restored is None:
             self._progress.report("nothing to resume: no checkpoint yet, training starts from the beginning")
             return
-        step, self.state, progress = restored
+        step, state, progress = restored
+        self.state = self.layout.replicate(state)
         self.position = Position.from_dict(progress, self.config.train.patience)
         self._logger.truncate_after(step)
         # A longer run may have been asked for than the one that finished.
@@ -252,8 +227,8 @@ class Trainer:
             self._progress.advance(examples - before)
             if done % train.log_every == 0:
                 self._log_line(done)
-            if self._stop_requests:
-                self._save_and_stop(done)
+            if (number := self._stop_requests.after(done)) is not None:
+                self._save_and_stop(done, number)
             inside = position.batch < self.loader.num_batches and done < self.total_steps
             if train.checkpoint_every and done % train.checkpoint_every == 0 and inside:
                 self._save(done)
@@ -293,11 +268,11 @@ class Trainer:
         progress = self.position.to_dict() | {"seconds": self.position.seconds + self._progress.seconds}
         self._checkpoints.save_latest(step, self.state, progress)
 
-    def _save_and_stop(self, step: int) -> None:
+    def _save_and_stop(self, step: int, number: int) -> None:
         self._progress.report("asked to stop: saving")
         self._save(step)
         self._checkpoints.wait()
-        raise Interrupted(f"stopped at step {step}; the state is saved in {self.run_dir}", self._stop_requests[0])
+        raise Interrupted(f"stopped at step {step}; the state is saved in {self.run_dir}", number)
 
     def _finish_epoch(self, validate: FullSortEvaluator) -> None:
         """Validates, keeps the best, and moves to the next epoch."""
@@ -331,17 +306,18 @@ class Trainer:
         position = self.position
         position.finished = finished
         self._checkpoints.save_latest(step, self.state, position.to_dict() | {"epoch_losses": [0.0, 0], "pending": []})
-        plot_training_curves(self.run_dir, monitor=monitor)
+        if is_main():
+            plot_training_curves(self.run_dir, monitor=monitor)
 
     def _test(self) -> dict[str, Any]:
-        """Tests the best epoch once and writes results.json."""
-        restored = self._checkpoints.restore_best(self.state.params)
+        """Tests the best epoch once and writes results.json; its costs are known to the process that writes."""
+        restored = restored_everywhere(self._checkpoints.restore_best, self.state.params)
         if restored is None:
             raise ValueError(f"{self.run_dir} has no best checkpoint; remove the folder and train again")
         step, params, info = restored
         started = time.perf_counter()
         test = FullSortEvaluator(self.model, self.log, self.split.test, self.config, mesh=self.layout.mesh)
-        result = test(params)
+        result = test(self.layout.replicate(params))
         self._logger.log(
             "test", step=step, epoch=info["epoch"], seconds=time.perf_counter() - started, **result.metrics
         )
@@ -355,8 +331,10 @@ class Trainer:
             "best_epoch": info["epoch"],
             "valid": info["valid"],
             "test": result.metrics,
-            **self._costs(),
         }
+        if not is_main():
+            return results
+        results |= self._costs()
         write_test_ranks(self.run_dir, self.log.user_ids[self.split.test.users], result.ranks)
         write_results(self.run_dir, results)
         return results
