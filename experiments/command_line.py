@@ -11,11 +11,12 @@ from typing import Any, TypeVar
 import tyro
 
 from tim4rec_jax.training.checkpoint import CheckpointError
+from tim4rec_jax.training.processes import ProcessError
 
 Settings = TypeVar("Settings")
 EXPECTED_ERRORS = (
     ValueError, FileNotFoundError, FileExistsError, CheckpointError, FloatingPointError, PermissionError,
-    ModuleNotFoundError,
+    ModuleNotFoundError, ProcessError,
 )  # fmt: skip
 
 
