@@ -51,7 +51,12 @@ class Training:
     def __init__(self, positions: str, strategy: str, loader: str, model: ModelConfig = MODEL) -> None:
         train = TrainConfig(positions=positions, batch_size=BATCH[positions], learning_rate=1e-2, clip_norm=0.5)
         self.config = ExperimentConfig(
-            "test", model, DataConfig(loader=loader), train, EvalConfig(batch_size=5, top_k=(5, 10)), ParallelConfig(strategy)
+            "test",
+            model,
+            DataConfig(loader=loader),
+            train,
+            EvalConfig(batch_size=5, top_k=(5, 10)),
+            ParallelConfig(strategy),
         )
         self.layout = make_layout(self.config.parallel)
         places = self.layout.places(train.batch_size)

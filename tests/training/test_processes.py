@@ -145,23 +145,28 @@ def test_a_lost_process_ends_the_other_with_an_error(tmp_path):
     assert list((folder / "checkpoints" / "latest").glob("0*_step_*"))
 
 
+def as_slurm_does(number: int, port: int) -> dict[str, str]:
+    """The environment of a task of SLURM, from whose job number JAX takes the port."""
+    variables = {
+        "JOB_ID": port - 61440, "STEP_NODELIST": "localhost", "NTASKS": 2, "PROCID": number, "LOCALID": number,
+        "STEP_NUM_NODES": 1,
+    }  # fmt: skip
+    return environment(1) | {f"SLURM_{name}": str(value) for name, value in variables.items()}
+
+
 @pytest.mark.slow
-def test_processes_that_were_started_differently_refuse(tmp_path):
-    folder, code = tmp_path / "run", "import sys; from experiments import train; sys.exit(train.main(sys.argv[1:]))"
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    together = [f"--parallel.coordinator=127.0.0.1:{port}", "--parallel.num_processes=2", f"--run_dir={folder}"]
+def test_tasks_of_slurm_that_were_started_differently_refuse(tmp_path):
+    folder, port = tmp_path / "run", 61440 + os.getpid() % 4096
+    arguments = options(tmp_path, "--parallel.distributed=auto", f"--run_dir={folder}")
     started = [
         subprocess.Popen(
-            [sys.executable, "-c", code, *options(tmp_path), *together, f"--parallel.process_id={number}",
-             f"--train.seed={number}"],
-            cwd=ROOT, env=environment(1), stderr=subprocess.PIPE, text=True,
+            [sys.executable, "-m", "experiments.train", *arguments, f"--train.seed={number}"], cwd=ROOT,
+            env=as_slurm_does(number, port), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
         )
         for number in range(2)
     ]  # fmt: skip
-    errors = [process.communicate(timeout=120)[1] for process in started]
-    assert [process.returncode for process in started] == [2, 2]
+    errors = [process.communicate(timeout=300)[1] for process in started]
+    assert [process.returncode for process in started] == [2, 2], errors
     assert all("the processes do not have the same settings (digest by process: 0: " in error for error in errors)
     assert not folder.exists()
 

@@ -49,7 +49,7 @@ def initialize(config: ParallelConfig) -> None:
             f"parallel.distributed={config.distributed!r} found no processes to join ({error}); start under SLURM, "
             "Open MPI or Kubernetes, or give parallel.coordinator, parallel.num_processes and parallel.process_id"
         ) from error
-    except jax.errors.JaxRuntimeError as error:
+    except RuntimeError as error:
         raise ProcessError(
             f"the processes did not come together ({_first_line(error)}); every parallel.process_id from 0 to "
             "parallel.num_processes - 1 must be started once, and parallel.coordinator be an address of process 0 "
