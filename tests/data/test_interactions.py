@@ -164,7 +164,7 @@ def test_a_cleaned_log_is_cached_and_the_same_when_read_back(tmp_path, monkeypat
     def unread(*_):
         raise AssertionError("the log was read again")
 
-    monkeypatch.setattr(interactions, "read_log", unread)
+    monkeypatch.setattr(interactions, "read_parts", unread)
     second = load_log(config)
     for name in ("items", "timestamps", "offsets"):
         np.testing.assert_array_equal(getattr(second, name), getattr(first, name))

@@ -13,13 +13,14 @@ from rich.console import Console
 
 from tim4rec_jax.config import DataConfig, TimestampPrecision
 from tim4rec_jax.data import cache, catalog
-from tim4rec_jax.data.readers import LogColumns, RawLog, find_log, read_log
+from tim4rec_jax.data.cleaning import filter_core, number_by_first_appearance, sort_by_time
+from tim4rec_jax.data.coding import CodedLog, encode
+from tim4rec_jax.data.readers import LogColumns, RawLog, find_log, read_parts
 from tim4rec_jax.data.sources import Source
-from tim4rec_jax.data.statistics import MIN_EVENTS, LogStatistics
+from tim4rec_jax.data.statistics import LogStatistics
 from tim4rec_jax.data.synthetic import generate
 from tim4rec_jax.data.titles import find_titles, read_titles
 
-SHORT_USERS = f"users with fewer than {MIN_EVENTS} events"
 BLANK_LINES = "blank lines"
 _CACHE_VERSION = 1  # raise it whenever cleaning or the layout of a cached log changes
 
@@ -102,8 +103,11 @@ def load_log(config: DataConfig, console: Console | None = None) -> InteractionL
     log = _from_cache(path, fingerprint, console)
     if log is None:
         _note(console, f"reading {', '.join(map(str, sources))} ({log_format})")
-        log = _clean_raw(read_log(sources, log_format, columns), config, fingerprint)
-        _to_cache(path, log, console)
+        coded = encode(read_parts(sources, log_format, columns))
+        log = clean_coded(
+            coded, k_core=config.k_core, timestamp_precision=config.timestamp_precision, fingerprint=fingerprint
+        )
+        log = _to_cache(path, log, console)
     if config.k_core == 5:
         mismatch = catalog.expected_mismatch(config.name, log.num_users, log.num_items, log.num_rows)
         if mismatch:
@@ -163,7 +167,8 @@ def _from_cache(path: pathlib.Path, fingerprint: str, console: Console) -> Inter
     )
 
 
-def _to_cache(path: pathlib.Path, log: InteractionLog, console: Console) -> None:
+def _to_cache(path: pathlib.Path, log: InteractionLog, console: Console) -> InteractionLog:
+    """Writes the log and returns it, read back where reading maps it, so that its columns take no memory twice."""
     try:
         cache.write_entry(
             path,
@@ -174,17 +179,9 @@ def _to_cache(path: pathlib.Path, log: InteractionLog, console: Console) -> None
     except OSError as error:
         # The log itself is fine; only the next start is slower.
         _note(console, f"warning: the cleaned log could not be cached at {path} ({error}); set data.cache_dir")
-
-
-def _clean_raw(raw: RawLog, config: DataConfig, fingerprint: str) -> InteractionLog:
-    return clean(
-        raw.frame,
-        k_core=config.k_core,
-        timestamp_precision=config.timestamp_precision,
-        fingerprint=fingerprint,
-        dropped={BLANK_LINES: raw.blank_lines} if raw.blank_lines else {},
-        rounded_timestamps=raw.rounded_timestamps,
-    )
+        return log
+    large = log.num_rows >= cache.MAPPED_FROM
+    return (_from_cache(path, log.fingerprint, console) if large else None) or log
 
 
 def clean(
@@ -215,36 +212,60 @@ def clean(
       ValueError: for missing ids or times, negative times, or when nothing is left (the message names the filter).
     """
     _check_frame(frame)
-    dropped = dict(dropped or {})
-    users, user_ids = _codes(frame["user"])
-    items, item_ids = _codes(frame["item"])
-    keep, filtered = _filter(users, items, k_core)
-    users, user_order = _by_first_appearance(users[keep], len(user_ids))
-    items, item_order = _by_first_appearance(items[keep], len(item_ids))
-    timestamps = frame["timestamp"].to_numpy()[keep]
-    order = np.lexsort((timestamps.astype(timestamp_precision), users))
-    users, items, timestamps = users[order], items[order], timestamps[order]
-    statistics = LogStatistics(
-        rows_read=frame.height + sum(dropped.values()),
-        dropped=dropped | filtered,
-        duplicates=len(items) - pl.Series(users * len(item_order) + items).n_unique(),
-        rounded_timestamps=rounded_timestamps,
-        users=len(user_order),
-        items=len(item_order),
-        rows=len(items),
-        first_time=int(timestamps.min()),
-        last_time=int(timestamps.max()),
-        tied_share=_tied_share(users, timestamps.astype(timestamp_precision)),
+    fingerprint = fingerprint or _frame_fingerprint(frame, k_core, timestamp_precision)
+    coded = encode([RawLog(frame, 0, rounded_timestamps)])
+    return clean_coded(
+        coded, k_core=k_core, timestamp_precision=timestamp_precision, fingerprint=fingerprint, dropped=dropped
     )
+
+
+def clean_coded(
+    log: CodedLog,
+    *,
+    k_core: int,
+    timestamp_precision: TimestampPrecision,
+    fingerprint: str,
+    dropped: Mapping[str, int] | None = None,
+) -> InteractionLog:
+    """Filters, numbers and sorts a log as `clean` does, in place of the log given: its columns are gone afterwards.
+
+    Args:
+      log: as read.
+      k_core, timestamp_precision, fingerprint, dropped: see `clean`.
+
+    Raises:
+      ValueError: when nothing is left (the message names the filter).
+    """
+    dropped = dict(dropped or {}) | ({BLANK_LINES: log.blank_lines} if log.blank_lines else {})
+    rows_read = len(log.users) + sum(dropped.values())
+    keep, filtered = filter_core(log.users, log.items, len(log.user_ids), len(log.item_ids), k_core)
+    # Each column is let go as soon as its successor is there.
+    log.users, user_order = number_by_first_appearance(log.users, keep, len(log.user_ids))
+    log.items, item_order = number_by_first_appearance(log.items, keep, len(log.item_ids))
+    log.timestamps = log.timestamps[keep]
+    log.items += 1
+    rows = sort_by_time(log.users, log.items, log.timestamps, len(user_order), timestamp_precision)
+    log.users = log.items = log.timestamps = np.zeros(0, np.int64)
     return InteractionLog(
-        items=(items + 1).astype(np.int32),
-        timestamps=timestamps,
-        offsets=np.concatenate([[0], np.cumsum(np.bincount(users))]).astype(np.int64),
-        user_ids=user_ids.gather(user_order),
-        item_ids=item_ids.gather(item_order),
+        items=rows.items,
+        timestamps=rows.timestamps,
+        offsets=rows.offsets,
+        user_ids=log.user_ids.gather(user_order),
+        item_ids=log.item_ids.gather(item_order),
         titles=None,
-        statistics=statistics,
-        fingerprint=fingerprint or _frame_fingerprint(frame, k_core, timestamp_precision),
+        statistics=LogStatistics(
+            rows_read=rows_read,
+            dropped=dropped | filtered,
+            duplicates=rows.repeated,
+            rounded_timestamps=log.rounded_timestamps,
+            users=len(user_order),
+            items=len(item_order),
+            rows=len(rows.items),
+            first_time=int(rows.timestamps.min()),
+            last_time=int(rows.timestamps.max()),
+            tied_share=rows.tied / len(rows.items),
+        ),
+        fingerprint=fingerprint,
     )
 
 
@@ -276,63 +297,6 @@ def _check_frame(frame: pl.DataFrame) -> None:
     if frame["timestamp"].min() < 0:
         row = frame["timestamp"].arg_min()
         raise ValueError(f"row {row}: timestamp {frame['timestamp'][row]} is negative; give epoch seconds")
-
-
-def _codes(ids: pl.Series) -> tuple[np.ndarray, pl.Series]:
-    distinct = ids.unique(maintain_order=True).rename("id")
-    table = distinct.to_frame().with_row_index("code")
-    codes = ids.to_frame("id").join(table, on="id", how="left", maintain_order="left")["code"]
-    return codes.to_numpy().astype(np.int64), distinct
-
-
-def _filter(users: np.ndarray, items: np.ndarray, k_core: int) -> tuple[np.ndarray, dict[str, int]]:
-    core = f"{k_core}-core"
-    dropped = {core: 0} if k_core > 1 else {}
-    keep = np.arange(len(users))
-    while True:
-        user_rows, item_rows = np.bincount(users[keep]), np.bincount(items[keep])
-        reason = core
-        fine = (user_rows[users[keep]] >= k_core) & (item_rows[items[keep]] >= k_core)
-        if fine.all():
-            reason = SHORT_USERS
-            fine = user_rows[users[keep]] >= MIN_EVENTS
-        if fine.all():
-            return keep, dropped
-        dropped[reason] = dropped.get(reason, 0) + int((~fine).sum())
-        keep = keep[fine]
-        if not keep.size:
-            counts = ", ".join(f"{rows:,} by {name}" for name, rows in dropped.items() if rows)
-            raise ValueError(
-                f"{_meaning(reason, k_core)} left none of the log's {len(users):,} rows ({users.max() + 1:,} users, "
-                f"{items.max() + 1:,} items; dropped {counts}); "
-                + (
-                    "lower data.k_core"
-                    if reason == core
-                    else "every user needs one event each to train, validate, test"
-                )
-            )
-
-
-def _meaning(reason: str, k_core: int) -> str:
-    if reason == SHORT_USERS:
-        return f"leaving out {SHORT_USERS}"
-    return f"the {reason} filter (users and items with fewer than {k_core} interactions, removed repeatedly)"
-
-
-def _by_first_appearance(codes: np.ndarray, num_codes: int) -> tuple[np.ndarray, np.ndarray]:
-    first = np.full(num_codes, -1)
-    # Of repeated indices the last assignment stays: walking backwards leaves the first row.
-    first[codes[::-1]] = np.arange(len(codes))[::-1]
-    present = np.flatnonzero(first >= 0)
-    order = present[np.argsort(first[present])]
-    number = np.empty(num_codes, np.int64)
-    number[order] = np.arange(len(order))
-    return number[codes], order
-
-
-def _tied_share(users: np.ndarray, times: np.ndarray) -> float:
-    ties = (users[1:] == users[:-1]) & (times[1:] == times[:-1])
-    return int(ties.sum()) / len(users)
 
 
 def _frame_fingerprint(frame: pl.DataFrame, k_core: int, timestamp_precision: str) -> str:

@@ -4,9 +4,8 @@ Every reader ends in the same three columns, user (String), item (String) and ti
 """
 
 import fnmatch
-import io
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -15,6 +14,7 @@ import polars as pl
 from tim4rec_jax.data.sources import Source, list_sources
 
 LATEST_TIMESTAMP = 253_402_300_799  # the last second of the year 9999
+_PARQUET_ROWS = 2**19  # read at once
 
 _PATTERNS = {
     "recbole": ("*.inter", "*.inter.gz"),
@@ -59,9 +59,12 @@ class _Raw(NamedTuple):
     source: Source
     first_line: int  # line of row 0; 0 where rows are no lines (quoted text, Parquet)
     ticks_per_second: int = 1
+    first_row: int = 0
 
     def where(self, row: int) -> str:
-        return f"{self.source}:{self.first_line + row}" if self.first_line else f"{self.source}, row {row + 1}"
+        if self.first_line:
+            return f"{self.source}:{self.first_line + row}"
+        return f"{self.source}, row {self.first_row + row + 1}"
 
 
 def find_log(path: str, log_format: str = "auto", columns: LogColumns | None = None) -> tuple[list[Source], str]:
@@ -146,20 +149,35 @@ def read_log(sources: Sequence[Source], log_format: str, columns: LogColumns | N
       ValueError: for a missing column or wrong header, an empty file, a missing id, or a timestamp that is missing, not
         a number, negative or past the year 9999; the message names file and line.
     """
+    logs = list(read_parts(sources, log_format, columns))
+    return RawLog(
+        frame=pl.concat([log.frame for log in logs]),
+        blank_lines=sum(log.blank_lines for log in logs),
+        rounded_timestamps=sum(log.rounded_timestamps for log in logs),
+    )
+
+
+def read_parts(sources: Sequence[Source], log_format: str, columns: LogColumns | None = None) -> Iterator[RawLog]:
+    """Reads the log of `read_log` in pieces: a file, or of Parquet half a million rows at a time.
+
+    Raises:
+      ValueError: as `read_log`, at the latest when the file's last piece has been taken.
+    """
     reader = {
         "recbole": _read_recbole,
         "movielens": _read_movielens,
         "amazon": _read_amazon,
         "kuairand": _read_kuairand,
         "csv": _read_csv,
-        "parquet": _read_parquet,
-    }[log_format]
-    logs = [_typed(reader(source, columns or LogColumns())) for source in sources]
-    return RawLog(
-        frame=pl.concat([log.frame for log in logs]),
-        blank_lines=sum(log.blank_lines for log in logs),
-        rounded_timestamps=sum(log.rounded_timestamps for log in logs),
-    )
+    }.get(log_format)
+    columns = columns or LogColumns()
+    for source in sources:
+        rows = 0
+        for part in _read_parquet(source, columns) if reader is None else (_typed(reader(source, columns)),):
+            rows += part.frame.height
+            yield part
+        if not rows:
+            raise ValueError(f"{source} holds no rows below its header; a log needs at least one row")
 
 
 def _read_recbole(source: Source, columns: LogColumns) -> _Raw:
@@ -224,18 +242,30 @@ def _read_csv(source: Source, columns: LogColumns) -> _Raw:
     return _Raw(_delimited(data, source, delimiter, positions, has_header=True), source, 0 if b'"' in data else 2)
 
 
-def _read_parquet(source: Source, columns: LogColumns) -> _Raw:
-    data = io.BytesIO(source.read())
+def _read_parquet(source: Source, columns: LogColumns) -> Iterator[RawLog]:
+    data = source.seekable()
     try:
-        header = list(pl.read_parquet_schema(data))
+        scan = pl.scan_parquet(data)
+        header = scan.collect_schema().names()
         for name in columns:
             if name not in header:
                 raise ValueError(_missing_column(source, name, header))
-        frame = pl.read_parquet(data, columns=list(columns)).select(*columns)
+        scan = scan.select(
+            pl.col(columns.user).cast(pl.String).alias("user"),
+            pl.col(columns.item).cast(pl.String).alias("item"),
+            pl.col(columns.time).alias("timestamp"),
+        )
+        for first in range(0, scan.select(pl.len()).collect().item(), _PARQUET_ROWS):
+            rows = scan.slice(first, _PARQUET_ROWS).collect()
+            try:
+                part = _typed(_Raw(rows, source, first_line=0, first_row=first))
+            except ValueError:
+                # Only the whole column tells how many rows lack an id.
+                _typed(_Raw(scan.collect(), source, first_line=0))
+                raise
+            yield part
     except pl.exceptions.PolarsError as error:
         raise ValueError(f"{source} is not a readable Parquet file ({error}); write it again") from error
-    frame.columns = ["user", "item", "timestamp"]
-    return _Raw(frame.with_columns(pl.col("user", "item").cast(pl.String)), source, first_line=0)
 
 
 def _missing_column(source: Source, name: str, header: Sequence[str]) -> str:
@@ -284,8 +314,6 @@ def _require_no_extra_fields(data: bytes, source: Source, delimiter: str, lines:
 def _typed(raw: _Raw) -> RawLog:
     numbered = raw.frame.with_row_index("row")
     filled = numbered.filter(~pl.all_horizontal(pl.col("user", "item", "timestamp").is_null()))
-    if filled.is_empty():
-        raise ValueError(f"{raw.source} holds no rows below its header; a log needs at least one row")
     for name in ("user", "item"):
         missing = filled.filter(pl.col(name).is_null() | (pl.col(name) == ""))
         if missing.height:

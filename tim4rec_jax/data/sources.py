@@ -2,6 +2,7 @@
 
 import gzip
 import hashlib
+import io
 import pathlib
 import zipfile
 import zlib
@@ -71,6 +72,16 @@ class Source:
         if not data.strip():
             raise ValueError(f"{self} is empty; a log needs at least one row")
         return data.removeprefix(b"\xef\xbb\xbf")
+
+    def seekable(self) -> pathlib.Path | io.BytesIO:
+        """Returns the content for readers that pick what they need: the file itself, or its bytes where it is packed.
+
+        Raises:
+          ValueError: as `read`.
+        """
+        if self.entry is None and not self.name.endswith(".gz") and self.path.stat().st_size:
+            return self.path
+        return io.BytesIO(self.read())
 
     def sha256(self) -> str:
         """Returns the hex digest of the bytes as stored."""
