@@ -12,8 +12,9 @@ from experiments.comparison_plan import Plan
 from experiments.published import PUBLISHED
 from experiments.record import without_folders
 from experiments.run_queue import is_finished
+from tim4rec_jax.data.examples import Examples
 from tim4rec_jax.data.interactions import InteractionLog
-from tim4rec_jax.data.splits import leave_one_out
+from tim4rec_jax.data.splits import Split, describe, split_log
 from tim4rec_jax.evaluation.baselines import markov_ranks, popularity_counts, popularity_ranks, transition_counts
 from tim4rec_jax.evaluation.metrics import hit, mrr, ndcg, summarise
 from tim4rec_jax.evaluation.significance import compare_with_best
@@ -45,14 +46,14 @@ def _run(folder: pathlib.Path) -> dict[str, Any]:
     )
 
 
-def _ranks(folder: pathlib.Path, log: InteractionLog, top_k: Sequence[int]) -> np.ndarray:
-    """Reads the test ranks [users] of a run in the order of the log.
+def _ranks(folder: pathlib.Path, log: InteractionLog, test: Examples, top_k: Sequence[int]) -> np.ndarray:
+    """Reads the test ranks [targets] of a run in the order of the log.
 
     Raises:
       ValueError: they are of other users, or do not give the metrics that the run recorded.
     """
     frame = read_test_ranks(folder)
-    if not frame["user_id"].equals(log.user_ids[leave_one_out(log).test.users]):
+    if not frame["user_id"].equals(log.user_ids[test.users]):
         raise ValueError(f"{folder}: the test ranks are not of the log's users; remove the run and train it again")
     ranks = frame["rank"].to_numpy()
     recorded = read_results(folder)["test"]
@@ -65,11 +66,10 @@ def _ranks(folder: pathlib.Path, log: InteractionLog, top_k: Sequence[int]) -> n
     return ranks
 
 
-def _baselines(log: InteractionLog, exclude_seen: bool) -> dict[str, np.ndarray]:
-    """Test ranks [1, users] of what needs no training."""
-    split = leave_one_out(log)
-    popularity = popularity_counts(log, split.valid)
-    transitions = transition_counts(log, split.valid)
+def _baselines(log: InteractionLog, split: Split, exclude_seen: bool) -> dict[str, np.ndarray]:
+    """Test ranks [1, targets] of what needs no training."""
+    popularity = popularity_counts(log, split.first_held_out)
+    transitions = transition_counts(log, split.first_held_out)
     return {
         "Markov": markov_ranks(log, transitions, popularity, split.test, exclude_seen=exclude_seen)[None],
         "popularity": popularity_ranks(log, popularity, split.test, exclude_seen=exclude_seen)[None],
@@ -82,11 +82,24 @@ def _spread(values: Sequence[float]) -> dict[str, Any]:
     return {"mean": statistics.fmean(values), "deviation": deviation, "per_seed": list(values)}
 
 
-def _against_best(ranks: Mapping[str, np.ndarray], best: str, metric: str) -> dict[str, dict[str, Any]]:
-    """Differences of one metric to the best row, each user's metric averaged over seeds."""
+def by_user(values: np.ndarray, users: np.ndarray) -> np.ndarray:
+    """Sums values [rows, targets] over each user's targets, scaled so that the mean over users is that over targets.
+
+    A user's targets are not independent of each other; users are what a test may resample.
+
+    Args:
+      values: [rows, targets].
+      users: int [targets], ascending.
+    """
+    starts = np.flatnonzero(np.diff(users, prepend=-1))
+    return np.add.reduceat(values, starts, axis=1) * (len(starts) / len(users))
+
+
+def _against_best(ranks: Mapping[str, np.ndarray], test: Examples, best: str, metric: str) -> dict[str, dict[str, Any]]:
+    """Differences of one metric to the best row, each target's metric averaged over seeds."""
     name, k = metric.split("@")
     values = np.stack([METRICS[name](row, int(k)).mean(axis=0) for row in ranks.values()])
-    found = compare_with_best(values, best=list(ranks).index(best))
+    found = compare_with_best(by_user(values, test.users), best=list(ranks).index(best))
     return {
         row: {
             "behind_by": float(found.difference[i]),
@@ -130,27 +143,30 @@ def collect(plan: Plan, note: str) -> dict[str, Any]:
     evaluation = next(iter(plan.configs.values())).eval
     model, seeds = next(iter(finished.items()))
     log = load_log(plan.folder(model, seeds[0]))
+    data = next(iter(plan.configs.values())).data
+    split = split_log(log, data)
     runs = {m: [_run(plan.folder(m, seed)) for seed in seeds] for m, seeds in finished.items()}
     ranks = {
-        m: np.stack([_ranks(plan.folder(m, s), log, evaluation.top_k) for s in seeds]) for m, seeds in finished.items()
-    } | _baselines(log, evaluation.exclude_seen)
+        m: np.stack([_ranks(plan.folder(m, s), log, split.test, evaluation.top_k) for s in seeds])
+        for m, seeds in finished.items()
+    } | _baselines(log, split, evaluation.exclude_seen)
     per_seed = {row: [summarise(one, evaluation.top_k) for one in values] for row, values in ranks.items()}
     metrics = list(per_seed[model][0])
     spreads = {row: {m: _spread([one[m] for one in values]) for m in metrics} for row, values in per_seed.items()}
     # Equals stay in the order of the plan.
     order = sorted(spreads, key=lambda row: -spreads[row][plan.metric]["mean"])
     best = {metric: max(spreads, key=lambda row: spreads[row][metric]["mean"]) for metric in metrics}
-    against = {metric: _against_best(ranks, best[metric], metric) for metric in metrics}
-    data = next(iter(plan.configs.values())).data.name
+    against = {metric: _against_best(ranks, split.test, best[metric], metric) for metric in metrics}
+    published = PUBLISHED.get(data.name, []) if data.split == "leave_one_out" else []
     every = [run for of_model in runs.values() for run in of_model]
     return {
         "note": note,
         "command": [without_folders(argument) for argument in sys.orig_argv],
         "data": {
-            "name": data, "users": log.num_users, "items": log.num_items, "rows": log.num_rows,
+            "name": data.name, "users": log.num_users, "items": log.num_items, "rows": log.num_rows,
             "fingerprint": log.fingerprint,
         },
-        "protocol": "full ranking of the test part, leave one out, seen items "
+        "protocol": f"full ranking of the test part, {describe(data)}, seen items "
         + ("excluded" if evaluation.exclude_seen else "not excluded"),
         "metric": plan.metric,
         "seeds": list(plan.seeds),
@@ -172,6 +188,6 @@ def collect(plan: Plan, note: str) -> dict[str, Any]:
             for row in order
         ],
         "published": [
-            {"model": row.model, "metrics": row.metrics, "source": row.source} for row in PUBLISHED.get(data, [])
+            {"model": row.model, "metrics": row.metrics, "source": row.source} for row in published
         ],
     }  # fmt: skip

@@ -23,7 +23,7 @@ from rich.table import Table
 from experiments.command_line import run_program
 from experiments.record import without_folders
 from tim4rec_jax.config import EvalConfig
-from tim4rec_jax.data.splits import leave_one_out
+from tim4rec_jax.data.splits import describe, split_log
 from tim4rec_jax.evaluation.full_sort import EvaluationResult, evaluate
 from tim4rec_jax.evaluation.metrics import standard_errors
 from tim4rec_jax.run_dir import environment, read_config, read_environment, read_results, write_atomically
@@ -95,9 +95,14 @@ def recorded_metrics(arguments: Arguments) -> Mapping[str, float]:
 def report(arguments: Arguments, result: EvaluationResult, recorded: Mapping[str, float]) -> Table:
     """The metrics with their standard errors, beside what training recorded."""
     seen = "excluded" if arguments.eval.exclude_seen else "not excluded"
+    data = read_config(arguments.run).data
+    temporal = data.split == "temporal"
+    protocol = f"{describe(data)}, " if temporal else ""
+    unit = "targets" if temporal and data.temporal_targets == "all" else "users"
     table = Table(
-        title=f"{arguments.run} · {arguments.split} · {len(result.ranks):,} users · {result.seconds:.1f} s",
-        caption=f"full ranking, padding excluded, items already seen {seen}; ties are read in the target's favour",
+        title=f"{arguments.run} · {arguments.split} · {len(result.ranks):,} {unit} · {result.seconds:.1f} s",
+        caption=f"{protocol}full ranking, padding excluded, items already seen {seen}; "
+        "ties are read in the target's favour",
     )
     table.add_column("metric")
     table.add_column("value", justify="right")
@@ -124,7 +129,7 @@ def run(arguments: Arguments) -> EvaluationResult:
         batch_size=options.batch_size, top_k=options.top_k, monitor=f"ndcg@{options.top_k[0]}",
         exclude_seen=options.exclude_seen, max_len=options.max_len,
     )  # fmt: skip
-    examples = getattr(leave_one_out(log), arguments.split)
+    examples = getattr(split_log(log, stored.config.data), arguments.split)
     return evaluate(stored.model, stored.params, log, examples, dataclasses.replace(stored.config, eval=settings))
 
 

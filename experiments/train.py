@@ -33,7 +33,7 @@ from experiments.published import PUBLISHED
 from tim4rec_jax.config import DataConfig, EvalConfig, ExperimentConfig, ModelConfig, ParallelConfig, TrainConfig
 from tim4rec_jax.data.gaps import gap_statistics, training_span
 from tim4rec_jax.data.interactions import InteractionLog, load_log
-from tim4rec_jax.data.splits import leave_one_out
+from tim4rec_jax.data.splits import describe, split_log
 from tim4rec_jax.evaluation.baselines import popularity_counts, popularity_ranks
 from tim4rec_jax.evaluation.metrics import summarise
 from tim4rec_jax.models import build_model
@@ -95,7 +95,7 @@ def with_data(config: ExperimentConfig, log: InteractionLog) -> ExperimentConfig
     """Fills in what the data decide: the size of the catalogue, and the times that a causal time branch counts by."""
     known: dict[str, Any] = {"vocab_size": log.num_items + 1}
     if config.model.time_mode == "causal":
-        split = leave_one_out(log)
+        split = split_log(log, config.data)
         known["gap_mean"], known["gap_std"] = gap_statistics(log, split)
         known["first_second"], known["last_second"] = training_span(log, split)
     return dataclasses.replace(config, model=dataclasses.replace(config.model, **known))
@@ -117,9 +117,9 @@ def train_one(config: ExperimentConfig, log: InteractionLog, run_dir: pathlib.Pa
 
 def popularity(config: ExperimentConfig, log: InteractionLog) -> dict[str, float]:
     """Test metrics of ranking by popularity in the training part."""
-    split = leave_one_out(log)
+    split = split_log(log, config.data)
     ranks = popularity_ranks(
-        log, popularity_counts(log, split.valid), split.test, exclude_seen=config.eval.exclude_seen
+        log, popularity_counts(log, split.first_held_out), split.test, exclude_seen=config.eval.exclude_seen
     )
     return summarise(ranks, config.eval.top_k)
 
@@ -127,10 +127,12 @@ def popularity(config: ExperimentConfig, log: InteractionLog) -> dict[str, float
 def final_tables(config: ExperimentConfig, rows: Sequence[tuple[str, Mapping[str, float], str]]) -> list[Table]:
     """Our numbers and published ones side by side, a table for each list length."""
     seen = "excluded" if config.eval.exclude_seen else "not excluded"
+    protocol = f"{describe(config.data)}, " if config.data.split == "temporal" else ""
     tables = []
     for k in config.eval.top_k:
         columns = [f"{metric}@{k}" for metric in ("hit", "ndcg", "mrr")]
-        table = Table(title=f"{config.name}: test, full ranking, seen items {seen}", box=box.SIMPLE_HEAD)
+        title = f"{config.name}: test, {protocol}full ranking, seen items {seen}"
+        table = Table(title=title, box=box.SIMPLE_HEAD)
         table.add_column("model")
         for column in columns:
             table.add_column(column, justify="right", no_wrap=True)
@@ -150,6 +152,9 @@ def run(config: ExperimentConfig, run_dir: pathlib.Path, resume: bool, console: 
     """Trains the model and its baselines and prints the final table."""
     log = load_log(config.data)
     console.print(log.statistics.table(config.data.name))
+    report = split_log(log, config.data).report
+    if report:
+        console.print(report.table())
     results = train_one(config, log, run_dir, resume)
     rows = [(_name(config), results["test"], f"this run, best epoch {results['best_epoch']} of {results['epochs']}")]
     if "time_off" in config.eval.baselines and build_model(with_data(config, log).model).uses_time:
@@ -161,7 +166,8 @@ def run(config: ExperimentConfig, run_dir: pathlib.Path, resume: bool, console: 
         rows.append(("popularity", popularity(config, log), "this log, counts of the training part"))
     if is_main():
         write_results(run_dir, results | {"baselines": {name: metrics for name, metrics, _ in rows[1:]}})
-    rows += [(row.model, row.metrics, row.source) for row in PUBLISHED.get(config.data.name, [])]
+    if config.data.split == "leave_one_out":  # What is published here belongs to that protocol.
+        rows += [(row.model, row.metrics, row.source) for row in PUBLISHED.get(config.data.name, [])]
     console.print(*final_tables(config, rows))
     console.print(f"run folder: {run_dir}", soft_wrap=True)
 

@@ -4,6 +4,8 @@ Every program resolves to one `ExperimentConfig`; derived sizes are cached prope
 """
 
 import dataclasses
+import datetime
+import math
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal, get_args
@@ -16,11 +18,26 @@ Baseline = Literal["popularity", "time_off"]
 TimestampPrecision = Literal["float32", "int64"]
 TimeMode = Literal["faithful", "causal"]
 Positions = Literal["last", "all"]
+SplitName = Literal["leave_one_out", "temporal"]
+TemporalTargets = Literal["last", "first", "all"]
 
 
 def _require(condition: bool, message: str) -> None:
     if not condition:
         raise ValueError(message)
+
+
+def parse_time(text: str, setting: str) -> int:
+    """Returns the epoch seconds of an ISO 8601 date or moment, of UTC where it names no zone; fractions are rounded up.
+
+    Raises:
+      ValueError: for what is no such date.
+    """
+    try:
+        moment = datetime.datetime.fromisoformat(text)
+    except ValueError as error:
+        raise ValueError(f"{setting}={text} is no date ({error}); write 2000-12-01 or 2000-12-01T08:30:00") from None
+    return math.ceil((moment if moment.tzinfo else moment.replace(tzinfo=datetime.UTC)).timestamp())
 
 
 def _require_rate(name: str, rate: float) -> None:
@@ -197,6 +214,11 @@ class DataConfig:
       user_column, item_column, time_column: column names in CSV and Parquet logs.
       k_core: users and items with fewer interactions are removed, repeatedly, to a fixpoint; 0 keeps all.
       timestamp_precision: "int64" seconds, or "float32" as the original program has them (sorting included).
+      split: "leave_one_out" gives every user's last event to the test and the one before to validation; "temporal"
+        cuts all users at the same two moments.
+      valid_share, test_share: of all events, the shares whose times a temporal split gives to validation and test.
+      valid_from, test_from: the cuts of a temporal split instead of shares, as in 2000-12-01 or 2000-12-01T08:30:00.
+      temporal_targets: which events of a user in either period are predicted: the "last", the "first" or "all".
       loader: "device" keeps the log on the device and gathers inside the step; "grain" gathers on the host.
       cache_dir: where downloads and cleaned logs are kept.
       synthetic: the generated log of `name="synthetic"`.
@@ -211,12 +233,37 @@ class DataConfig:
     time_column: str = "timestamp"
     k_core: int = 5
     timestamp_precision: TimestampPrecision = "float32"
+    split: SplitName = "leave_one_out"
+    valid_share: float = 0.1
+    test_share: float = 0.1
+    valid_from: str | None = None
+    test_from: str | None = None
+    temporal_targets: TemporalTargets = "last"
     loader: Literal["device", "grain"] = "device"
     cache_dir: str = "~/.cache/tim4rec_jax"
     synthetic: SyntheticConfig = field(default_factory=SyntheticConfig)
 
     def __post_init__(self) -> None:
         _require(self.k_core >= 0, f"k_core={self.k_core} must be at least 0 (0 keeps every user and item)")
+        for name, known in (("split", SplitName), ("temporal_targets", TemporalTargets)):
+            value = getattr(self, name)
+            _require(value in get_args(known), f"data.{name}={value!r} must be one of {get_args(known)}")
+        shares = f"data.valid_share={self.valid_share}, data.test_share={self.test_share}"
+        _require(
+            self.valid_share > 0 and self.test_share > 0 and self.valid_share + self.test_share < 1,
+            f"{shares} must be positive and sum to less than 1; the rest trains",
+        )
+        self._check_cuts()
+
+    def _check_cuts(self) -> None:
+        cuts = {"data.valid_from": self.valid_from, "data.test_from": self.test_from}
+        given = [f"{name}={cut}" for name, cut in cuts.items() if cut is not None]
+        if not given:
+            return
+        _require(len(given) == 2, f"{given[0]} is given alone; data.valid_from and data.test_from belong together")
+        _require(self.split == "temporal", f"{given[0]} is for data.split=temporal, not {self.split}; leave it out")
+        seconds = [parse_time(str(cut), name) for name, cut in cuts.items()]
+        _require(seconds[0] < seconds[1], f"{given[0]} must lie before {given[1]}")
 
 
 @dataclass(frozen=True)

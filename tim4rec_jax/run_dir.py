@@ -4,7 +4,7 @@
     environment.json    versions, device, commit, data fingerprint, command line, start
     item_ids.parquet    index, item_id, title: row i-1 is the item of model index i
     histories.parquet   user_id, items (model indices), timestamps (seconds), oldest first
-    test_ranks.parquet  user_id, rank: where each user's test item stood, the best item at 1; written with results.json
+    test_ranks.parquet  user_id, rank: where each test target stood, the best item at 1; written with results.json
     metrics.jsonl  results.json  curves.png  checkpoints/
 
 Nothing in it is a pickle. Every file is written beside its place and then renamed, so none is ever half-written.
@@ -186,7 +186,7 @@ def write_test_ranks(path: pathlib.Path, user_ids: pl.Series, ranks: np.ndarray)
 
     Args:
       path: the run folder.
-      user_ids: [n] raw ids of the tested users.
+      user_ids: [n] raw ids of the tested users, one a target.
       ranks: [n] int, ranks from 1 of their test items.
     """
     frame = pl.DataFrame({"user_id": user_ids.cast(pl.String), "rank": pl.Series(ranks, dtype=pl.Int32)})

@@ -26,7 +26,7 @@ from tim4rec_jax.config import ExperimentConfig
 from tim4rec_jax.data.interactions import InteractionLog, load_log
 from tim4rec_jax.data.length_groups import LengthGroup, plan_length_groups
 from tim4rec_jax.data.loader import GrainLoader
-from tim4rec_jax.data.splits import leave_one_out
+from tim4rec_jax.data.splits import split_log
 from tim4rec_jax.models import build_model
 from tim4rec_jax.models.tim4rec import TiM4Rec
 from tim4rec_jax.run_dir import environment
@@ -105,7 +105,7 @@ def benchmark_train_step(config: ExperimentConfig, log: InteractionLog, repeats:
     """Measures the training step in all forms on real batches of the log."""
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=log.num_items + 1))
     train, max_len = config.train, config.model.max_len
-    examples = leave_one_out(log).train
+    examples = split_log(log, config.data).train
     loader = GrainLoader(
         log, examples, max_len=max_len, batch_size=train.batch_size, seed=train.seed,
         precision=config.data.timestamp_precision,

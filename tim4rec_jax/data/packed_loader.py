@@ -16,7 +16,14 @@ from jax import Array
 from tim4rec_jax.config import ExperimentConfig
 from tim4rec_jax.data.examples import Examples
 from tim4rec_jax.data.interactions import InteractionLog
-from tim4rec_jax.data.loader import LOADERS, Loader, prefetched, timestamps_for_device
+from tim4rec_jax.data.loader import (
+    DEVICE_TIME,
+    LOADERS,
+    Loader,
+    prefetched,
+    require_timestamps_fit,
+    timestamps_for_device,
+)
 from tim4rec_jax.data.packing import EpochRows, PackedPositions, PackedRows, pack_lengths, window_histories
 
 
@@ -145,14 +152,16 @@ class PackedGrainLoader:
         self.fill_share = self._plan.packed.pattern.fill_share
         self.examples_before = self._plan.examples_before
         self.resident = ()
-        self._columns = (np.asarray(log.items, np.int32), timestamps_for_device(log.timestamps, precision))
+        require_timestamps_fit(log.timestamps, precision)
+        self._columns, self._seconds = (np.asarray(log.items, np.int32), log.timestamps), DEVICE_TIME[precision]
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[PackedBatch]:
         """Yields every batch from `start` on."""
         rows = self._plan.epoch(epoch)
 
         def gather(batch: int) -> PackedBatch:
-            return gather_positions(*self._columns, self._plan.positions(rows, batch), xp=np)
+            gathered = gather_positions(*self._columns, self._plan.positions(rows, batch), xp=np)
+            return gathered.replace(timestamps=gathered.timestamps.astype(self._seconds))
 
         yield from prefetched(gather, self.num_batches, start)
 

@@ -59,15 +59,16 @@ class LogStatistics:
         table.add_row("items", f"{self.items:,}")
         table.add_row("rows", f"{self.rows:,}")
         table.add_row("repeated (user, item) rows, kept", f"{self.duplicates:,}")
-        table.add_row("training examples", f"{self.training_examples:,}")
+        table.add_row("training examples, leave one out", f"{self.training_examples:,}")
         table.add_row("mean length", f"{self.mean_length:.1f}")
-        table.add_row("first event", _utc(self.first_time))
-        table.add_row("last event", _utc(self.last_time))
+        table.add_row("first event", utc(self.first_time))
+        table.add_row("last event", utc(self.last_time))
         table.add_row("span", f"{self.span_days:,.1f} days")
         table.add_row("timestamps rounded down to seconds", f"{self.rounded_timestamps:,}")
         table.add_row("tied with the row before", f"{self.tied_share:.1%}")
         return table
 
 
-def _utc(seconds: int) -> str:
+def utc(seconds: int) -> str:
+    """Returns epoch seconds as a date and time to read."""
     return datetime.datetime.fromtimestamp(seconds, datetime.UTC).strftime("%Y-%m-%d %H:%M:%S UTC")

@@ -16,8 +16,8 @@ def popularity_counts(log: InteractionLog, first_held_out: Examples) -> np.ndarr
 
     Args:
       log: the cleaned log.
-      first_held_out: one example a user, the earliest that is not trained on (leave-one-out: the validation examples).
-        Users without one count with all their events.
+      first_held_out: one example a user, the earliest that is not trained on (leave-one-out: the validation examples;
+        otherwise `Split.first_held_out`). Users without one count with all their events.
 
     Returns:
       [v] int64, v = num_items + 1; entry 0, the padding, is 0.

@@ -21,7 +21,7 @@ from tim4rec_jax.data.interactions import InteractionLog
 from tim4rec_jax.data.length_groups import LengthGroup, plan_length_groups, plan_packed_rows
 from tim4rec_jax.data.loader import Loader
 from tim4rec_jax.data.packed_loader import make_loader
-from tim4rec_jax.data.splits import Split, leave_one_out
+from tim4rec_jax.data.splits import Split, split_log
 from tim4rec_jax.evaluation.full_sort import FullSortEvaluator
 from tim4rec_jax.models import SequentialModel, build_model
 from tim4rec_jax.run_dir import CHECKPOINTS, write_results, write_test_ranks
@@ -114,7 +114,7 @@ class Trainer:
 
     def __init__(self, config: ExperimentConfig, log: InteractionLog, run_dir: pathlib.Path, *, resume: bool) -> None:
         self.config, self.log, self.run_dir, self.resume = config, log, run_dir, resume
-        self.split: Split = leave_one_out(log)
+        self.split: Split = split_log(log, config.data)
         if len(self.split.train) == 0:
             raise ValueError("the log has 0 training examples: every user has 3 events or fewer; give longer histories")
         self.model: SequentialModel = build_model(config.model)
@@ -332,6 +332,8 @@ class Trainer:
             "valid": info["valid"],
             "test": result.metrics,
         }
+        if self.split.report:
+            results["split"] = dataclasses.asdict(self.split.report)
         if not is_main():
             return results
         results |= self._costs()

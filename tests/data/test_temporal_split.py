@@ -1,0 +1,207 @@
+"""The temporal split against a log worked by hand, and that it neither leaks nor loses an event."""
+
+import dataclasses
+
+import numpy as np
+import polars as pl
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from tim4rec_jax.config import DataConfig
+from tim4rec_jax.data.gaps import gap_statistics, training_span
+from tim4rec_jax.data.interactions import InteractionLog, clean
+from tim4rec_jax.data.splits import leave_one_out, split_log, temporal_split
+from tim4rec_jax.evaluation.baselines import popularity_counts, transition_counts
+
+
+def log_of(histories, precision="int64"):
+    rows = [(user, item, t) for user, events in histories.items() for item, t in events]
+    frame = pl.DataFrame(rows, schema={"user": pl.String, "item": pl.String, "timestamp": pl.Int64}, orient="row")
+    return clean(frame, k_core=0, timestamp_precision=precision)
+
+
+def quick_log(times, precision):
+    """A sorted log of users with these times and one item each an event, made without cleaning."""
+    rows = [np.array(row)[np.argsort(np.array(row).astype(precision), kind="stable")] for row in times]
+    num = sum(map(len, rows))
+    ids = pl.Series(range(1, num + 1)).cast(pl.String)
+    return InteractionLog(
+        items=np.arange(1, num + 1, dtype=np.int32), timestamps=np.concatenate(rows),
+        offsets=np.cumsum([0, *map(len, rows)]), user_ids=ids[: len(rows)], item_ids=ids, titles=None, statistics=None,
+        fingerprint="",
+    )  # fmt: skip
+
+
+def pairs(examples):
+    return list(zip(examples.users.tolist(), examples.ends.tolist(), strict=True))
+
+
+HISTORIES = {
+    "early": [("a", 10), ("b", 20), ("c", 30)],
+    "long": [("a", 11), ("c", 12), ("b", 100), ("d", 110), ("a", 200), ("e", 210), ("b", 220)],
+    "late": [("e", 205), ("a", 206), ("c", 207)],
+    "middle": [("b", 105), ("c", 115), ("d", 116)],
+}
+
+
+@pytest.mark.parametrize(
+    ("targets", "valid", "test", "left"),
+    [
+        ("last", [(1, 3), (3, 2)], [(1, 6), (2, 2)], (2, 3)),
+        ("first", [(1, 2), (3, 1)], [(1, 4), (2, 1)], (2, 3)),
+        ("all", [(1, 2), (1, 3), (3, 1), (3, 2)], [(1, 4), (1, 5), (1, 6), (2, 1), (2, 2)], (0, 0)),
+    ],
+)
+def test_the_split_of_a_log_worked_by_hand(targets, valid, test, left):
+    split = temporal_split(log_of(HISTORIES), 100, 200, targets=targets, precision="int64")
+    assert pairs(split.train) == [(0, 1), (0, 2), (1, 1)]
+    assert (pairs(split.valid), pairs(split.test)) == (valid, test)
+    assert pairs(split.first_held_out) == [(0, 3), (1, 2), (2, 0), (3, 0)]
+    report = split.report
+    assert (report.valid_not_targets, report.test_not_targets, report.first_events) == (*left, 4)
+    assert (report.users_without_train, report.users_without_valid, report.users_without_test) == (2, 2, 2)
+    # d and e have no event before 100; both stay in the ranking.
+    unseen = {"last": (2, 0), "first": (0, 0), "all": (2, 1)}[targets]
+    assert (report.items_not_in_train, report.valid_unseen_targets, report.test_unseen_targets) == (2, *unseen)
+    for part in (split.train, split.valid, split.test):
+        assert part.users.dtype == part.ends.dtype == np.int32
+
+
+def test_statistics_and_baselines_use_training_events_only():
+    log = log_of(HISTORIES)
+    split = temporal_split(log, 100, 200, targets="all", precision="int64")
+    names = dict(zip(log.item_ids, range(1, 6), strict=True))
+    counts = popularity_counts(log, split.first_held_out)
+    assert {name: counts[i] for name, i in names.items()} == {"a": 2, "b": 1, "c": 2, "d": 0, "e": 0}
+    transitions = transition_counts(log, split.first_held_out)
+    assert transitions.counts.sum() == 3 and transitions.row(names["a"])[1].tolist() == [1, 1]
+    assert training_span(log, split) == (10, 30)
+    later = log.timestamps >= 100
+    moved = dataclasses.replace(
+        log, timestamps=np.where(later, log.timestamps + 7 * np.arange(log.num_rows), log.timestamps)
+    )
+    assert gap_statistics(moved, split) == gap_statistics(log, split)
+
+
+def test_shares_and_dates_choose_the_cuts():
+    log = log_of(
+        {
+            "u": [(str(t), t) for t in range(50)],
+            "v": [(str(t), t) for t in range(50, 100)],
+            "w": [("1", 1), ("2", 95), ("3", 99)],
+        }
+    )
+    report = split_log(
+        log, DataConfig(split="temporal", valid_share=0.2, test_share=0.1, timestamp_precision="int64")
+    ).report
+    assert (log.timestamps >= report.test_from).sum() == 10 and (log.timestamps >= report.valid_from).sum() == 31
+    dates = DataConfig(
+        split="temporal", valid_from="1970-01-01T00:01:00", test_from="1970-01-01 02:01:30+02:00",
+        timestamp_precision="int64",
+    )  # fmt: skip
+    report = split_log(log, dates).report
+    assert (report.valid_from, report.test_from) == (60, 90)
+    shown = report.table()
+    assert shown.row_count == 14
+    assert split_log(log, DataConfig()).report is None
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.lists(st.integers(0, 400), min_size=3, max_size=9), min_size=1, max_size=6),
+    st.integers(1, 400), st.integers(1, 400), st.sampled_from(["last", "first", "all"]),
+    st.sampled_from(["int64", "float32"]),
+)  # fmt: skip
+def test_nothing_leaks_and_nothing_is_lost(times, first_cut, second_cut, targets, precision):
+    start = 978_300_000  # float32 steps by 64 seconds here
+    log = quick_log([[start + t for t in row] for row in times], precision)
+    try:
+        split = temporal_split(log, start + first_cut, start + second_cut, targets=targets, precision=precision)
+    except ValueError:
+        assume(False)
+    report = split.report
+    if precision == "int64":
+        assert (report.valid_from, report.test_from) == (start + first_cut, start + second_cut)
+    assert start + first_cut - 64 <= report.valid_from <= start + first_cut
+    seconds = {
+        part: log.timestamps[log.offsets[e.users] + e.ends]
+        for part, e in (("train", split.train), ("valid", split.valid), ("test", split.test))
+    }
+    assert seconds["train"].max() < report.valid_from
+    assert report.valid_from <= seconds["valid"].min() and seconds["valid"].max() < report.test_from
+    assert report.test_from <= seconds["test"].min()
+    # Whatever training reads lies before its targets, and so before the cut too.
+    for user, end in pairs(split.train):
+        history = log.timestamps[log.offsets[user] : log.offsets[user] + end]
+        assert end >= 1 and history.max() < report.valid_from
+    everything = pairs(split.train) + pairs(split.valid) + pairs(split.test)
+    assert len(everything) == len(set(everything)) == report.train + report.valid + report.test
+    left = report.first_events + report.valid_not_targets + report.test_not_targets
+    assert len(everything) + left == log.num_rows
+    if targets != "all":
+        assert all(len(np.unique(part.users)) == len(part) for part in (split.valid, split.test))
+    else:
+        assert set(everything) == {(u, i) for u, row in enumerate(times) for i in range(1, len(row))}
+    assert report.users_without_test == log.num_users - len(set(split.test.users.tolist()))
+
+
+def test_a_cut_between_two_float32_seconds_moves_to_where_they_part():
+    start = 978_300_000
+    times = [start - 200, start - 100, start + 31, start + 10, start + 200, start + 300, start + 400]
+    log = log_of({"u": [(str(t), t) for t in times]}, "float32")
+    split = temporal_split(log, start + 20, start + 300, targets="all", precision="float32")
+    # start .. start + 32 are one float32 number, so file order stands within them, and they stay on one side.
+    assert split.report.valid_from <= start + 10 and np.float32(split.report.valid_from) == np.float32(start + 20)
+    assert np.float32(split.report.valid_from - 1) < np.float32(start + 20)
+    assert (pairs(split.train), pairs(split.valid)) == ([(0, 1)], [(0, 2), (0, 3), (0, 4)])
+    with pytest.raises(ValueError, match="the log is not sorted by time as int64"):
+        temporal_split(log, start + 20, start + 300, targets="all", precision="int64")
+
+
+@pytest.mark.parametrize(
+    ("settings_", "complaint"),
+    [
+        ({"valid_share": 0.5, "test_share": 0.5}, r"data\.valid_share=0\.5, data\.test_share=0\.5 must be"),
+        ({"valid_share": 0.0}, "must be positive and sum to less than 1"),
+        ({"valid_from": "2000-12-01"}, r"data\.valid_from=2000-12-01 is given alone"),
+        ({"valid_from": "soon", "test_from": "2001-01-01"}, r"data\.valid_from=soon is no date \(.*; write 2000-12"),
+        ({"valid_from": "2001-13-01", "test_from": "2001-14-01"}, r"data\.valid_from=2001-13-01 is no date"),
+        ({"valid_from": "2001-01-01", "test_from": "2000-01-01"}, r"2001-01-01 must lie before data\.test_from=2000"),
+        ({"split": "leave_one_out", "valid_from": "2000-01-01", "test_from": "2001-01-01"}, "is for data.split"),
+        ({"split": "random"}, r"data\.split='random' must be one of"),
+        ({"temporal_targets": "some"}, r"data\.temporal_targets='some' must be one of"),
+    ],
+)  # fmt: skip
+def test_bad_settings_are_refused(settings_, complaint):
+    with pytest.raises(ValueError, match=complaint):
+        DataConfig(**{"split": "temporal", **settings_})
+
+
+@pytest.mark.parametrize(
+    ("cuts", "complaint"),
+    [
+        ((5, 200), "must lie in this order within the log's span, 1970-01-01 00:00:10 UTC to 1970-01-01 00:03:40 UTC"),
+        ((100, 221), "must lie in this order within the log's span"),
+        ((200, 100), "must lie in this order"),
+        ((11, 200), "leave no training example: no user has an event in that period and one before it"),
+        ((31, 32), "leave no validation target"),
+    ],
+)
+def test_cuts_that_fit_no_log_are_refused(cuts, complaint):
+    with pytest.raises(ValueError, match=complaint):
+        temporal_split(log_of(HISTORIES), *cuts, targets="last", precision="int64")
+
+
+def test_a_test_period_without_users_and_shares_that_coincide_are_refused():
+    log = log_of({"u": [("a", 1), ("b", 2), ("c", 3)], "v": [("a", 9), ("b", 9), ("c", 9)]})
+    with pytest.raises(ValueError, match=r"both begin at 1970-01-01 00:00:09 UTC; give larger shares"):
+        split_log(log, DataConfig(split="temporal", valid_share=0.2, test_share=0.2, timestamp_precision="int64"))
+    alone = dataclasses.replace(log, timestamps=np.array([1, 2, 3, 9, 9, 9]), offsets=np.array([0, 3, 4, 5, 6]))
+    with pytest.raises(ValueError, match="leave no test target"):
+        temporal_split(alone, 3, 9, targets="last", precision="int64")
+
+
+def test_leave_one_out_holds_its_first_held_out_event():
+    split = leave_one_out(log_of(HISTORIES))
+    assert split.first_held_out is split.valid and split.report is None
