@@ -4,6 +4,7 @@
     python -m experiments.benchmark ops --output=ops.json --figure=ops.png
     python -m experiments.benchmark models --output=models.json --figure=models.png
     python -m experiments.benchmark serving --output=serving.json --figure=serving.png
+    python -m experiments.benchmark logs --rows=1e6,5e6,2e7 --output=logs.json
     python -m experiments.benchmark gpu --output=gpu.json
     python -m experiments.benchmark predictions --output=predictions.json
 
@@ -12,6 +13,7 @@
 and a checkout (tests/torch_reference).
 `models` runs training steps and evaluation of the six models at the paper's shapes, in turns, with their memory.
 `serving` goes on from a causal model's state, one event at a time, against reading histories again.
+`logs` makes Parquet logs of several sizes and measures memory and speed from the file to training batches.
 `gpu` checks the GPU kernels and times everything that a GPU runs, in one call: --parts, --budget_seconds and --tiny are
 its options, and a wrong result makes the exit code 1 (see experiments/benchmarks/gpu.py). `predictions` counts the
 bytes that the GPU kernels move and compiles them, without a GPU.
@@ -25,7 +27,7 @@ from collections.abc import Sequence
 
 from rich.console import Console
 
-from experiments.benchmarks import gpu, models, ops, predictions, serving, train_step
+from experiments.benchmarks import gpu, logs, models, ops, predictions, serving, train_step
 from experiments.command_line import run_program
 from tim4rec_jax.run_dir import write_atomically
 
@@ -34,6 +36,7 @@ BENCHMARKS = {
     "ops": ops.run,
     "models": models.run,
     "serving": serving.run,
+    "logs": logs.run,
     "gpu": gpu.run,
     "predictions": predictions.run,
 }

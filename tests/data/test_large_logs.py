@@ -1,0 +1,166 @@
+"""Reading and cleaning in pieces: the result of the plain path, within memory that is a fixed number of bytes a row."""
+
+import dataclasses
+import json
+
+import numpy as np
+import polars as pl
+import pytest
+
+from experiments import benchmark
+from experiments.benchmarks import logs
+from tim4rec_jax.config import DataConfig
+from tim4rec_jax.data import cache, cleaning, readers
+from tim4rec_jax.data.interactions import clean, load_log
+from tim4rec_jax.data.loader import GrainLoader, epoch_order
+from tim4rec_jax.data.readers import read_log
+from tim4rec_jax.data.sources import Source
+from tim4rec_jax.data.splits import leave_one_out
+
+ROWS = 600_000
+# Columns, their successors and the order take under 60 bytes a row; blocks and libraries do not grow with the log.
+BYTES_A_ROW = 80
+FIXED_BYTES = 150_000_000
+
+
+def plain_clean(frame, k_core, precision):
+    """The cleaned log by data frames alone: the columns in order, the ids, and how many rows were dropped."""
+    frame = frame.with_row_index("row")
+    while True:
+        height = frame.height
+        frame = frame.filter(pl.len().over("user") >= k_core, pl.len().over("item") >= k_core)
+        if frame.height == height:
+            frame = frame.filter(pl.len().over("user") >= 3)
+        if frame.height == height:
+            break
+    users, items = (frame[name].unique(maintain_order=True) for name in ("user", "item"))
+    place = users.to_frame("user").with_row_index("u")
+    number = items.to_frame("item").with_row_index("i", offset=1)
+    frame = frame.join(place, on="user").join(number, on="item")
+    seconds = pl.col("timestamp").cast(pl.Float32) if precision == "float32" else pl.col("timestamp")
+    return frame.sort("u", seconds, "row"), users, items
+
+
+def assert_same(log, frame, k_core, precision):
+    expected, users, items = plain_clean(frame, k_core, precision)
+    np.testing.assert_array_equal(log.items, expected["i"])
+    np.testing.assert_array_equal(log.timestamps, expected["timestamp"])
+    np.testing.assert_array_equal(np.repeat(np.arange(log.num_users), np.diff(log.offsets)), expected["u"])
+    assert log.user_ids.equals(users) and log.item_ids.equals(items)
+    assert sum(log.statistics.dropped.values()) == frame.height - expected.height
+    assert log.statistics.duplicates == expected.height - expected.select("u", "i").n_unique()
+
+
+@pytest.fixture
+def small_pieces(monkeypatch):
+    """Every block, bucket and piece small, so that a small log has many of them; every array mapped."""
+    for module, name, value in (
+        (readers, "_PARQUET_ROWS", 97), (cleaning, "_BLOCK", 61), (cleaning, "_BUCKET_ROWS", 16),
+        (cache, "MAPPED_FROM", 1),
+    ):  # fmt: skip
+        monkeypatch.setattr(module, name, value)
+
+
+def random_frame(num_rows=3000, seed=0):
+    rng = np.random.default_rng(seed)
+    return pl.DataFrame(
+        {
+            "user": pl.Series(rng.geometric(0.01, num_rows)).cast(pl.String),
+            "item": pl.Series(rng.geometric(0.02, num_rows)).cast(pl.String),
+            "timestamp": 978_300_000 + rng.integers(0, 5_000, num_rows),
+        }
+    )
+
+
+@pytest.mark.parametrize("precision", ["float32", "int64"])
+def test_pieces_give_what_the_plain_path_gives(tmp_path, small_pieces, precision):
+    frame = random_frame()
+    frame.write_parquet(tmp_path / "log.parquet")
+    config = DataConfig(
+        name="custom", path=str(tmp_path / "log.parquet"), cache_dir=str(tmp_path), timestamp_precision=precision
+    )
+    log = load_log(config)
+    assert not log.items.flags.owndata and log.items.ctypes.data % 64 == log.timestamps.ctypes.data % 64 == 0
+    assert_same(log, frame, 5, precision)
+    again, cleaned = load_log(config), clean(frame, k_core=5, timestamp_precision=precision)
+    for name in ("items", "timestamps", "offsets"):
+        np.testing.assert_array_equal(getattr(again, name), getattr(cleaned, name))
+    assert again.statistics == cleaned.statistics == log.statistics
+    # A mapped log trains as one in memory does.
+    loaders = [
+        GrainLoader(one, leave_one_out(one).train, max_len=7, batch_size=64, seed=3, precision=precision)
+        for one in (log, cleaned)
+    ]
+    for mine, theirs in zip(*(loader.epoch(2, loader.num_batches - 3) for loader in loaders), strict=True):
+        for name in ("items", "timestamps", "targets", "weights"):
+            a, b = getattr(mine, name), getattr(theirs, name)
+            assert a.dtype == b.dtype
+            np.testing.assert_array_equal(a, b)
+
+
+def test_a_damaged_mapped_log_and_one_that_numpy_wrote(tmp_path, small_pieces):
+    arrays = {"a": np.arange(50), "b": np.arange(7, dtype=np.int32)}
+    cache.write_entry(tmp_path / "entry.npz", arrays, {"t": pl.DataFrame({"id": ["x"]})}, {"n": 1})
+    with np.load(tmp_path / "entry.npz") as stored:
+        np.testing.assert_array_equal(stored["array/a"], arrays["a"])
+        members = dict(stored)
+    np.savez(tmp_path / "plain.npz", **members)
+    for name in ("entry", "plain"):
+        entry = cache.read_entry(tmp_path / f"{name}.npz")
+        assert entry.record == {"n": 1} and entry.tables["t"]["id"].to_list() == ["x"]
+        for key, array in arrays.items():
+            np.testing.assert_array_equal(entry.arrays[key], array)
+    whole = (tmp_path / "entry.npz").read_bytes()
+    at = whole.index(arrays["a"].tobytes())
+    (tmp_path / "bad.npz").write_bytes(whole[:at] + b"\xff" + whole[at + 1 :])
+    with pytest.raises(cache.CorruptEntryError, match=r"bad\.npz is damaged"):
+        cache.read_entry(tmp_path / "bad.npz")
+
+
+def test_bad_rows_of_a_later_piece_are_named_by_their_row_and_all_counted(tmp_path, small_pieces):
+    frame = random_frame(500).with_columns(
+        pl.when(pl.int_range(pl.len()).is_in([200, 400])).then(None).otherwise(pl.col("item")).alias("item")
+    )
+    frame.write_parquet(tmp_path / "log.parquet")
+    source = Source(tmp_path / "log.parquet")
+    with pytest.raises(ValueError, match=r"log\.parquet, row 201: no item id \(2 such rows\)"):
+        read_log([source], "parquet")
+    blank = pl.DataFrame({"user": [None] * 150, "item": [None] * 150, "timestamp": [None] * 150}, schema=frame.schema)
+    pl.concat([blank, random_frame(100)]).write_parquet(tmp_path / "log.parquet")
+    log = read_log([source], "parquet")
+    assert (log.blank_lines, log.frame.height) == (150, 100)
+    blank.write_parquet(tmp_path / "log.parquet")
+    with pytest.raises(ValueError, match="holds no rows below its header"):
+        read_log([source], "parquet")
+
+
+def test_the_order_of_an_epoch_is_numpys_permutation():
+    for num in (1, 2, 1000, 70_001):
+        expected = np.random.Generator(np.random.Philox(key=[5, 9])).permutation(num)
+        order = epoch_order(5, 9, num)
+        assert order.dtype == np.int32
+        np.testing.assert_array_equal(order, expected)
+
+
+def test_memory_is_bounded_by_the_rows(tmp_path, capsys):
+    output = tmp_path / "logs.json"
+    argv = ["logs", f"--rows={ROWS}", f"--output={output}", f"--folder={tmp_path}", "--seconds=0.2"]
+    assert benchmark.main(argv) == 0
+    record = json.loads(output.read_text())
+    assert record["environment"]["backend"] == "cpu" and record["settings"]["rows"] == [ROWS]
+    (one,) = record["results"]
+    read, batches = one["ingest"], one["loader"]
+    for part in (read, batches):
+        assert 0 < part["start_bytes"] <= part["peak_bytes"] < part["start_bytes"] + FIXED_BYTES + BYTES_A_ROW * ROWS
+    assert read["rows_read"] == ROWS and batches["examples"] == read["rows"] - 3 * read["users"]
+    assert batches["batches"] >= 2 and batches["batches_a_second"] > 0
+    assert "peak MB" in capsys.readouterr().out
+    # The files are gone; the same rows, cleaned here, are what the process found.
+    assert list(tmp_path.iterdir()) == [output]
+    logs.write_log(tmp_path / "log.parquet", ROWS, 0)
+    frame = pl.read_parquet(tmp_path / "log.parquet")
+    log = clean(frame, k_core=5, timestamp_precision="int64", fingerprint="of the same rows")
+    assert_same(log, frame, 5, "int64")
+    found = (read["rows"], read["users"], read["items"])
+    assert (log.num_rows, log.num_users, log.num_items) == found
+    assert dataclasses.asdict(log.statistics)["rows_read"] == ROWS
