@@ -12,7 +12,10 @@ from tim4rec_jax.config import ExperimentConfig
 from tim4rec_jax.run_dir import CONFIG, read_config, read_environment
 
 # What is measured must be the same for all rows.
-_PROTOCOL = ("eval.top_k", "eval.exclude_seen")
+_PROTOCOL = (
+    "eval.top_k", "eval.exclude_seen", "data.split", "data.valid_share", "data.test_share", "data.valid_from",
+    "data.test_from", "data.temporal_targets",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 PACKAGES = ("kernels", "tim4rec_jax", "experiments")
 # What each room of the library may import of the others.
 ROOMS = {
-    "data": {"config"},
+    "data": {"config", "data_config"},
     "layers": {"config"},
     "models": {"config", "typing", "layers"},
     "interop": {"config", "models"},

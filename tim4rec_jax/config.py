@@ -4,44 +4,22 @@ Every program resolves to one `ExperimentConfig`; derived sizes are cached prope
 """
 
 import dataclasses
-import datetime
-import math
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal, get_args
 
+from tim4rec_jax.checks import require
+from tim4rec_jax.data_config import DataConfig, SyntheticConfig
 from tim4rec_jax.parallel_config import ParallelConfig
 
 Dtype = Literal["float32", "bfloat16", "float64"]
-LogFormat = Literal["auto", "recbole", "movielens", "amazon", "kuairand", "csv", "parquet"]
 Baseline = Literal["popularity", "time_off"]
-TimestampPrecision = Literal["float32", "int64"]
 TimeMode = Literal["faithful", "causal"]
 Positions = Literal["last", "all"]
-SplitName = Literal["leave_one_out", "temporal"]
-TemporalTargets = Literal["last", "first", "all"]
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ValueError(message)
-
-
-def parse_time(text: str, setting: str) -> int:
-    """Returns the epoch seconds of an ISO 8601 date or moment, of UTC where it names no zone; fractions are rounded up.
-
-    Raises:
-      ValueError: for what is no such date.
-    """
-    try:
-        moment = datetime.datetime.fromisoformat(text)
-    except ValueError as error:
-        raise ValueError(f"{setting}={text} is no date ({error}); write 2000-12-01 or 2000-12-01T08:30:00") from None
-    return math.ceil((moment if moment.tzinfo else moment.replace(tzinfo=datetime.UTC)).timestamp())
 
 
 def _require_rate(name: str, rate: float) -> None:
-    _require(0.0 <= rate < 1.0, f"{name}={rate} must lie in [0, 1); use 0 to switch dropout off")
+    require(0.0 <= rate < 1.0, f"{name}={rate} must lie in [0, 1); use 0 to switch dropout off")
 
 
 @dataclass(frozen=True)
@@ -126,16 +104,16 @@ class ModelConfig:
         )  # fmt: skip
         for name in sizes:
             value = getattr(self, name)
-            _require(value >= 1, f"{name}={value} must be at least 1")
-        _require(self.vocab_size >= 0, f"vocab_size={self.vocab_size} must be at least 0 (0: taken from the data)")
+            require(value >= 1, f"{name}={value} must be at least 1")
+        require(self.vocab_size >= 0, f"vocab_size={self.vocab_size} must be at least 0 (0: taken from the data)")
         if self.name in ("sasrec", "tisasrec"):
-            _require(
+            require(
                 self.d_model % self.attention_heads == 0,
                 f"attention_heads={self.attention_heads} must divide d_model={self.d_model}; "
                 f"choose one of {[h for h in range(1, self.d_model + 1) if self.d_model % h == 0]}",
             )
         elif self.name not in ("mamba4rec", "echomamba4rec"):
-            _require(
+            require(
                 self.d_inner % self.head_dim == 0,
                 f"head_dim={self.head_dim} must divide expand*d_model={self.d_inner}; "
                 f"choose one of {[p for p in (16, 32, 64, 128, 256) if self.d_inner % p == 0]}",
@@ -143,19 +121,17 @@ class ModelConfig:
         _require_rate("dropout", self.dropout)
         _require_rate("time_dropout", self.time_dropout)
         _require_rate("attention_dropout", self.attention_dropout)
-        _require(
+        require(
             self.time_mode in get_args(TimeMode), f"time_mode={self.time_mode!r} must be one of {get_args(TimeMode)}"
         )
-        _require(
-            self.date_knots != 1 and self.date_knots >= 0, f"date_knots={self.date_knots} must be 0, or at least 2"
-        )
-        _require(
+        require(self.date_knots != 1 and self.date_knots >= 0, f"date_knots={self.date_knots} must be 0, or at least 2")
+        require(
             self.first_second < self.last_second,
             f"first_second={self.first_second} must lie before last_second={self.last_second}",
         )
-        _require(self.gap_std > 0, f"gap_std={self.gap_std} must be positive")
-        _require(self.norm_eps > 0, f"norm_eps={self.norm_eps} must be positive")
-        _require(self.dtype in get_args(Dtype), f"dtype={self.dtype!r} must be one of {get_args(Dtype)}")
+        require(self.gap_std > 0, f"gap_std={self.gap_std} must be positive")
+        require(self.norm_eps > 0, f"norm_eps={self.norm_eps} must be positive")
+        require(self.dtype in get_args(Dtype), f"dtype={self.dtype!r} must be one of {get_args(Dtype)}")
 
     @cached_property
     def d_inner(self) -> int:
@@ -171,99 +147,6 @@ class ModelConfig:
     def activation(self) -> Literal["silu", "hard_swish"]:
         """Activation of the convolutions: the original takes silu only where its fast kernel ran (heads in eights)."""
         return "silu" if self.num_heads % 8 == 0 else "hard_swish"
-
-
-@dataclass(frozen=True)
-class SyntheticConfig:
-    """A log made on the spot in which the next item depends on the last item and on the time since the one before it.
-
-    Attributes:
-      num_users: users.
-      num_items: items.
-      min_events, max_events: events a user, drawn uniformly.
-      noise: share of events whose item is drawn from the popularity distribution instead of the rule.
-      seed: of the generator.
-    """
-
-    num_users: int = 1000
-    num_items: int = 100
-    min_events: int = 21
-    max_events: int = 30
-    noise: float = 0.1
-    seed: int = 7
-
-    def __post_init__(self) -> None:
-        _require(self.num_users >= 1, f"num_users={self.num_users} must be at least 1")
-        _require(self.num_items >= 2, f"num_items={self.num_items} must be at least 2: one for each half")
-        _require(
-            3 <= self.min_events <= self.max_events,
-            f"min_events={self.min_events}, max_events={self.max_events} must satisfy 3 <= min <= max",
-        )
-        _require(0.0 <= self.noise <= 1.0, f"noise={self.noise} must lie in [0, 1]")
-
-
-@dataclass(frozen=True)
-class DataConfig:
-    """Which log to read and how to clean it.
-
-    Attributes:
-      name: a data set of the catalog, "synthetic", or "custom" for a file of your own (then `path` is needed).
-      path: file or folder to read instead of the catalog's download.
-      item_path: file with item titles; None looks beside `path` for a file of the same stem ending in `.item`.
-      format: file format; "auto" decides by name and header.
-      user_column, item_column, time_column: column names in CSV and Parquet logs.
-      k_core: users and items with fewer interactions are removed, repeatedly, to a fixpoint; 0 keeps all.
-      timestamp_precision: "int64" seconds, or "float32" as the original program has them (sorting included).
-      split: "leave_one_out" gives every user's last event to the test and the one before to validation; "temporal"
-        cuts all users at the same two moments.
-      valid_share, test_share: of all events, the shares whose times a temporal split gives to validation and test.
-      valid_from, test_from: the cuts of a temporal split instead of shares, as in 2000-12-01 or 2000-12-01T08:30:00.
-      temporal_targets: which events of a user in either period are predicted: the "last", the "first" or "all".
-      loader: "device" keeps the log on the device and gathers inside the step; "grain" gathers on the host.
-      cache_dir: where downloads and cleaned logs are kept.
-      synthetic: the generated log of `name="synthetic"`.
-    """
-
-    name: str = "synthetic"
-    path: str | None = None
-    item_path: str | None = None
-    format: LogFormat = "auto"
-    user_column: str = "user"
-    item_column: str = "item"
-    time_column: str = "timestamp"
-    k_core: int = 5
-    timestamp_precision: TimestampPrecision = "float32"
-    split: SplitName = "leave_one_out"
-    valid_share: float = 0.1
-    test_share: float = 0.1
-    valid_from: str | None = None
-    test_from: str | None = None
-    temporal_targets: TemporalTargets = "last"
-    loader: Literal["device", "grain"] = "device"
-    cache_dir: str = "~/.cache/tim4rec_jax"
-    synthetic: SyntheticConfig = field(default_factory=SyntheticConfig)
-
-    def __post_init__(self) -> None:
-        _require(self.k_core >= 0, f"k_core={self.k_core} must be at least 0 (0 keeps every user and item)")
-        for name, known in (("split", SplitName), ("temporal_targets", TemporalTargets)):
-            value = getattr(self, name)
-            _require(value in get_args(known), f"data.{name}={value!r} must be one of {get_args(known)}")
-        shares = f"data.valid_share={self.valid_share}, data.test_share={self.test_share}"
-        _require(
-            self.valid_share > 0 and self.test_share > 0 and self.valid_share + self.test_share < 1,
-            f"{shares} must be positive and sum to less than 1; the rest trains",
-        )
-        self._check_cuts()
-
-    def _check_cuts(self) -> None:
-        cuts = {"data.valid_from": self.valid_from, "data.test_from": self.test_from}
-        given = [f"{name}={cut}" for name, cut in cuts.items() if cut is not None]
-        if not given:
-            return
-        _require(len(given) == 2, f"{given[0]} is given alone; data.valid_from and data.test_from belong together")
-        _require(self.split == "temporal", f"{given[0]} is for data.split=temporal, not {self.split}; leave it out")
-        seconds = [parse_time(str(cut), name) for name, cut in cuts.items()]
-        _require(seconds[0] < seconds[1], f"{given[0]} must lie before {given[1]}")
 
 
 @dataclass(frozen=True)
@@ -325,29 +208,29 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size", "length_groups", "log_every"):
-            _require(getattr(self, name) >= 1, f"{name}={getattr(self, name)} must be at least 1")
+            require(getattr(self, name) >= 1, f"{name}={getattr(self, name)} must be at least 1")
         for name in ("max_steps", "microbatch_tokens", "checkpoint_every"):
             value = getattr(self, name)
-            _require(value is None or value >= 1, f"{name}={value} must be at least 1, or None")
-        _require(
+            require(value is None or value >= 1, f"{name}={value} must be at least 1, or None")
+        require(
             self.positions in get_args(Positions), f"positions={self.positions!r} must be one of {get_args(Positions)}"
         )
-        _require(
+        require(
             self.window_context is None or self.window_context >= 0,
             f"window_context={self.window_context} must be at least 0, or None",
         )
-        _require(
+        require(
             self.positions == "last" or self.loss == "ce",
             f"positions='all' trains with loss='ce' only, not {self.loss!r}; use positions='last' for it",
         )
         for name in ("patience", "warmup_steps", "weight_decay", "seed"):
-            _require(getattr(self, name) >= 0, f"{name}={getattr(self, name)} must be at least 0")
-        _require(
+            require(getattr(self, name) >= 0, f"{name}={getattr(self, name)} must be at least 0")
+        require(
             self.loss == "ce" or self.loss_implementation is None,
             f"loss_implementation={self.loss_implementation!r} is for loss='ce'; leave it out for loss={self.loss!r}",
         )
-        _require(self.learning_rate > 0, f"learning_rate={self.learning_rate} must be positive")
-        _require(self.clip_norm is None or self.clip_norm > 0, f"clip_norm={self.clip_norm} must be positive, or None")
+        require(self.learning_rate > 0, f"learning_rate={self.learning_rate} must be positive")
+        require(self.clip_norm is None or self.clip_norm > 0, f"clip_norm={self.clip_norm} must be positive, or None")
 
 
 @dataclass(frozen=True)
@@ -373,11 +256,11 @@ class EvalConfig:
     baselines: tuple[Baseline, ...] = ("popularity",)
 
     def __post_init__(self) -> None:
-        _require(self.batch_size >= 1, f"batch_size={self.batch_size} must be at least 1")
-        _require(self.max_len is None or self.max_len >= 1, f"max_len={self.max_len} must be at least 1, or None")
-        _require(len(self.top_k) > 0 and min(self.top_k) >= 1, f"top_k={self.top_k} needs list lengths of at least 1")
+        require(self.batch_size >= 1, f"batch_size={self.batch_size} must be at least 1")
+        require(self.max_len is None or self.max_len >= 1, f"max_len={self.max_len} must be at least 1, or None")
+        require(len(self.top_k) > 0 and min(self.top_k) >= 1, f"top_k={self.top_k} needs list lengths of at least 1")
         known = [f"{metric}@{k}" for k in self.top_k for metric in ("hit", "ndcg", "mrr")]
-        _require(self.monitor in known, f"monitor={self.monitor!r} must be one of {known}")
+        require(self.monitor in known, f"monitor={self.monitor!r} must be one of {known}")
 
 
 @dataclass(frozen=True)
@@ -399,7 +282,7 @@ class ExperimentConfig:
 def _from_dict(cls: type, values: dict[str, Any], path: str) -> Any:
     fields = {f.name: f for f in dataclasses.fields(cls)}
     unknown = sorted(set(values) - set(fields))
-    _require(not unknown, f"unknown settings {[path + key for key in unknown]}; known: {sorted(fields)}")
+    require(not unknown, f"unknown settings {[path + key for key in unknown]}; known: {sorted(fields)}")
     nested = {"model": ModelConfig, "data": DataConfig, "train": TrainConfig, "eval": EvalConfig}
     nested |= {"synthetic": SyntheticConfig, "parallel": ParallelConfig}
     return cls(

@@ -4,12 +4,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal, get_args
 
+from tim4rec_jax.checks import require
+
 Strategy = Literal["auto", "single", "sharded", "pmap"]
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ValueError(message)
 
 
 @dataclass(frozen=True)
@@ -35,31 +32,31 @@ class ParallelConfig:
     heartbeat_seconds: int = 30
 
     def __post_init__(self) -> None:
-        _require(
+        require(
             self.strategy in get_args(Strategy),
             f"parallel.strategy={self.strategy!r} must be one of {get_args(Strategy)}",
         )
-        _require(
+        require(
             self.distributed in ("off", "auto"), f"parallel.distributed={self.distributed!r} must be 'off' or 'auto'"
         )
         count, number = self.num_processes, self.process_id
-        _require(count is None or count >= 1, f"parallel.num_processes={count} must be at least 1")
-        _require(number is None or number >= 0, f"parallel.process_id={number} must be at least 0")
-        _require(
+        require(count is None or count >= 1, f"parallel.num_processes={count} must be at least 1")
+        require(number is None or number >= 0, f"parallel.process_id={number} must be at least 0")
+        require(
             count is None or number is None or number < count,
             f"parallel.process_id={number} must be under parallel.num_processes={count}: processes count from 0",
         )
-        _require(self.heartbeat_seconds >= 1, f"parallel.heartbeat_seconds={self.heartbeat_seconds} must be at least 1")
+        require(self.heartbeat_seconds >= 1, f"parallel.heartbeat_seconds={self.heartbeat_seconds} must be at least 1")
         if self.coordinator is not None:
             host, colon, port = self.coordinator.rpartition(":")
-            _require(
+            require(
                 bool(host and colon) and port.isdecimal() and 1 <= int(port) <= 65535,
                 f"parallel.coordinator={self.coordinator!r} must be host:port with a port from 1 to 65535, as in "
                 "10.0.0.1:8476",
             )
         if self.distributed == "off":
             self._require_all_or_none()
-        _require(
+        require(
             self.strategy not in ("single", "pmap") or not self.several_processes,
             f"parallel.strategy={self.strategy!r} works in one process; use 'sharded' (or 'auto') for several",
         )
@@ -68,7 +65,7 @@ class ParallelConfig:
         names = ("coordinator", "num_processes", "process_id")
         given = [name for name in names if getattr(self, name) is not None]
         missing = [name for name in names if name not in given]
-        _require(
+        require(
             not given or not missing,
             f"parallel.{given[0] if given else ''} needs {' and '.join(f'parallel.{name}' for name in missing)} too; "
             "or let JAX find out with parallel.distributed='auto'",

@@ -27,6 +27,7 @@ from jax import Array
 
 from kernels.ssd.segments import states_before, uncut_segments
 from kernels.ssd.tiles import (
+    Histories,
     Place,
     Plan,
     Span,
@@ -135,6 +136,18 @@ def _state_before(plan: Plan, refs: _Refs, at: Place, head: _Head, chunk: Array)
     return load_tile(refs.states, at.row, chunk, head.index, plan.columns(at.split), plan.states, unless=unless)
 
 
+def _flow(plan: Plan, histories: Histories | None, arriving: Array, leaving: Array) -> Array:
+    """Sums what flows over each position of a chunk [c], save what passes through the whole chunk.
+
+    That is what arrives at it or later from before the chunk, what leaves the chunk from earlier positions, and what
+    goes from earlier positions to it or later; each of it in one history, and nothing over its start.
+    """
+    crossing = jnp.where(lower_triangle(plan.chunk), arriving[:, None], leaving[:, None])
+    if histories is not None:
+        crossing = jnp.where(histories.together(), crossing, 0.0)
+    return jnp.sum(crossing, axis=0)
+
+
 def _walk(plan: Plan, refs: _Refs, at: Place, head: _Head, step: Array, sums: _Sums) -> _Sums:
     """Handles one chunk of one head.
 
@@ -176,8 +189,7 @@ def _walk(plan: Plan, refs: _Refs, at: Place, head: _Head, step: Array, sums: _S
 
     # From the state before it to the outputs.
     before = _state_before(plan, refs, at, head, chunk)
-    dC = plan.dot(scaled(dy, decays.from_start), before.astype(narrow))
-    dC = reached(plan, dC, decays.from_start[:, None])
+    dC = reached(plan, plan.dot(scaled(dy, decays.from_start), before.astype(narrow)), decays.from_start[:, None])
     arriving = jnp.sum(dC * C.astype(jnp.float32), axis=1)
     through = weigh(plan, decays.total, jnp.sum(sums.state * before))
     add_to(refs.dC, dC + plan.dot(d_scores, B))
@@ -188,13 +200,7 @@ def _walk(plan: Plan, refs: _Refs, at: Place, head: _Head, step: Array, sums: _S
     leaving = inside + jnp.sum(dB * B.astype(jnp.float32), axis=1)
     add_to(refs.dB, dB + plan.dot(d_scores, maps(refs.C), trans_a=True))
 
-    # Over position k flows what arrives at it or later from before the chunk, what leaves the chunk from earlier
-    # positions, what goes from earlier positions to it or later, and what passes through the whole chunk; each of it
-    # in one history, and nothing over its start.
-    crossing = jnp.where(lower_triangle(plan.chunk), arriving[:, None], leaving[:, None])
-    if histories is not None:
-        crossing = jnp.where(histories.together(), crossing, 0.0)
-    d_log_decay = jnp.sum(crossing, axis=0) + through
+    d_log_decay = _flow(plan, histories, arriving, leaving) + through
 
     x, dy = values(refs.x), values(refs.dy)
     from_after = plan.dot(scaled(maps(refs.B), decays.to_end), after, trans_b=True)

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-from tim4rec_jax.config import LogFormat
 from tim4rec_jax.data.archives import unpack
+from tim4rec_jax.data_config import LogFormat
 
 _CHUNK = 1 << 20
 _TIMEOUT_SECONDS = 60

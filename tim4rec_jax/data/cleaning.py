@@ -9,8 +9,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from tim4rec_jax.config import TimestampPrecision
 from tim4rec_jax.data.statistics import MIN_EVENTS
+from tim4rec_jax.data_config import TimestampPrecision
 
 SHORT_USERS = f"users with fewer than {MIN_EVENTS} events"
 _BLOCK = 2**18

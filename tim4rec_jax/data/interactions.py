@@ -11,7 +11,6 @@ import numpy as np
 import polars as pl
 from rich.console import Console
 
-from tim4rec_jax.config import DataConfig, TimestampPrecision
 from tim4rec_jax.data import cache, catalog
 from tim4rec_jax.data.cleaning import filter_core, number_by_first_appearance, sort_by_time
 from tim4rec_jax.data.coding import CodedLog, encode
@@ -20,6 +19,7 @@ from tim4rec_jax.data.sources import Source
 from tim4rec_jax.data.statistics import LogStatistics
 from tim4rec_jax.data.synthetic import generate
 from tim4rec_jax.data.titles import find_titles, read_titles
+from tim4rec_jax.data_config import DataConfig, TimestampPrecision
 
 BLANK_LINES = "blank lines"
 _CACHE_VERSION = 1  # raise it whenever cleaning or the layout of a cached log changes

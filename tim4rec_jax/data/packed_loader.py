@@ -93,9 +93,7 @@ class _PackedPlan:
 
     def positions(self, rows: EpochRows, batch: int) -> PackedPositions:
         first = batch * self._batch_size
-        return self.packed.positions(
-            rows, first + self._places.start, len(self._places), stop=first + self._batch_size
-        )
+        return self.packed.positions(rows, first + self._places.start, len(self._places), stop=first + self._batch_size)
 
     def examples_before(self, epoch: int, batch: int) -> int:
         before = self.epoch(epoch).targets_before

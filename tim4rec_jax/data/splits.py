@@ -5,10 +5,10 @@ from dataclasses import dataclass
 import numpy as np
 from rich.table import Table
 
-from tim4rec_jax.config import DataConfig, TemporalTargets, TimestampPrecision, parse_time
 from tim4rec_jax.data.examples import Examples
 from tim4rec_jax.data.interactions import InteractionLog
 from tim4rec_jax.data.statistics import utc
+from tim4rec_jax.data_config import DataConfig, TemporalTargets, TimestampPrecision, parse_time
 
 
 @dataclass(frozen=True)
