@@ -245,8 +245,8 @@ def test_vmap_over_starts(implementation, cut):
             np.testing.assert_allclose(actual[index], wanted, rtol=1e-4, atol=1e-5)
 
 
-@by_implementation
-def test_rows_over_the_devices_of_a_mesh(implementation, cut):
+def over_devices(implementation, cut, *, check_vma):
+    """Losses of rows, those of rows spread over all devices, and their arguments: what rows share and what they own."""
     devices = jax.devices()
     arrays = in_dtype(inputs(Case(20, 2, initial=True)), "float32")
     parameters = {"A", "D", "dt_bias"}
@@ -259,19 +259,30 @@ def test_rows_over_the_devices_of_a_mesh(implementation, cut):
         return (y**2).sum((1, 2, 3)) + (state**3).sum((1, 2, 3))
 
     split, whole = PartitionSpec("rows"), PartitionSpec()
-    mesh = Mesh(np.array(devices), ("rows",))
+    specs = {"in_specs": (whole, split), "out_specs": split, "check_vma": check_vma}
+    return row_losses, jax.shard_map(row_losses, mesh=Mesh(np.array(devices), ("rows",)), **specs), (shared, rows)
+
+
+def summed_gradient(losses):
+    return jax.value_and_grad(lambda *a: losses(*a).sum(), argnums=(0, 1), allow_int=True)
+
+
+@by_implementation
+def test_rows_over_the_devices_of_a_mesh(implementation, cut):
     # JAX's interpreter of kernels does not mark what differs between devices.
-    checked = {"check_vma": implementation != KERNELS}
-    sharded = jax.shard_map(row_losses, mesh=mesh, in_specs=(whole, split), out_specs=split, **checked)
-
-    def value_and_gradients(losses):
-        run = jax.value_and_grad(lambda *a: losses(*a).sum(), argnums=(0, 1), allow_int=True)
-        value, (by_shared, by_rows) = quick_jit(run)(shared, rows)
-        return value, by_shared, {name: by_rows[name] for name in rows if name != "starts"}
-
-    both = value_and_gradients(sharded), value_and_gradients(row_losses)
-    for actual, wanted in zip(*map(jax.tree.leaves, both), strict=True):
+    *both, given = over_devices(implementation, cut, check_vma=implementation != KERNELS)
+    results = [quick_jit(summed_gradient(losses))(*given) for losses in both]
+    for _, (_, by_rows) in results:
+        del by_rows["starts"]
+    for actual, wanted in zip(*map(jax.tree.leaves, results), strict=True):
         np.testing.assert_allclose(actual, wanted, rtol=1e-4, atol=1e-3)
+
+
+def test_kernels_inside_a_checked_shard_map():
+    _, sharded, given = over_devices("pallas_triton", PARTS, check_vma=True)
+    program = str(jax.make_jaxpr(summed_gradient(sharded))(*given))
+    for kernel in ("ssd_segments", "ssd_forward", "ssd_requests", "ssd_backward"):
+        assert kernel in program, kernel
 
 
 @pytest.mark.parametrize("pieces", [(1,) * 4, (3, 1, 17, 2, 27), (49, 1)], ids=str)
