@@ -115,7 +115,7 @@ def test_ctrl_c_in_one_process_stops_both_after_the_same_step(tmp_path):
     with two_processes(folder, *options(tmp_path)) as (processes, outputs):
         wait_for_step(folder, 3, processes, outputs)
         processes[1].send_signal(signal.SIGINT)
-        codes = [process.wait(timeout=120) for process in processes]
+        codes = [process.wait(timeout=300) for process in processes]
     assert codes == [0, 130], [output.read_text() for output in outputs]
     steps = len(losses(folder))
     assert f"stopped at step {steps}; the state is saved" in outputs[0].read_text()
@@ -133,7 +133,7 @@ def test_ctrl_c_in_one_process_stops_both_after_the_same_step(tmp_path):
 @pytest.mark.slow
 def test_a_lost_process_ends_the_other_with_an_error(tmp_path):
     folder = tmp_path / "run"
-    arguments = options(tmp_path, "--parallel.heartbeat_seconds=5", "--train.checkpoint_every=2")
+    arguments = options(tmp_path, "--parallel.heartbeat_seconds=15", "--train.checkpoint_every=2")
     with two_processes(folder, *arguments) as (processes, outputs):
         wait_for_step(folder, 5, processes, outputs)
         processes[1].kill()
