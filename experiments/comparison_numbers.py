@@ -10,7 +10,7 @@ import numpy as np
 
 from experiments.comparison_plan import Plan
 from experiments.published import PUBLISHED
-from experiments.record import without_folders
+from experiments.record import command_without_folders, settings_without_folders, without_folders
 from experiments.run_queue import is_finished
 from tim4rec_jax.data.examples import Examples
 from tim4rec_jax.data.interactions import InteractionLog
@@ -42,7 +42,7 @@ def _run(folder: pathlib.Path) -> dict[str, Any]:
         | {f"{part}_seconds": sum(epoch[f"{part}_seconds"] for epoch in epochs) for part in ("train", "valid")}
         | {name: environment.get(name) for name in _RUN_FACTS}
         | {"versions": {name: environment.get(name) for name in _VERSIONS}}
-        | {"command": [without_folders(argument) for argument in environment["command"]]}
+        | {"command": command_without_folders(environment["command"])}
     )
 
 
@@ -114,12 +114,9 @@ def _against_best(ranks: Mapping[str, np.ndarray], test: Examples, best: str, me
 
 def _settings(plan: Plan) -> dict[str, Any]:
     """Settings of every model, without folders of the machine and the seed."""
-    settings = {model: config.to_dict() for model, config in plan.configs.items()}
+    settings = {model: settings_without_folders(config) for model, config in plan.configs.items()}
     for values in settings.values():
-        values["data"].pop("cache_dir")
         values["train"].pop("seed")
-        for name in ("path", "item_path"):
-            values["data"][name] = values["data"][name] and without_folders(values["data"][name])
     overrides = {path: without_folders(v) if isinstance(v, str) else v for path, v in plan.overrides.items()}
     return {"given": overrides, "differ_by_model": plan.own, "by_model": settings}
 
@@ -161,7 +158,7 @@ def collect(plan: Plan, note: str) -> dict[str, Any]:
     every = [run for of_model in runs.values() for run in of_model]
     return {
         "note": note,
-        "command": [without_folders(argument) for argument in sys.orig_argv],
+        "command": command_without_folders(sys.orig_argv),
         "data": {
             "name": data.name, "users": log.num_users, "items": log.num_items, "rows": log.num_rows,
             "fingerprint": log.fingerprint,

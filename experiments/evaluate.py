@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from experiments.command_line import run_program
-from experiments.record import without_folders
+from experiments.record import command_without_folders
 from tim4rec_jax.config import EvalConfig
 from tim4rec_jax.data.splits import describe, split_log
 from tim4rec_jax.evaluation.full_sort import EvaluationResult, evaluate
@@ -136,7 +136,7 @@ def run(arguments: Arguments) -> EvaluationResult:
 def evidence(arguments: Arguments, result: EvaluationResult) -> dict[str, Any]:
     """What an evaluation is remembered by; folders of the machine are left out."""
     stored, trained = read_config(arguments.run), read_environment(arguments.run)
-    command = [without_folders(argument) for argument in sys.orig_argv]
+    command = command_without_folders(sys.orig_argv)
     return {
         "environment": environment(trained["data_fingerprint"], command=command),
         "run": {"name": stored.name, "seed": stored.train.seed, "max_len": stored.model.max_len}

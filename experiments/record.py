@@ -16,6 +16,7 @@ from typing import Any
 import tyro
 
 from experiments.command_line import run_program
+from tim4rec_jax.config import ExperimentConfig
 from tim4rec_jax.run_dir import read_config, read_environment, read_results, write_atomically
 from tim4rec_jax.training.logging import read_metrics
 
@@ -41,22 +42,33 @@ def without_folders(text: str) -> str:
     return f"{option}{equals}{pathlib.PurePath(value).name}" if value.startswith("/") else text
 
 
+def settings_without_folders(config: ExperimentConfig) -> dict[str, Any]:
+    """Returns settings ready for JSON, without what belongs to a machine: folders of paths, and the cache's."""
+    settings = config.to_dict()
+    for name in ("path", "item_path"):
+        settings["data"][name] = settings["data"][name] and without_folders(settings["data"][name])
+    settings["data"].pop("cache_dir")
+    return settings
+
+
+def command_without_folders(command: Sequence[str]) -> list[str]:
+    """Returns a command line without the folders of absolute paths."""
+    return [without_folders(argument) for argument in command]
+
+
 def evidence(run: pathlib.Path, note: str) -> dict[str, Any]:
     """Collects what a run folder says of a finished run.
 
     Raises:
       FileNotFoundError: the run is not finished.
     """
-    config, environment, lines = read_config(run).to_dict(), read_environment(run), read_metrics(run)
-    for name in ("path", "item_path"):
-        config["data"][name] = config["data"][name] and without_folders(config["data"][name])
-    config["data"].pop("cache_dir")
-    environment["command"] = [without_folders(argument) for argument in environment["command"]]
+    environment, lines = read_environment(run), read_metrics(run)
+    environment["command"] = command_without_folders(environment["command"])
     epochs = [{k: v for k, v in line.items() if k != "kind"} for line in lines if line["kind"] == "valid"]
     return {
         "note": note,
         "environment": environment,
-        "config": config,
+        "config": settings_without_folders(read_config(run)),
         "results": read_results(run),
         "train_seconds": sum(epoch["train_seconds"] for epoch in epochs),
         "valid_seconds": sum(epoch["valid_seconds"] for epoch in epochs),

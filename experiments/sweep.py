@@ -27,6 +27,7 @@ from rich.table import Table
 
 from experiments.command_line import run_program
 from experiments.comparison_plan import options
+from experiments.record import command_without_folders, settings_without_folders
 from experiments.run_queue import Job, is_finished, train_all
 from experiments.sweep_plan import Plan, Range, parse, record_plan
 from tim4rec_jax.data.interactions import load_log
@@ -254,9 +255,9 @@ def write_report(plan: Plan, trials: Sequence[Trial], about: Mapping[str, Any]) 
     done = len(trials) == plan.trials and ordered[0].error is None
     test = test_of_best(plan, ordered[0]) if done else None
     record = {
-        "environment": dict(about),
+        "environment": {**about, "command": command_without_folders(about["command"])},
         "config": plan.name,
-        "settings": plan.base.to_dict(),
+        "settings": settings_without_folders(plan.base),
         "varied": plan.varied,
         "seeds": plan.seeds,
         "monitor": plan.base.eval.monitor,

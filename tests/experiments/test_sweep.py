@@ -73,6 +73,7 @@ def test_a_real_training(tmp_path, capsys):
     assert (config.model.name, config.train.learning_rate, config.train.epochs) == ("sasrec", 0.03, 1)
     assert record["best"]["test"] == results["test"] and record["environment"]["data_fingerprint"]
     assert not (run / "time_off").exists()
+    assert "cache_dir" not in record["settings"]["data"]
 
 
 def test_a_grid_takes_every_combination_and_shows_the_test_of_the_best_alone(tmp_path, capsys, trained):
