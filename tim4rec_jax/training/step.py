@@ -169,7 +169,8 @@ def train_step(
             return _loss_sum(model, config.train, params, rows, first_id + example_ids, key)
 
         total, grads = grouped_value_and_grad(loss_sum, state.params, batch, groups)
-    weight = jnp.sum(batch.weights)
+    # Of one dtype with the rest, so that the devices need one sum only.
+    weight = jnp.sum(batch.weights).astype(total.dtype)
     if axis is not None:
         total, weight, grads = jax.lax.psum((total, weight, grads), axis)
     grads = jax.tree.map(lambda g: g / weight, grads)
