@@ -15,13 +15,14 @@ import polars as pl
 import pytest
 
 from experiments import compare
+from experiments.comparison_numbers import by_user
 from experiments.comparison_plan import options, parse, parse_seeds
 from experiments.configs import DATA_NAMES, MODEL_NAMES, load_config
 from experiments.published import PUBLISHED
 from experiments.run_queue import is_finished
 from tim4rec_jax.data.interactions import load_log
-from tim4rec_jax.data.splits import leave_one_out
-from tim4rec_jax.evaluation.baselines import markov_ranks, popularity_counts, transition_counts
+from tim4rec_jax.data.splits import leave_one_out, split_log
+from tim4rec_jax.evaluation.baselines import markov_ranks, popularity_counts, popularity_ranks, transition_counts
 from tim4rec_jax.evaluation.metrics import hit, summarise
 from tim4rec_jax.run_dir import create_run, read_config, read_results, read_test_ranks, write_results, write_test_ranks
 from tim4rec_jax.training.logging import MetricLogger, read_metrics
@@ -39,7 +40,7 @@ def _arguments(tmp_path: pathlib.Path, *more: str) -> list[str]:
     return [*TINY, "--seeds=2", f"--runs={tmp_path / 'runs'}", f"--output={tmp_path / 'out' / 'table'}", *more]
 
 
-def finish(plan, model: str, seed: int, log, ranks: np.ndarray) -> None:
+def finish(plan, model: str, seed: int, log, ranks: np.ndarray, user_ids: pl.Series | None = None) -> None:
     """Makes the folder of a finished run without training."""
     config, folder = plan.config(model, seed), plan.folder(model, seed)
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=log.num_items + 1))
@@ -49,7 +50,7 @@ def finish(plan, model: str, seed: int, log, ranks: np.ndarray) -> None:
         for epoch in (1, 2):
             logger.log("valid", step=epoch, epoch=epoch, train_seconds=3.0 * epoch, valid_seconds=1.0, **test)
         logger.log("test", step=2, **test)
-    write_test_ranks(folder, log.user_ids, ranks)
+    write_test_ranks(folder, log.user_ids if user_ids is None else user_ids, ranks)
     results = {"seed": seed, "test": test, "valid": test, "best_epoch": 2, "epochs": 2, "steps": 2, "parameters": 1234}
     costs = {"seconds_per_epoch": 4.5, "peak_resident_bytes": 300 * 2**20, "peak_device_bytes": None}
     write_results(folder, results | costs)
@@ -102,6 +103,33 @@ def test_numbers_are_those_of_the_runs(tmp_path, log, finished):
     assert rows["sasrec"]["against_best"]["ndcg@10"] is None
     assert numbers["data"]["fingerprint"] == log.fingerprint and numbers["wall_seconds"] == 4 * (9.0 + 2.0)
     assert numbers["note"] == "Made by hand." and numbers["settings"]["given"]["train.batch_size"] == 16
+
+
+def test_runs_of_a_temporal_split_with_every_event_a_target(tmp_path, log):
+    temporal = ["--data.split=temporal", "--data.temporal_targets=all"]
+    _, plan = parse(_arguments(tmp_path, *temporal))
+    split = split_log(log, next(iter(plan.configs.values())).data)
+    users = split.test.users
+    assert len(np.unique(users)) < len(users)
+    generator = np.random.default_rng(2)
+    for model, seed in plan.runs_in_order():
+        ranks = np.minimum(generator.geometric({"sasrec": 0.8, "ssd4rec": 0.1}[model], len(users)), log.num_items)
+        finish(plan, model, seed, log, ranks.astype(np.int32), log.user_ids[users])
+    text, numbers = _report(tmp_path, *temporal)
+    assert "temporal split (shares 0.1 and 0.1; every event of a user and period), seen items not excluded" in text
+    rows = {row["name"]: row for row in numbers["rows"]}
+    counts = popularity_counts(log, split.first_held_out)
+    expected = summarise(popularity_ranks(log, counts, split.test), (1, 5, 10))
+    assert {m: spread["mean"] for m, spread in rows["popularity"]["metrics"].items()} == pytest.approx(expected)
+    behind = rows["ssd4rec"]["against_best"]["ndcg@10"]["behind_by"]
+    means = [rows[model]["metrics"]["ndcg@10"]["mean"] for model in ("sasrec", "ssd4rec")]
+    assert behind == pytest.approx(means[0] - means[1])
+
+
+def test_targets_of_a_user_are_one_value():
+    values = by_user(np.array([[1.0, 0.0, 2.0, 3.0]]), np.array([4, 4, 6, 9]))
+    np.testing.assert_allclose(values, np.array([[1.0, 2.0, 3.0]]) * 3 / 4)
+    assert values.mean() == 1.5
 
 
 def test_no_folder_of_the_machine_is_told(tmp_path, finished):

@@ -1,5 +1,6 @@
 """The training program from the command line: a small log from start to recommendations, interruptions, bad input."""
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -14,7 +15,16 @@ import pytest
 
 from experiments import evaluate, recommend, train
 from experiments.published import PUBLISHED
-from tim4rec_jax.run_dir import CHECKPOINTS, read_config, read_environment, read_items, read_results
+from tim4rec_jax.data.splits import split_log
+from tim4rec_jax.run_dir import (
+    CHECKPOINTS,
+    read_config,
+    read_environment,
+    read_items,
+    read_results,
+    read_test_ranks,
+)
+from tim4rec_jax.serving import stored_run
 from tim4rec_jax.training.checkpoint import Checkpointer
 from tim4rec_jax.training.logging import read_metrics
 from tim4rec_jax.training.loop import Trainer
@@ -68,6 +78,26 @@ def test_evaluate_repeats_the_test_numbers(finished, capsys):
 def test_recommend_answers_from_the_run(finished, capsys):
     assert recommend.main([f"--run={finished}", "--user=7", "--k=5"]) == 0
     assert len(capsys.readouterr().out.splitlines()) > 5
+
+
+@pytest.mark.slow
+def test_a_temporal_split_from_training_to_recommendations(tmp_path, capsys):
+    folder = tmp_path / "temporal"
+    argv = [*SMALL, "--data.split=temporal", "--data.temporal_targets=all", "--data.loader=grain", "--train.epochs=1"]
+    assert train.main([*argv, "--eval.baselines", "popularity", f"--run_dir={folder}"]) == 0
+    shown, results = capsys.readouterr().out, read_results(folder)
+    assert "temporal split" in shown and "test: users without a target" in shown
+    config, log = read_config(folder), stored_run.load_log(folder)
+    split = split_log(log, config.data)
+    assert results["split"] == dataclasses.asdict(split.report) and split.report.test == len(read_test_ranks(folder))
+    assert results["baselines"]["popularity"] == train.popularity(config, log)
+    arguments = evaluate.parse([f"--run={folder}"])
+    assert evaluate.run(arguments).metrics == pytest.approx(results["test"], abs=1e-12)
+    # Histories are whole: what tests is read when the next item is recommended.
+    assert recommend.main([f"--run={folder}", f"--user={log.user_ids[0]}", "--k=5"]) == 0
+    other = [*argv, f"--run_dir={folder}", "--data.temporal_targets=last", "--resume"]
+    assert train.main(other) == 2
+    assert "data.temporal_targets: 'all' → 'last'" in capsys.readouterr().err
 
 
 def test_a_finished_run_is_not_overwritten(finished, capsys):
