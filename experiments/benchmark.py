@@ -29,6 +29,7 @@ from rich.console import Console
 
 from experiments.benchmarks import gpu, logs, models, ops, predictions, serving, train_step
 from experiments.command_line import run_program
+from experiments.record import command_without_folders
 from tim4rec_jax.run_dir import write_atomically
 
 BENCHMARKS = {
@@ -55,6 +56,8 @@ def program(argv: list[str]) -> int:
     Console().print(table)
     if options.output:
         record = {"benchmark": options.what, **result}
+        about = record["environment"]
+        record["environment"] = about | {"command": command_without_folders(about["command"])}
         write_atomically(options.output, (json.dumps(record, indent=2) + "\n").encode())
     return 1 if result.get("failed") else 0
 
