@@ -54,7 +54,7 @@ class Plan:
     activation: str
     config: CausalConv1dConfig
     interpret: bool
-    packed: bool
+    packed: bool = False
 
     @cached_property
     def strip_length(self) -> int:

@@ -45,9 +45,10 @@ def assert_alike(actual, expected, tolerance):
     np.testing.assert_allclose(actual[1], expected[1], rtol=tolerance)
     ours, theirs = actual[0].opt_state, expected[0].opt_state
     for (path, gradient), wanted in zip(jax.tree.leaves_with_path(ours), jax.tree.leaves(theirs), strict=True):
-        # A key's bias moves all scores of a query alike: its gradient is 0 but for rounding.
-        atol = tolerance * max(np.abs(wanted).max(), 1e-3)
-        np.testing.assert_allclose(gradient, wanted, rtol=0, atol=atol, err_msg=jax.tree_util.keystr(path))
+        # A key's bias moves all scores of a query alike: its gradient is 0 but for rounding, of what it is the sum of.
+        name = jax.tree_util.keystr(path)
+        atol = tolerance * max(np.abs(wanted).max(), 1e-2 if name.endswith("['key']['bias']") else 1e-3)
+        np.testing.assert_allclose(gradient, wanted, rtol=0, atol=atol, err_msg=name)
     assert any(np.abs(leaf).max() > 1e-2 for leaf in jax.tree.leaves(theirs))
 
 

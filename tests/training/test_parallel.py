@@ -103,7 +103,7 @@ def test_compiled_kernels_lower_inside_the_sharded_step():
 @pytest.mark.parametrize("positions", ["last", "all"])
 @pytest.mark.parametrize("name", ["device", "grain"])
 def test_parts_of_a_batch_are_the_batch(positions, name):
-    log = random_log(num_users=12, num_items=22, min_events=3, max_events=14, seed=5)
+    log = random_log(num_users=30, num_items=22, min_events=3, max_events=14, seed=5)
     model = ModelConfig(name="sasrec", vocab_size=23, max_len=12)
     train = TrainConfig(positions=positions, batch_size=10 if positions == "last" else 3)
     config, examples = ExperimentConfig("test", model, DataConfig(loader=name), train), leave_one_out(log).train

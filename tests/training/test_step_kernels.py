@@ -97,7 +97,7 @@ def packed_batches():
         second, end = (np.sort(rng.integers(1, MAX_LEN + 1, (ROWS, 2)), axis=1).T)[:, :, None]
         starts, inside = (position == 0) | (position == second) | (position == end), position < end
         items, targets = ((rng.integers(1, VOCAB, inside.shape) * inside).astype(np.int32) for _ in range(2))
-        times = (np.cumsum(rng.integers(0, 10_000, inside.shape), axis=1) * inside).astype(np.float32)
+        times = (np.cumsum(rng.integers(0, 10_000, inside.shape), axis=1) * inside).astype(np.int32)
         batch = PackedBatch(items, starts, times, targets, inside.astype(np.float32))
         yield jax.tree.map(jnp.asarray, batch)
 
