@@ -76,7 +76,7 @@ def test_values_of_the_causal_experiments(name):
     config = load_config(name)
     train = config.train
     assert CAUSAL[name] == (config.model.max_len, train.batch_size, train.epochs, config.model.dropout)
-    assert (train.learning_rate, train.schedule, train.warmup_steps) == (2e-3, "cosine", 40)
+    assert (train.learning_rate, train.schedule, train.warmup_steps) == (1e-3, "cosine", 40)
     assert (config.name, config.model.time_mode, config.train.positions) == (name, "causal", "all")
     assert config.data == dataclasses.replace(
         load_config(name.removesuffix("_causal")).data, timestamp_precision="int64"
