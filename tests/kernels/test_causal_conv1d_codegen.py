@@ -65,6 +65,12 @@ def test_most_taps_stay_in_registers():
         check(kernel, 90, (2048, 50, 192), 128)
 
 
+def test_packed_rows_stay_in_registers():
+    for kernel in kernels_of((64, 200, 192), 4, "silu", jnp.float32, packed=True):
+        # Where histories begin takes some: four forward programs of 256 threads still share a multiprocessor.
+        check(kernel, 90, (64, 200, 192), 56 if kernel.name == KERNELS[0] else 80)
+
+
 def test_lowers_without_bias_and_with_ragged_channels():
     for shape in [(3, 1, 5), (7, 33, 130), (2, 5000, 1)]:
         assert [kernel.name for kernel in kernels_of(shape, 4, "none", jnp.bfloat16, bias=False)] == KERNELS

@@ -13,6 +13,8 @@ from tests.kernels.codegen import CAPABILITIES, capture, compile_kernel
 PAPER_50, PAPER_200 = (2048, 50, 4, 32, 32), (2048, 200, 4, 32, 32)
 WIDE = (512, 200, 4, 128, 64)
 LONG = (1, 65_536, 4, 32, 32)
+# Rows of several histories, as they are trained on at every position.
+PACKED = (64, 200, 4, 32, 32)
 SHORT_KERNELS = ["ssd_forward", "ssd_backward"]
 LONG_KERNELS = ["ssd_segments", "ssd_forward", "ssd_requests", "ssd_backward"]
 # Bytes of local memory a thread that the backward kernel spills at most, by capability: the compiler hoists loads until
@@ -23,6 +25,7 @@ SPILLED = {
     "float32": {80: 32, 90: 64, 100: 64},
     "long": {80: 136, 90: 288, 100: 200},
     "wide": {80: 72, 90: 176, 100: 176},
+    "packed": {90: 192},
 }
 SHARED_LIMIT = 100 * 1024
 
@@ -64,9 +67,9 @@ def report(kernel, capability, label):
     return used
 
 
-def check(kernels, label, spilled):
+def check(kernels, label, spilled, capabilities=CAPABILITIES):
     for kernel in kernels:
-        for capability in CAPABILITIES:
+        for capability in capabilities:
             used = report(kernel, capability, label)
             assert used.shared_bytes < SHARED_LIMIT
             assert used.tensor_core_instructions > 0
@@ -91,6 +94,10 @@ def test_published_shape_in_other_precisions(dtype, products):
 
 def test_published_shape_with_wide_heads():
     check(programs(WIDE), str(WIDE), SPILLED["wide"])
+
+
+def test_packed_rows():
+    check(programs(PACKED, packed=True), f"{PACKED} packed", SPILLED["packed"], capabilities=(90,))
 
 
 def test_one_long_row_fills_the_card():

@@ -8,7 +8,7 @@ import pytest
 
 from kernels.ssd import SsdConfig, ssd_gated
 from tests.kernels.codegen import CAPABILITIES, capture, compile_kernel
-from tests.kernels.test_ssd_codegen import PAPER_50, PAPER_200, SHARED_LIMIT, WIDE, report, tiles
+from tests.kernels.test_ssd_codegen import PACKED, PAPER_50, PAPER_200, SHARED_LIMIT, WIDE, report, tiles
 
 KERNELS = ["ssd_gated_forward", "ssd_gated_backward"]
 # Bytes of local memory a thread that the backward kernel spills at most, by capability: as many as without a gate, but
@@ -18,6 +18,7 @@ SPILLED = {
     "bfloat16": {80: 8, 90: 48, 100: 96},
     "float32": {80: 32, 90: 64, 100: 64},
     "wide": {80: 120, 90: 232, 100: 208},
+    "packed": {90: 216},
 }
 
 
@@ -41,10 +42,10 @@ def programs(shape, *, dtype=jnp.float32, products="tfloat32", config=None, pack
     return capture(gradients, arrays, (values, steps), starts)
 
 
-def check(kernels, label, spilled):
+def check(kernels, label, spilled, capabilities=CAPABILITIES):
     assert [kernel.name for kernel in kernels] == KERNELS
     for kernel in kernels:
-        for capability in CAPABILITIES:
+        for capability in capabilities:
             used = report(kernel, capability, label)
             assert used.shared_bytes < SHARED_LIMIT
             assert used.tensor_core_instructions > 0
@@ -67,6 +68,10 @@ def test_published_shape_in_other_precisions(dtype, products):
 
 def test_published_shape_with_wide_heads():
     check(programs(WIDE), str(WIDE), SPILLED["wide"])
+
+
+def test_packed_rows():
+    check(programs(PACKED, packed=True), f"{PACKED} packed", SPILLED["packed"], capabilities=(90,))
 
 
 # Four warps share the 32 x 32 tiles of an output that is made again by their two blocks of 16 rows.
