@@ -16,6 +16,7 @@ Dtype = Literal["float32", "bfloat16", "float64"]
 Baseline = Literal["popularity", "time_off"]
 TimeMode = Literal["faithful", "causal"]
 Positions = Literal["last", "all"]
+TIME_FEATURES = ("gap", "bins", "scales", "calendar")
 
 
 def _require_rate(name: str, rate: float) -> None:
@@ -44,6 +45,9 @@ class ModelConfig:
       use_time: the time-aware mask; off gives the SSD-only model (SSD4Rec).
       time_mode: "faithful" is the paper's time branch, which mixes positions, so that the model is not causal and its
         length is fixed; "causal" reads gaps up to each position only.
+      time_features: what the causal time branch reads of an event's time, groups joined by "+": "gap" is the logarithm
+        of the gap, "bins" its doubling, "scales" how much of it is forgotten at seven time scales, "calendar" the hour
+        and the day of the week.
       gap_mean, gap_std: of log1p(seconds) over the positive gaps of the training part, which the causal time branch is
         standardised with; training fills them in from the data.
       date_knots: values a channel of a piecewise linear function of the date that the causal model adds to its output;
@@ -79,6 +83,7 @@ class ModelConfig:
     use_ffn: bool = True
     use_time: bool = True
     time_mode: TimeMode = "faithful"
+    time_features: str = "gap"
     gap_mean: float = 0.0
     gap_std: float = 1.0
     date_knots: int = 64
@@ -123,6 +128,11 @@ class ModelConfig:
         _require_rate("attention_dropout", self.attention_dropout)
         require(
             self.time_mode in get_args(TimeMode), f"time_mode={self.time_mode!r} must be one of {get_args(TimeMode)}"
+        )
+        groups = self.time_features.split("+")
+        require(
+            set(groups) <= set(TIME_FEATURES) and len(groups) == len(set(groups)),
+            f"time_features={self.time_features!r} must join different ones of {TIME_FEATURES} by '+'",
         )
         require(self.date_knots != 1 and self.date_knots >= 0, f"date_knots={self.date_knots} must be 0, or at least 2")
         require(
