@@ -7,6 +7,7 @@
     python -m experiments.benchmark logs --rows=1e6,5e6,2e7 --output=logs.json
     python -m experiments.benchmark gpu --output=gpu.json
     python -m experiments.benchmark predictions --output=predictions.json
+    python -m experiments.benchmark scaling --output=scaling.json --markdown=scaling.md
 
 `train_step` takes the same real batches through our training step in three forms and through a plain PyTorch model.
 `ops` compares the plain-JAX operators with other forms of them, forward and backward. Both need the test dependencies
@@ -16,7 +17,8 @@ and a checkout (tests/torch_reference).
 `logs` makes Parquet logs of several sizes and measures memory and speed from the file to training batches.
 `gpu` checks the GPU kernels and times everything that a GPU runs, in one call: --parts, --budget_seconds and --tiny are
 its options, and a wrong result makes the exit code 1 (see experiments/benchmarks/gpu.py). `predictions` counts the
-bytes that the GPU kernels move and compiles them, without a GPU.
+bytes that the GPU kernels move and compiles them, without a GPU. `scaling` predicts throughput, cost and limits on many
+GPUs and for large catalogues.
 """
 
 import argparse
@@ -27,7 +29,7 @@ from collections.abc import Sequence
 
 from rich.console import Console
 
-from experiments.benchmarks import gpu, logs, models, ops, predictions, serving, train_step
+from experiments.benchmarks import gpu, logs, models, ops, predictions, scaling, serving, train_step
 from experiments.command_line import run_program
 from experiments.record import command_without_folders
 from tim4rec_jax.run_dir import write_atomically
@@ -40,6 +42,7 @@ BENCHMARKS = {
     "logs": logs.run,
     "gpu": gpu.run,
     "predictions": predictions.run,
+    "scaling": scaling.run,
 }
 
 

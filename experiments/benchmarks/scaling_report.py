@@ -1,0 +1,106 @@
+"""The plan of `experiments.benchmarks.scaling` as Markdown, and a short table for the terminal."""
+
+from typing import Any
+
+from rich.table import Table
+
+_WORDS = {
+    "whole": "table on every GPU, all scores",
+    "sharded": "table sharded inside a node, all scores",
+    "sampled": "sharded, sampled softmax, lazy Adam",
+}
+
+
+def _count(value: float) -> str:
+    for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= size:
+            return f"{value / size:.3g} {letter}"
+    return f"{value:.3g}"
+
+
+def _cell(row: dict[str, Any]) -> str:
+    if not row["fits"]:
+        return f"– ({row['memory'] / 1e9:,.0f} GB)"
+    return f"{_count(row['positions a second'])}, ${row['dollars for 1e9 positions']:.3g}, {row['slowest']}"
+
+
+def console_table(record: dict[str, Any]) -> Table:
+    """Predicted milliseconds of a step."""
+    table = Table(title="predicted, H100: ms a step (slowest part)")
+    for column in ("items", "GPUs", *_WORDS):
+        table.add_column(column, justify="right")
+    found = {(row["items"], row["devices"], row["way"]): row for row in record["rows"]}
+    for items, devices in sorted({key[:2] for key in found}):
+        rows = [found[items, devices, way] for way in _WORDS]
+        cells = [f"{1e3 * row['seconds']:.3g} ({row['slowest']})" if row["fits"] else "does not fit" for row in rows]
+        table.add_row(f"{items:,}", str(devices), *cells)
+    return table
+
+
+def _from(items: float) -> str:
+    return f"from {_count(items)} items on" if items else "at any size, for its latency alone,"
+
+
+def _limit_lines(record: dict[str, Any]) -> list[str]:
+    found, load = record["limits"], record["workload"]
+    return [
+        "- **Memory of a GPU**: the table, its gradient and Adam's two moments fill it at "
+        f"{_count(found['memory whole'])} items; sharded over the 8 GPUs of a node at "
+        f"{_count(found['memory sharded'])}; without a gradient (lazy Adam) at {_count(found['memory sampled'])}. "
+        "Beyond that, shards have to span nodes.",
+        f"- **Scores**: from {_count(found['loss'])} items on, scoring all of them takes longer than the encoder, on "
+        "any number of GPUs: sharding spreads the table, and not the work a target makes.",
+        f"- **Adam**: from {_count(found['optimiser'])} items on, one pass over the whole table and its moments does.",
+        f"- **Exchange**: {_from(found['exchange 8'])} on 8 GPUs, and {_from(found['exchange 512'])} on 512, "
+        "summing the whole table's gradient does.",
+        f"- **Data**: on 512 GPUs a step takes {_count(found['positions 512'])} positions at "
+        f"{load['positions']:,} a GPU. A log of 1,000,000 events then has less than one step an epoch; to keep 1,000 "
+        f"steps an epoch it needs {_count(1000 * found['positions 512'])} events, or smaller pieces a GPU, at which "
+        "latency and launches, not counted here, rule.",
+    ]
+
+
+def markdown(record: dict[str, Any]) -> str:
+    """Returns the plan: what was counted, what was assumed, predictions, limits."""
+    counted, load, gpu = record["counted"], record["workload"], record["assumed"]
+    lines = [
+        "# From one GPU to 512, from 10^4 items to 10^9",
+        "",
+        "**Every time, rate and cost here is a prediction; no GPU was used.** Counted bytes, operations and exchanges "
+        "are divided by assumed rates, nothing overlaps, and launches of kernels are not counted. Made by `python -m "
+        "experiments.benchmark scaling`; numbers with all digits and the formulas' inputs are in "
+        "[benchmark_scaling.json](benchmark_scaling.json), the formulas in `experiments/benchmarks/scaling.py`.",
+        "",
+        "## Counted",
+        "",
+        f"Encoder of `{record['config']}`, forward and backward, by the compiler's account of the plain-JAX program on "
+        f"a CPU: {counted['bytes a position']:,.0f} bytes and {counted['operations a position']:,.0f} operations a "
+        f"position, {counted['temporary bytes a position']:,.0f} bytes a position held for the backward pass; "
+        f"{counted['parameters beside the table']:,.0f} parameters beside the table. (The GPU kernels move less; "
+        "see kernel_predictions.json.)",
+        "",
+        f"A step on each GPU: {load['positions']:,} positions, {load['targets']:,} targets, width {load['width']}, "
+        f"{load['negatives']:,} shared negatives where sampled.",
+        "",
+        "## Assumed",
+        "",
+        f"H100 SXM, {gpu['memory'] / 1e9:.0f} GB usable, {gpu['bandwidth'] / 1e12:.2f} TB/s, {gpu['rate'] / 1e12:.0f} "
+        f"TFLOP/s of TF32 products, {gpu['inside'] / 1e9:.0f} GB/s a GPU inside a node of {gpu['node']}, "
+        f"{gpu['between'] / 1e9:.0f} GB/s between nodes, {1e6 * gpu['latency']:.0f} microseconds a doubling of the "
+        f"devices in an exchange, ${gpu['dollars']:.2f} a GPU hour.",
+        "",
+        "## Predicted",
+        "",
+        "Positions a second of all GPUs together, dollars for 10^9 positions, and the part of the step that takes "
+        "longest; a dash where a GPU's memory does not hold it.",
+    ]
+    found = {(row["items"], row["devices"], row["way"]): row for row in record["rows"]}
+    devices = sorted({row["devices"] for row in record["rows"]})
+    for way, words in _WORDS.items():
+        lines += ["", f"### {words.capitalize()}", ""]
+        lines += ["| items | " + " | ".join(f"{n} GPU{'s' if n > 1 else ''}" for n in devices) + " |"]
+        lines += ["| ---: |" + " ---: |" * len(devices)]
+        for items in sorted({row["items"] for row in record["rows"]}):
+            lines.append(f"| {items:,} | " + " | ".join(_cell(found[items, n, way]) for n in devices) + " |")
+    lines += ["", "## Where each resource runs out", "", *_limit_lines(record), ""]
+    return "\n".join(lines)
