@@ -12,5 +12,6 @@ from tim4rec_jax.config import ExperimentConfig
 
 
 def config() -> ExperimentConfig:
-    base = causal(beauty_tim4rec.config(), max_len=50, batch_size=32, epochs=10)
-    return dataclasses.replace(base, name="beauty_tim4rec_causal")
+    base = causal(beauty_tim4rec.config(), max_len=50, batch_size=32, epochs=10, learning_rate=2e-3)
+    model = dataclasses.replace(base.model, dropout=0.3)
+    return dataclasses.replace(base, name="beauty_tim4rec_causal", model=model)

@@ -63,11 +63,11 @@ FAMILY = {
 }
 
 
-# Columns: length, rows a batch, epochs, dropout.
+# Columns: length, rows a batch, epochs, dropout, learning rate.
 CAUSAL = {
-    "ml1m_tim4rec_causal": (200, 16, 30, 0.2),
-    "ml100k_tim4rec_causal": (200, 8, 20, 0.2),
-    "beauty_tim4rec_causal": (50, 32, 10, 0.4),
+    "ml1m_tim4rec_causal": (200, 16, 30, 0.2, 1e-3),
+    "ml100k_tim4rec_causal": (200, 8, 20, 0.2, 1e-3),
+    "beauty_tim4rec_causal": (50, 32, 10, 0.3, 2e-3),
 }
 
 
@@ -75,8 +75,10 @@ CAUSAL = {
 def test_values_of_the_causal_experiments(name):
     config = load_config(name)
     train = config.train
-    assert CAUSAL[name] == (config.model.max_len, train.batch_size, train.epochs, config.model.dropout)
-    assert (train.learning_rate, train.schedule, train.warmup_steps) == (1e-3, "cosine", 40)
+    assert CAUSAL[name] == (
+        config.model.max_len, train.batch_size, train.epochs, config.model.dropout, train.learning_rate,
+    )  # fmt: skip
+    assert (train.schedule, train.warmup_steps) == ("cosine", 40)
     assert (config.name, config.model.time_mode, config.train.positions) == (name, "causal", "all")
     assert config.data == dataclasses.replace(
         load_config(name.removesuffix("_causal")).data, timestamp_precision="int64"
