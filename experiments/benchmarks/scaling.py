@@ -1,9 +1,9 @@
 """A plan on paper: throughput, cost and limits on 1 to 512 GPUs and for catalogues of 10^4 to 10^9 items.
 
-Every time, rate and cost is a prediction: counted bytes, operations and exchanges over the rates of `GPU`, of which
+Every time, rate and cost is a prediction: counted bytes, operations and exchanges over the rates of `Gpu`, of which
 none was measured here. Counted are the encoder's bytes and operations a position (by the compiler, from the program of
-one training step's gradient on this machine), and by hand the loss, Adam and what devices exchange. Nothing overlaps
-and no kernel launch is counted, so that short steps are longer than predicted.
+its gradient on this machine, which is also timed), and by hand the loss, Adam and what devices exchange. Nothing
+overlaps and no kernel launch is counted, so that short steps are longer than predicted.
 
   step = encoder + loss + optimiser + exchange,      each max(bytes / bandwidth, operations / rate)
 
@@ -11,9 +11,9 @@ With b positions a GPU of which t have a target, N GPUs, catalogue v, width d, a
 
   whole     the table and Adam's moments lie on every GPU; all scores are computed (softmax_cross_entropy's kernels make
             them three times and two products more: 10 t v d operations); one all-reduce of the gradients
-  sharded   the table and its moments are cut into N_s = min(N, 8) shards inside a node; every GPU scores the targets of
-            its node against its own shard: as many operations; ids and hidden states are gathered and embeddings
-            scattered inside the node; shards are all-reduced between nodes
+  sharded   the table and its moments are cut into N_s shards, the GPUs of a node or as many nodes' as hold it; every
+            GPU scores the targets of its N_s against its own shard: as many operations; ids and hidden states are
+            gathered and embeddings scattered among the N_s, and every shard is summed over its N / N_s copies
   sampled   sharded, with k shared negatives and lazy Adam: only the rows touched are scored, exchanged and updated
 
 It writes Markdown with --markdown=scaling.md.
@@ -24,11 +24,14 @@ import dataclasses
 import functools
 import math
 import pathlib
+import statistics
+import time
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from rich.table import Table
 
 from experiments.configs import load_config
@@ -96,13 +99,14 @@ class Workload:
 
 @dataclass(frozen=True)
 class Step:
-    """Predicted seconds of one step, and bytes held by each GPU."""
+    """Predicted seconds of one step, bytes held by each GPU, and the parts that the table is cut into."""
 
     encoder: float
     loss: float
     optimiser: float
     exchange: float
     memory: float
+    shards: int
 
     @property
     def seconds(self) -> float:
@@ -140,12 +144,12 @@ def predict(gpu: Gpu, load: Workload, devices: int, items: int, way: Way) -> Ste
     b, t, d = load.positions, load.targets, load.width
     encoder = max(b * load.position_bytes / gpu.bandwidth, b * load.position_operations / gpu.rate)
     shards = 1 if way == "whole" else min(devices, gpu.node)
-    nodes = math.ceil(devices / gpu.node)
+    while shards > 1 and shards < devices and _held(load, items, way, shards) > gpu.memory:
+        shards *= 2
     # Rows that a step touches: of every GPU its positions' items, and the negatives.
     touched = min(items, devices * b + load.negatives)
     scored = min(items, load.negatives) if way == "sampled" else items
     updated = touched if way == "sampled" else items
-    table = FLOAT * d * items / shards
     # All scores are made three times; sampled ones are kept. Two products more give the gradients.
     products = (3 if way == "sampled" else 5) * 2 * t * scored * d
     loss = max(products / gpu.rate, FLOAT * d * (t + scored / shards) * 5 / gpu.bandwidth)
@@ -155,13 +159,22 @@ def predict(gpu: Gpu, load: Workload, devices: int, items: int, way: Way) -> Ste
         exchange = all_reduce_seconds(gpu, devices, FLOAT * (load.parameters + d * items))
     elif shards > 1:
         # Embeddings and their gradients, hidden states and theirs: to and from each of the other shards.
-        exchange += 2 * (shards - 1) * FLOAT * d * (b + t) / gpu.inside + 4 * gpu.latency * math.log2(shards)
-        if nodes > 1:
+        inside = min(shards, gpu.node)
+        sent = 2 * FLOAT * d * (b + t)
+        exchange += sent * ((inside - 1) / gpu.inside + (shards - inside) / gpu.between)
+        exchange += 4 * gpu.latency * math.log2(shards)
+        copies = devices // shards
+        if copies > 1:
             share = FLOAT * d * updated / shards
-            exchange += 2 * (nodes - 1) / nodes * share / gpu.between + gpu.latency * math.log2(nodes)
-    held = (_COPIES if way != "sampled" else _COPIES - 1) * table + _COPIES * FLOAT * load.parameters
-    held += b * load.kept_bytes + FLOAT * d * (b + t) * (1 if way == "whole" else shards)
-    return Step(encoder, loss, optimiser, exchange, held)
+            exchange += 2 * (copies - 1) / copies * share / gpu.between + gpu.latency * math.log2(copies)
+    return Step(encoder, loss, optimiser, exchange, _held(load, items, way, shards), shards)
+
+
+def _held(load: Workload, items: int, way: Way, shards: int) -> float:
+    """Bytes on each GPU: its part of the table with gradient and moments, the other parameters, activations."""
+    copies = _COPIES - (way == "sampled")
+    held = copies * FLOAT * load.width * items / shards + _COPIES * FLOAT * load.parameters
+    return held + load.positions * load.kept_bytes + FLOAT * load.width * (load.positions + load.targets) * shards
 
 
 def limits(gpu: Gpu, load: Workload) -> dict[str, float]:
@@ -192,19 +205,21 @@ def limits(gpu: Gpu, load: Workload) -> dict[str, float]:
     return found | {"positions 512": 512.0 * load.positions}
 
 
-def count_encoder(config: ModelConfig, rows: int) -> dict[str, float]:
-    """Compiles the gradient of the encoder alone, from shapes, and asks the compiler what it costs a position.
+def count_encoder(config: ModelConfig, rows: int, repeats: int) -> dict[str, Any]:
+    """Compiles the gradient of the encoder alone, asks the compiler what it costs a position, and times it here.
 
     Args:
       config: of a causal model.
       rows: rows of max_len positions.
+      repeats: timed runs, of which the median counts.
     """
     model = build_model(config)
-    params = jax.eval_shape(functools.partial(init_params, model), jax.random.key(0))
-    shape = (rows, config.max_len)
-    items = jax.ShapeDtypeStruct(shape, jnp.int32)
-    starts = jax.ShapeDtypeStruct(shape, jnp.bool_)
-    cotangent = jax.ShapeDtypeStruct((*shape, config.d_model), jnp.float32)
+    params = jax.jit(functools.partial(init_params, model))(jax.random.key(0))
+    shape, rng = (rows, config.max_len), np.random.default_rng(0)
+    items = jnp.asarray(rng.integers(1, config.vocab_size, shape), jnp.int32)
+    times = jnp.asarray(np.cumsum(rng.integers(0, 1000, shape), axis=1), jnp.int32)
+    starts = jnp.zeros(shape, bool).at[:, 0].set(True)
+    cotangent = jnp.asarray(rng.normal(size=(*shape, config.d_model)), jnp.float32)
 
     def gradient(params: Any, items: Any, times: Any, starts: Any, cotangent: Any) -> Any:
         lengths = jnp.full(rows, config.max_len, jnp.int32)
@@ -217,15 +232,23 @@ def count_encoder(config: ModelConfig, rows: int) -> dict[str, float]:
 
         return jax.vjp(encode, params)[1](cotangent)
 
-    compiled = jax.jit(gradient).lower(params, items, items, starts, cotangent).compile()
+    compiled = jax.jit(gradient).lower(params, items, times, starts, cotangent).compile()
+    seconds = []
+    for _ in range(repeats + 1):
+        started = time.perf_counter()
+        jax.block_until_ready(compiled(params, items, times, starts, cotangent))
+        seconds.append(time.perf_counter() - started)
     cost, positions = compiled.cost_analysis(), rows * config.max_len
-    size = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
+    size = sum(leaf.size for leaf in jax.tree.leaves(params))
     return {
         "positions": positions,
         "bytes a position": cost["bytes accessed"] / positions,
         "operations a position": cost["flops"] / positions,
         "temporary bytes a position": compiled.memory_analysis().temp_size_in_bytes / positions,
         "parameters beside the table": size - config.vocab_size * config.d_model,
+        # The first run is not counted.
+        "measured seconds a position": statistics.median(seconds[1:]) / positions,
+        "measured on": jax.devices()[0].device_kind,
     }
 
 
@@ -277,7 +300,7 @@ def run(options: argparse.Namespace, rest: list[str]) -> tuple[dict[str, Any], T
     config = dataclasses.replace(load_config(given.config).model, vocab_size=1000)
     if not build_model(config).causal:
         raise ValueError(f"--config={given.config} is not causal; choose one of *_tim4rec_causal")
-    counted = count_encoder(config, min(given.rows, 8))
+    counted = count_encoder(config, min(given.rows, 8), options.repeats)
     positions = given.rows * config.max_len
     load = Workload(
         positions, int(positions * given.target_share), config.d_model, int(counted["parameters beside the table"]),

@@ -5,9 +5,9 @@ from typing import Any
 from rich.table import Table
 
 _WORDS = {
-    "whole": "table on every GPU, all scores",
-    "sharded": "table sharded inside a node, all scores",
-    "sampled": "sharded, sampled softmax, lazy Adam",
+    "whole": "Table on every GPU, all scores",
+    "sharded": "Table sharded, all scores",
+    "sampled": "Table sharded, sampled softmax, lazy Adam",
 }
 
 
@@ -21,7 +21,8 @@ def _count(value: float) -> str:
 def _cell(row: dict[str, Any]) -> str:
     if not row["fits"]:
         return f"– ({row['memory'] / 1e9:,.0f} GB)"
-    return f"{_count(row['positions a second'])}, ${row['dollars for 1e9 positions']:.3g}, {row['slowest']}"
+    shards = f", {row['shards']} shards" if row["shards"] > 1 else ""
+    return f"{_count(row['positions a second'])}, ${row['dollars for 1e9 positions']:.3g}, {row['slowest']}{shards}"
 
 
 def console_table(record: dict[str, Any]) -> Table:
@@ -38,7 +39,7 @@ def console_table(record: dict[str, Any]) -> Table:
 
 
 def _from(items: float) -> str:
-    return f"from {_count(items)} items on" if items else "at any size, for its latency alone,"
+    return f"from {_count(items)} items on" if items else "at any size, for its latency alone"
 
 
 def _limit_lines(record: dict[str, Any]) -> list[str]:
@@ -51,8 +52,8 @@ def _limit_lines(record: dict[str, Any]) -> list[str]:
         f"- **Scores**: from {_count(found['loss'])} items on, scoring all of them takes longer than the encoder, on "
         "any number of GPUs: sharding spreads the table, and not the work a target makes.",
         f"- **Adam**: from {_count(found['optimiser'])} items on, one pass over the whole table and its moments does.",
-        f"- **Exchange**: {_from(found['exchange 8'])} on 8 GPUs, and {_from(found['exchange 512'])} on 512, "
-        "summing the whole table's gradient does.",
+        "- **Exchange**: summing the whole table's gradient takes longer than the encoder on 8 GPUs "
+        f"{_from(found['exchange 8'])}, on 512 {_from(found['exchange 512'])}.",
         f"- **Data**: on 512 GPUs a step takes {_count(found['positions 512'])} positions at "
         f"{load['positions']:,} a GPU. A log of 1,000,000 events then has less than one step an epoch; to keep 1,000 "
         f"steps an epoch it needs {_count(1000 * found['positions 512'])} events, or smaller pieces a GPU, at which "
@@ -73,11 +74,14 @@ def markdown(record: dict[str, Any]) -> str:
         "",
         "## Counted",
         "",
-        f"Encoder of `{record['config']}`, forward and backward, by the compiler's account of the plain-JAX program on "
-        f"a CPU: {counted['bytes a position']:,.0f} bytes and {counted['operations a position']:,.0f} operations a "
-        f"position, {counted['temporary bytes a position']:,.0f} bytes a position held for the backward pass; "
+        f"The encoder of `{record['config']}`, forward and backward, by the compiler's account of the plain-JAX "
+        f"program on a CPU: {counted['bytes a position']:,.0f} bytes and {counted['operations a position']:,.0f} "
+        f"operations a position, {counted['temporary bytes a position']:,.0f} bytes a position held for the backward pass; "
         f"{counted['parameters beside the table']:,.0f} parameters beside the table. (The GPU kernels move less; "
-        "see kernel_predictions.json.)",
+        f"see kernel_predictions.json.) Measured, on {record['environment']['cpus_allowed']} of "
+        f"{record['environment']['cpu_count']} shared processors ({counted['measured on']}): "
+        f"{1e6 * counted['measured seconds a position']:.1f} microseconds a position; predicted for an H100: "
+        f"{1e6 * record['rows'][0]['encoder'] / load['positions']:.3f}.",
         "",
         f"A step on each GPU: {load['positions']:,} positions, {load['targets']:,} targets, width {load['width']}, "
         f"{load['negatives']:,} shared negatives where sampled.",
@@ -92,12 +96,12 @@ def markdown(record: dict[str, Any]) -> str:
         "## Predicted",
         "",
         "Positions a second of all GPUs together, dollars for 10^9 positions, and the part of the step that takes "
-        "longest; a dash where a GPU's memory does not hold it.",
+        "longest; a dash where a GPU's memory does not hold it (GB that it would take).",
     ]
     found = {(row["items"], row["devices"], row["way"]): row for row in record["rows"]}
     devices = sorted({row["devices"] for row in record["rows"]})
     for way, words in _WORDS.items():
-        lines += ["", f"### {words.capitalize()}", ""]
+        lines += ["", f"### {words}", ""]
         lines += ["| items | " + " | ".join(f"{n} GPU{'s' if n > 1 else ''}" for n in devices) + " |"]
         lines += ["| ---: |" + " ---: |" * len(devices)]
         for items in sorted({row["items"] for row in record["rows"]}):

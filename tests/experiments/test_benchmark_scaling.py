@@ -37,6 +37,10 @@ def test_what_each_way_saves():
     assert sharded.loss == whole.loss and sharded.optimiser < whole.optimiser / 7
     larger = predict(GPU, LOAD, 8, 1_000_000_000, "sampled")
     assert (larger.loss, larger.optimiser, larger.exchange) == (sampled.loss, sampled.optimiser, sampled.exchange)
+    assert larger.memory > GPU.memory and larger.shards == 8
+    # With more GPUs the table is cut finer, and shards that lie on other nodes cost more to reach.
+    wider = predict(GPU, LOAD, 64, 1_000_000_000, "sampled")
+    assert wider.memory < GPU.memory and wider.shards == 16 and wider.exchange > 5 * sampled.exchange
 
 
 def test_limits_are_where_predictions_cross():
@@ -63,6 +67,7 @@ def test_the_program_writes_both_files(tmp_path, capsys):
     record = json.loads(output.read_text())
     assert record["prediction"] is True and len(record["rows"]) == 2 * 2 * 3
     assert 1_000 < record["counted"]["bytes a position"] < 1_000_000
+    assert record["counted"]["measured seconds a position"] > 0
     written = text.read_text()
     assert "is a prediction; no GPU was used" in written and "does not fit" in capsys.readouterr().out
     assert written.count("| 10,000,000,000 | –") == 3
