@@ -76,7 +76,8 @@ def markdown(record: dict[str, Any]) -> str:
         "",
         f"The encoder of `{record['config']}`, forward and backward, by the compiler's account of the plain-JAX "
         f"program on a CPU: {counted['bytes a position']:,.0f} bytes and {counted['operations a position']:,.0f} "
-        f"operations a position, {counted['temporary bytes a position']:,.0f} bytes a position held for the backward pass; "
+        f"operations a position, {counted['temporary bytes a position']:,.0f} bytes a position held for the backward "
+        "pass; "
         f"{counted['parameters beside the table']:,.0f} parameters beside the table. (The GPU kernels move less; "
         f"see kernel_predictions.json.) Measured, on {record['environment']['cpus_allowed']} of "
         f"{record['environment']['cpu_count']} shared processors ({counted['measured on']}): "
