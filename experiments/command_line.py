@@ -88,7 +88,8 @@ def parse_settings(cls: type[Settings], arguments: Sequence[str], default: Setti
         error: BaseException | None = stop
         while error is not None and type(error) is not ValueError:
             error = error.__context__
-        if error is not None:
+        # A message of several lines is not ours; the page that comes with it names the option.
+        if error is not None and "\n" not in str(error):
             raise error from None
         sys.stderr.write(shown.getvalue())
         raise

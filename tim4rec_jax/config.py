@@ -5,11 +5,12 @@ Every program resolves to one `ExperimentConfig`; derived sizes are cached prope
 
 import dataclasses
 from dataclasses import dataclass, field
-from functools import cached_property
-from typing import Any, Literal, get_args
+from functools import cache, cached_property
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from tim4rec_jax.checks import require
-from tim4rec_jax.data_config import DataConfig, SyntheticConfig
+from tim4rec_jax.data_config import DataConfig
 from tim4rec_jax.parallel_config import ParallelConfig
 
 Dtype = Literal["float32", "bfloat16", "float64"]
@@ -289,26 +290,50 @@ class ExperimentConfig:
         return dataclasses.asdict(self)
 
 
-def _from_dict(cls: type, values: dict[str, Any], path: str) -> Any:
-    fields = {f.name: f for f in dataclasses.fields(cls)}
-    unknown = sorted(set(values) - set(fields))
-    require(not unknown, f"unknown settings {[path + key for key in unknown]}; known: {sorted(fields)}")
-    nested = {"model": ModelConfig, "data": DataConfig, "train": TrainConfig, "eval": EvalConfig}
-    nested |= {"synthetic": SyntheticConfig, "parallel": ParallelConfig}
-    return cls(
-        **{
-            key: _from_dict(nested[key], value, f"{path}{key}.")
-            if key in nested and isinstance(value, dict)
-            else (tuple(value) if isinstance(value, list) else value)
-            for key, value in values.items()
-        }
-    )
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value, as JSON gives it, is of a field's type; what it may be beyond that the dataclass checks."""
+    if get_origin(hint) in (Union, UnionType):
+        return any(_fits(value, choice) for choice in get_args(hint))
+    if get_origin(hint) is Literal:
+        return isinstance(value, str)
+    if get_origin(hint) is tuple:
+        return isinstance(value, (list, tuple)) and all(_fits(item, get_args(hint)[0]) for item in value)
+    if hint in (int, float):
+        return isinstance(value, (int, hint)) and not isinstance(value, bool)
+    return isinstance(value, hint)
+
+
+@cache
+def _hints(cls: type) -> dict[str, Any]:
+    return get_type_hints(cls)
+
+
+def _from_dict(cls: type, values: Any, path: str) -> Any:
+    require(isinstance(values, dict), f"{path or 'the settings'} is {values!r} and must be a mapping of settings")
+    hints = _hints(cls)
+    unknown = sorted(set(values) - set(hints))
+    require(not unknown, f"unknown settings {[path + key for key in unknown]}; known: {sorted(hints)}")
+    missing = [field.name for field in dataclasses.fields(cls) if _is_required(field) and field.name not in values]
+    require(not missing, f"settings without {[path + name for name in missing]}")
+    found = {}
+    for key, value in values.items():
+        if dataclasses.is_dataclass(hints[key]):
+            found[key] = _from_dict(hints[key], value, f"{path}{key}.")
+            continue
+        shown = getattr(hints[key], "__name__", hints[key])
+        require(_fits(value, hints[key]), f"{path}{key}={value!r} must be {shown}")
+        found[key] = tuple(value) if isinstance(value, list) else value
+    return cls(**found)
+
+
+def _is_required(field: dataclasses.Field) -> bool:
+    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
 
 
 def experiment_from_dict(values: dict[str, Any]) -> ExperimentConfig:
     """Rebuilds an `ExperimentConfig` from `ExperimentConfig.to_dict()`.
 
     Raises:
-      ValueError: for unknown keys or values out of range.
+      ValueError: for unknown keys, and values of another type or out of range.
     """
     return _from_dict(ExperimentConfig, values, "")

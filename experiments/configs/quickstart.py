@@ -6,7 +6,8 @@ little noise in the log bring the jump into the first epochs.
 Result: experiments/results/quickstart.json. Command: python -m experiments.train --config=quickstart
 """
 
-from tim4rec_jax.config import DataConfig, EvalConfig, ExperimentConfig, ModelConfig, SyntheticConfig, TrainConfig
+from tim4rec_jax.config import DataConfig, EvalConfig, ExperimentConfig, ModelConfig, TrainConfig
+from tim4rec_jax.data_config import SyntheticConfig
 
 
 def config() -> ExperimentConfig:

@@ -5,10 +5,10 @@ import dataclasses
 import numpy as np
 import pytest
 
-from tim4rec_jax.config import DataConfig, SyntheticConfig
 from tim4rec_jax.data.gaps import gap_statistics, training_span
 from tim4rec_jax.data.interactions import load_log
 from tim4rec_jax.data.splits import leave_one_out
+from tim4rec_jax.data_config import DataConfig, SyntheticConfig
 
 
 @pytest.fixture(scope="module")

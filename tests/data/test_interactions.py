@@ -9,10 +9,10 @@ import polars as pl
 import pytest
 from rich.console import Console
 
-from tim4rec_jax.config import DataConfig, SyntheticConfig
 from tim4rec_jax.data import interactions
 from tim4rec_jax.data.interactions import clean, load_log, with_titles
 from tim4rec_jax.data.splits import leave_one_out
+from tim4rec_jax.data_config import DataConfig, SyntheticConfig
 
 
 def frame(*rows):

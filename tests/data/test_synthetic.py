@@ -6,8 +6,8 @@ import numpy as np
 import polars as pl
 import pytest
 
-from tim4rec_jax.config import SyntheticConfig
 from tim4rec_jax.data.synthetic import GAP_THRESHOLD, generate, popularity, transition_rules
+from tim4rec_jax.data_config import SyntheticConfig
 
 CONFIG = SyntheticConfig(num_users=2000, num_items=400, min_events=8, max_events=30, noise=0.1, seed=7)
 

@@ -5,9 +5,14 @@ import pathlib
 import re
 import shutil
 import stat
+import struct
 import tarfile
 import tempfile
 import zipfile
+import zlib
+
+# What the reader of a zip archive raises where bytes of it have changed.
+DAMAGED_ZIP = (zipfile.BadZipFile, zlib.error, EOFError, OSError, NotImplementedError, RuntimeError, struct.error)
 
 
 def check_entry(name: str, archive: pathlib.Path) -> None:
@@ -36,7 +41,10 @@ def open_zip(archive: pathlib.Path) -> zipfile.ZipFile:
     """
     try:
         opened = zipfile.ZipFile(archive)
-    except zipfile.BadZipFile as error:
+    except FileNotFoundError:
+        raise
+    # A damaged directory of entries may also send the reader to places that are not there.
+    except (*DAMAGED_ZIP, UnicodeDecodeError) as error:
         raise ValueError(f"{archive} is not a complete zip archive ({error}); get the file again") from error
     try:
         for entry in opened.infolist():
@@ -53,7 +61,7 @@ def _extract_zip(archive: pathlib.Path, folder: pathlib.Path) -> None:
     with open_zip(archive) as opened:
         try:
             opened.extractall(folder)
-        except zipfile.BadZipFile as error:
+        except (zipfile.BadZipFile, zlib.error, EOFError) as error:
             raise ValueError(f"{archive} is damaged ({error}); delete it and get it again") from error
 
 

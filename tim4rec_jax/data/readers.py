@@ -15,6 +15,8 @@ from tim4rec_jax.data.sources import Source, list_sources
 
 LATEST_TIMESTAMP = 253_402_300_799  # the last second of the year 9999
 _PARQUET_ROWS = 2**19  # read at once
+# Polars panics over some damaged Parquet files, and its panics are no exceptions.
+UNREADABLE = (pl.exceptions.PolarsError, pl.exceptions.PanicException)
 
 _PATTERNS = {
     "recbole": ("*.inter", "*.inter.gz"),
@@ -264,7 +266,7 @@ def _read_parquet(source: Source, columns: LogColumns) -> Iterator[RawLog]:
                 _typed(_Raw(scan.collect(), source, first_line=0))
                 raise
             yield part
-    except pl.exceptions.PolarsError as error:
+    except UNREADABLE as error:
         raise ValueError(f"{source} is not a readable Parquet file ({error}); write it again") from error
 
 
@@ -288,7 +290,7 @@ def _delimited(data: bytes, source: Source, delimiter: str, positions: Sequence[
             # With quotes fields cannot be counted by separators: polars must see every column to miss none.
             columns=None if quoted else wanted,
         )
-    except pl.exceptions.PolarsError as error:
+    except UNREADABLE as error:
         raise ValueError(f"{source} cannot be read as a table separated by {delimiter!r} ({error})") from error
     if not quoted:
         _require_no_extra_fields(data, source, delimiter, frame.height + has_header)

@@ -4,11 +4,10 @@ import gzip
 import hashlib
 import io
 import pathlib
-import zipfile
 import zlib
 from dataclasses import dataclass
 
-from tim4rec_jax.data.archives import open_zip
+from tim4rec_jax.data.archives import DAMAGED_ZIP, open_zip
 
 
 @dataclass(frozen=True)
@@ -52,7 +51,7 @@ class Source:
         with open_zip(self.path) as archive:
             try:
                 return archive.read(self.entry)
-            except (zipfile.BadZipFile, zlib.error, EOFError) as error:
+            except (*DAMAGED_ZIP, KeyError) as error:
                 raise ValueError(f"{self} is damaged ({error}); get {self.path.name} again") from error
 
     def read(self) -> bytes:

@@ -17,7 +17,7 @@ Gaps are far from the 64 s by which float32 seconds step near 1e9: short ones ar
 import numpy as np
 import polars as pl
 
-from tim4rec_jax.config import SyntheticConfig
+from tim4rec_jax.data_config import SyntheticConfig
 
 FIRST_SECOND = 978_307_200  # 2001-01-01: seconds of this size step by 64 in float32
 START_SPAN = 180 * 86_400  # users start within half a year of one another

@@ -5,6 +5,7 @@ import pathlib
 
 import polars as pl
 
+from tim4rec_jax.data.readers import UNREADABLE
 from tim4rec_jax.data.sources import Source, list_sources
 
 _ID_COLUMNS = ("item_id", "id", "product_id", "item")
@@ -48,7 +49,7 @@ def read_titles(source: Source) -> pl.DataFrame:
       item (String) and title (String), one row an item; where an item is listed twice its first row counts.
 
     Raises:
-      ValueError: if the file has no column of item ids or none of titles.
+      ValueError: if the file cannot be read, or has no column of item ids or none of titles.
     """
     if source.name in ("movies.dat", "u.item"):
         # MovieLens writes its titles in Latin-1.
@@ -57,7 +58,10 @@ def read_titles(source: Source) -> pl.DataFrame:
         rows = [line.split(delimiter)[:2] for line in lines if delimiter in line]
         table = pl.DataFrame(rows, schema={"item": pl.String, "title": pl.String}, orient="row")
     else:
-        table = _read_columns(source)
+        try:
+            table = _read_columns(source)
+        except UNREADABLE as error:
+            raise ValueError(f"{source} cannot be read as a table of titles ({error}); write it again") from error
     return table.drop_nulls("item").unique("item", keep="first", maintain_order=True)
 
 
