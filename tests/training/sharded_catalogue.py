@@ -5,6 +5,7 @@
 It is a process of its own because the number of devices is fixed when JAX starts.
 """
 
+import dataclasses
 import functools
 import json
 import pathlib
@@ -20,6 +21,9 @@ from tim4rec_jax.config import EvalConfig, ParallelConfig
 from tim4rec_jax.data.length_groups import LengthGroup
 from tim4rec_jax.data.packed_loader import make_loader
 from tim4rec_jax.data.splits import leave_one_out
+from tim4rec_jax.evaluation.full_sort import FullSortEvaluator
+from tim4rec_jax.serving.recommender import best_columns
+from tim4rec_jax.serving.sharded_top_k import sharded_top_k
 from tim4rec_jax.training.catalogue_parallel import catalogue_train_step, make_sharded_optimizer, require_shardable
 from tim4rec_jax.training.checkpoint import Checkpointer
 from tim4rec_jax.training.parallel import make_layout
@@ -52,7 +56,9 @@ class Training:
             dropout=0.3, norm_eps=1e-5, dtype="float64",
         )  # fmt: skip
         parallel = ParallelConfig("sharded", catalogue_shards=shards) if shards > 1 else ParallelConfig("single")
-        self.config = ExperimentConfig("test", model, DataConfig(loader="device"), train, EvalConfig(5), parallel)
+        self.config = ExperimentConfig(
+            "test", model, DataConfig(loader="device"), train, EvalConfig(5, top_k=(5, 10)), parallel
+        )
         require_shardable(self.config)
         self.layout = make_layout(parallel)
         places = self.layout.places(train.batch_size)
@@ -80,6 +86,25 @@ class Training:
             losses.append(float(loss))
         return state, losses
 
+    def ranks(self, params, exclude_seen: bool) -> list[int]:
+        settings = dataclasses.replace(self.config.eval, exclude_seen=exclude_seen)
+        config = dataclasses.replace(self.config, eval=settings)
+        split = leave_one_out(log()).test
+        return FullSortEvaluator(self.model, log(), split, config, mesh=self.layout.mesh)(params).ranks.tolist()
+
+    def best(self, params) -> list:
+        """Scores and ids of the best items after 5 histories, all items of a history left out."""
+        rng = np.random.default_rng(0)
+        lengths = np.array([12, 3, 1, 7, 5], np.int32)
+        items = rng.integers(1, VOCAB, (5, 12)).astype(np.int32) * (np.arange(12) < lengths[:, None])
+        timestamps = np.zeros(items.shape, np.int32)
+        if self.layout.mesh is not None:
+            options = self.model, params, self.layout.mesh, items, lengths, timestamps, items
+            return [a.tolist() for a in sharded_top_k(*options, 9, tile=4)]
+        variables, inputs = {"params": params}, (items, lengths, timestamps)
+        hidden = self.model.apply(variables, *inputs, deterministic=True, method="encode_last")
+        return [a.tolist() for a in best_columns(self.model.apply(variables, hidden, method="score"), items, 9)]
+
 
 def saved_and_read(state):
     """Returns a state as a checkpoint gives it back, whole on the host."""
@@ -101,6 +126,7 @@ def largest_part(state) -> int:
 def trainings(positions: str) -> dict:
     """Trains on every layout; half of the way each is saved, and another goes on with it."""
     found: dict = {}
+    measured = None
     trained = {shards: Training(positions, shards) for shards in LAYOUTS}
     start = jax.device_get(trained[1].start().params)
     for number, (shards, training) in enumerate(trained.items()):
@@ -114,6 +140,11 @@ def trainings(positions: str) -> dict:
         state, rest = training.go_on(training.layout.place(saved), HALF, STEPS)
         memory = training.step.memory_analysis()
         record |= {"losses": losses + rest, "hlo": training.step.as_text(), "arguments": memory.argument_size_in_bytes}
+        # The same parameters everywhere, or ranks could differ by rounding.
+        measured = measured or jax.device_get(state.params)
+        params = training.layout.place(measured)
+        record |= {"ranks": [training.ranks(params, exclude) for exclude in (False, True)]}
+        record["best"] = training.best(params)
         record["table_bytes"] = state.params["item_embedding"]["embedding"].nbytes
         found[str(shards)] = record
     return found

@@ -246,7 +246,9 @@ def catalogue_train_step(
     weight = jnp.sum(batch.weights).astype(total.dtype)
     table, rest = grads[TABLE], {name: part for name, part in grads.items() if name != TABLE}
     total, weight, rest = jax.lax.psum((total, weight, rest), ROW_AXES)
-    grads = {**rest, TABLE: jax.lax.psum(table, DATA_AXIS)}
+    if jax.lax.axis_size(DATA_AXIS) > 1:
+        table = jax.lax.psum(table, DATA_AXIS)
+    grads = {**rest, TABLE: table}
     grads = jax.tree.map(lambda g: g / weight, grads)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
