@@ -143,8 +143,9 @@ def trainings(positions: str) -> dict:
         # The same parameters everywhere, or ranks could differ by rounding.
         measured = measured or jax.device_get(state.params)
         params = training.layout.place(measured)
-        record |= {"ranks": [training.ranks(params, exclude) for exclude in (False, True)]}
-        record["best"] = training.best(params)
+        if positions == "last":
+            record["ranks"] = [training.ranks(params, exclude) for exclude in (False, True)]
+            record["best"] = training.best(params)
         record["table_bytes"] = state.params["item_embedding"]["embedding"].nbytes
         found[str(shards)] = record
     return found

@@ -57,7 +57,15 @@ def test_parts_train_evaluate_and_resume_as_the_whole(on_eight, positions):
         assert found["initial"] == 0, shards
         for name, expected in (("losses", alone["losses"]), ("elsewhere", alone["losses"][10:])):
             np.testing.assert_allclose(found[name], expected, rtol=0, atol=1e-6, err_msg=f"{name}, {shards}")
-        assert found["ranks"] == alone["ranks"] and found["ranks"][0] != found["ranks"][1], shards
+
+
+@pytest.mark.slow
+def test_ranks_and_best_items_of_parts_are_those_of_the_whole(on_eight):
+    alone = on_eight["last"]["1"]
+    ranks, without_seen = alone["ranks"]
+    assert ranks != without_seen
+    for shards, found in on_eight["last"].items():
+        assert found["ranks"] == alone["ranks"], shards
         scores, ids, finite = found["best"]
         np.testing.assert_allclose(scores, alone["best"][0], rtol=0, atol=1e-12)
         assert (ids, finite) == (alone["best"][1], [True] * 5), shards
@@ -93,7 +101,8 @@ def test_what_devices_exchange(on_eight, positions, shards):
     sums = counts.pop("all-reduce")
     assert counts == {"all-gather": 5, "reduce-scatter": 3}
     assert 3 <= sums <= 4 + (shards < 8)
-    assert not re.search(r" (all-\w+|reduce-scatter)\(.*while/body", hlo)
+    inside = [line for line in hlo.splitlines() if "while/body" in line]
+    assert inside and not [line for line in inside if re.search(r" (all-\w+|reduce-scatter)(-start)?\(", line)]
 
 
 @functools.cache
