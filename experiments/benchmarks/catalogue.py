@@ -122,8 +122,13 @@ def largest_array(hlo: str) -> int:
     return max(_BYTES[dtype] * math.prod(map(int, dims.split(","))) for dtype, dims in sizes)
 
 
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
 def measure(options: argparse.Namespace, items: int, shards: int) -> dict[str, Any]:
     """Compiles the step of one layout, and runs it where it is small enough."""
+    _say(f"{items:,} items in {shards} parts: compiling")
     config = settings_of(options, items, shards, options.batch_rows, options.length)
     step = Step(config)
     compiled, seconds = step.compiled()
@@ -145,6 +150,7 @@ def measure(options: argparse.Namespace, items: int, shards: int) -> dict[str, A
         if (options.run_rows, options.run_length) != (options.batch_rows, options.length):
             step = Step(settings_of(options, items, shards, options.run_rows, options.run_length))
             compiled, _ = step.compiled()
+        _say(f"{items:,} items in {shards} parts: training")
         found["run"] = step.run(compiled, options.steps)
     return found
 
@@ -168,8 +174,8 @@ def _parse(rest: list[str]) -> argparse.Namespace:
     parser.add_argument("--length", type=int, default=200, help="positions of its rows")
     parser.add_argument("--run_up_to", type=float, default=1e6, help="largest catalogue that is trained")
     parser.add_argument("--run_rows", type=int, default=8, help="packed rows of a batch when training")
-    parser.add_argument("--run_length", type=int, default=25, help="positions of its rows")
-    parser.add_argument("--steps", type=int, default=3, help="training steps")
+    parser.add_argument("--run_length", type=int, default=8, help="positions of its rows")
+    parser.add_argument("--steps", type=int, default=2, help="training steps")
     parser.add_argument("--tiny", action="store_true", help="a tiny model, to try the benchmark out")
     options = parser.parse_args(rest)
     for name in ("devices", "batch_rows", "length", "run_rows", "run_length", "steps"):
@@ -204,15 +210,15 @@ def _in_fresh_process(options: argparse.Namespace) -> dict[str, Any]:
     """Measures in a process that has the fake devices, whose number is fixed when JAX starts.
 
     Raises:
-      ValueError: if the process failed; the message is its last line.
+      ValueError: if the process failed; it says why on standard error.
     """
     flags = [flag for flag in os.environ.get("XLA_FLAGS", "").split() if not flag.startswith(_DEVICE_COUNT)]
     flags = " ".join([*flags, f"{_DEVICE_COUNT}={options.devices}"])
     command = [sys.executable, "-m", "experiments.benchmarks.catalogue", json.dumps(vars(options))]
     given = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
-    done = subprocess.run(command, capture_output=True, text=True, env=given)
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=given)
     if done.returncode:
-        raise ValueError(f"the measurement failed: {(done.stderr.strip() or 'no message').splitlines()[-1]}")
+        raise ValueError(f"the measurement failed with exit code {done.returncode}; its error stands above")
     return json.loads(done.stdout.splitlines()[-1])
 
 

@@ -17,22 +17,19 @@ def test_a_tiny_run(tmp_path, capsys, monkeypatch):
     # For quick compilation.
     monkeypatch.setenv("XLA_FLAGS", environment(2)["XLA_FLAGS"])
     output = tmp_path / "catalogue.json"
-    options = ["--items=5003", "--shards=1,2", "--run_up_to=5003", "--steps=2"]
+    options = ["--items=5003", "--shards=2", "--run_up_to=5003", "--steps=2"]
     assert benchmark.main([*TINY, *options, f"--output={output}"]) == 0
     record = json.loads(output.read_text())
     assert record["benchmark"] == "catalogue" and record["environment"]["device_count"] == 2
-    assert record["settings"]["items"] == [5003] and record["settings"]["shards"] == [1, 2]
-    whole, parts = record["results"]
+    assert record["settings"]["items"] == [5003] and record["settings"]["shards"] == [2]
+    [parts] = record["results"]
     embedding = 4 * 16 * 5056  # 5,004 rows, filled up to a multiple of 64
-    assert whole["embedding_bytes"] == parts["embedding_bytes"] == embedding
-    # Parameters and two moments of Adam, half of them.
-    assert whole["argument_bytes"] - parts["argument_bytes"] == 3 * embedding // 2
-    assert whole["largest_array_bytes"] >= embedding > parts["largest_array_bytes"] >= embedding // 2
-    for one in (whole, parts):
-        assert one["bytes"] == one["argument_bytes"] + one["output_bytes"] + one["temp_bytes"]
-        assert len(one["run"]["seconds"]) == 2
-    np.testing.assert_allclose(parts["run"]["losses"], whole["run"]["losses"], rtol=1e-5)
-    assert whole["run"]["losses"][0] == pytest.approx(np.log(5004), abs=0.5)
+    assert parts["embedding_bytes"] == embedding > parts["largest_array_bytes"] >= embedding // 2
+    # Parameters and two moments of Adam, half of them, and little else.
+    assert 3 * embedding // 2 < parts["argument_bytes"] < 3 * embedding // 2 + embedding // 4
+    assert parts["bytes"] == parts["argument_bytes"] + parts["output_bytes"] + parts["temp_bytes"]
+    assert len(parts["run"]["seconds"]) == 2
+    np.testing.assert_allclose(parts["run"]["losses"], np.log(5004), atol=0.5)
     assert "2 of 2" in capsys.readouterr().out
 
 
