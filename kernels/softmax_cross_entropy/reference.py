@@ -25,8 +25,10 @@ def softmax_cross_entropy_reference(hidden: Array, embedding: Array, targets: Ar
 
 
 def log_sum_exp_reference(hidden: Array, embedding: Array, masked: Array | None) -> Array:
-    """Computes log sum_{v not masked} exp(hidden_t . E_v), [t], likewise; see above."""
-    return jax.nn.logsumexp(_scores(hidden, embedding, masked), axis=1)
+    """Computes log sum_{v not masked} exp(hidden_t . E_v), [t], likewise: -inf with gradient 0 if all are masked."""
+    scores = _scores(hidden, embedding, masked)
+    nothing = jnp.zeros((), bool) if masked is None else jnp.all(masked)
+    return jnp.where(nothing, -jnp.inf, jax.nn.logsumexp(jnp.where(nothing, 0.0, scores), axis=1))
 
 
 def _scores(hidden: Array, embedding: Array, masked: Array | None) -> Array:

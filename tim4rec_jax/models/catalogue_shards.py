@@ -45,7 +45,7 @@ def shardings(mesh: Mesh, tree: PyTree) -> PyTree:
 
 def num_shards(mesh: Mesh | None) -> int:
     """Returns how many devices a copy of the item embedding is spread over."""
-    return 1 if mesh is None else mesh.shape[MODEL_AXIS]
+    return 1 if mesh is None else mesh.shape.get(MODEL_AXIS, 1)
 
 
 def own_places(shard: Array, ids: Array) -> Array:

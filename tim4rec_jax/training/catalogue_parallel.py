@@ -191,8 +191,11 @@ def _value_and_grad(
     key: Array,
     first_id: Array,
 ) -> tuple[Array, PyTree]:
-    """Returns this device's share of the summed loss and of the gradient; that of its part of the table is whole
-    but for the devices that hold the same part."""
+    """Returns this device's share of the summed loss and of the gradient.
+
+    That by its part of the table holds what the rows of all devices of one `MODEL_AXIS` give; only the copies of that
+    part are still to be summed.
+    """
     ids, items = working_ids(batch.items)
     shard = params[TABLE]["embedding"]
     fetched, push_back = jax.vjp(lambda shard: fetch_rows(shard, ids), shard)
