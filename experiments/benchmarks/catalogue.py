@@ -3,8 +3,8 @@
 The step of an experiment's model over all devices is compiled from shapes alone, and XLA says what it needs: its
 arguments (parameters, Adam's moments, the batch), what it returns beside them, and temporary arrays. Catalogues up to
 --run_up_to are trained for a few steps too, from the same initial values on the same random batches, so losses can be
-compared; --run_shards leaves layouts out of that, for 8 whole copies take their time on one processor. Devices are fake ones of this processor: bytes are those of XLA's program for it, and seconds tell nothing of
-real devices.
+compared; --run_shards leaves layouts out of that, for 8 whole copies take their time on one processor. Devices are fake
+ones of this processor: bytes are those of XLA's program for it, and seconds tell nothing of real devices.
 """
 
 import argparse
