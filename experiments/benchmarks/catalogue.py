@@ -230,8 +230,9 @@ def run(options: argparse.Namespace, rest: list[str]) -> tuple[dict[str, Any], T
 
 
 def _measure_all(options: argparse.Namespace) -> dict[str, Any]:
+    about = environment()
     results = [measure(options, items, shards) for items in options.items for shards in options.shards]
-    return {"environment": environment(), "results": results}
+    return {"environment": about, "results": results}
 
 
 if __name__ == "__main__":
