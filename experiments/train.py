@@ -14,6 +14,7 @@ error), 130 stopped by Ctrl-C and 0 by SIGTERM with the state saved.
 
 import argparse
 import dataclasses
+import math
 import os
 import pathlib
 import signal
@@ -39,6 +40,7 @@ from tim4rec_jax.evaluation.metrics import summarise
 from tim4rec_jax.models import build_model
 from tim4rec_jax.run_dir import create_run, write_results
 from tim4rec_jax.training.all_positions import require_packable
+from tim4rec_jax.training.catalogue_parallel import require_shardable
 from tim4rec_jax.training.loop import Interrupted, Trainer
 from tim4rec_jax.training.processes import (
     ProcessError,
@@ -48,6 +50,9 @@ from tim4rec_jax.training.processes import (
     quiet_unless_main,
     require_same_start,
 )
+
+# Rows of an item embedding in parts are filled up to a multiple of this, so that a run may go on with 2, 4, 8 .. parts.
+EQUAL_PARTS = 64
 
 
 @dataclass(frozen=True)
@@ -91,9 +96,18 @@ def parse(argv: Sequence[str]) -> tuple[ExperimentConfig, pathlib.Path, bool]:
     return config, arguments.run_dir or pathlib.Path("runs") / base.name, arguments.resume
 
 
+def vocab_multiple(config: ExperimentConfig) -> int:
+    """Returns `model.vocab_multiple`, filled in where the item embedding has to lie in equal parts on devices."""
+    shards, given = config.parallel.catalogue_shards, config.model.vocab_multiple
+    return math.lcm(EQUAL_PARTS, shards) if shards > 1 and given == 1 else given
+
+
 def with_data(config: ExperimentConfig, log: InteractionLog) -> ExperimentConfig:
-    """Fills in what the data decide: the size of the catalogue, and the times that a causal time branch counts by."""
-    known: dict[str, Any] = {"vocab_size": log.num_items + 1}
+    """Fills in what the data decide: the size of the catalogue, and the times that a causal time branch counts by.
+
+    So is what `vocab_multiple` says of its parts.
+    """
+    known: dict[str, Any] = {"vocab_size": log.num_items + 1, "vocab_multiple": vocab_multiple(config)}
     if config.model.time_mode == "causal":
         split = split_log(log, config.data)
         known["gap_mean"], known["gap_std"] = gap_statistics(log, split)
@@ -105,6 +119,7 @@ def train_one(config: ExperimentConfig, log: InteractionLog, run_dir: pathlib.Pa
     """Makes or opens the run folder and trains; returns the results with wall time added."""
     config = with_data(config, log)
     require_packable(config, build_model(config.model))
+    require_shardable(config)
     require_same_start(config, log.fingerprint)
     on_main(lambda: create_run(run_dir, config, log, resume=resume))
     started = time.perf_counter()
@@ -155,6 +170,10 @@ def run(config: ExperimentConfig, run_dir: pathlib.Path, resume: bool, console: 
     report = split_log(log, config.data).report
     if report:
         console.print(report.table())
+    if (multiple := vocab_multiple(config)) != config.model.vocab_multiple:
+        console.print(
+            f"model.vocab_multiple={multiple}: the item embedding gets so many rows, for equal parts of it on devices"
+        )
     results = train_one(config, log, run_dir, resume)
     rows = [(_name(config), results["test"], f"this run, best epoch {results['best_epoch']} of {results['epochs']}")]
     if "time_off" in config.eval.baselines and build_model(with_data(config, log).model).uses_time:

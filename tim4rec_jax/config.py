@@ -31,6 +31,8 @@ class ModelConfig:
     Attributes:
       name: registered model, see `tim4rec_jax.models.MODELS`.
       vocab_size: v, rows of the item embedding: every item plus row 0 for padding; 0 means "take it from the data".
+      vocab_multiple: the item embedding has so many more rows, never scored, that their number is a multiple of this;
+        equal parts of it can then lie on several devices (`parallel.catalogue_shards`).
       max_len: l, positions the model reads; the faithful time path has parameters of this size.
       d_model: d, width of the hidden state.
       num_layers: mixer + feed-forward blocks.
@@ -70,6 +72,7 @@ class ModelConfig:
 
     name: str = "tim4rec"
     vocab_size: int = 0
+    vocab_multiple: int = 1
     max_len: int = 50
     d_model: int = 64
     num_layers: int = 2
@@ -106,7 +109,7 @@ class ModelConfig:
     def __post_init__(self) -> None:
         sizes = (
             "max_len", "d_model", "num_layers", "d_state", "d_conv", "expand", "head_dim", "chunk_size",
-            "attention_heads", "inner_size", "time_span",
+            "attention_heads", "inner_size", "time_span", "vocab_multiple",
         )  # fmt: skip
         for name in sizes:
             value = getattr(self, name)
@@ -143,6 +146,11 @@ class ModelConfig:
         require(self.gap_std > 0, f"gap_std={self.gap_std} must be positive")
         require(self.norm_eps > 0, f"norm_eps={self.norm_eps} must be positive")
         require(self.dtype in get_args(Dtype), f"dtype={self.dtype!r} must be one of {get_args(Dtype)}")
+
+    @cached_property
+    def embedding_rows(self) -> int:
+        """Rows of the item embedding: v, and those beyond it that fill the last multiple."""
+        return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
 
     @cached_property
     def d_inner(self) -> int:

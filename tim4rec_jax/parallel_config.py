@@ -16,6 +16,8 @@ class ParallelConfig:
     Attributes:
       strategy: "single" trains on one device; "sharded" spreads every batch over all devices by `jax.shard_map`; "pmap"
         does so by `jax.pmap`, in one process only; "auto" is "sharded" where there are several devices, else "single".
+      catalogue_shards: devices that a copy of the item embedding is spread over, which no device then ever holds whole;
+        must divide the number of devices. 1 keeps it whole on each of them.
       distributed: "auto" lets JAX find the other processes (SLURM, Open MPI, Kubernetes); "off" has none, unless
         `coordinator` names them.
       coordinator: host:port at which process 0 can be reached by all others.
@@ -25,6 +27,7 @@ class ParallelConfig:
     """
 
     strategy: Strategy = "auto"
+    catalogue_shards: int = 1
     distributed: Literal["off", "auto"] = "off"
     coordinator: str | None = None
     num_processes: int | None = None
@@ -35,6 +38,12 @@ class ParallelConfig:
         require(
             self.strategy in get_args(Strategy),
             f"parallel.strategy={self.strategy!r} must be one of {get_args(Strategy)}",
+        )
+        shards = self.catalogue_shards
+        require(shards >= 1, f"parallel.catalogue_shards={shards} must be at least 1")
+        require(
+            shards == 1 or self.strategy in ("auto", "sharded"),
+            f"parallel.catalogue_shards={shards} needs parallel.strategy='sharded' (or 'auto'), not {self.strategy!r}",
         )
         require(
             self.distributed in ("off", "auto"), f"parallel.distributed={self.distributed!r} must be 'off' or 'auto'"

@@ -1,6 +1,6 @@
-"""Softmax cross-entropy fused with the product by the catalogue: `softmax_cross_entropy` and its configurations."""
+"""Softmax cross-entropy fused with the product by the catalogue, its log-sum-exp alone, and their configurations."""
 
-from kernels.softmax_cross_entropy.api import IMPLEMENTATIONS, softmax_cross_entropy
+from kernels.softmax_cross_entropy.api import IMPLEMENTATIONS, log_sum_exp, softmax_cross_entropy
 from kernels.softmax_cross_entropy.config import TritonConfig, Walk, XlaConfig
 
-__all__ = ["IMPLEMENTATIONS", "TritonConfig", "Walk", "XlaConfig", "softmax_cross_entropy"]
+__all__ = ["IMPLEMENTATIONS", "TritonConfig", "Walk", "XlaConfig", "log_sum_exp", "softmax_cross_entropy"]

@@ -1,4 +1,4 @@
-"""Softmax cross-entropy over a catalogue: the public operator and its checks."""
+"""Softmax cross-entropy over a catalogue, and its log-sum-exp alone: the public operators and their checks."""
 
 from typing import Literal
 
@@ -13,8 +13,8 @@ from kernels.softmax_cross_entropy.config import (
     xla_config,
 )
 from kernels.softmax_cross_entropy.pallas_triton import DTYPES, LARGEST_WIDTH, TritonPasses
-from kernels.softmax_cross_entropy.reference import softmax_cross_entropy_reference
-from kernels.softmax_cross_entropy.rule import Passes, loss_from_passes
+from kernels.softmax_cross_entropy.reference import log_sum_exp_reference, softmax_cross_entropy_reference
+from kernels.softmax_cross_entropy.rule import Passes, log_sum_exp_from_passes, loss_from_passes
 from kernels.softmax_cross_entropy.xla import XlaPasses, precision_of
 from kernels.triton_call import Products, vary_together
 from kernels.triton_call import products as products_of
@@ -23,7 +23,7 @@ Implementation = Literal["reference", "xla", "pallas_triton", "pallas_triton_int
 IMPLEMENTATIONS: tuple[str, ...] = ("reference", "xla", "pallas_triton", "pallas_triton_interpreted")
 
 
-def _check(hidden: Array, embedding: Array, targets: Array, masked: Array | None) -> None:
+def _check(hidden: Array, embedding: Array, targets: Array | None, masked: Array | None) -> None:
     if hidden.ndim != 2 or 0 in hidden.shape:
         raise ValueError(f"hidden has shape {hidden.shape}, expected [t, d] with t and d at least 1")
     num_targets, width = hidden.shape
@@ -32,7 +32,7 @@ def _check(hidden: Array, embedding: Array, targets: Array, masked: Array | None
     for name, array in (("hidden", hidden), ("embedding", embedding)):
         if not jnp.issubdtype(array.dtype, jnp.floating):
             raise ValueError(f"{name} has dtype {array.dtype}, expected a floating one")
-    if targets.shape != (num_targets,) or not jnp.issubdtype(targets.dtype, jnp.integer):
+    if targets is not None and not (targets.shape == (num_targets,) and jnp.issubdtype(targets.dtype, jnp.integer)):
         raise ValueError(f"targets is {targets.dtype} of shape {targets.shape}, expected integers ({num_targets},)")
     items = embedding.shape[0]
     if masked is not None and (masked.shape != (items,) or masked.dtype != jnp.bool_):
@@ -50,6 +50,27 @@ def _triton_passes(
             raise ValueError(f"{name} has dtype {array.dtype}, the GPU kernels take {DTYPES}; use 'xla'")
     products = products_of(products)
     return TritonPasses(config or triton_config(width, hidden.dtype.itemsize, products), products, interpret)
+
+
+def _passes(
+    hidden: Array,
+    embedding: Array,
+    products: Products | None,
+    implementation: str | None,
+    config: XlaConfig | TritonConfig | None,
+) -> Passes | None:
+    """Returns the passes of the implementation asked for, None for the definition."""
+    implementation = implementation or default_implementation()
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(f"implementation={implementation!r} must be one of {IMPLEMENTATIONS}, or None")
+    wanted = {"xla": XlaConfig, "reference": type(None)}.get(implementation, TritonConfig)
+    if config is not None and not isinstance(config, wanted):
+        raise ValueError(f"config={config!r} is not for implementation={implementation!r}")
+    if implementation == "reference":
+        return None
+    if implementation == "xla":
+        return XlaPasses((config or xla_config(hidden.shape[0])).tile_size, precision_of(products))
+    return _triton_passes(hidden, embedding, products, config, implementation == "pallas_triton_interpreted")
 
 
 def softmax_cross_entropy(
@@ -91,17 +112,39 @@ def softmax_cross_entropy(
     Source: the online log-sum-exp of Milakov & Gimelshein 2018 (arXiv 1805.02867), over tiles.
     """
     _check(hidden, embedding, targets, masked)
-    implementation = implementation or default_implementation()
-    if implementation not in IMPLEMENTATIONS:
-        raise ValueError(f"implementation={implementation!r} must be one of {IMPLEMENTATIONS}, or None")
-    wanted = {"xla": XlaConfig, "reference": type(None)}.get(implementation, TritonConfig)
-    if config is not None and not isinstance(config, wanted):
-        raise ValueError(f"config={config!r} is not for implementation={implementation!r}")
-    if implementation == "reference":
+    passes = _passes(hidden, embedding, products, implementation, config)
+    if passes is None:
         return softmax_cross_entropy_reference(hidden, embedding, targets, masked)
-    passes: Passes
-    if implementation == "xla":
-        passes = XlaPasses((config or xla_config(hidden.shape[0])).tile_size, precision_of(products))
-    else:
-        passes = _triton_passes(hidden, embedding, products, config, implementation == "pallas_triton_interpreted")
     return loss_from_passes(passes, *vary_together(hidden, embedding, targets.astype(jnp.int32), masked))
+
+
+def log_sum_exp(
+    hidden: Array,
+    embedding: Array,
+    *,
+    masked: Array | None = None,
+    products: Products | None = None,
+    implementation: Implementation | None = None,
+    config: XlaConfig | TritonConfig | None = None,
+) -> Array:
+    """Computes the log-sum-exp of the scores of a catalogue, or of a part of one, a tile of scores at a time.
+
+      lse_t = log sum_{v not masked} exp(hidden_t . E_v)
+
+    Those of parts of a catalogue on several devices give that of the whole, log sum_i exp(lse_i).
+
+    Args:
+      hidden, embedding, products, implementation, config: as in `softmax_cross_entropy`.
+      masked: bool [v] items left out, or None. With all of them left out the result is -inf and the gradient 0.
+
+    Returns:
+      [t] in float32, or float64 where hidden is.
+
+    Raises:
+      ValueError: as `softmax_cross_entropy`.
+    """
+    _check(hidden, embedding, None, masked)
+    passes = _passes(hidden, embedding, products, implementation, config)
+    if passes is None:
+        return log_sum_exp_reference(hidden, embedding, masked)
+    return log_sum_exp_from_passes(passes, *vary_together(hidden, embedding, masked))

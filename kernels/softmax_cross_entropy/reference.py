@@ -1,4 +1,4 @@
-"""The definition of the loss: all scores at once."""
+"""The definition of the loss and of the log-sum-exp: all scores at once."""
 
 import jax
 import jax.numpy as jnp
@@ -19,9 +19,19 @@ def softmax_cross_entropy_reference(hidden: Array, embedding: Array, targets: Ar
     Returns:
       [t].
     """
-    dtype = jnp.result_type(hidden, embedding, jnp.float32)
-    scores = jnp.matmul(hidden.astype(dtype), embedding.astype(dtype).T, precision=jax.lax.Precision.HIGHEST)
-    if masked is not None:
-        scores = jnp.where(masked, -jnp.inf, scores)
+    scores = _scores(hidden, embedding, masked)
     at_target = jnp.take_along_axis(scores, jnp.maximum(targets, 0)[:, None], axis=1, mode="fill", fill_value=jnp.nan)
     return jnp.where(targets < 0, 0.0, jax.nn.logsumexp(scores, axis=1) - at_target[:, 0])
+
+
+def log_sum_exp_reference(hidden: Array, embedding: Array, masked: Array | None) -> Array:
+    """Computes log sum_{v not masked} exp(hidden_t . E_v), [t], likewise: -inf with gradient 0 if all are masked."""
+    scores = _scores(hidden, embedding, masked)
+    nothing = jnp.zeros((), bool) if masked is None else jnp.all(masked)
+    return jnp.where(nothing, -jnp.inf, jax.nn.logsumexp(jnp.where(nothing, 0.0, scores), axis=1))
+
+
+def _scores(hidden: Array, embedding: Array, masked: Array | None) -> Array:
+    dtype = jnp.result_type(hidden, embedding, jnp.float32)
+    scores = jnp.matmul(hidden.astype(dtype), embedding.astype(dtype).T, precision=jax.lax.Precision.HIGHEST)
+    return scores if masked is None else jnp.where(masked, -jnp.inf, scores)

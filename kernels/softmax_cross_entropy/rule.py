@@ -1,4 +1,7 @@
-"""The loss and its gradient from a backend's two passes over the catalogue; what targets mean is decided here alone."""
+"""The loss, or the log-sum-exp alone, and its gradient from a backend's two passes over the catalogue.
+
+What targets mean is decided here alone.
+"""
 
 from functools import partial
 from typing import Protocol
@@ -51,3 +54,29 @@ def _loss_bwd(passes: Passes, residuals: tuple[Array | None, ...], d_loss: Array
 
 
 loss_from_passes.defvjp(_loss_fwd, _loss_bwd)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def log_sum_exp_from_passes(passes: Passes, hidden: Array, embedding: Array, masked: Array | None = None) -> Array:
+    """Returns log sum_v exp(hidden_t . E_v) [t]; its gradient is that of the loss of absent targets."""
+    return _log_sum_exp_fwd(passes, hidden, embedding, masked)[0]
+
+
+def _log_sum_exp_fwd(passes: Passes, hidden: Array, embedding: Array, masked: Array | None):
+    lse, _ = passes.forward(hidden, embedding, _no_targets(hidden), masked)
+    return lse, (hidden, embedding, masked, lse)
+
+
+def _log_sum_exp_bwd(passes: Passes, residuals: tuple[Array | None, ...], d_lse: Array):
+    hidden, embedding, masked, lse = residuals
+    # With every item masked it is -inf, which would make exp(score - lse) infinite before the mask makes it 0.
+    lse = jnp.where(lse == -jnp.inf, 0.0, lse)
+    d_hidden, d_embedding = passes.backward(hidden, embedding, _no_targets(hidden), masked, lse, d_lse)
+    return d_hidden.astype(hidden.dtype), d_embedding.astype(embedding.dtype), None
+
+
+def _no_targets(hidden: Array) -> Array:
+    return jnp.full(hidden.shape[0], -1, jnp.int32)
+
+
+log_sum_exp_from_passes.defvjp(_log_sum_exp_fwd, _log_sum_exp_bwd)

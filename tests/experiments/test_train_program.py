@@ -100,6 +100,27 @@ def test_a_temporal_split_from_training_to_recommendations(tmp_path, capsys):
     assert "data.temporal_targets: 'all' → 'last'" in capsys.readouterr().err
 
 
+@pytest.mark.slow
+def test_a_catalogue_in_parts_from_training_to_recommendations(tmp_path, capsys):
+    """With parts of the embedding on devices, and then on one device."""
+    folder = tmp_path / "parts"
+    options = [
+        *SMALL, "--model.name=sasrec", "--model.num_layers=1", "--model.inner_size=16", "--train.length_groups=1",
+        "--eval.baselines", "popularity", f"--run_dir={folder}",
+    ]  # fmt: skip
+    assert train.main([*options, "--parallel.catalogue_shards=2", "--train.max_steps=6"]) == 0
+    assert "model.vocab_multiple=64: the item embedding gets so many rows" in capsys.readouterr().out
+    assert read_config(folder).model.embedding_rows == 64 > read_config(folder).model.vocab_size
+    arguments = evaluate.parse([f"--run={folder}"])
+    assert evaluate.run(arguments).metrics == pytest.approx(read_results(folder)["test"], abs=1e-12)
+    assert recommend.main([f"--run={folder}", "--user=7", "--k=5"]) == 0
+    alone = [*options, "--parallel.strategy=single", "--resume", "--train.max_steps=9"]
+    assert train.main(alone) == 2
+    assert "model.vocab_multiple: 64 → 1" in capsys.readouterr().err
+    assert train.main([*alone, "--model.vocab_multiple=64"]) == 0
+    assert [line["step"] for line in read_metrics(folder) if line["kind"] == "train"] == [3, 6, 9]
+
+
 def test_a_finished_run_is_not_overwritten(finished, capsys):
     assert train.main([*SMALL, f"--run_dir={finished}"]) == 2
     assert "already holds this run" in capsys.readouterr().err

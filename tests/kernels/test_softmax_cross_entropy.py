@@ -9,7 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels.softmax_cross_entropy import IMPLEMENTATIONS, TritonConfig, Walk, XlaConfig, softmax_cross_entropy
+from kernels.softmax_cross_entropy import (
+    IMPLEMENTATIONS,
+    TritonConfig,
+    Walk,
+    XlaConfig,
+    log_sum_exp,
+    softmax_cross_entropy,
+)
 from kernels.softmax_cross_entropy.config import triton_config, xla_config
 from tests.kernels.ssd_cases import assert_near
 from tests.quick_jit import quick_jit
@@ -167,6 +174,42 @@ def test_the_loss_of_training(implementation):
     targets = jnp.abs(targets) % CASES[4].items
     loss, *_ = program(implementation)(hidden, embedding, targets, None, jnp.ones(targets.size))
     np.testing.assert_allclose(loss, cross_entropy(hidden @ embedding.T, targets), rtol=1e-5, atol=1e-5)
+
+
+@functools.cache
+def log_sum_exp_program(implementation, config=None):
+    """Jitted (hidden, embedding, masked, d_lse) -> log-sum-exp and gradients by hidden and embedding."""
+
+    @quick_jit
+    def run(hidden, embedding, masked, d_lse):
+        options = {"masked": masked, "products": "float32", "implementation": implementation, "config": config}
+        lse, pull = jax.vjp(lambda *arrays: log_sum_exp(*arrays, **options), hidden, embedding)
+        return lse, *pull(d_lse.astype(lse.dtype))
+
+    return run
+
+
+@by_form
+def test_log_sum_exp_alone(implementation, config):
+    """The loss without the target's score, of which the dense softmax knows nothing with targets left out."""
+    hidden, embedding, _, masked, d_lse = cast(MIDDLE, "float32")
+    found = log_sum_exp_program(implementation, config)(hidden, embedding, masked, d_lse)
+    scores = np.asarray(hidden, np.float64) @ np.asarray(embedding, np.float64).T
+    scores[:, np.asarray(masked)] = -np.inf
+    lse = np.log(np.exp(scores).sum(1))
+    d_scores = np.exp(scores - lse[:, None]) * np.asarray(d_lse, np.float64)[:, None]
+    check(found, (lse, d_scores @ np.asarray(embedding), d_scores.T @ np.asarray(hidden)), 2e-5, 1e-4)
+
+
+@by_implementation
+def test_log_sum_exp_of_nothing(implementation):
+    """A part of a catalogue may hold no item at all: -inf, and no gradient where the whole gives it no weight."""
+    hidden, embedding, _, masked, d_lse = cast(MIDDLE, "float32")
+    # Scores beyond 88, whose exponentials overflow.
+    found = log_sum_exp_program(implementation)(500 * hidden, embedding, jnp.ones_like(masked), jnp.zeros_like(d_lse))
+    assert (found[0] == -jnp.inf).all()
+    for gradient in found[1:]:
+        np.testing.assert_array_equal(gradient, 0)
 
 
 @by_implementation

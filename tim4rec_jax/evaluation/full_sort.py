@@ -2,7 +2,8 @@
 
 No [users, v] matrix exists: users are encoded in batches and scored in tiles. Rows are sorted by length once and worked
 through in a few static lengths, so a short history is not computed at max_len. Given a mesh, its devices share the
-users of every batch, and only ranks are exchanged.
+users of every batch, and only ranks are exchanged; where the item embedding lies in parts on them, see
+`evaluation.catalogue_parts`.
 """
 
 import dataclasses
@@ -22,7 +23,17 @@ from tim4rec_jax.data.examples import Examples, gather_windows
 from tim4rec_jax.data.interactions import InteractionLog
 from tim4rec_jax.data.length_groups import choose_lengths
 from tim4rec_jax.data.loader import timestamps_for_device
+from tim4rec_jax.evaluation.catalogue_parts import ITEM_TILE, rank_on_parts
 from tim4rec_jax.evaluation.metrics import check_top_k, rank_of_target, summarise
+from tim4rec_jax.models.catalogue_shards import (
+    MODEL_AXIS,
+    TABLE,
+    fetch_rows,
+    num_shards,
+    on_working_table,
+    partition_specs,
+    working_ids,
+)
 
 SCORE_TILE_BYTES = 64 * 2**20
 # Positions encoded in one call: on a CPU small enough for its caches, elsewhere large enough to fill the device.
@@ -86,16 +97,17 @@ def _put(array: np.ndarray, mesh: Mesh | None, spec: P) -> jax.Array:
 def _rank_batch(
     params: Any, log: _DeviceLog, users: jax.Array, ends: jax.Array, *, mesh: Mesh | None, **options: Any
 ) -> tuple[jax.Array, jax.Array]:
-    """Ranks one batch's targets, whose rows are shared among the devices of the mesh's first axis; see `_rank_rows`."""
-    rank_rows = functools.partial(_rank_rows, **options)
+    """Ranks one batch's targets, whose rows are shared among the devices of the mesh; see `_rank_rows`."""
+    in_parts = num_shards(mesh) > 1
+    rank_rows = functools.partial(_rank_rows_on_parts if in_parts else _rank_rows, **options)
     if mesh is None:
         return rank_rows(params, log, users, ends)
-    axis = mesh.axis_names[0]
+    axes = mesh.axis_names
 
     def rank_share(*arguments: Any) -> tuple[jax.Array, jax.Array]:
-        return jax.lax.all_gather(rank_rows(*arguments), axis, tiled=True)
+        return jax.lax.all_gather(rank_rows(*arguments), axes, tiled=True)
 
-    specs = (P(), P(), P(axis), P(axis))
+    specs = (partition_specs(params) if in_parts else P(), P(), P(axes), P(axes))
     return jax.shard_map(rank_share, mesh=mesh, in_specs=specs, out_specs=P(), check_vma=False)(
         params, log, users, ends
     )
@@ -118,14 +130,9 @@ def _rank_rows(
     windows = gather_windows(*log, users, ends, max_len, xp=jnp)
     variables = {"params": params}
     # Models of fixed length ask for all their timestamps, also where fewer events are read.
-    hidden = model.apply(
-        variables,
-        windows.items[:, :length],
-        windows.lengths,
-        jnp.pad(windows.timestamps, ((0, 0), (0, time_len - max_len))),
-        deterministic=True,
-        method="encode_last",
-    )
+    timestamps = jnp.pad(windows.timestamps, ((0, 0), (0, time_len - max_len)))
+    inputs = windows.items[:, :length], windows.lengths, timestamps
+    hidden = model.apply(variables, *inputs, deterministic=True, method="encode_last")
 
     def rank_tile(rows: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
         hidden, targets, users, ends = rows
@@ -135,6 +142,42 @@ def _rank_rows(
             seen = gather_windows(*log, users, ends, seen_len, xp=jnp).items
             excluded = jnp.zeros(scores.shape, bool).at[jnp.arange(tile)[:, None], seen].set(True)
         return rank_of_target(scores, targets, excluded=excluded), jnp.isfinite(scores).all(axis=1)
+
+    tiles = jax.tree.map(lambda x: x.reshape(-1, tile, *x.shape[1:]), (hidden, windows.targets, users, ends))
+    ranks, finite = jax.lax.map(rank_tile, tiles)
+    return ranks.reshape(-1), finite.reshape(-1)
+
+
+def _rank_rows_on_parts(
+    params: Any,
+    log: _DeviceLog,
+    users: jax.Array,
+    ends: jax.Array,
+    *,
+    model: nn.Module,
+    max_len: int,
+    time_len: int,
+    length: int,
+    tile: int,
+    seen_len: int,
+) -> tuple[jax.Array, jax.Array]:
+    """Does what `_rank_rows` does, on a device that has a part of the item embedding."""
+    windows = gather_windows(*log, users, ends, max_len, xp=jnp)
+    shard = params[TABLE]["embedding"]
+    ids, items = working_ids(windows.items[:, :length])
+    small, small_params = on_working_table(model, params, fetch_rows(shard, ids))
+    timestamps = jnp.pad(windows.timestamps, ((0, 0), (0, time_len - max_len)))
+    inputs = items, windows.lengths, timestamps
+    hidden = small.apply({"params": small_params}, *inputs, deterministic=True, method="encode_last")
+    hidden = hidden.astype(model.config.dtype)
+
+    def rank_tile(rows: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
+        hidden, targets, users, ends = rows
+        seen = None
+        if seen_len:
+            users, ends = jax.lax.all_gather((users, ends), MODEL_AXIS, tiled=True)
+            seen = gather_windows(*log, users, ends, seen_len, xp=jnp).items
+        return rank_on_parts(hidden, targets, shard, seen, vocab_size=model.config.vocab_size)
 
     tiles = jax.tree.map(lambda x: x.reshape(-1, tile, *x.shape[1:]), (hidden, windows.targets, users, ends))
     ranks, finite = jax.lax.map(rank_tile, tiles)
@@ -181,7 +224,8 @@ class FullSortEvaluator:
           log: the cleaned log.
           examples: what to predict, by user and end position.
           config: reads model.max_len, eval.max_len, data.timestamp_precision and eval.
-          mesh: devices that share the work along its first axis; None is one device.
+          mesh: devices that share the work, [data, model] as in `training.parallel`, with the item embedding of the
+            parameters in parts along "model" where that has several devices; None is one device.
 
         Raises:
           ValueError: without examples, for a k larger than the catalogue, or a timestamp beyond the precision.
@@ -203,8 +247,11 @@ class FullSortEvaluator:
         lengths = np.minimum(examples.ends, max_len)
         order = np.argsort(lengths, kind="stable")
         tokens = ENCODE_TOKENS.get(jax.default_backend(), ENCODE_TOKENS_ACCELERATOR)
-        tile_limit = max(1, SCORE_TILE_BYTES // (4 * max(v, self._seen_len)))
-        devices, spec = (1, P()) if self._mesh is None else (self._mesh.size, P(self._mesh.axis_names[0]))
+        shards = num_shards(self._mesh)
+        # In parts, the rows of all devices that share an embedding meet a tile of items on each of them.
+        columns = max(v if shards == 1 else min(v, ITEM_TILE), self._seen_len)
+        tile_limit = max(1, SCORE_TILE_BYTES // (4 * columns * shards))
+        devices, spec = (1, P()) if self._mesh is None else (self._mesh.size, P(self._mesh.axis_names))
         batches, first = [], 0
         for length in choose_lengths(
             lengths, max_len, max_groups=MAX_GROUPS, penalty=GROUP_PENALTY_TOKENS, step=LENGTH_STEP

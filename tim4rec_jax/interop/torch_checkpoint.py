@@ -27,6 +27,7 @@ _NAMES: dict[str, Callable[[ModelConfig], Iterator[Entry]]] = {
 }
 # What the original constructs and never calls: passed over when read, and not written.
 _UNUSED: dict[str, re.Pattern[str]] = {"echomamba4rec": ECHOMAMBA4REC_UNUSED}
+_ITEMS = ("item_embedding", "embedding")
 
 
 def _entries(config: ModelConfig) -> list[Entry]:
@@ -82,6 +83,8 @@ def params_from_torch(config: ModelConfig, state_dict: Mapping[str, np.ndarray])
 def params_to_torch(config: ModelConfig, params: Mapping[str, Any]) -> dict[str, np.ndarray]:
     """Returns the PyTorch state dict (as NumPy arrays) that equals a parameter tree; inverse of `params_from_torch`.
 
+    Rows of the item embedding beyond the catalogue (`config.vocab_multiple`), which nothing reads, are left out.
+
     Raises:
       ValueError: listing every parameter that is missing or unexpected.
     """
@@ -92,5 +95,6 @@ def params_to_torch(config: ModelConfig, params: Mapping[str, Any]) -> dict[str,
     problems += [f"unexpected: {'/'.join(path)}" for path in sorted(set(flat) - paths)]
     if problems:
         raise ValueError(f"the parameters do not fit {config.name}:\n  " + "\n  ".join(problems))
+    flat[_ITEMS] = flat[_ITEMS][: config.vocab_size]
     # Copies in C order, for PyTorch warns of arrays that cannot be written to.
     return {e.torch_name: np.array(e.convert(np.asarray(flat[e.path])), order="C") for e in entries}

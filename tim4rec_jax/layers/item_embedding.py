@@ -16,13 +16,31 @@ def embedding_table(rows: int, config: ModelConfig) -> nn.Embed:
     )  # fmt: skip
 
 
-def table_rows(items: nn.Embed) -> Array:
+class ItemEmbedding(nn.Embed):
+    """A table of items that may have rows beyond the catalogue, which are looked up and scored by no one.
+
+    Attributes:
+      vocab_size: v, rows of the catalogue; the others follow them.
+    """
+
+    vocab_size: int = 0
+
+
+def item_embedding(config: ModelConfig) -> ItemEmbedding:
+    """Returns the item embedding, initial values as `embedding_table`, of `config.embedding_rows` rows."""
+    return ItemEmbedding(
+        config.embedding_rows, config.d_model, dtype=jnp.dtype(config.dtype), param_dtype=wide(config.dtype),
+        embedding_init=nn.initializers.normal(INIT_STD), vocab_size=config.vocab_size,
+    )  # fmt: skip
+
+
+def table_rows(items: ItemEmbedding) -> Array:
     """Returns E, [v, d] in the arithmetic's dtype."""
-    return items.embedding.astype(items.dtype)
+    return items.embedding[: items.vocab_size].astype(items.dtype)
 
 
-def tied_scores(hidden: Array, items: nn.Embed) -> Array:
-    """Returns hidden E^T for hidden [b, d] over all rows of the embedding, [b, v], float32 or wider."""
+def tied_scores(hidden: Array, items: ItemEmbedding) -> Array:
+    """Returns hidden E^T for hidden [b, d] over all rows of the catalogue, [b, v], float32 or wider."""
     return jnp.einsum(
         "bd,vd->bv", hidden.astype(items.dtype), table_rows(items),
         preferred_element_type=jnp.promote_types(items.dtype, jnp.float32),

@@ -10,7 +10,7 @@ from tim4rec_jax.config import ModelConfig
 from tim4rec_jax.layers.causal_time import DateOffset, time_features
 from tim4rec_jax.layers.dense import Linear, layer_norm, wide
 from tim4rec_jax.layers.dropout import Dropout
-from tim4rec_jax.layers.item_embedding import embedding_table, table_rows, tied_scores
+from tim4rec_jax.layers.item_embedding import item_embedding, table_rows, tied_scores
 from tim4rec_jax.layers.ssd_mixer import MixerState
 from tim4rec_jax.models.tim4rec import TiM4RecLayer
 from tim4rec_jax.typing import Array, Bool, Hidden, Int, Items, LastHidden, Lengths, Scores, Timestamps
@@ -55,7 +55,7 @@ class CausalTiM4Rec(nn.Module):
 
     def setup(self) -> None:
         config = self.config
-        self.item_embedding = embedding_table(config.vocab_size, config)
+        self.item_embedding = item_embedding(config)
         self.embedding_dropout = Dropout(config.dropout)
         self.embedding_norm = layer_norm(config.norm_eps, config.dtype)
         if config.use_time:

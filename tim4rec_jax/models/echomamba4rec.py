@@ -8,7 +8,7 @@ from tim4rec_jax.config import ModelConfig
 from tim4rec_jax.layers.dense import layer_norm
 from tim4rec_jax.layers.dropout import Dropout
 from tim4rec_jax.layers.gated_linear_unit import GatedLinearUnit
-from tim4rec_jax.layers.item_embedding import embedding_table, table_rows, tied_scores
+from tim4rec_jax.layers.item_embedding import item_embedding, table_rows, tied_scores
 from tim4rec_jax.layers.mamba_mixer import MambaMixer
 from tim4rec_jax.layers.spectral_filter import SpectralFilter
 from tim4rec_jax.layers.ssd_mixer import take_at
@@ -92,7 +92,7 @@ class EchoMamba4Rec(nn.Module):
 
     def setup(self) -> None:
         config = self.config
-        self.item_embedding = embedding_table(config.vocab_size, config)
+        self.item_embedding = item_embedding(config)
         self.embedding_dropout = Dropout(config.dropout)
         self.embedding_norm = layer_norm(config.norm_eps, config.dtype)
         self.blocks = [EchoMamba4RecBlock(config) for _ in range(config.num_layers)]

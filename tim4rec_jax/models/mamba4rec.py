@@ -11,7 +11,7 @@ from tim4rec_jax.config import ModelConfig
 from tim4rec_jax.layers.dense import Linear, layer_norm
 from tim4rec_jax.layers.dropout import Dropout
 from tim4rec_jax.layers.feed_forward import FEED_FORWARD_EPS
-from tim4rec_jax.layers.item_embedding import embedding_table, table_rows, tied_scores
+from tim4rec_jax.layers.item_embedding import item_embedding, table_rows, tied_scores
 from tim4rec_jax.layers.mamba_mixer import MambaMixer, MambaState
 from tim4rec_jax.layers.ssd_mixer import take_at
 from tim4rec_jax.typing import Array, Bool, Hidden, Int, Items, LastHidden, Lengths, Scores, Timestamps
@@ -97,7 +97,7 @@ class Mamba4Rec(nn.Module):
 
     def setup(self) -> None:
         config = self.config
-        self.item_embedding = embedding_table(config.vocab_size, config)
+        self.item_embedding = item_embedding(config)
         self.embedding_dropout = Dropout(config.dropout)
         self.embedding_norm = layer_norm(config.norm_eps, config.dtype)
         self.layers = [Mamba4RecLayer(config) for _ in range(config.num_layers)]

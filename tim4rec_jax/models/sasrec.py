@@ -6,7 +6,7 @@ from flax import linen as nn
 
 from tim4rec_jax.config import ModelConfig
 from tim4rec_jax.layers.attention import AttentionEncoder
-from tim4rec_jax.layers.item_embedding import embedding_table, table_rows, tied_scores
+from tim4rec_jax.layers.item_embedding import item_embedding, table_rows, tied_scores
 from tim4rec_jax.typing import Array, Bool, Hidden, Int, Items, LastHidden, Lengths, Scores, Timestamps
 
 
@@ -29,7 +29,7 @@ class SASRec(nn.Module):
 
     def setup(self) -> None:
         config = self.config
-        self.item_embedding = embedding_table(config.vocab_size, config)
+        self.item_embedding = item_embedding(config)
         self.encoder = AttentionEncoder(config)
 
     def encode(

@@ -7,7 +7,7 @@ from tim4rec_jax.config import ModelConfig
 from tim4rec_jax.layers.dense import layer_norm, wide
 from tim4rec_jax.layers.dropout import Dropout
 from tim4rec_jax.layers.feed_forward import FeedForward
-from tim4rec_jax.layers.item_embedding import embedding_table, table_rows, tied_scores
+from tim4rec_jax.layers.item_embedding import item_embedding, table_rows, tied_scores
 from tim4rec_jax.layers.ssd_mixer import MixerState, SSDMixer, take_at
 from tim4rec_jax.layers.time_channel import time_gaps
 from tim4rec_jax.typing import Array, Hidden, Int, Items, LastHidden, Lengths, Scores, Timestamps
@@ -87,7 +87,7 @@ class TiM4Rec(nn.Module):
     def setup(self) -> None:
         config = self.config
         dtype = wide(config.dtype)
-        self.item_embedding = embedding_table(config.vocab_size, config)
+        self.item_embedding = item_embedding(config)
         self.embedding_dropout = Dropout(config.dropout)
         self.embedding_norm = layer_norm(config.norm_eps, config.dtype)
         if config.use_time:

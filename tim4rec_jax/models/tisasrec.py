@@ -6,7 +6,7 @@ from flax import linen as nn
 from tim4rec_jax.config import ModelConfig
 from tim4rec_jax.layers.attention import AttentionEncoder, Intervals
 from tim4rec_jax.layers.dropout import Dropout
-from tim4rec_jax.layers.item_embedding import embedding_table, table_rows, tied_scores
+from tim4rec_jax.layers.item_embedding import embedding_table, item_embedding, table_rows, tied_scores
 from tim4rec_jax.typing import Array, Hidden, Int, Items, LastHidden, Lengths, Scores, Timestamps
 
 
@@ -39,7 +39,7 @@ class TiSASRec(nn.Module):
         return self.config.use_time
 
     def setup(self) -> None:
-        self.item_embedding = embedding_table(self.config.vocab_size, self.config)
+        self.item_embedding = item_embedding(self.config)
         self.encoder = AttentionEncoder(self.config)
         if self.config.use_time:
             self.interval_keys, self.interval_values = (
@@ -60,7 +60,7 @@ class TiSASRec(nn.Module):
             )
 
         def dropped(table: nn.Embed, dropout: Dropout) -> Array:
-            rows = table_rows(table)
+            rows = table.embedding.astype(table.dtype)
             if deterministic or dropout.rate == 0:
                 return rows
             rows = jnp.broadcast_to(rows, (items.shape[0], *rows.shape))

@@ -26,6 +26,7 @@ from tim4rec_jax.evaluation.full_sort import FullSortEvaluator
 from tim4rec_jax.models import SequentialModel, build_model
 from tim4rec_jax.run_dir import CHECKPOINTS, write_results, write_test_ranks
 from tim4rec_jax.training.all_positions import require_packable
+from tim4rec_jax.training.catalogue_parallel import catalogue_train_step, make_sharded_optimizer, require_shardable
 from tim4rec_jax.training.checkpoint import Checkpointer
 from tim4rec_jax.training.early_stop import EarlyStop
 from tim4rec_jax.training.interruption import Interrupted, StopRequests
@@ -119,6 +120,7 @@ class Trainer:
             raise ValueError("the log has 0 training examples: every user has 3 events or fewer; give longer histories")
         self.model: SequentialModel = build_model(config.model)
         require_packable(config, self.model)
+        require_shardable(config)
         self.layout: Layout = make_layout(config.parallel)
         self.loader: Loader = make_loader(config, log, self.split.train, self.layout.places(config.train.batch_size))
         total_steps = config.train.epochs * self.loader.num_batches
@@ -126,10 +128,11 @@ class Trainer:
             total_steps = min(total_steps, config.train.max_steps)
         self.total_steps = total_steps
         self.schedule = learning_rate_schedule(config.train, total_steps)
-        self.optimizer = make_optimizer(config.train, total_steps)
+        make = make_sharded_optimizer if self.layout.catalogue_shards > 1 else make_optimizer
+        self.optimizer = make(config.train, total_steps)
         self.groups = self._plan_groups()
-        state = init_state(self.model, self.optimizer, config.train.seed)
-        self.state: TrainState = self.layout.replicate(broadcast(state))
+        state = self.layout.create(lambda: init_state(self.model, self.optimizer, config.train.seed))
+        self.state: TrainState = self.layout.place(broadcast(state))
         self.resident = self.layout.replicate(self.loader.resident)
         self.position = Position(stop=EarlyStop(config.train.patience))
         self._step = None
@@ -144,9 +147,9 @@ class Trainer:
         if train.positions == "all":
             return plan_packed_rows(max_len, **options)
         lengths = np.minimum(self.split.train.ends, max_len)
-        return plan_length_groups(
-            lengths, max_len, max_groups=train.length_groups, vocab_size=self.config.model.vocab_size, **options
-        )
+        # With the embedding in parts the scores of whole rows never exist, so they limit nothing.
+        scores = 1 if self.layout.catalogue_shards > 1 else self.config.model.vocab_size
+        return plan_length_groups(lengths, max_len, max_groups=train.length_groups, vocab_size=scores, **options)
 
     @property
     def num_parameters(self) -> int:
@@ -186,7 +189,7 @@ class Trainer:
             self._progress.report("nothing to resume: no checkpoint yet, training starts from the beginning")
             return
         step, state, progress = restored
-        self.state = self.layout.replicate(state)
+        self.state = self.layout.place(state)
         self.position = Position.from_dict(progress, self.config.train.patience)
         self._logger.truncate_after(step)
         # A longer run may have been asked for than the one that finished.
@@ -205,7 +208,8 @@ class Trainer:
                 + " positions"
                 + (f" on each of {self.layout.num_devices} devices" if self.layout.num_devices > 1 else "")
             )
-            step = functools.partial(train_step, self.model, self.optimizer, self.config, self.groups, self.loader)
+            one = catalogue_train_step if self.layout.catalogue_shards > 1 else train_step
+            step = functools.partial(one, self.model, self.optimizer, self.config, self.groups, self.loader)
             self._step = self.layout.wrap(step).lower(self.state, self.resident, payload).compile()
             _return_freed_memory()
         return self._step
@@ -317,7 +321,7 @@ class Trainer:
         step, params, info = restored
         started = time.perf_counter()
         test = FullSortEvaluator(self.model, self.log, self.split.test, self.config, mesh=self.layout.mesh)
-        result = test(self.layout.replicate(params))
+        result = test(self.layout.place(params))
         self._logger.log(
             "test", step=step, epoch=info["epoch"], seconds=time.perf_counter() - started, **result.metrics
         )

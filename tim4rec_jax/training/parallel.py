@@ -1,6 +1,7 @@
 """The training step on one device, or on many: by `jax.shard_map` over a mesh, or by `jax.pmap`.
 
-Every batch is cut into one piece of consecutive rows a device; the state lies whole on each of them.
+Every batch is cut into one piece of consecutive rows a device; the state lies whole on each of them, or with
+`parallel.catalogue_shards` all of it but the item embedding.
 """
 
 import functools
@@ -14,8 +15,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from tim4rec_jax.config import ParallelConfig
-
-DATA_AXIS, MODEL_AXIS = "data", "model"
+from tim4rec_jax.models.catalogue_shards import DATA_AXIS, MODEL_AXIS, ROW_AXES, num_shards, partition_specs, shardings
 
 PyTree = Any
 
@@ -26,7 +26,8 @@ class Layout:
 
     Attributes:
       strategy: how the step is wrapped.
-      mesh: [devices, 1] with axes "data" and "model", the devices of a process side by side; None for "single".
+      mesh: [devices / shards, shards] with axes "data" and "model", the devices of a process side by side; None for
+        "single".
     """
 
     strategy: Literal["single", "sharded", "pmap"]
@@ -35,6 +36,11 @@ class Layout:
     @property
     def num_devices(self) -> int:
         return 1 if self.mesh is None else self.mesh.size
+
+    @property
+    def catalogue_shards(self) -> int:
+        """Devices that a copy of the item embedding is spread over."""
+        return num_shards(self.mesh)
 
     def rows_per_device(self, batch_size: int) -> int:
         """Returns the rows of a batch on each device; what is over on the last ones is filled with weight 0."""
@@ -61,13 +67,33 @@ class Layout:
 
         return jax.tree.map(place, tree)
 
+    def place(self, state: PyTree) -> PyTree:
+        """Puts a state or parameters, whole on the host, where training wants them; no device gets more than its part.
+
+        Args:
+          state: arrays, equal in every process.
+        """
+        if self.catalogue_shards == 1:
+            return self.replicate(state)
+        return jax.device_put(state, shardings(self.mesh, state))
+
+    def create(self, make: Callable[[], PyTree]) -> PyTree:
+        """Makes a state on the devices that hold it; with the embedding in parts none ever holds all of it.
+
+        Args:
+          make: () -> state, traceable.
+        """
+        if self.catalogue_shards == 1:
+            return make()
+        return jax.jit(make, out_shardings=shardings(self.mesh, jax.eval_shape(make)))()
+
     def split(self, payload: PyTree) -> PyTree:
         """Puts a loader's payload, the rows of `places`, on this process's devices."""
         if self.strategy == "single":
             return payload
         if self.strategy == "pmap":
             return jax.tree.map(lambda a: a.reshape(self.num_devices, -1, *a.shape[1:]), payload)
-        sharding = NamedSharding(self.mesh, P(DATA_AXIS))
+        sharding = NamedSharding(self.mesh, P(ROW_AXES))
         return jax.tree.map(lambda a: jax.make_array_from_process_local_data(sharding, a), payload)
 
     def wrap(self, step: Callable[..., tuple[PyTree, PyTree]]) -> Any:
@@ -75,10 +101,12 @@ class Layout:
 
         Args:
           step: (state, resident, payload, axis=) -> (state, loss), the work of one device; it names the axis over which
-            it sums.
+            it sums, unless the embedding is in parts, where that is known.
         """
         if self.mesh is None:
             return jax.jit(step, donate_argnums=0)
+        if self.catalogue_shards > 1:
+            return jax.jit(functools.partial(self._on_parts, step), donate_argnums=0)
         step = functools.partial(step, axis=DATA_AXIS)
         if self.strategy == "pmap":
             return jax.pmap(
@@ -93,15 +121,29 @@ class Layout:
             donate_argnums=0,
         )  # fmt: skip
 
+    def _on_parts(
+        self, step: Callable[..., tuple[PyTree, PyTree]], state: PyTree, resident: PyTree, payload: PyTree
+    ) -> tuple[PyTree, PyTree]:
+        specs = partition_specs(state)
+        return jax.shard_map(
+            step, mesh=self.mesh, in_specs=(specs, P(), P(ROW_AXES)), out_specs=(specs, P()), check_vma=False
+        )(state, resident, payload)  # fmt: skip
+
 
 def make_layout(config: ParallelConfig) -> Layout:
     """Returns the devices that the settings ask for.
 
     Raises:
-      ValueError: several processes with a strategy for one, or processes with different numbers of devices.
+      ValueError: several processes with a strategy for one, or processes with different numbers of devices; parts of a
+        catalogue that do not divide the devices.
     """
     devices = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
-    strategy = config.strategy
+    strategy, shards = config.strategy, config.catalogue_shards
+    if len(devices) % shards:
+        raise ValueError(
+            f"parallel.catalogue_shards={shards} must divide the number of devices, which is {len(devices)}; "
+            "choose a divisor, or 1"
+        )
     if strategy == "auto":
         strategy = "sharded" if len(devices) > 1 else "single"
     if strategy != "sharded" and jax.process_count() > 1:
@@ -114,5 +156,5 @@ def make_layout(config: ParallelConfig) -> Layout:
     counts = np.bincount([device.process_index for device in devices], minlength=jax.process_count())
     if counts.min() != counts.max():
         raise ValueError(f"the processes have {counts.tolist()} devices; give each the same number of them")
-    shape, automatic = (len(devices), 1), (AxisType.Auto, AxisType.Auto)
+    shape, automatic = (len(devices) // shards, shards), (AxisType.Auto, AxisType.Auto)
     return Layout(strategy, Mesh(np.array(devices).reshape(shape), (DATA_AXIS, MODEL_AXIS), axis_types=automatic))

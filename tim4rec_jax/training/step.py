@@ -87,22 +87,23 @@ def _loss_sum(
     return jnp.sum(rows.weights * bpr(at(rows.targets), at(negatives)))
 
 
-def grouped_value_and_grad(
-    loss_sum: Callable[[Any, Batch, Array], Array], params: Any, batch: Batch, groups: tuple[LengthGroup, ...]
-) -> tuple[Array, Any]:
-    """Returns the summed loss and its gradient, computed group by group in microbatches of static shape.
+def fold_groups(
+    add: Callable[[Any, Batch, Array], Any], carry: Any, batch: Batch, groups: tuple[LengthGroup, ...]
+) -> Any:
+    """Takes `carry = add(carry, rows, places in the batch)` through a batch, in microbatches of static shape.
 
     Rows go by descending length. Each group takes microbatches until no row is left that is longer than the next
-    group's length; the last microbatch of a group is filled with shorter rows, so only the end of the batch is padded.
+    group's length; the last microbatch of a group is filled with shorter rows, so only the end of the batch is padded,
+    with a row that is there already and has weight 0 then.
 
     Args:
-      loss_sum: (params, rows, example ids [rows]) -> sum of weighted losses.
-      params: parameter tree.
+      add: the step; rows are cut to the length of their group.
+      carry: tree of arrays.
       batch: rows of any length up to the first group's.
       groups: by descending length.
     """
-    if len(groups) == 1 and groups[0].rows >= batch.lengths.shape[0]:
-        return jax.value_and_grad(loss_sum)(params, batch, jnp.arange(batch.lengths.shape[0]))
+    if _in_one_piece(batch, groups):
+        return add(carry, batch, jnp.arange(batch.lengths.shape[0]))
     order = jnp.argsort(batch.lengths, descending=True, stable=True)
     spare = max(group.rows for group in groups)
     fill = jnp.concatenate([order, jnp.broadcast_to(order[-1:], (spare,))])
@@ -110,22 +111,45 @@ def grouped_value_and_grad(
     rows = jax.tree.map(lambda a: a[fill], batch)
     rows = rows.replace(weights=jnp.where(real, rows.weights, 0.0))
 
-    wide = jnp.result_type(jnp.float32, *jax.tree.leaves(params))
-    total = (jnp.zeros((), wide), jax.tree.map(jnp.zeros_like, params))
     taken = jnp.zeros((), jnp.int32)
     for group, next_length in zip(groups, [g.length for g in groups[1:]] + [0], strict=True):
         longer = jnp.sum(batch.lengths > next_length, dtype=jnp.int32)
         count = jnp.maximum(longer - taken + group.rows - 1, 0) // group.rows
 
-        def add_microbatch(k: Array, total: Any, *, group: LengthGroup = group, taken: Array = taken) -> Any:
+        def add_microbatch(k: Array, carry: Any, *, group: LengthGroup = group, taken: Array = taken) -> Any:
             start = taken + k * group.rows
             part, ids = jax.tree.map(lambda a: jax.lax.dynamic_slice_in_dim(a, start, group.rows), (rows, fill))
             part = part.replace(items=part.items[:, : group.length])
-            return jax.tree.map(jnp.add, total, jax.value_and_grad(loss_sum)(params, part, ids))
+            return add(carry, part, ids)
 
-        total = jax.lax.fori_loop(0, count, add_microbatch, total)
+        carry = jax.lax.fori_loop(0, count, add_microbatch, carry)
         taken = taken + count * group.rows
-    return total
+    return carry
+
+
+def _in_one_piece(batch: Batch, groups: tuple[LengthGroup, ...]) -> bool:
+    return len(groups) == 1 and groups[0].rows >= batch.lengths.shape[0]
+
+
+def grouped_value_and_grad(
+    loss_sum: Callable[[Any, Batch, Array], Array], params: Any, batch: Batch, groups: tuple[LengthGroup, ...]
+) -> tuple[Array, Any]:
+    """Returns the summed loss and its gradient, computed group by group in microbatches; see `fold_groups`.
+
+    Args:
+      loss_sum: (params, rows, example ids [rows]) -> sum of weighted losses.
+      params: parameter tree.
+      batch: rows of any length up to the first group's.
+      groups: by descending length.
+    """
+    if _in_one_piece(batch, groups):
+        return jax.value_and_grad(loss_sum)(params, batch, jnp.arange(batch.lengths.shape[0]))
+
+    def add(total: tuple[Array, Any], rows: Batch, ids: Array) -> tuple[Array, Any]:
+        return jax.tree.map(jnp.add, total, jax.value_and_grad(loss_sum)(params, rows, ids))
+
+    wide = jnp.result_type(jnp.float32, *jax.tree.leaves(params))
+    return fold_groups(add, (jnp.zeros((), wide), jax.tree.map(jnp.zeros_like, params)), batch, groups)
 
 
 def train_step(
