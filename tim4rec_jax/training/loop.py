@@ -144,9 +144,8 @@ class Trainer:
         if train.positions == "all":
             return plan_packed_rows(max_len, **options)
         lengths = np.minimum(self.split.train.ends, max_len)
-        return plan_length_groups(
-            lengths, max_len, max_groups=train.length_groups, vocab_size=self.config.model.vocab_size, **options
-        )
+        scores = self.config.model.vocab_size if train.num_negatives is None else train.num_negatives + 1
+        return plan_length_groups(lengths, max_len, max_groups=train.length_groups, vocab_size=scores, **options)
 
     @property
     def num_parameters(self) -> int:
