@@ -14,7 +14,7 @@ _OPTIONS = {
 
 
 @functools.cache
-def _known_options() -> dict[str, Any]:
+def known_options() -> dict[str, Any]:
     """The options that this compiler knows; they come and go between its releases."""
     known = {}
     for name, value in _OPTIONS.items():
@@ -28,4 +28,4 @@ def _known_options() -> dict[str, Any]:
 
 def quick_jit(function: Callable[..., Any], **kwargs: Any) -> Callable[..., Any]:
     """Returns `jax.jit(function, **kwargs)` that compiles several times faster to slower code."""
-    return jax.jit(function, compiler_options=_known_options(), **kwargs)
+    return jax.jit(function, compiler_options=known_options(), **kwargs)

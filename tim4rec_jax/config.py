@@ -17,6 +17,8 @@ Dtype = Literal["float32", "bfloat16", "float64"]
 Baseline = Literal["popularity", "time_off"]
 TimeMode = Literal["faithful", "causal"]
 Positions = Literal["last", "all"]
+Loss = Literal["ce", "bpr", "sampled_ce"]
+TableOptimizer = Literal["adam", "lazy_adam"]
 TIME_FEATURES = ("gap", "bins", "scales", "calendar")
 
 
@@ -182,7 +184,13 @@ class TrainConfig:
       clip_norm: global-norm gradient clipping; None for none.
       schedule: "constant", or "cosine" decay to 0 over all steps.
       warmup_steps: linear warm-up from 0 ahead of the schedule.
-      loss: "ce" over the whole catalogue or "bpr" with one sampled negative.
+      loss: "ce" over the whole catalogue, "sampled_ce" with the sum over it estimated from a sample, or "bpr" with one
+        sampled negative.
+      num_negatives: items that "sampled_ce" draws a step, with replacement; all targets of the step share them.
+      negatives_power: they are drawn with probabilities proportional to how often an item is a training target (at
+        least once), to this power: 0 is uniform, 1 the frequency itself.
+      table_optimizer: "lazy_adam" updates the item table and its moments only where a step touches it, with
+        "sampled_ce": a step then costs the same for a catalogue of any size. The moments of other rows do not decay.
       loss_implementation: None computes all scores of a microbatch at once for "ce" (with `positions="all"` of some of
         its positions, and in tiles for large catalogues); a backend of `kernels.softmax_cross_entropy` never does.
       positions: "last" trains on the last position of every prefix, as the papers do; "all" on every position of a
@@ -212,7 +220,10 @@ class TrainConfig:
     clip_norm: float | None = None
     schedule: Literal["constant", "cosine"] = "constant"
     warmup_steps: int = 0
-    loss: Literal["ce", "bpr"] = "ce"
+    loss: Loss = "ce"
+    num_negatives: int | None = None
+    negatives_power: float = 0.0
+    table_optimizer: TableOptimizer = "adam"
     loss_implementation: str | None = None
     positions: Positions = "last"
     window_context: int | None = None
@@ -239,8 +250,8 @@ class TrainConfig:
             f"window_context={self.window_context} must be at least 0, or None",
         )
         require(
-            self.positions == "last" or self.loss == "ce",
-            f"positions='all' trains with loss='ce' only, not {self.loss!r}; use positions='last' for it",
+            self.positions == "last" or self.loss != "bpr",
+            f"positions='all' trains with loss='ce' or 'sampled_ce', not {self.loss!r}; use positions='last' for it",
         )
         for name in ("patience", "warmup_steps", "weight_decay", "seed"):
             require(getattr(self, name) >= 0, f"{name}={getattr(self, name)} must be at least 0")
@@ -248,8 +259,37 @@ class TrainConfig:
             self.loss == "ce" or self.loss_implementation is None,
             f"loss_implementation={self.loss_implementation!r} is for loss='ce'; leave it out for loss={self.loss!r}",
         )
+        self._require_sampling()
         require(self.learning_rate > 0, f"learning_rate={self.learning_rate} must be positive")
         require(self.clip_norm is None or self.clip_norm > 0, f"clip_norm={self.clip_norm} must be positive, or None")
+
+    def _require_sampling(self) -> None:
+        require(self.loss in get_args(Loss), f"loss={self.loss!r} must be one of {get_args(Loss)}")
+        require(
+            self.table_optimizer in get_args(TableOptimizer),
+            f"table_optimizer={self.table_optimizer!r} must be one of {get_args(TableOptimizer)}",
+        )
+        if self.loss == "sampled_ce":
+            require(
+                self.num_negatives is not None and self.num_negatives >= 1,
+                f"num_negatives={self.num_negatives} must be at least 1 with loss='sampled_ce', for instance 1024",
+            )
+            require(
+                0 <= self.negatives_power <= 1,
+                f"negatives_power={self.negatives_power} must lie between 0 (uniform) and 1 (by frequency)",
+            )
+        else:
+            for name, unset in (("num_negatives", None), ("negatives_power", 0.0), ("table_optimizer", "adam")):
+                require(
+                    getattr(self, name) == unset,
+                    f"{name}={getattr(self, name)!r} is for loss='sampled_ce'; with loss={self.loss!r} "
+                    + ("every row of the item table has a gradient" if name == "table_optimizer" else "leave it out"),
+                )
+        require(
+            self.table_optimizer == "adam" or self.weight_decay == 0,
+            f"weight_decay={self.weight_decay} decays every row of the item table in every step, which "
+            "table_optimizer='lazy_adam' does not touch; use 0, or 'adam'",
+        )
 
 
 @dataclass(frozen=True)

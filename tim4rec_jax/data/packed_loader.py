@@ -24,6 +24,7 @@ from tim4rec_jax.data.loader import (
     require_timestamps_fit,
     timestamps_for_device,
 )
+from tim4rec_jax.data.negatives import SamplingLoader, make_proposal
 from tim4rec_jax.data.packing import EpochRows, PackedPositions, PackedRows, pack_lengths, window_histories
 
 
@@ -174,7 +175,7 @@ PACKED_LOADERS = {"device": PackedDeviceLoader, "grain": PackedGrainLoader}
 def make_loader(
     config: ExperimentConfig, log: InteractionLog, examples: Examples, places: range | None = None
 ) -> Loader:
-    """Returns the loader that the settings ask for, by `train.positions` and `data.loader`.
+    """Returns the loader that the settings ask for, by `train.positions`, `data.loader` and `train.loss`.
 
     Args:
       config: of the run.
@@ -191,5 +192,11 @@ def make_loader(
         "precision": config.data.timestamp_precision, "places": places,
     }  # fmt: skip
     if config.train.positions == "last":
-        return LOADERS[config.data.loader](log, examples, **options)
-    return PACKED_LOADERS[config.data.loader](log, examples, context=config.train.window_context, **options)
+        loader = LOADERS[config.data.loader](log, examples, **options)
+    else:
+        loader = PACKED_LOADERS[config.data.loader](log, examples, context=config.train.window_context, **options)
+    if config.train.loss != "sampled_ce":
+        return loader
+    targets = log.items[log.offsets[examples.users] + examples.ends]
+    proposal = make_proposal(np.bincount(targets, minlength=config.model.vocab_size), config.train.negatives_power)
+    return SamplingLoader(loader, proposal, config.train.num_negatives)

@@ -8,9 +8,10 @@ from jax import Array
 
 from kernels.softmax_cross_entropy import softmax_cross_entropy
 from tim4rec_jax.config import ExperimentConfig, TrainConfig
+from tim4rec_jax.data.negatives import Negatives
 from tim4rec_jax.data.packed_loader import PackedBatch
 from tim4rec_jax.models import SequentialModel
-from tim4rec_jax.training.losses import cross_entropy
+from tim4rec_jax.training.losses import cross_entropy, sampled_cross_entropy
 
 # Fewer at once would leave matrix products too small.
 _LEAST_LOSS_POSITIONS = 256
@@ -35,8 +36,12 @@ def loss_positions(num_positions: int) -> int:
     return min(num_positions, max(_LEAST_LOSS_POSITIONS, -(-num_positions // 8)))
 
 
-def _losses(hidden: Array, table: Array, targets: Array, implementation: str | None) -> Array:
+def _losses(
+    hidden: Array, table: Array, targets: Array, implementation: str | None, negatives: Negatives | None
+) -> Array:
     """Softmax cross-entropy [t] of a piece."""
+    if negatives is not None:
+        return sampled_cross_entropy(hidden, table, targets, negatives)
     wide = jnp.promote_types(jnp.float32, hidden.dtype)
     if implementation is None and hidden.shape[0] * table.shape[0] * wide.itemsize <= _SCORE_BYTES:
         return cross_entropy(jnp.matmul(hidden, table.T, preferred_element_type=wide), targets)
@@ -44,8 +49,9 @@ def _losses(hidden: Array, table: Array, targets: Array, implementation: str | N
 
 
 def weighted_cross_entropy(
-    hidden: Array, table: Array, targets: Array, weights: Array, implementation: str | None
-) -> tuple[Array, tuple[Array, Array]]:
+    hidden: Array, table: Array, targets: Array, weights: Array, implementation: str | None,
+    negatives: Negatives | None = None,
+) -> tuple[Array, tuple[Array, Array]]:  # fmt: skip
     """Returns the weighted sum of the softmax cross-entropy and its gradients, computed only where weights are not 0.
 
       sum_t weight_t (log sum_v exp(h_t . E_v) - h_t . E_target)
@@ -60,6 +66,7 @@ def weighted_cross_entropy(
       weights: [t], float32 or wider.
       implementation: backend of `kernels.softmax_cross_entropy`; None computes all scores of a piece at once where
         they are few, and leaves the choice to the operator where they are not.
+      negatives: estimate the sum over v from these, see `losses.sampled_cross_entropy`; None computes it.
 
     Returns:
       The sum [], and its gradients by hidden [t, d] and table [v, d] in their dtypes.
@@ -73,7 +80,7 @@ def weighted_cross_entropy(
     )
 
     def loss_sum(hidden: Array, table: Array, targets: Array, weights: Array) -> Array:
-        return jnp.sum(weights * _losses(hidden, table, targets, implementation))
+        return jnp.sum(weights * _losses(hidden, table, targets, implementation, negatives))
 
     def add_piece(k: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         total, d_hidden, d_table = carry
@@ -90,8 +97,9 @@ def weighted_cross_entropy(
 
 
 def _of_rows(
-    model: SequentialModel, config: TrainConfig, params: Any, rows: PackedBatch, example_ids: Array, key: Array
-) -> tuple[Array, Any]:
+    model: SequentialModel, config: TrainConfig, params: Any, rows: PackedBatch, example_ids: Array, key: Array,
+    negatives: Negatives | None,
+) -> tuple[Array, Any]:  # fmt: skip
     """Returns the weighted sum of the rows' losses and its gradient."""
     num_rows, length = rows.items.shape
 
@@ -104,14 +112,14 @@ def _of_rows(
 
     (hidden, table), pull_back = jax.vjp(encode, params)
     total, gradients = weighted_cross_entropy(
-        hidden, table, rows.targets.ravel(), rows.weights.ravel(), config.loss_implementation
+        hidden, table, rows.targets.ravel(), rows.weights.ravel(), config.loss_implementation, negatives
     )
     return total, pull_back(gradients)[0]
 
 
 def packed_value_and_grad(
     model: SequentialModel, config: TrainConfig, params: Any, batch: PackedBatch, rows_at_once: int, key: Array,
-    first_id: Array | int = 0,
+    first_id: Array | int = 0, negatives: Negatives | None = None,
 ) -> tuple[Array, Any]:  # fmt: skip
     """Returns the weighted sum of the cross-entropy at every position and its gradient.
 
@@ -125,18 +133,19 @@ def packed_value_and_grad(
       rows_at_once: rows of a microbatch, at least 1; bounds the memory.
       key: of the step's dropout; a row's masks follow from its place in the whole batch.
       first_id: place of the first of these rows in it.
+      negatives: of the step, with the sampled cross-entropy.
     """
     num_rows = batch.items.shape[0]
     ids = first_id + jnp.arange(num_rows)
     if rows_at_once >= num_rows:
-        return _of_rows(model, config, params, batch, ids, key)
+        return _of_rows(model, config, params, batch, ids, key, negatives)
     missing = -num_rows % rows_at_once
     rows = jax.tree.map(lambda a: jnp.pad(a, ((0, missing), (0, 0))), batch)
     ids = jnp.pad(ids, (0, missing))
 
     def add_microbatch(k: Array, total: Any) -> Any:
         part = jax.tree.map(lambda a: jax.lax.dynamic_slice_in_dim(a, k * rows_at_once, rows_at_once), (rows, ids))
-        return jax.tree.map(jnp.add, total, _of_rows(model, config, params, *part, key))
+        return jax.tree.map(jnp.add, total, _of_rows(model, config, params, *part, key, negatives))
 
     real = jnp.sum(jnp.any(batch.weights > 0, axis=1), dtype=jnp.int32)
     wide = jnp.result_type(jnp.float32, *jax.tree.leaves(params))

@@ -148,7 +148,8 @@ class Trainer:
             return plan_packed_rows(max_len, **options)
         lengths = np.minimum(self.split.train.ends, max_len)
         # With the embedding in parts the scores of whole rows never exist, so they limit nothing.
-        scores = 1 if self.layout.catalogue_shards > 1 else self.config.model.vocab_size
+        scores = self.config.model.vocab_size if train.num_negatives is None else train.num_negatives + 1
+        scores = 1 if self.layout.catalogue_shards > 1 else scores
         return plan_length_groups(lengths, max_len, max_groups=train.length_groups, vocab_size=scores, **options)
 
     @property

@@ -14,10 +14,15 @@ from kernels.softmax_cross_entropy import softmax_cross_entropy
 from tim4rec_jax.config import ExperimentConfig, TrainConfig
 from tim4rec_jax.data.length_groups import LengthGroup
 from tim4rec_jax.data.loader import Batch, Loader
+from tim4rec_jax.data.negatives import Negatives
 from tim4rec_jax.data.packed_loader import PackedBatch
 from tim4rec_jax.models import SequentialModel, init_params
 from tim4rec_jax.training.all_positions import packed_value_and_grad
-from tim4rec_jax.training.losses import bpr, cross_entropy, sample_negative
+from tim4rec_jax.training.lazy_table import lazy_update
+from tim4rec_jax.training.losses import bpr, cross_entropy, sample_negative, sampled_cross_entropy
+
+# Folded into a step's key for its negatives, which are the same for all rows and on all devices.
+_NEGATIVES = 0x6E656761
 
 
 @flax.struct.dataclass
@@ -66,14 +71,18 @@ def init_state(model: SequentialModel, optimizer: optax.GradientTransformation, 
 
 
 def _loss_sum(
-    model: SequentialModel, config: TrainConfig, params: Any, rows: Batch, example_ids: Array, key: Array
-) -> Array:
+    model: SequentialModel, config: TrainConfig, params: Any, rows: Batch, example_ids: Array, key: Array,
+    negatives: Negatives | None,
+) -> Array:  # fmt: skip
     """Returns the weighted sum of the rows' losses; a row's value depends on its id, not on the rows beside it."""
     dropout_key, negative_key = jax.random.split(key)
     hidden = model.apply(
         {"params": params}, rows.items, rows.lengths, rows.timestamps, deterministic=False, example_ids=example_ids,
         rngs={"dropout": dropout_key}, method="encode_last",
     )  # fmt: skip
+    if negatives is not None:
+        table = model.apply({"params": params}, method="item_table")
+        return jnp.sum(rows.weights * sampled_cross_entropy(hidden, table, rows.targets, negatives))
     if config.loss_implementation is not None:
         table = model.apply({"params": params}, method="item_table")
         losses = softmax_cross_entropy(hidden, table, rows.targets, implementation=config.loss_implementation)
@@ -82,9 +91,9 @@ def _loss_sum(
     if config.loss == "ce":
         return jnp.sum(rows.weights * cross_entropy(scores, rows.targets))
     keys = jax.vmap(lambda i: jax.random.fold_in(negative_key, i))(example_ids)
-    negatives = jax.vmap(sample_negative, in_axes=(0, 0, None))(keys, rows.targets, scores.shape[1])
+    sampled = jax.vmap(sample_negative, in_axes=(0, 0, None))(keys, rows.targets, scores.shape[1])
     at = lambda ids: jnp.take_along_axis(scores, ids[:, None], axis=1)[:, 0]  # noqa: E731
-    return jnp.sum(rows.weights * bpr(at(rows.targets), at(negatives)))
+    return jnp.sum(rows.weights * bpr(at(rows.targets), at(sampled)))
 
 
 def fold_groups(
@@ -167,7 +176,8 @@ def train_step(
     """Makes one update from the mean loss of the batch's targets.
 
     On several devices each has its share of the batch's rows and all make the same update; what they exchange is one
-    sum of the gradients, the loss and the weight.
+    sum of the gradients, the loss and the weight (with `train.table_optimizer="lazy_adam"` the item table's rows apart,
+    see `lazy_table`).
 
     Args:
       model, optimizer, config, loader: fixed for the run.
@@ -185,14 +195,29 @@ def train_step(
     first_id = 0 if axis is None else jax.lax.axis_index(axis) * batch.weights.shape[0]
     key = jax.random.fold_in(jax.random.wrap_key_data(state.key, impl="threefry2x32"), state.step)
 
-    if isinstance(batch, PackedBatch):
-        total, grads = packed_value_and_grad(model, config.train, state.params, batch, groups[0].rows, key, first_id)
-    else:
+    negatives = None
+    if config.train.loss == "sampled_ce":
+        negatives = loader.negatives(resident, jax.random.fold_in(key, _NEGATIVES))
+
+    def value_and_grad(
+        model: SequentialModel, params: Any, batch: Any, negatives: Negatives | None
+    ) -> tuple[Array, Any]:
+        if isinstance(batch, PackedBatch):
+            return packed_value_and_grad(
+                model, config.train, params, batch, groups[0].rows, key, first_id, negatives
+            )  # fmt: skip
 
         def loss_sum(params: Any, rows: Batch, example_ids: Array) -> Array:
-            return _loss_sum(model, config.train, params, rows, first_id + example_ids, key)
+            return _loss_sum(model, config.train, params, rows, first_id + example_ids, key, negatives)
 
-        total, grads = grouped_value_and_grad(loss_sum, state.params, batch, groups)
+        return grouped_value_and_grad(loss_sum, params, batch, groups)
+
+    if config.train.table_optimizer == "lazy_adam":
+        params, opt_state, loss = lazy_update(
+            value_and_grad, model, optimizer, state.params, state.opt_state, batch, negatives, axis=axis
+        )
+        return TrainState(state.step + 1, params, opt_state, state.key), loss
+    total, grads = value_and_grad(model, state.params, batch, negatives)
     # Of one dtype with the rest, so that the devices need one sum only.
     weight = jnp.sum(batch.weights).astype(total.dtype)
     if axis is not None:

@@ -1,0 +1,243 @@
+"""Sampled cross-entropy, and the item table updated only where a step touches it."""
+
+import dataclasses
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.evaluation.logs import random_log
+from tests.quick_jit import known_options
+from tim4rec_jax import DataConfig, ExperimentConfig, ModelConfig, TrainConfig, build_model
+from tim4rec_jax.config import ParallelConfig
+from tim4rec_jax.data.length_groups import LengthGroup
+from tim4rec_jax.data.negatives import Negatives, draw_negatives, make_proposal
+from tim4rec_jax.data.packed_loader import make_loader
+from tim4rec_jax.data.splits import leave_one_out
+from tim4rec_jax.training.checkpoint import Checkpointer
+from tim4rec_jax.training.losses import cross_entropy, sampled_cross_entropy
+from tim4rec_jax.training.parallel import make_layout
+from tim4rec_jax.training.step import init_state, make_optimizer, train_step
+
+STEPS = 20
+MODEL = ModelConfig(
+    name="sasrec", vocab_size=23, max_len=12, d_model=8, attention_heads=2, inner_size=8, dropout=0.3,
+    attention_dropout=0.2, norm_eps=1e-5, num_layers=1, dtype="float64",
+)  # fmt: skip
+BATCH = {"last": 6, "all": 3}
+
+
+@functools.cache
+def log():
+    return random_log(num_users=12, num_items=22, min_events=3, max_events=14, seed=5)
+
+
+class Training:
+    """A model with its loader and its compiled step."""
+
+    def __init__(self, positions="last", strategy="single", model=MODEL, vocab_size=None, **train):
+        options = {"loss": "sampled_ce", "num_negatives": 7, "negatives_power": 0.75, "clip_norm": 0.5}
+        options |= {"table_optimizer": "lazy_adam", "learning_rate": 1e-2, "batch_size": BATCH[positions]}
+        settings = TrainConfig(positions=positions, **options | train)
+        model = dataclasses.replace(model, vocab_size=vocab_size or model.vocab_size)
+        config = ExperimentConfig("test", model, DataConfig(), settings, parallel=ParallelConfig(strategy))
+        self.layout = make_layout(config.parallel)
+        places = self.layout.places(settings.batch_size)
+        self.loader = make_loader(config, log(), leave_one_out(log()).train, places)
+        self.model, self.optimizer = build_model(model), make_optimizer(settings, STEPS)
+        rows = self.layout.rows_per_device(settings.batch_size)
+        groups = (LengthGroup(12, min(rows, 2)), LengthGroup(5, rows)) if positions == "last" else (LengthGroup(12, 1),)
+        step = functools.partial(train_step, self.model, self.optimizer, config, groups, self.loader)
+        self.resident = self.layout.replicate(self.loader.resident)
+        self.wrapped = self.layout.wrap(step)
+
+    @functools.cached_property
+    def step(self):
+        """The compiled step; quickly where the compiler takes options for it."""
+        lowered = self.wrapped.lower(self.start(), self.resident, self.payload(0))
+        return lowered.compile() if self.layout.strategy == "pmap" else lowered.compile(known_options())
+
+    def start(self):
+        return self.layout.replicate(init_state(self.model, self.optimizer, 3))
+
+    def payload(self, number):
+        epoch, batch = divmod(number, self.loader.num_batches)
+        return self.layout.split(next(self.loader.epoch(epoch + 1, batch)))
+
+    def go_on(self, state, first, last):
+        """Returns the state after the steps `first` to `last` - 1, and their losses."""
+        losses = []
+        for number in range(first, last):
+            state, loss = self.step(state, self.resident, self.payload(number))
+            losses.append(float(loss))
+        return state, losses
+
+
+def table(tree):
+    return np.asarray(tree["item_embedding"]["embedding"])
+
+
+def moments(state):
+    (adam,) = [
+        part for part in jax.tree.leaves(state.opt_state, is_leaf=lambda x: hasattr(x, "mu")) if hasattr(part, "mu")
+    ]
+    return table(adam.mu), table(adam.nu)
+
+
+@functools.cache
+def scores_and_targets():
+    rng = np.random.default_rng(0)
+    v = 200
+    hidden, items = jnp.asarray(0.5 * rng.normal(size=(4, 8))), jnp.asarray(rng.normal(size=(v, 8)))
+    return hidden, items, jnp.array([1, 17, 80, 199])
+
+
+def test_the_loss_over_every_item_once_is_the_softmax_without_padding(x64):
+    hidden, items, targets = scores_and_targets()
+    every = Negatives(jnp.arange(1, len(items)), jnp.zeros(len(items) - 1))
+    full = cross_entropy(hidden @ items[1:].T, targets - 1)
+    np.testing.assert_allclose(sampled_cross_entropy(hidden, items, targets, every), full, rtol=1e-12)
+
+
+def test_more_negatives_come_closer_to_the_softmax_and_only_with_log_q(x64):
+    hidden, items, targets = scores_and_targets()
+    v = len(items)
+    # Frequent are the items with high scores, which uncorrected draws would count too often.
+    counts = np.concatenate([[0], 1000 * np.exp(np.asarray(items[1:] @ hidden.sum(0)) / 2)]).astype(np.int64)
+    proposal = make_proposal(counts, 0.75)
+
+    def value_and_gradient(negatives):
+        loss = lambda items: sampled_cross_entropy(hidden, items, targets, negatives).sum()  # noqa: E731
+        return jax.value_and_grad(loss)(items)
+
+    full, d_full = jax.value_and_grad(lambda items: cross_entropy(hidden @ items[1:].T, targets - 1).sum())(items)
+    gradient_errors = {}
+    for num, most in ((500, 0.3), (50_000, 0.03)):
+        value, gradient = value_and_gradient(draw_negatives(proposal, jax.random.key(num), num))
+        assert abs(value - full) < most
+        gradient_errors[num] = np.abs(gradient - d_full).max()
+    # A hundred times the draws: about a tenth of the error.
+    assert gradient_errors[50_000] < 0.01 and gradient_errors[50_000] < 0.3 * gradient_errors[500]
+    drawn = draw_negatives(proposal, jax.random.key(1), 50_000)
+    value, gradient = value_and_gradient(drawn.replace(log_expected=jnp.full(50_000, jnp.log(50_000 / (v - 1)))))
+    assert abs(value - full) > 1 and np.abs(gradient - d_full).max() > 0.1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("positions", ["last", "all"])
+def test_where_every_row_is_touched_it_is_adam(positions, x64):
+    options = {"num_negatives": 400, "negatives_power": 0.0}
+    (lazy, lazy_losses), (dense, dense_losses) = (
+        training.go_on(training.start(), 0, 5)
+        for training in (Training(positions, table_optimizer=name, **options) for name in ("lazy_adam", "adam"))
+    )
+    np.testing.assert_allclose(lazy_losses, dense_losses, rtol=0, atol=1e-12)
+    for (path, leaf), wanted in zip(jax.tree.leaves_with_path(lazy), jax.tree.leaves(dense), strict=True):
+        np.testing.assert_allclose(leaf, wanted, rtol=0, atol=1e-12, err_msg=jax.tree_util.keystr(path))
+
+
+@pytest.mark.parametrize("positions", ["last", "all"])
+def test_other_rows_and_their_moments_keep_every_bit(positions):
+    training = Training(
+        positions, model=dataclasses.replace(MODEL, dtype="float32"), vocab_size=400, negatives_power=0.0
+    )
+    state, _ = training.go_on(training.start(), 0, 1)
+    before = [table(state.params).copy(), *(m.copy() for m in moments(state))]
+    payload = training.payload(1)
+    batch = training.loader.batch(training.resident, payload)
+    after, _ = training.step(state, training.resident, payload)
+    changed = np.flatnonzero((table(after.params) != before[0]).any(axis=1))
+    read = np.union1d(np.asarray(batch.items), np.asarray(batch.targets)[np.asarray(batch.weights) > 0])
+    # Beside what the batch reads: the negatives, at most 7.
+    assert len(np.setdiff1d(changed, read)) <= 7 and len(changed) < 60
+    assert set(np.asarray(batch.targets)[np.asarray(batch.weights) > 0]) <= set(changed)
+    others = np.setdiff1d(np.arange(400), np.union1d(changed, read))
+    for old, new in zip(before, (table(after.params), *moments(after)), strict=True):
+        np.testing.assert_array_equal(new[others], old[others])
+    # Adam, for comparison, moves rows on by their moments alone.
+    dense = Training(
+        positions, model=dataclasses.replace(MODEL, dtype="float32"), vocab_size=400, table_optimizer="adam"
+    )
+    first, _ = dense.go_on(dense.start(), 0, 1)
+    old = table(first.params).copy()
+    second, _ = dense.go_on(first, 1, 2)
+    assert (table(second.params) != old).any(axis=1).sum() > len(changed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("positions", "strategy"), [("last", "sharded"), ("all", "pmap"), ("all", "sharded")])
+def test_several_devices_train_as_one(positions, strategy, x64):
+    assert jax.device_count() == 4
+    alone, many = Training(positions), Training(positions, strategy)
+    state, losses = alone.go_on(alone.start(), 0, STEPS)
+    other, found = many.go_on(many.start(), 0, STEPS)
+    assert len(set(losses)) == STEPS
+    np.testing.assert_allclose(found, losses, rtol=0, atol=1e-6)
+    np.testing.assert_allclose(table(other.params), table(state.params), rtol=0, atol=1e-6)
+
+
+def test_a_checkpoint_goes_on_bit_for_bit(tmp_path):
+    training = Training("all", model=dataclasses.replace(MODEL, dtype="float32"))
+    whole, losses = training.go_on(training.start(), 0, 6)
+    half, _ = training.go_on(training.start(), 0, 3)
+    with Checkpointer(tmp_path) as checkpoints:
+        checkpoints.save_latest(3, half, {})
+        _, saved, _ = checkpoints.restore_latest(jax.tree.map(np.asarray, half))
+    resumed, rest = training.go_on(training.layout.replicate(saved), 3, 6)
+    assert rest == losses[3:]
+    jax.tree.map(np.testing.assert_array_equal, resumed, whole)
+
+
+def compiled(vocab_size, **train):
+    model = dataclasses.replace(MODEL, dtype="float32", vocab_size=vocab_size, num_layers=1)
+    training = Training("all", model=model, negatives_power=0.0, **train)
+    state = jax.eval_shape(lambda: init_state(training.model, training.optimizer, 0))
+    return training.wrapped.lower(state, training.resident, training.payload(0)).compile()
+
+
+def test_a_step_costs_the_same_for_any_catalogue():
+    small, large = compiled(10_007), compiled(1_000_003)
+    flops = [program.cost_analysis()["flops"] for program in (small, large)]
+    assert flops[1] == pytest.approx(flops[0], rel=0.01)
+    temporary = [program.memory_analysis().temp_size_in_bytes for program in (small, large)]
+    assert temporary[1] < 1.1 * temporary[0] + 4096
+    # The table and its moments are read from and written to where they lie, by these instructions and no other.
+    pattern = r"= f32\[1000003,8\]\S* ([\w-]+)\("
+    assert set(re.findall(pattern, large.as_text())) <= {
+        "parameter",
+        "scatter",
+        "get-tuple-element",
+        "bitcast",
+        "fusion",
+        "while",
+        "call",
+        "dynamic-update-slice",
+    }
+    assert not re.search(r"\[\d+,1000003\]|\[1000003\]", large.as_text())
+    dense = compiled(1_000_003, table_optimizer="adam").cost_analysis()["flops"]
+    assert dense > 50 * flops[1]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"loss": "sampled_ce"}, r"num_negatives=None must be at least 1 with loss='sampled_ce'"),
+        ({"loss": "sampled_ce", "num_negatives": 0}, r"num_negatives=0 must be at least 1"),
+        ({"loss": "sampled_ce", "num_negatives": 5, "negatives_power": 2.0}, r"negatives_power=2.0 must lie between 0"),
+        ({"num_negatives": 5}, r"num_negatives=5 is for loss='sampled_ce'; with loss='ce' leave it out"),
+        ({"table_optimizer": "lazy_adam"}, r"with loss='ce' every row of the item table has a gradient"),
+        ({"table_optimizer": "sgd"}, r"table_optimizer='sgd' must be one of \('adam', 'lazy_adam'\)"),
+        (
+            {"loss": "sampled_ce", "num_negatives": 5, "table_optimizer": "lazy_adam", "weight_decay": 0.1},
+            r"weight_decay=0.1 decays every row of the item table in every step",
+        ),
+        ({"loss": "bpr", "positions": "all"}, r"positions='all' trains with loss='ce' or 'sampled_ce', not 'bpr'"),
+        ({"loss": "softmax"}, r"loss='softmax' must be one of"),
+    ],
+)
+def test_settings_that_do_not_go_together(changes, message):
+    with pytest.raises(ValueError, match=message):
+        TrainConfig(**changes)
