@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
+import jax
 import tyro
 
 from tim4rec_jax.training.checkpoint import CheckpointError
@@ -95,10 +96,30 @@ def parse_settings(cls: type[Settings], arguments: Sequence[str], default: Setti
         raise
 
 
+OUT_OF_MEMORY = (
+    "lower train.batch_size, train.microbatch_tokens or eval.batch_size (what is computed at once), or model.max_len; "
+    "train.loss_implementation=xla never holds all scores of a batch; parallel.strategy=sharded spreads the batch over "
+    "devices, and parallel.catalogue_shards the item table. What was saved before is kept: --resume goes on from there"
+)
+
+
+def _memory_complaint(error: BaseException) -> str | None:
+    """One line about memory that ran out, on the host or on a device; None for another error."""
+    first = str(error).strip().partition("\n")[0]
+    if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in first:
+        return None
+    return f"out of memory ({first or type(error).__name__}): {OUT_OF_MEMORY}"
+
+
 def run_program(program: Callable[[list[str]], int], argv: Sequence[str] | None = None) -> int:
     """Runs a program and prints an expected error as one line on standard error; returns the exit code."""
     try:
         return program(list(sys.argv[1:] if argv is None else argv))
     except EXPECTED_ERRORS as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
+    except (MemoryError, jax.errors.JaxRuntimeError) as error:
+        complaint = _memory_complaint(error)
+        if complaint is None:
+            raise
+        print(f"error: {complaint}", file=sys.stderr)
+    return 2

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from experiments import evaluate, recommend, train
+from experiments.command_line import run_program
 from experiments.published import PUBLISHED
 from tim4rec_jax.data.splits import split_log
 from tim4rec_jax.run_dir import (
@@ -267,6 +268,51 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, capsys):
     assert train.main(options) == 2
     message = capsys.readouterr().err
     assert "at step" in message and "learning rate 1e+30" in message and str(tmp_path / "run") in message
+
+
+@pytest.mark.parametrize(
+    "error",
+    [MemoryError("no room"), jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.\nmore")],
+    ids=["host", "device"],
+)
+@pytest.mark.parametrize("place", ["training", "validation"])
+def test_memory_that_runs_out_is_one_line_and_nothing_saved_is_lost(
+    tmp_path, finished, capsys, monkeypatch, error, place
+):
+    options = [*SMALL, "--eval.baselines", "popularity", "--train.checkpoint_every=2", *_run_folder(tmp_path)]
+
+    def fail(*_):
+        raise error
+
+    original, taken = Trainer._compiled_step, []
+
+    def some_steps(self, payload):
+        taken.append(1)
+        return fail if len(taken) > 3 else original(self, payload)
+
+    with monkeypatch.context() as patch:
+        if place == "training":
+            patch.setattr(Trainer, "_compiled_step", some_steps)
+        else:
+            patch.setattr("tim4rec_jax.training.loop.FullSortEvaluator.__call__", fail)
+        assert train.main(options) == 2
+    message = capsys.readouterr().err
+    assert message.startswith("error: out of memory (") and message.count("\n") == 1
+    for knob in ("train.batch_size", "train.microbatch_tokens", "eval.batch_size", "model.max_len", "--resume"):
+        assert knob in message
+    assert train.main([*options, "--resume"]) == 0
+    assert read_results(tmp_path / "run")["test"] == read_results(finished)["test"]
+
+
+def test_a_device_that_is_really_out_of_memory(capsys):
+    assert run_program(lambda _: jax.device_put(jax.numpy.zeros(2**50)).block_until_ready(), []) == 2
+    assert "error: out of memory (RESOURCE_EXHAUSTED" in capsys.readouterr().err
+
+    def other(_):
+        raise jax.errors.JaxRuntimeError("INTERNAL: something else")
+
+    with pytest.raises(jax.errors.JaxRuntimeError, match="something else"):
+        run_program(other, [])
 
 
 @pytest.mark.parametrize(

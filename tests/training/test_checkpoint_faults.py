@@ -83,6 +83,33 @@ def test_bit_flip_in_any_file_is_detected(tmp_path):
     assert restore_newest(tmp_path) == (1, [])
 
 
+@pytest.mark.slow
+def test_fifty_random_damages_are_all_detected(tmp_path):
+    """Bits flipped, bytes cut off or added, in any file of a checkpoint, its manifest and Orbax's own files too."""
+    intact = tmp_path / "intact"
+    save_steps(intact, 1, 2)
+    rng, damaged, ways = random.Random(0), set(), set()
+    for number in range(50):
+        folder = tmp_path / f"damaged_{number}"
+        shutil.copytree(intact, folder)
+        newest = folder / "latest" / "000002_step_2"
+        file = rng.choice(sorted(f for f in newest.rglob("*") if f.is_file() and f.stat().st_size))
+        content, way = bytearray(file.read_bytes()), rng.choice(["flip", "cut", "add"])
+        if way == "flip":
+            content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
+        elif way == "cut":
+            del content[rng.randrange(len(content)) :]
+        else:
+            content += rng.randbytes(rng.randint(1, 9))
+        file.write_bytes(content)
+        step, reports = restore_newest(folder)
+        assert step == 1, (number, way, file)
+        assert len(reports) == 1 and str(newest) in reports[0] and "000001_step_1 instead" in reports[0]
+        damaged.add(str(file.relative_to(newest)))
+        ways.add(way)
+    assert number == 49 and len(damaged) > 5 and len(ways) == 3
+
+
 def test_all_damaged_names_the_folder_and_every_reason(tmp_path):
     save_steps(tmp_path, 1, 2)
     for path in (tmp_path / "latest").iterdir():
