@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import difflib
+import errno
 import io
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -16,8 +17,7 @@ from tim4rec_jax.training.processes import ProcessError
 
 Settings = TypeVar("Settings")
 EXPECTED_ERRORS = (
-    ValueError, FileNotFoundError, FileExistsError, CheckpointError, FloatingPointError, PermissionError,
-    ModuleNotFoundError, ProcessError,
+    ValueError, OSError, CheckpointError, FloatingPointError, ModuleNotFoundError, ProcessError,
 )  # fmt: skip
 
 
@@ -111,12 +111,22 @@ def _memory_complaint(error: BaseException) -> str | None:
     return f"out of memory ({first or type(error).__name__}): {OUT_OF_MEMORY}"
 
 
+# Of a disk, not of what was asked for.
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
+
+
+def _disk_advice(error: BaseException) -> str:
+    if not isinstance(error, OSError) or error.errno not in _DISK_ERRORS:
+        return ""
+    return "; make room there or choose another folder: what was saved before is kept"
+
+
 def run_program(program: Callable[[list[str]], int], argv: Sequence[str] | None = None) -> int:
     """Runs a program and prints an expected error as one line on standard error; returns the exit code."""
     try:
         return program(list(sys.argv[1:] if argv is None else argv))
     except EXPECTED_ERRORS as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {error}{_disk_advice(error)}", file=sys.stderr)
     except (MemoryError, jax.errors.JaxRuntimeError) as error:
         complaint = _memory_complaint(error)
         if complaint is None:

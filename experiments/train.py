@@ -17,7 +17,6 @@ import dataclasses
 import math
 import os
 import pathlib
-import signal
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -41,7 +40,8 @@ from tim4rec_jax.models import build_model
 from tim4rec_jax.run_dir import create_run, write_results
 from tim4rec_jax.training.all_positions import require_packable
 from tim4rec_jax.training.catalogue_parallel import require_shardable
-from tim4rec_jax.training.loop import Interrupted, Trainer
+from tim4rec_jax.training.interruption import Interrupted, StopRequests, explain
+from tim4rec_jax.training.loop import Trainer
 from tim4rec_jax.training.processes import (
     ProcessError,
     initialize,
@@ -115,7 +115,13 @@ def with_data(config: ExperimentConfig, log: InteractionLog) -> ExperimentConfig
     return dataclasses.replace(config, model=dataclasses.replace(config.model, **known))
 
 
-def train_one(config: ExperimentConfig, log: InteractionLog, run_dir: pathlib.Path, resume: bool) -> dict[str, Any]:
+def train_one(
+    config: ExperimentConfig,
+    log: InteractionLog,
+    run_dir: pathlib.Path,
+    resume: bool,
+    stop_requests: StopRequests | None = None,
+) -> dict[str, Any]:
     """Makes or opens the run folder and trains; returns the results with wall time added."""
     config = with_data(config, log)
     require_packable(config, build_model(config.model))
@@ -123,7 +129,7 @@ def train_one(config: ExperimentConfig, log: InteractionLog, run_dir: pathlib.Pa
     require_same_start(config, log.fingerprint)
     on_main(lambda: create_run(run_dir, config, log, resume=resume))
     started = time.perf_counter()
-    results = Trainer(config, log, run_dir, resume=resume).run()
+    results = Trainer(config, log, run_dir, resume=resume, stop_requests=stop_requests).run()
     results |= {"wall_seconds_of_this_process": time.perf_counter() - started}
     if is_main():
         write_results(run_dir, results)
@@ -163,7 +169,9 @@ def _name(config: ExperimentConfig) -> str:
     return config.model.name if config.model.use_time else f"{config.model.name}, time off"
 
 
-def run(config: ExperimentConfig, run_dir: pathlib.Path, resume: bool, console: Console) -> None:
+def run(
+    config: ExperimentConfig, run_dir: pathlib.Path, resume: bool, console: Console, stop_requests: StopRequests
+) -> None:
     """Trains the model and its baselines and prints the final table."""
     log = load_log(config.data)
     console.print(log.statistics.table(config.data.name))
@@ -174,12 +182,12 @@ def run(config: ExperimentConfig, run_dir: pathlib.Path, resume: bool, console: 
         console.print(
             f"model.vocab_multiple={multiple}: the item embedding gets so many rows, for equal parts of it on devices"
         )
-    results = train_one(config, log, run_dir, resume)
+    results = train_one(config, log, run_dir, resume, stop_requests)
     rows = [(_name(config), results["test"], f"this run, best epoch {results['best_epoch']} of {results['epochs']}")]
     if "time_off" in config.eval.baselines and build_model(with_data(config, log).model).uses_time:
         console.print("the same model with time off")
         plain = dataclasses.replace(config, model=dataclasses.replace(config.model, use_time=False))
-        other = train_one(plain, log, run_dir / "time_off", resume)
+        other = train_one(plain, log, run_dir / "time_off", resume, stop_requests)
         rows.append((_name(plain), other["test"], f"this run, best epoch {other['best_epoch']} of {other['epochs']}"))
     if "popularity" in config.eval.baselines:
         rows.append(("popularity", popularity(config, log), "this log, counts of the training part"))
@@ -198,10 +206,11 @@ def program(argv: list[str]) -> int:
     with quiet_unless_main():
         console = Console()
         try:
-            run(config, run_dir, resume, console)
+            with StopRequests() as stop_requests:
+                run(config, run_dir, resume, console, stop_requests)
         except Interrupted as stopped:
-            console.print(f"{stopped}\ncontinue with the same command and --resume", soft_wrap=True, markup=False)
-            return 0 if stopped.signal == signal.SIGTERM else 130
+            console.print(explain(stopped), soft_wrap=True, markup=False)
+            return stopped.exit_code
         except ProcessError as error:
             print(f"error: {error}", file=sys.stderr, flush=True)
             # JAX's orderly end at exit waits for all processes, and one of them is gone.

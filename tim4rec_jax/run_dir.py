@@ -18,6 +18,7 @@ import json
 import os
 import pathlib
 import platform
+import re
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -316,15 +317,26 @@ def _write_json(file: pathlib.Path, values: Mapping[str, Any]) -> None:
 
 @contextlib.contextmanager
 def replacing(file: pathlib.Path) -> Iterator[pathlib.Path]:
-    """Yields a temporary path beside `file` that takes its place at the end, or is removed if the body raises."""
+    """Yields a temporary path beside `file` that takes its place at the end, or is removed if the body raises.
+
+    Raises:
+      OSError: what could not be written is named; also where Polars says it in its own way.
+    """
     temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
     try:
         yield temporary
         with temporary.open("r+b") as stream:
             os.fsync(stream.fileno())
         os.replace(temporary, file)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(file)) from error
+    except pl.exceptions.ComputeError as error:
+        if (number := re.search(r"os error (\d+)", str(error))) is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(file)) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # On a read-only disk there is nothing to remove.
+            temporary.unlink(missing_ok=True)
 
 
 def write_atomically(file: pathlib.Path, content: bytes) -> None:

@@ -12,22 +12,27 @@ import random
 import signal
 import sys
 import time
+import traceback
 
 from experiments import train
 
 
-def start(options: list[str]) -> int:
-    """Starts a training in a child; returns its process id."""
+def start(options: list[str], log: pathlib.Path = pathlib.Path(os.devnull)) -> int:
+    """Starts a training in a child; returns its process id. What it prints goes to a file."""
     child = os.fork()
     if child:
         return child
-    log = os.open(os.devnull, os.O_WRONLY)
+    log = os.open(log, os.O_WRONLY | os.O_CREAT)
     os.dup2(log, 1)
     os.dup2(log, 2)
     code = 70
     try:
         code = train.main(options)
+    except BaseException:
+        traceback.print_exc()
     finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
         os._exit(code)
 
 

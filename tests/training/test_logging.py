@@ -4,7 +4,6 @@ import io
 import json
 import math
 import pathlib
-import struct
 import subprocess
 import sys
 
@@ -14,6 +13,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from tests.training.event_records import events_of
 from tim4rec_jax.training import logging as run_logging
 from tim4rec_jax.training.logging import MetricLogger, TrainingProgress, plot_training_curves, read_metrics
 
@@ -84,6 +84,15 @@ def test_appends_and_truncates_to_the_resumed_step(tmp_path):
         assert logger.truncate_after(30) == 0
 
 
+def test_truncation_drops_the_test_that_will_be_run_again(tmp_path):
+    with _logger(tmp_path) as logger:
+        logger.log("train", step=30, loss=1.0)
+        logger.log("test", step=10, epoch=1)
+        logger.log("event", message="after the test")
+        assert logger.truncate_after(30) == 1
+    assert [line["kind"] for line in read_metrics(tmp_path)] == ["train", "event"]
+
+
 def test_failed_truncation_loses_nothing(tmp_path, monkeypatch):
     with _logger(tmp_path) as logger:
         logger.log("train", step=5, loss=1.0)
@@ -120,29 +129,13 @@ def test_damage_in_the_middle_is_named(tmp_path):
         read_metrics(tmp_path / "absent")
 
 
-def _records(file):
-    """The payloads of a TFRecord file: length (8 bytes), crc (4), payload, crc (4)."""
-    content, position = file.read_bytes(), 0
-    while position < len(content):
-        (size,) = struct.unpack_from("<Q", content, position)
-        yield content[position + 12 : position + 12 + size]
-        position += 16 + size
-
-
-def _events(folder):
-    from tensorboardX.proto.event_pb2 import Event
-
-    files = sorted((folder / "tensorboard").iterdir(), key=lambda file: file.stat().st_mtime_ns)
-    return [Event.FromString(record) for file in files for record in _records(file)]
-
-
 def test_tensorboard_scalars_and_purge_on_resume(tmp_path):
     with _logger(tmp_path, tensorboard=True) as logger:
         logger.log("train", step=1, loss=0.5, epoch=1, note="text")
         logger.log("event", message="no step")
         assert logger.truncate_after(0) == 2
         logger.log("valid", **{"step": 1, "epoch": 1, "ndcg@10": 0.25})
-    events = _events(tmp_path)
+    events = events_of(tmp_path)
     scalars = {(value.tag, event.step): value.simple_value for event in events for value in event.summary.value}
     expected = {("train/loss", 1): 0.5, ("train/epoch", 1): 1.0, ("valid/epoch", 1): 1.0, ("valid/ndcg_10", 1): 0.25}
     assert scalars == expected

@@ -18,15 +18,17 @@ import os
 import pathlib
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
 from tim4rec_jax.run_dir import write_atomically
+from tim4rec_jax.training.checkpoint_leaves import Leaf, as_text, describe, leaves_on_host, named_leaves, placed
 
 PyTree = Any
 FORMAT_VERSION = 1
@@ -41,15 +43,6 @@ class CheckpointError(RuntimeError):
 
 class _Damaged(Exception):
     """Says what is wrong with the files of one checkpoint."""
-
-
-class _Leaf(NamedTuple):
-    """One array on the host; `key_impl` names the generator if it is the data of typed PRNG keys."""
-
-    data: np.ndarray
-    shape: tuple[int, ...]
-    dtype: str
-    key_impl: str | None
 
 
 class Checkpointer:
@@ -107,6 +100,16 @@ class Checkpointer:
         """Returns when every save is on disk; raises CheckpointError if one failed (those queued were not begun)."""
         self._settle(0)
 
+    def settle_elsewhere(self) -> None:
+        """Returns when the saves that were queued are on disk; may be called while another thread saves.
+
+        Raises:
+          CheckpointError: one of them failed.
+        """
+        self._writer.submit(lambda: None).result()
+        for saved in list(self._pending):
+            saved.result()
+
     def close(self) -> None:
         """Waits for every save and stops the background thread; raises as `wait` does."""
         try:
@@ -139,7 +142,7 @@ class Checkpointer:
         if not self._saves:
             return
         self._settle(1)  # at most one save waits, so a slow disk cannot fill the memory with copies
-        leaves = _leaves_on_host(tree)
+        leaves = leaves_on_host(tree)
         self._pending.append(self._writer.submit(self._write, kind, int(step), leaves, dict(info)))
 
     def _settle(self, at_most: int) -> None:
@@ -153,7 +156,7 @@ class Checkpointer:
             self._failed = False
             raise
 
-    def _write(self, kind: str, step: int, leaves: dict[str, _Leaf], info: dict[str, Any]) -> None:
+    def _write(self, kind: str, step: int, leaves: dict[str, Leaf], info: dict[str, Any]) -> None:
         if self._failed:
             return
         folder = self._directory / kind
@@ -167,7 +170,7 @@ class Checkpointer:
     def _restore(self, kind: str, template: PyTree) -> tuple[int, PyTree, dict[str, Any]] | None:
         self.wait()
         folder = self._directory / kind
-        wanted = {name: _text(*_describe(leaf)) for name, leaf in _named_leaves(template).items()}
+        wanted = {name: as_text(*describe(leaf)) for name, leaf in named_leaves(template).items()}
         problems: dict[pathlib.Path, str] = {}
         # Listed anew each time: a run that is still training may replace checkpoints while we read.
         while path := next((path for path in _committed(folder) if path not in problems), None):
@@ -206,43 +209,6 @@ def _survives_json(values: Any) -> bool:
         return False
 
 
-def _is_key(leaf: Any) -> bool:
-    return hasattr(leaf, "dtype") and jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-
-
-def _named_leaves(tree: PyTree) -> dict[str, Any]:
-    named: dict[str, Any] = {}
-    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        name = jax.tree_util.keystr(path, simple=True, separator=".") or "value"
-        if name in named:
-            raise ValueError(f"two leaves of the tree are both named {name!r}; rename one")
-        named[name] = leaf
-    return named
-
-
-def _leaves_on_host(tree: PyTree) -> dict[str, _Leaf]:
-    named = _named_leaves(tree)
-    arrays = {name: jax.random.key_data(leaf) if _is_key(leaf) else leaf for name, leaf in named.items()}
-    leaves = {}
-    for name, array in jax.device_get(arrays).items():
-        # A view of a CPU array would keep its buffer from being donated; a NumPy leaf may be overwritten in place.
-        data = np.array(array, copy=True)
-        if data.dtype.hasobject or data.dtype.kind in "USMm":
-            raise ValueError(f"leaf {name} of type {type(named[name]).__name__} is neither an array nor a number")
-        key_impl = str(jax.random.key_impl(named[name])) if _is_key(named[name]) else None
-        leaves[name] = _Leaf(data, *_describe(named[name]), key_impl)
-    return leaves
-
-
-def _describe(leaf: Any) -> tuple[tuple[int, ...], str]:
-    leaf = leaf if hasattr(leaf, "dtype") else np.asarray(leaf)
-    return tuple(leaf.shape), str(leaf.dtype)
-
-
-def _text(shape: Sequence[int], dtype: str) -> str:
-    return f"{dtype}[{','.join(map(str, shape))}]"
-
-
 def _entries(folder: pathlib.Path, prefix: str = "") -> list[pathlib.Path]:
     found = folder.glob(f"{prefix}[0-9]*") if folder.is_dir() else ()
     return [path for path in found if _NAME.fullmatch(path.name.removeprefix(prefix))]
@@ -257,7 +223,7 @@ def _committed(folder: pathlib.Path) -> list[pathlib.Path]:
     return sorted(_entries(folder), key=_number, reverse=True)
 
 
-def _write_checkpoint(folder: pathlib.Path, step: int, leaves: dict[str, _Leaf], info: dict[str, Any]) -> None:
+def _write_checkpoint(folder: pathlib.Path, step: int, leaves: dict[str, Leaf], info: dict[str, Any]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     number = 1 + max(map(_number, _entries(folder) + _entries(folder, _UNFINISHED)), default=0)
     for leftover in (*folder.glob(f"{_UNFINISHED}*"), *folder.glob(f"{_DELETED}*")):
@@ -300,11 +266,11 @@ def _prune(folder: pathlib.Path, keep: int, damaged: set[pathlib.Path]) -> None:
         shutil.rmtree(trash)
 
 
-def _bytes_of(leaves: dict[str, _Leaf]) -> int:
+def _bytes_of(leaves: dict[str, Leaf]) -> int:
     return sum(leaf.data.nbytes for leaf in leaves.values())
 
 
-def _failure_message(folder: pathlib.Path, step: int, leaves: dict[str, _Leaf], error: Exception) -> str:
+def _failure_message(folder: pathlib.Path, step: int, leaves: dict[str, Leaf], error: Exception) -> str:
     free = shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists())).free
     kept = [f"The checkpoint before, {path.name}, is kept." for path in _committed(folder)[:1]]
     return (
@@ -323,15 +289,24 @@ def _orbax() -> ocp.Checkpointer:
 
 @contextlib.contextmanager
 def _orbax_errors_not_logged() -> Iterator[None]:
-    """Keeps Orbax from printing the tracebacks of its threads: the same error is raised to us."""
+    """Keeps Orbax from printing the tracebacks of its threads: the same error is raised to us.
+
+    After an error TensorStore says of every write beside the failed one, then and later, that nobody waits for it.
+    """
 
     def keep(record: logging.LogRecord) -> bool:
         return "_SignalingThread" not in record.getMessage()
 
+    def hook(unraisable: Any) -> None:
+        if not (unraisable.exc_type is RuntimeError and str(unraisable.exc_value) == "Event loop is closed"):
+            print_others(unraisable)
+
     logger = logging.getLogger("absl")
+    print_others, sys.unraisablehook = sys.unraisablehook, hook
     logger.addFilter(keep)
     try:
         yield
+        sys.unraisablehook = print_others
     finally:
         logger.removeFilter(keep)
 
@@ -373,7 +348,7 @@ def _verified_manifest(path: pathlib.Path) -> dict[str, Any]:
 
 
 def _require_fit(path: pathlib.Path, saved: dict[str, Any], wanted: dict[str, str]) -> None:
-    stored = {name: _text(leaf["shape"], leaf["dtype"]) for name, leaf in saved.items()}
+    stored = {name: as_text(leaf["shape"], leaf["dtype"]) for name, leaf in saved.items()}
     differences = [
         f"{name}: {stored.get(name, 'absent')} in the checkpoint, {wanted.get(name, 'absent')} in this program"
         for name in sorted(stored.keys() | wanted.keys())
@@ -394,18 +369,5 @@ def _read_tree(path: pathlib.Path, manifest: dict[str, Any], template: PyTree) -
     if wanted := {name: host for name, host in hosts.items() if host.size}:
         with _orbax() as orbax:
             hosts |= orbax.restore(path / "arrays", args=ocp.args.StandardRestore(wanted))
-    leaves = [_placed(hosts[name], leaf, saved[name]["key_impl"]) for name, leaf in _named_leaves(template).items()]
+    leaves = [placed(hosts[name], leaf, saved[name]["key_impl"]) for name, leaf in named_leaves(template).items()]
     return jax.tree.unflatten(jax.tree.structure(template), leaves)
-
-
-def _placed(host: np.ndarray, like: Any, key_impl: str | None) -> Any:
-    """Puts a restored array where the template's leaf lies."""
-    if isinstance(like, bool | int | float | complex) and not isinstance(like, np.generic):
-        return host.item()
-    if isinstance(like, np.ndarray | np.generic):
-        return host[()] if isinstance(like, np.generic) else host
-    # An array that was bound to no device must stay so, or the step is compiled a second time.
-    sharding = like.sharding if getattr(like, "committed", True) else None
-    if key_impl is None:
-        return jax.device_put(host, sharding)
-    return jax.device_put(jax.random.wrap_key_data(jax.device_put(host), impl=key_impl), sharding)

@@ -4,8 +4,11 @@ A line of metrics.jsonl is one strict JSON object with "kind" first. A number th
 string "NaN", "Infinity" or "-Infinity", which `read_metrics` turns back into the number.
 """
 
+import contextlib
+import errno
 import json
 import math
+import os
 import pathlib
 import time
 from collections.abc import Mapping
@@ -16,9 +19,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from tensorboardX import SummaryWriter
 
 from tim4rec_jax.run_dir import CURVES, METRICS, replacing, write_atomically
+from tim4rec_jax.training.event_files import EventFile
 
 Kind = Literal["train", "valid", "test", "event"]
 NEEDED = {"train": ("step", "loss"), "valid": ("step", "epoch"), "test": (), "event": ()}
@@ -43,18 +46,21 @@ class MetricLogger:
             return
         self._file.parent.mkdir(parents=True, exist_ok=True)
         self._tensorboard = self._file.parent / "tensorboard" if tensorboard else None
-        self._writer: SummaryWriter | None = None
+        self._events: EventFile | None = None
         self._purge_step: int | None = None
         torn = _drop_torn_line(self._file)
-        self._stream = self._file.open("a", encoding="utf-8")
+        # Without a buffer nothing is left over that closing would try again to write.
+        self._stream = self._file.open("ab", buffering=0)
         if torn:
             self.log("event", message=f"dropped a half-written last line of {torn} bytes")
 
     def __enter__(self) -> "MetricLogger":
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(self, exc_type: type | None, *_: object) -> None:
+        # What ended the run must not be hidden by what it left half done.
+        with contextlib.suppress(*[OSError] if exc_type else []):
+            self.close()
 
     def log(self, kind: Kind, **values: Any) -> None:
         """Writes one line, which is with the operating system when the call returns.
@@ -66,6 +72,7 @@ class MetricLogger:
 
         Raises:
           ValueError: the kind is unknown, a needed value is absent, or a value has no JSON form.
+          OSError: the line cannot be written; what a part of it would have been is cut off when the run goes on.
         """
         if kind not in get_args(Kind):
             raise ValueError(f"kind={kind!r} must be one of {get_args(Kind)}")
@@ -74,44 +81,59 @@ class MetricLogger:
         if not self._writes:
             return
         line = {"kind": kind} | {name: _jsonable(name, value) for name, value in values.items()}
-        self._stream.write(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n")
-        self._stream.flush()
+        self._append((json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n").encode())
         if self._tensorboard is not None and "step" in values:
             self._log_scalars(kind, line)
 
-    def _log_scalars(self, kind: str, line: Mapping[str, Any]) -> None:
-        if self._writer is None:
-            # File names carry whole seconds: without the suffix a second writer overwrites the first one's file.
-            self._writer = SummaryWriter(
-                str(self._tensorboard), purge_step=self._purge_step, filename_suffix=f".{time.time_ns()}"
-            )
-        for name, value in _numbers_restored(line).items():
-            if name != "step" and isinstance(value, int | float) and not isinstance(value, bool):
-                self._writer.add_scalar(f"{kind}/{name}", value, line["step"])
+    def _append(self, line: bytes) -> None:
+        try:
+            written = self._stream.write(line)
+            if written != len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self._file)) from error
 
-    def truncate_after(self, step: int) -> int:
+    def _log_scalars(self, kind: str, line: Mapping[str, Any]) -> None:
+        scalars = {
+            f"{kind}/{name}": value
+            for name, value in _numbers_restored(line).items()
+            if name != "step" and isinstance(value, int | float) and not isinstance(value, bool)
+        }
+        try:
+            if self._events is None:
+                self._events = EventFile(self._tensorboard, self._purge_step)
+            self._events.add(line["step"], scalars)
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self._tensorboard)) from error
+
+    def truncate_after(self, step: int, validated: int | None = None) -> int:
         """Drops the lines written after `step` and returns how many, so that a resumed run repeats none of them.
 
-        A line without a `step` of its own belongs to the step of the line before it.
+        A line without a `step` of its own belongs to the step of the line before it. A test line, whose step is the
+        best epoch's, is dropped whatever its step: training that goes on ends with a test of its own.
 
         Args:
           step: optimiser steps done at the checkpoint that training resumes from.
+          validated: last epoch whose validation training does not repeat; None keeps those up to `step`.
         """
         if not self._writes:
             return 0
         self._stream.close()
         position, kept, dropped = 0, [], 0
         for line, values in _lines(self._file):
-            position = values.get("step", position)
-            if position <= step:
+            test = values.get("kind") == "test"
+            position = position if test else values.get("step", position)
+            repeated = validated is not None and values.get("kind") == "valid" and values["epoch"] > validated
+            if position <= step and not test and not repeated:
                 kept.append(line + "\n")
             else:
                 dropped += 1
         write_atomically(self._file, "".join(kept).encode())
-        self._stream = self._file.open("a", encoding="utf-8")
-        if self._writer is not None:
-            self._writer.close()
-            self._writer = None
+        # Without a buffer nothing is left over that closing would try again to write.
+        self._stream = self._file.open("ab", buffering=0)
+        if self._events is not None:
+            self._events.close()
+            self._events = None
         self._purge_step = step + 1
         return dropped
 
@@ -120,8 +142,8 @@ class MetricLogger:
         if not self._writes:
             return
         self._stream.close()
-        if self._writer is not None:
-            self._writer.close()
+        if self._events is not None:
+            self._events.close()
 
 
 def read_metrics(run_dir: pathlib.Path) -> list[dict[str, Any]]:

@@ -1,5 +1,6 @@
 """The training run: epochs, validation, early stop, checkpoints, and the test of the best epoch."""
 
+import contextlib
 import ctypes
 import dataclasses
 import functools
@@ -12,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from rich.console import Console
@@ -58,6 +60,11 @@ class Position:
     seconds: float = 0.0
     finished: bool = False
 
+    @property
+    def validated(self) -> int:
+        """The last epoch whose validation is behind."""
+        return self.epoch if self.finished else self.epoch - 1
+
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self) | {"epoch_losses": list(self.epoch_losses)}
 
@@ -101,6 +108,11 @@ def _peak_device_bytes() -> int | None:
     return (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
 
 
+@jax.jit
+def _all_finite(params: Any) -> Array:
+    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(params)]))
+
+
 class Trainer:
     """One run of one model on one log.
 
@@ -111,10 +123,20 @@ class Trainer:
       log: cleaned log.
       run_dir: folder made by `run_dir.create_run`.
       resume: go on from the newest checkpoint there, if any.
+      stop_requests: those of the program that trains; None listens to signals while `run` does.
     """
 
-    def __init__(self, config: ExperimentConfig, log: InteractionLog, run_dir: pathlib.Path, *, resume: bool) -> None:
+    def __init__(
+        self,
+        config: ExperimentConfig,
+        log: InteractionLog,
+        run_dir: pathlib.Path,
+        *,
+        resume: bool,
+        stop_requests: StopRequests | None = None,
+    ) -> None:
         self.config, self.log, self.run_dir, self.resume = config, log, run_dir, resume
+        self._given_stop_requests = stop_requests
         self.split: Split = split_log(log, config.data)
         if len(self.split.train) == 0:
             raise ValueError("the log has 0 training examples: every user has 3 events or fewer; give longer histories")
@@ -172,10 +194,11 @@ class Trainer:
             TrainingProgress(train.epochs, examples, enabled=train.progress, console=console) as progress,
             MetricLogger(self.run_dir, tensorboard=train.tensorboard, write=is_main()) as logger,
             Checkpointer(self.run_dir / CHECKPOINTS, report=progress.report, write=is_main()) as checkpoints,
-            StopRequests() as stop_requests,
+            contextlib.nullcontext(self._given_stop_requests) if self._given_stop_requests else StopRequests() as stops,
         ):
             self._progress, self._logger, self._checkpoints = progress, logger, checkpoints
-            self._stop_requests = stop_requests
+            self._stop_requests = stops
+            stops.rest("stopped before training began")
             if self.resume:
                 self._restore()
             validate = FullSortEvaluator(self.model, self.log, self.split.valid, self.config, mesh=self.layout.mesh)
@@ -188,13 +211,15 @@ class Trainer:
         restored = restored_everywhere(self._checkpoints.restore_latest, self.state)
         if restored is None:
             self._progress.report("nothing to resume: no checkpoint yet, training starts from the beginning")
+            self._logger.truncate_after(0, 0)
             return
         step, state, progress = restored
         self.state = self.layout.place(state)
         self.position = Position.from_dict(progress, self.config.train.patience)
-        self._logger.truncate_after(step)
+        self._logger.truncate_after(step, self.position.validated)
         # A longer run may have been asked for than the one that finished.
         self.position.finished = self.position.finished and self._is_last(step)
+        self._rest(step)
         self._progress.report(f"resuming at step {step}, epoch {self.position.epoch}, batch {self.position.batch}")
 
     def _is_last(self, step: int) -> bool:
@@ -224,7 +249,9 @@ class Trainer:
             if done >= self.total_steps:
                 break
             payload = self.layout.split(payload)
-            self.state, loss = self._compiled_step(payload)(self.state, self.resident, payload)
+            step = self._compiled_step(payload)
+            self._stop_requests.keep_going()
+            self.state, loss = step(self.state, self.resident, payload)
             self._unfetched.append(loss)
             position.batch += 1
             done += 1
@@ -268,10 +295,21 @@ class Trainer:
         )  # fmt: skip
         self._progress.advance(0, loss=loss)
 
-    def _save(self, step: int) -> None:
+    def _save(self, step: int, seconds: float | None = None) -> None:
+        """Saves inside an epoch or at its end; `seconds` it was trained for, if not until now."""
         self._fetch_losses()
-        progress = self.position.to_dict() | {"seconds": self.position.seconds + self._progress.seconds}
-        self._checkpoints.save_latest(step, self.state, progress)
+        if not bool(_all_finite(self.state.params)):
+            raise FloatingPointError(
+                f"parameters are not finite after step {step}; the last good checkpoint is kept in {self.run_dir}: "
+                "start anew with a lower train.learning_rate, or set train.clip_norm"
+            )
+        seconds = self.position.seconds + self._progress.seconds if seconds is None else seconds
+        self._checkpoints.save_latest(step, self.state, self.position.to_dict() | {"seconds": seconds})
+
+    def _rest(self, step: int) -> None:
+        self._stop_requests.rest(
+            f"stopped at step {step}; the state is saved in {self.run_dir}", self._checkpoints.settle_elsewhere
+        )
 
     def _save_and_stop(self, step: int, number: int) -> None:
         self._progress.report("asked to stop: saving")
@@ -289,6 +327,9 @@ class Trainer:
         if position.pending:
             self._log_line(step)
         resident = _resident_mb()
+        # Whatever happens in validation then costs no epoch.
+        self._save(step, seconds)
+        self._rest(step)
         result = validate(self.state.params)
         _return_freed_memory()
         monitor = self.config.eval.monitor
@@ -316,6 +357,7 @@ class Trainer:
 
     def _test(self) -> dict[str, Any]:
         """Tests the best epoch once and writes results.json; its costs are known to the process that writes."""
+        self._rest(int(self.state.step))
         restored = restored_everywhere(self._checkpoints.restore_best, self.state.params)
         if restored is None:
             raise ValueError(f"{self.run_dir} has no best checkpoint; remove the folder and train again")

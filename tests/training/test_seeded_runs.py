@@ -1,0 +1,24 @@
+"""Two runs with one seed end with the same bits, with either loader, on one device and on eight."""
+
+import pytest
+
+from tests.training.forked_runs import OPTIONS, require_same_runs, run_forking
+from tests.training.seeded_runs import LOADERS
+from tim4rec_jax.run_dir import read_environment
+
+SHORT = [*OPTIONS, "--train.epochs=1", "--train.tensorboard=false"]
+WAYS = {
+    "prefixes": SHORT,
+    "all positions": [*SHORT, "--model.time_mode=causal", "--train.positions=all", "--train.schedule=cosine"],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("devices", [1, 8])
+@pytest.mark.parametrize("way", WAYS)
+def test_one_seed_gives_one_run(tmp_path, devices, way):
+    run_forking("seeded_runs", str(tmp_path), *WAYS[way], folder=tmp_path, devices=devices)
+    for loader in LOADERS:
+        first, second = (tmp_path / f"{loader}_{number}" for number in range(2))
+        assert read_environment(second)["device_count"] == devices
+        require_same_runs([second], first)
