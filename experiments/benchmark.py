@@ -9,6 +9,7 @@
     python -m experiments.benchmark predictions --output=predictions.json
     python -m experiments.benchmark scaling --output=scaling.json --markdown=scaling.md
     python -m experiments.benchmark catalogue --items=1e6,1e7 --shards=1,8 --output=catalogue.json
+    python -m experiments.benchmark sampled --items=1e4,1e5,1e6 --output=sampled.json
 
 `train_step` takes the same real batches through our training step in three forms and through a plain PyTorch model.
 `ops` compares the plain-JAX operators with other forms of them, forward and backward. Both need the test dependencies
@@ -20,7 +21,7 @@ and a checkout (tests/torch_reference).
 its options, and a wrong result makes the exit code 1 (see experiments/benchmarks/gpu.py). `predictions` counts the
 bytes that the GPU kernels move and compiles them, without a GPU. `scaling` predicts throughput, cost and limits on many
 GPUs and for large catalogues. `catalogue` asks XLA for the memory of a training step with the item embedding whole and
-in parts, on fake devices.
+in parts, on fake devices. `sampled` takes training steps with the softmax over all items and over a sample, in turns.
 """
 
 import argparse
@@ -31,7 +32,7 @@ from collections.abc import Sequence
 
 from rich.console import Console
 
-from experiments.benchmarks import catalogue, gpu, logs, models, ops, predictions, scaling, serving, train_step
+from experiments.benchmarks import catalogue, gpu, logs, models, ops, predictions, sampled, scaling, serving, train_step
 from experiments.command_line import run_program
 from experiments.record import command_without_folders
 from tim4rec_jax.run_dir import write_atomically
@@ -46,6 +47,7 @@ BENCHMARKS = {
     "predictions": predictions.run,
     "scaling": scaling.run,
     "catalogue": catalogue.run,
+    "sampled": sampled.run,
 }
 
 

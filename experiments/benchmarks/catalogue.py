@@ -26,26 +26,33 @@ from rich.table import Table
 from experiments.configs import load_config
 from tim4rec_jax.config import ExperimentConfig, ParallelConfig
 from tim4rec_jax.data.length_groups import plan_packed_rows
+from tim4rec_jax.data.negatives import Negatives, Proposal, draw_negatives
 from tim4rec_jax.data.packed_loader import PackedBatch
 from tim4rec_jax.models import build_model
 from tim4rec_jax.models.catalogue_shards import shardings
 from tim4rec_jax.run_dir import environment
-from tim4rec_jax.training.catalogue_parallel import catalogue_train_step, make_sharded_optimizer
+from tim4rec_jax.training.catalogue_parallel import choose_optimizer, choose_step
 from tim4rec_jax.training.parallel import make_layout
-from tim4rec_jax.training.step import init_state, make_optimizer, train_step
+from tim4rec_jax.training.step import TrainState, init_state
 
 _DEVICE_COUNT = "--xla_force_host_platform_device_count"
 _BYTES = {"f64": 8, "s64": 8, "f32": 4, "s32": 4, "u32": 4, "bf16": 2, "f16": 2, "pred": 1, "s8": 1, "u8": 1}
-_TINY = {"d_model": 16, "d_state": 8, "head_dim": 16, "num_layers": 1}
+TINY = {"d_model": 16, "d_state": 8, "head_dim": 16, "num_layers": 1}
 
 
 class _GivenBatches:
-    """A loader whose payload is the batch."""
+    """A loader whose payload is the batch; negatives are drawn uniformly."""
 
     resident = ()
 
+    def __init__(self, vocab_size: int, num_negatives: int | None) -> None:
+        self._proposal, self._num_negatives = Proposal(None, vocab_size), num_negatives
+
     def batch(self, resident: Any, payload: PackedBatch) -> PackedBatch:
         return payload
+
+    def negatives(self, resident: Any, key: jax.Array) -> Negatives:
+        return draw_negatives(self._proposal, key, self._num_negatives)
 
 
 def settings_of(options: argparse.Namespace, items: int, shards: int, rows: int, length: int) -> ExperimentConfig:
@@ -55,7 +62,7 @@ def settings_of(options: argparse.Namespace, items: int, shards: int, rows: int,
     times = {"gap_mean": 8.0, "gap_std": 3.0, "first_second": 0, "last_second": 10**8}
     model = dataclasses.replace(
         base.model, vocab_size=items + 1, vocab_multiple=math.lcm(64, shards), max_len=length, **times,
-        **(_TINY if options.tiny else {}),
+        **(TINY if options.tiny else {}),
     )  # fmt: skip
     train = dataclasses.replace(base.train, batch_size=rows)
     return dataclasses.replace(base, model=model, train=train, parallel=ParallelConfig("sharded", shards))
@@ -66,16 +73,15 @@ class Step:
 
     def __init__(self, config: ExperimentConfig) -> None:
         self.config, self.layout = config, make_layout(config.parallel)
-        in_parts = self.layout.catalogue_shards > 1
         model = build_model(config.model)
-        self.optimizer = (make_sharded_optimizer if in_parts else make_optimizer)(config.train, 1000)
+        self.optimizer = choose_optimizer(config, 1000)
         self.make_state = functools.partial(init_state, model, self.optimizer, config.train.seed)
         groups = plan_packed_rows(
             config.model.max_len, batch_size=self.layout.rows_per_device(config.train.batch_size),
             microbatch_tokens=config.train.microbatch_tokens, platform=jax.default_backend(),
         )  # fmt: skip
-        step = catalogue_train_step if in_parts else train_step
-        self.step = functools.partial(step, model, self.optimizer, config, groups, _GivenBatches())
+        loader = _GivenBatches(config.model.vocab_size, config.train.num_negatives)
+        self.step = functools.partial(choose_step(config), model, self.optimizer, config, groups, loader)
 
     def batch(self, seed: int) -> PackedBatch:
         """Returns random packed rows, whose number fills all devices, on the devices."""
@@ -90,21 +96,26 @@ class Step:
 
     def compiled(self) -> Any:
         """Compiles the step from shapes and where they lie."""
-        shapes = jax.eval_shape(self.make_state)
-        state = jax.tree.map(
-            lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
-            shapes, shardings(self.layout.mesh, shapes) if self.layout.catalogue_shards > 1 else self._whole(shapes),
-        )  # fmt: skip
+        state = jax.eval_shape(self.make_state)
+        if self.layout.mesh is not None:
+            state = jax.tree.map(
+                lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+                state, shardings(self.layout.mesh, state) if self.layout.catalogue_shards > 1 else self._whole(state),
+            )  # fmt: skip
         return self.layout.wrap(self.step).lower(state, (), self.batch(0)).compile()
 
     def _whole(self, shapes: Any) -> Any:
         everywhere = jax.sharding.NamedSharding(self.layout.mesh, jax.sharding.PartitionSpec())
         return jax.tree.map(lambda _: everywhere, shapes)
 
+    def start(self) -> TrainState:
+        """Returns the initial state, where it lies."""
+        return jax.block_until_ready(self.layout.place(self.layout.create(self.make_state)))
+
     def run(self, compiled: Any, steps: int) -> dict[str, Any]:
         """Trains from the initial values; returns losses and seconds a step."""
         began = time.perf_counter()
-        state = jax.block_until_ready(self.layout.place(self.layout.create(self.make_state)))
+        state = self.start()
         found: dict[str, Any] = {"initial_seconds": time.perf_counter() - began, "losses": [], "seconds": []}
         for number in range(steps):
             batch, began = self.batch(number), time.perf_counter()

@@ -102,12 +102,15 @@ def test_a_temporal_split_from_training_to_recommendations(tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_a_catalogue_in_parts_from_training_to_recommendations(tmp_path, capsys):
+@pytest.mark.parametrize(
+    "loss", [[], ["--train.loss=sampled_ce", "--train.num_negatives=16", "--train.table_optimizer=lazy_adam"]]
+)
+def test_a_catalogue_in_parts_from_training_to_recommendations(tmp_path, capsys, loss):
     """With parts of the embedding on devices, and then on one device."""
     folder = tmp_path / "parts"
     options = [
         *SMALL, "--model.name=sasrec", "--model.num_layers=1", "--model.inner_size=16", "--train.length_groups=1",
-        "--eval.baselines", "popularity", f"--run_dir={folder}",
+        "--eval.baselines", "popularity", f"--run_dir={folder}", *loss,
     ]  # fmt: skip
     assert train.main([*options, "--parallel.catalogue_shards=2", "--train.max_steps=6"]) == 0
     assert "model.vocab_multiple=64: the item embedding gets so many rows" in capsys.readouterr().out

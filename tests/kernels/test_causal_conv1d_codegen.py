@@ -67,8 +67,8 @@ def test_most_taps_stay_in_registers():
 
 def test_packed_rows_stay_in_registers():
     for kernel in kernels_of((64, 200, 192), 4, "silu", jnp.float32, packed=True):
-        # Where histories begin takes some: four forward programs of 256 threads still share a multiprocessor.
-        check(kernel, 90, (64, 200, 192), 56 if kernel.name == KERNELS[0] else 80)
+        # Where histories begin takes some: four forward and two backward programs share a multiprocessor.
+        check(kernel, 90, (64, 200, 192), 56 if kernel.name == KERNELS[0] else 104)
 
 
 def test_lowers_without_bias_and_with_ragged_channels():

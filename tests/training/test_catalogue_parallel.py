@@ -193,7 +193,7 @@ def experiment(shards=4, train=None, **model):
         ),
         (
             lambda: require_shardable(experiment(train=TrainConfig(loss="bpr"), vocab_multiple=4)),
-            "catalogue_shards=4 trains with train.loss='ce' only, not 'bpr'",
+            "catalogue_shards=4 trains with train.loss='ce' or 'sampled_ce', not 'bpr'",
         ),
         (
             lambda: make_layout(ParallelConfig(catalogue_shards=3)),

@@ -17,10 +17,12 @@ from tim4rec_jax.data.length_groups import LengthGroup
 from tim4rec_jax.data.negatives import Negatives, draw_negatives, make_proposal
 from tim4rec_jax.data.packed_loader import make_loader
 from tim4rec_jax.data.splits import leave_one_out
+from tim4rec_jax.models.catalogue_shards import shardings
+from tim4rec_jax.training.catalogue_parallel import choose_optimizer, choose_step
 from tim4rec_jax.training.checkpoint import Checkpointer
 from tim4rec_jax.training.losses import cross_entropy, sampled_cross_entropy
 from tim4rec_jax.training.parallel import make_layout
-from tim4rec_jax.training.step import init_state, make_optimizer, train_step
+from tim4rec_jax.training.step import init_state
 
 STEPS = 20
 MODEL = ModelConfig(
@@ -38,19 +40,19 @@ def log():
 class Training:
     """A model with its loader and its compiled step."""
 
-    def __init__(self, positions="last", strategy="single", model=MODEL, vocab_size=None, **train):
+    def __init__(self, positions="last", strategy="single", model=MODEL, vocab_size=None, shards=1, **train):
         options = {"loss": "sampled_ce", "num_negatives": 7, "negatives_power": 0.75, "clip_norm": 0.5}
         options |= {"table_optimizer": "lazy_adam", "learning_rate": 1e-2, "batch_size": BATCH[positions]}
         settings = TrainConfig(positions=positions, **options | train)
         model = dataclasses.replace(model, vocab_size=vocab_size or model.vocab_size)
-        config = ExperimentConfig("test", model, DataConfig(), settings, parallel=ParallelConfig(strategy))
+        config = ExperimentConfig("test", model, DataConfig(), settings, parallel=ParallelConfig(strategy, shards))
         self.layout = make_layout(config.parallel)
         places = self.layout.places(settings.batch_size)
         self.loader = make_loader(config, log(), leave_one_out(log()).train, places)
-        self.model, self.optimizer = build_model(model), make_optimizer(settings, STEPS)
+        self.model, self.optimizer = build_model(model), choose_optimizer(config, STEPS)
         rows = self.layout.rows_per_device(settings.batch_size)
         groups = (LengthGroup(12, min(rows, 2)), LengthGroup(5, rows)) if positions == "last" else (LengthGroup(12, 1),)
-        step = functools.partial(train_step, self.model, self.optimizer, config, groups, self.loader)
+        step = functools.partial(choose_step(config), self.model, self.optimizer, config, groups, self.loader)
         self.resident = self.layout.replicate(self.loader.resident)
         self.wrapped = self.layout.wrap(step)
 
@@ -61,7 +63,7 @@ class Training:
         return lowered.compile() if self.layout.strategy == "pmap" else lowered.compile(known_options())
 
     def start(self):
-        return self.layout.replicate(init_state(self.model, self.optimizer, 3))
+        return self.layout.place(self.layout.create(lambda: init_state(self.model, self.optimizer, 3)))
 
     def payload(self, number):
         epoch, batch = divmod(number, self.loader.num_batches)
@@ -167,16 +169,75 @@ def test_other_rows_and_their_moments_keep_every_bit(positions):
     assert (table(second.params) != old).any(axis=1).sum() > len(changed)
 
 
+# Four devices: a whole table on each, in 4 parts, or two copies in 2 parts.
+MANY = {
+    "last, whole": ("last", "sharded", 1, "lazy_adam"),
+    "all, whole, pmap": ("all", "pmap", 1, "lazy_adam"),
+    "all, whole": ("all", "sharded", 1, "lazy_adam"),
+    "last, 4 parts": ("last", "sharded", 4, "lazy_adam"),
+    "all, 2 parts": ("all", "sharded", 2, "lazy_adam"),
+    "last, 2 parts, dense": ("last", "sharded", 2, "adam"),
+    "all, 4 parts, dense": ("all", "sharded", 4, "adam"),
+}
+
+
+@functools.cache
+def on_one_device(positions, table_optimizer):
+    training = Training(positions, table_optimizer=table_optimizer)
+    state, losses = training.go_on(training.start(), 0, STEPS)
+    return jax.tree.map(np.asarray, state), losses
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(("positions", "strategy"), [("last", "sharded"), ("all", "pmap"), ("all", "sharded")])
-def test_several_devices_train_as_one(positions, strategy, x64):
+@pytest.mark.parametrize("way", MANY)
+def test_several_devices_train_as_one(way, x64):
+    """Parts too, and rows behind the catalogue's end that only make parts equal."""
+    positions, strategy, shards, table_optimizer = MANY[way]
     assert jax.device_count() == 4
-    alone, many = Training(positions), Training(positions, strategy)
-    state, losses = alone.go_on(alone.start(), 0, STEPS)
+    state, losses = on_one_device(positions, table_optimizer)
+    model = dataclasses.replace(MODEL, vocab_multiple=8 if shards > 1 else 1)
+    many = Training(positions, strategy, model, shards=shards, table_optimizer=table_optimizer)
     other, found = many.go_on(many.start(), 0, STEPS)
     assert len(set(losses)) == STEPS
-    np.testing.assert_allclose(found, losses, rtol=0, atol=1e-6)
-    np.testing.assert_allclose(table(other.params), table(state.params), rtol=0, atol=1e-6)
+    np.testing.assert_allclose(found, losses, rtol=0, atol=1e-10)
+    for actual, expected in zip(everywhere(other), everywhere(state), strict=True):
+        np.testing.assert_allclose(actual[: len(expected)], expected, rtol=0, atol=1e-8)
+    embedding = other.params["item_embedding"]["embedding"]
+    assert {part.data.shape for part in embedding.addressable_shards} == {(len(embedding) // shards, 8)}
+
+
+def everywhere(state):
+    return [table(state.params), *moments(state)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("table_optimizer", ["adam", "lazy_adam"])
+def test_rows_that_only_make_parts_equal_change_nothing(table_optimizer, x64):
+    alone, padded = (
+        Training("all", model=dataclasses.replace(MODEL, vocab_multiple=multiple), table_optimizer=table_optimizer)
+        for multiple in (1, 16)
+    )
+    (state, losses), (wider, found) = (training.go_on(training.start(), 0, 5) for training in (alone, padded))
+    np.testing.assert_allclose(found, losses, rtol=0, atol=1e-12)
+    for actual, expected in zip(everywhere(wider), everywhere(state), strict=True):
+        assert len(actual) == 32
+        np.testing.assert_allclose(actual[:23], expected, rtol=0, atol=1e-12)
+    assert not moments(wider)[0][23:].any()
+
+
+@pytest.mark.slow
+def test_what_parts_trained_goes_on_on_one_device_and_elsewhere(tmp_path, x64):
+    model = dataclasses.replace(MODEL, vocab_multiple=8)
+    ways = [{"strategy": "sharded", "shards": 4}, {"strategy": "single"}, {"strategy": "sharded", "shards": 2}]
+    trainings = [Training("all", model=model, **way) for way in ways]
+    whole, losses = trainings[1].go_on(trainings[1].start(), 0, 6)
+    half, _ = trainings[0].go_on(trainings[0].start(), 0, 3)
+    with Checkpointer(tmp_path) as checkpoints:
+        checkpoints.save_latest(3, half, {})
+        _, saved, _ = checkpoints.restore_latest(jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), half))
+    for training in trainings:
+        _, rest = training.go_on(training.layout.place(saved), 3, 6)
+        np.testing.assert_allclose(rest, losses[3:], rtol=0, atol=1e-10)
 
 
 def test_a_checkpoint_goes_on_bit_for_bit(tmp_path):
@@ -191,10 +252,13 @@ def test_a_checkpoint_goes_on_bit_for_bit(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, resumed, whole)
 
 
-def compiled(vocab_size, **train):
-    model = dataclasses.replace(MODEL, dtype="float32", vocab_size=vocab_size, num_layers=1)
+def compiled(vocab_size, multiple=1, **train):
+    model = dataclasses.replace(MODEL, dtype="float32", vocab_size=vocab_size, num_layers=1, vocab_multiple=multiple)
     training = Training("all", model=model, negatives_power=0.0, **train)
     state = jax.eval_shape(lambda: init_state(training.model, training.optimizer, 0))
+    if training.layout.catalogue_shards > 1:
+        placed = shardings(training.layout.mesh, state)
+        state = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), state, placed)
     return training.wrapped.lower(state, training.resident, training.payload(0)).compile()
 
 
@@ -219,6 +283,21 @@ def test_a_step_costs_the_same_for_any_catalogue():
     assert not re.search(r"\[\d+,1000003\]|\[1000003\]", large.as_text())
     dense = compiled(1_000_003, table_optimizer="adam").cost_analysis()["flops"]
     assert dense > 50 * flops[1]
+
+
+def test_of_a_table_in_parts_no_device_holds_more_than_one():
+    """Nor a gradient of the size of its part; what it does depends on neither."""
+    options = {"multiple": 4, "strategy": "sharded", "shards": 4}
+    small, large = compiled(10_000, **options), compiled(1_000_000, **options)
+    flops = [program.cost_analysis()["flops"] for program in (small, large)]
+    assert flops[1] == pytest.approx(flops[0], rel=0.01)
+    memory = [program.memory_analysis() for program in (small, large)]
+    assert memory[1].temp_size_in_bytes < 1.1 * memory[0].temp_size_in_bytes + 4096
+    # The table and two moments, of which every device has a quarter.
+    grown = memory[1].argument_size_in_bytes - memory[0].argument_size_in_bytes
+    assert grown == 3 * (1_000_000 - 10_000) // 4 * MODEL.d_model * 4
+    text = large.as_text()
+    assert not re.search(r"\[(?:\d+,)*1000000[,\]]", text) and re.search(r"\[250000,8\]", text)
 
 
 @pytest.mark.parametrize(

@@ -33,7 +33,7 @@ from tim4rec_jax.models.catalogue_shards import (
     partition_specs,
     working_ids,
 )
-from tim4rec_jax.training.step import TrainState, fold_groups, make_optimizer
+from tim4rec_jax.training.step import TrainState, fold_groups, make_optimizer, train_step
 
 PyTree = Any
 Rows = Batch | PackedBatch
@@ -45,10 +45,10 @@ def require_shardable(config: ExperimentConfig) -> None:
     shards, model = config.parallel.catalogue_shards, config.model
     if shards == 1:
         return
-    if config.train.loss != "ce":
+    if config.train.loss == "bpr":
         raise ValueError(
-            f"parallel.catalogue_shards={shards} trains with train.loss='ce' only, not {config.train.loss!r}; use 'ce' "
-            "or parallel.catalogue_shards=1"
+            f"parallel.catalogue_shards={shards} trains with train.loss='ce' or 'sampled_ce', not 'bpr'; use one of "
+            "them, or parallel.catalogue_shards=1"
         )
     if model.embedding_rows % shards:
         raise ValueError(
@@ -77,6 +77,20 @@ def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
         return clipped, state
 
     return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+
+
+def choose_step(config: ExperimentConfig) -> Callable[..., tuple[TrainState, Array]]:
+    """Returns the step of one device that the settings ask for: `train_step`, or one for a table in parts."""
+    if config.parallel.catalogue_shards == 1:
+        return train_step
+    return functools.partial(train_step, axis=ROW_AXES) if config.train.loss == "sampled_ce" else catalogue_train_step
+
+
+def choose_optimizer(config: ExperimentConfig, total_steps: int) -> optax.GradientTransformation:
+    """Returns the optimiser for `choose_step`; all of them have a state of the same tree."""
+    # A lazy update shows it the gradients of all devices at once.
+    sees_a_part = config.parallel.catalogue_shards > 1 and config.train.table_optimizer == "adam"
+    return (make_sharded_optimizer if sees_a_part else make_optimizer)(config.train, total_steps)
 
 
 def make_sharded_optimizer(config: TrainConfig, total_steps: int) -> optax.GradientTransformation:

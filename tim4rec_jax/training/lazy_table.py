@@ -2,10 +2,12 @@
 
 The step reads a few of the table's rows: the items of the batch, the targets and the negatives. They are gathered into
 a working table, under whose row numbers the model and the optimiser run as they are, and the new rows are written over
-the old ones in the donated state.
+the old ones in the donated state. Where the table lies in parts on several devices, each of them gets what it reads
+from the others and writes the rows that are its own.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -18,9 +20,11 @@ from tim4rec_jax.data.loader import Batch
 from tim4rec_jax.data.negatives import Negatives
 from tim4rec_jax.data.packed_loader import PackedBatch
 from tim4rec_jax.models import SequentialModel
+from tim4rec_jax.models.catalogue_shards import TABLE, fetch_rows, own_places
 
-_TABLE = ("item_embedding", "embedding")
+_TABLE = (TABLE, "embedding")
 
+Axis = str | tuple[str, ...]
 ValueAndGrad = Callable[[SequentialModel, Any, Any, Negatives], tuple[Array, Any]]
 
 
@@ -38,13 +42,13 @@ def gather_rows(tree: Any, ids: Array) -> Any:
     return jax.tree.map_with_path(gather, tree)
 
 
-def scatter_rows(tree: Any, rows: Any, ids: Array) -> Any:
-    """Returns `rows`, with the item table of `tree` in which these rows are replaced; ids are sorted and different."""
+def scatter_rows(tree: Any, rows: Any, ids: Array, *, ascending: bool = True) -> Any:
+    """Returns `rows`, with the item table of `tree` in which these rows are replaced; no two ids are equal."""
 
     def scatter(path: tuple[Any, ...], leaf: Array, new: Array) -> Array:
         if not _is_table(path):
             return new
-        return leaf.at[ids].set(new, mode="drop", unique_indices=True, indices_are_sorted=True)
+        return leaf.at[ids].set(new, mode="drop", unique_indices=True, indices_are_sorted=ascending)
 
     return jax.tree.map_with_path(scatter, tree, rows)
 
@@ -81,13 +85,13 @@ def in_working_rows(
     return _spread_behind(ids, vocab_size), batch, negatives.replace(items=drawn)
 
 
-def sum_rows(ids: Array, rows: Array, axis: str, vocab_size: int) -> tuple[Array, Array]:
+def sum_rows(ids: Array, rows: Array, axis: Axis, vocab_size: int) -> tuple[Array, Array]:
     """Sums what several devices have for some rows each, one device after the other, so that all get the same bits.
 
     Args:
       ids: int32 [u] of this device as of `in_working_rows`.
       rows: [u, d], zeros where ids only fill.
-      axis: name of the devices' axis.
+      axis: name of the devices' axis, or of several.
       vocab_size: v.
 
     Returns:
@@ -111,7 +115,7 @@ def sum_rows(ids: Array, rows: Array, axis: str, vocab_size: int) -> tuple[Array
 
 
 def _total_of_devices(
-    total: Array, weight: Array, grads: Any, ids: Array, axis: str, vocab_size: int
+    total: Array, weight: Array, grads: Any, ids: Array, axis: Axis, vocab_size: int
 ) -> tuple[Array, Array, Any, Array]:
     """Sums over devices: everything at once but the table's rows, of which each has others."""
     leaves, tree = jax.tree.flatten_with_path(grads)
@@ -124,7 +128,19 @@ def _total_of_devices(
     return total, weight, tree.unflatten(values), ids
 
 
-def lazy_update(
+def _fetched(params: Any, ids: Array) -> Any:
+    """Returns the parameters with these rows of a table in parts."""
+    rows = fetch_rows(params[TABLE]["embedding"], ids)
+    return {**params, TABLE: {"embedding": rows}}
+
+
+def _places_in_part(params: Any, ids: Array) -> Array:
+    """Returns where in this device's part the rows lie; different numbers behind its end where others have them."""
+    shard = params[TABLE]["embedding"]
+    return _spread_behind(own_places(shard, ids), shard.shape[0])
+
+
+def update_from_touched(
     value_and_grad: ValueAndGrad,
     model: SequentialModel,
     optimizer: optax.GradientTransformation,
@@ -133,23 +149,30 @@ def lazy_update(
     batch: Batch | PackedBatch,
     negatives: Negatives,
     *,
-    axis: str | None = None,
+    lazy: bool = True,
+    axis: Axis | None = None,
+    in_parts: bool = False,
 ) -> tuple[Any, Any, Array]:
-    """Makes one update in which the item table changes only where the step touches it.
+    """Makes one update from the rows of the item table that the step touches.
 
-    The moments of other rows stay as they are, as in TensorFlow's LazyAdam and PyTorch's SparseAdam; the correction of
-    their bias counts all steps. Where all rows are touched it is the dense update.
+    If it is lazy, the table changes only there: the moments of other rows stay as they are, as in TensorFlow's LazyAdam
+    and PyTorch's SparseAdam; the correction of their bias counts all steps. Where all rows are touched it is the dense
+    update.
 
     Args:
       value_and_grad: (model, params, batch, negatives) -> weighted sum of the losses and its gradient, of which the
         rows of the item table that no id names are zero.
       model: its table has v rows.
-      optimizer: each value of its state and its updates depends on that value's gradients alone, but for a norm.
+      optimizer: each value of its state and its updates depends on that value's gradients alone, but for a norm. If
+        lazy, it sees the gradients of all touched rows on every device; else those of the table as it lies there.
       params: parameter tree.
       opt_state: Optax state.
       batch: in ids of the catalogue.
       negatives: likewise.
-      axis: name of the devices' axis, each with its share of the batch and all with the same negatives; None on one.
+      lazy: leave other rows as they are.
+      axis: name of the devices' axis, or of several, each with its share of the batch and all with the same negatives;
+        None on one.
+      in_parts: the table and its moments lie in equal parts along the axis "model".
 
     Returns:
       The new parameters, the new state and the mean loss [].
@@ -157,12 +180,19 @@ def lazy_update(
     vocab_size = model.config.embedding_rows
     ids, batch, negatives = in_working_rows(batch, negatives, vocab_size)
     own = model.clone(config=dataclasses.replace(model.config, vocab_size=ids.size, vocab_multiple=1))
-    total, grads = value_and_grad(own, gather_rows(params, ids), batch, negatives)
+    working = _fetched(params, ids) if in_parts else gather_rows(params, ids)
+    total, grads = value_and_grad(own, working, batch, negatives)
     weight = jnp.sum(batch.weights).astype(total.dtype)
     if axis is not None:
         total, weight, grads, ids = _total_of_devices(total, weight, grads, ids, axis, vocab_size)
     grads = jax.tree.map(lambda g: g / weight, grads)
-    rows = gather_rows(params, ids)
-    updates, new_state = optimizer.update(grads, gather_rows(opt_state, ids), rows)
+    places = _places_in_part(params, ids) if in_parts else ids
+    if not lazy:
+        grads = scatter_rows(jax.tree.map(jnp.zeros_like, params), grads, places, ascending=not in_parts)
+        updates, new_state = optimizer.update(grads, opt_state, params)
+        return optax.apply_updates(params, updates), new_state, total / weight
+    rows = gather_rows(params, places)
+    updates, new_state = optimizer.update(grads, gather_rows(opt_state, places), rows)
     new_params = optax.apply_updates(rows, updates)
-    return scatter_rows(params, new_params, ids), scatter_rows(opt_state, new_state, ids), total / weight
+    write = functools.partial(scatter_rows, ids=places, ascending=not in_parts)
+    return write(params, new_params), write(opt_state, new_state), total / weight

@@ -28,14 +28,14 @@ from tim4rec_jax.evaluation.full_sort import FullSortEvaluator
 from tim4rec_jax.models import SequentialModel, build_model
 from tim4rec_jax.run_dir import CHECKPOINTS, write_results, write_test_ranks
 from tim4rec_jax.training.all_positions import require_packable
-from tim4rec_jax.training.catalogue_parallel import catalogue_train_step, make_sharded_optimizer, require_shardable
+from tim4rec_jax.training.catalogue_parallel import choose_optimizer, choose_step, require_shardable
 from tim4rec_jax.training.checkpoint import Checkpointer
 from tim4rec_jax.training.early_stop import EarlyStop
 from tim4rec_jax.training.interruption import Interrupted, StopRequests
 from tim4rec_jax.training.logging import MetricLogger, TrainingProgress, plot_training_curves, read_metrics
 from tim4rec_jax.training.parallel import Layout, make_layout
 from tim4rec_jax.training.processes import broadcast, is_main, lost_processes_named, restored_everywhere
-from tim4rec_jax.training.step import TrainState, init_state, learning_rate_schedule, make_optimizer, train_step
+from tim4rec_jax.training.step import TrainState, init_state, learning_rate_schedule
 
 
 @dataclass
@@ -150,8 +150,7 @@ class Trainer:
             total_steps = min(total_steps, config.train.max_steps)
         self.total_steps = total_steps
         self.schedule = learning_rate_schedule(config.train, total_steps)
-        make = make_sharded_optimizer if self.layout.catalogue_shards > 1 else make_optimizer
-        self.optimizer = make(config.train, total_steps)
+        self.optimizer = choose_optimizer(config, total_steps)
         self.groups = self._plan_groups()
         state = self.layout.create(lambda: init_state(self.model, self.optimizer, config.train.seed))
         self.state: TrainState = self.layout.place(broadcast(state))
@@ -169,9 +168,11 @@ class Trainer:
         if train.positions == "all":
             return plan_packed_rows(max_len, **options)
         lengths = np.minimum(self.split.train.ends, max_len)
-        # With the embedding in parts the scores of whole rows never exist, so they limit nothing.
-        scores = self.config.model.vocab_size if train.num_negatives is None else train.num_negatives + 1
-        scores = 1 if self.layout.catalogue_shards > 1 else scores
+        if train.num_negatives is not None:
+            scores = train.num_negatives + 1
+        else:
+            # With the embedding in parts the scores of whole rows never exist, so they limit nothing.
+            scores = 1 if self.layout.catalogue_shards > 1 else self.config.model.vocab_size
         return plan_length_groups(lengths, max_len, max_groups=train.length_groups, vocab_size=scores, **options)
 
     @property
@@ -234,8 +235,9 @@ class Trainer:
                 + " positions"
                 + (f" on each of {self.layout.num_devices} devices" if self.layout.num_devices > 1 else "")
             )
-            one = catalogue_train_step if self.layout.catalogue_shards > 1 else train_step
-            step = functools.partial(one, self.model, self.optimizer, self.config, self.groups, self.loader)
+            step = functools.partial(
+                choose_step(self.config), self.model, self.optimizer, self.config, self.groups, self.loader
+            )
             self._step = self.layout.wrap(step).lower(self.state, self.resident, payload).compile()
             _return_freed_memory()
         return self._step

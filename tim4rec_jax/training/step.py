@@ -18,7 +18,7 @@ from tim4rec_jax.data.negatives import Negatives
 from tim4rec_jax.data.packed_loader import PackedBatch
 from tim4rec_jax.models import SequentialModel, init_params
 from tim4rec_jax.training.all_positions import packed_value_and_grad
-from tim4rec_jax.training.lazy_table import lazy_update
+from tim4rec_jax.training.lazy_table import Axis, update_from_touched
 from tim4rec_jax.training.losses import bpr, cross_entropy, sample_negative, sampled_cross_entropy
 
 # Folded into a step's key for its negatives, which are the same for all rows and on all devices.
@@ -171,7 +171,7 @@ def train_step(
     resident: Any,
     payload: Any,
     *,
-    axis: str | None = None,
+    axis: Axis | None = None,
 ) -> tuple[TrainState, Array]:
     """Makes one update from the mean loss of the batch's targets.
 
@@ -185,7 +185,8 @@ def train_step(
       state: is donated when jitted.
       resident: the loader's arrays on the device.
       payload: one of the loader's, see `data.loader.Loader`.
-      axis: name of the devices' axis under `jax.shard_map` or `jax.pmap`; None on one device.
+      axis: name of the devices' axis under `jax.shard_map` or `jax.pmap`, or of several; None on one device. With the
+        item table in parts (`parallel.catalogue_shards`) the loss has to be "sampled_ce".
 
     Returns:
       The new state and the mean loss [], both on the device.
@@ -212,10 +213,12 @@ def train_step(
 
         return grouped_value_and_grad(loss_sum, params, batch, groups)
 
-    if config.train.table_optimizer == "lazy_adam":
-        params, opt_state, loss = lazy_update(
-            value_and_grad, model, optimizer, state.params, state.opt_state, batch, negatives, axis=axis
-        )
+    lazy, in_parts = config.train.table_optimizer == "lazy_adam", config.parallel.catalogue_shards > 1
+    if lazy or in_parts:
+        params, opt_state, loss = update_from_touched(
+            value_and_grad, model, optimizer, state.params, state.opt_state, batch, negatives, lazy=lazy, axis=axis,
+            in_parts=in_parts,
+        )  # fmt: skip
         return TrainState(state.step + 1, params, opt_state, state.key), loss
     total, grads = value_and_grad(model, state.params, batch, negatives)
     # Of one dtype with the rest, so that the devices need one sum only.
