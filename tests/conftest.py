@@ -6,8 +6,10 @@ import pathlib
 import shutil
 import tempfile
 
+from tests.quick_flags import quick_flags
+
 # Before JAX starts: several devices to shard over, all of them this processor.
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=4".strip()
+os.environ["XLA_FLAGS"] = f"{quick_flags()} {os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=4"
 
 # What takes long to compile is compiled once for all workers of a test run and for the programs that tests start.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:

@@ -24,7 +24,7 @@ import numpy as np
 from rich.table import Table
 
 from experiments.configs import load_config
-from tim4rec_jax.config import ExperimentConfig, ParallelConfig
+from tim4rec_jax.config import ExperimentConfig, ModelConfig, ParallelConfig
 from tim4rec_jax.data.length_groups import plan_packed_rows
 from tim4rec_jax.data.negatives import Negatives, Proposal, draw_negatives
 from tim4rec_jax.data.packed_loader import PackedBatch
@@ -37,7 +37,7 @@ from tim4rec_jax.training.step import TrainState, init_state
 
 _DEVICE_COUNT = "--xla_force_host_platform_device_count"
 _BYTES = {"f64": 8, "s64": 8, "f32": 4, "s32": 4, "u32": 4, "bf16": 2, "f16": 2, "pred": 1, "s8": 1, "u8": 1}
-TINY = {"d_model": 16, "d_state": 8, "head_dim": 16, "num_layers": 1}
+_TINY = {"d_model": 16, "d_state": 8, "head_dim": 16, "num_layers": 1}
 
 
 class _GivenBatches:
@@ -55,15 +55,18 @@ class _GivenBatches:
         return draw_negatives(self._proposal, key, self._num_negatives)
 
 
+def model_settings(options: argparse.Namespace, items: int, length: int, **changes: Any) -> ModelConfig:
+    """Returns the settings of the experiment's model for a catalogue and rows of `length`."""
+    # The times of a log of a few years, which no log gives here; they decide no shape.
+    times = {"gap_mean": 8.0, "gap_std": 3.0, "first_second": 0, "last_second": 10**8}
+    changes |= times | (_TINY if options.tiny else {})
+    return dataclasses.replace(load_config(options.config).model, vocab_size=items + 1, max_len=length, **changes)
+
+
 def settings_of(options: argparse.Namespace, items: int, shards: int, rows: int, length: int) -> ExperimentConfig:
     """Returns the experiment's settings for a catalogue in `shards` parts and batches of `rows` by `length`."""
     base = load_config(options.config)
-    # The times of a log of a few years, which no log gives here; they decide no shape.
-    times = {"gap_mean": 8.0, "gap_std": 3.0, "first_second": 0, "last_second": 10**8}
-    model = dataclasses.replace(
-        base.model, vocab_size=items + 1, vocab_multiple=math.lcm(64, shards), max_len=length, **times,
-        **(TINY if options.tiny else {}),
-    )  # fmt: skip
+    model = model_settings(options, items, length, vocab_multiple=math.lcm(64, shards))
     train = dataclasses.replace(base.train, batch_size=rows)
     return dataclasses.replace(base, model=model, train=train, parallel=ParallelConfig("sharded", shards))
 
@@ -163,7 +166,7 @@ def measure(options: argparse.Namespace, items: int, shards: int) -> dict[str, A
     return found
 
 
-def _sizes(text: str) -> list[int]:
+def sizes(text: str) -> list[int]:
     return [int(float(size)) for size in text.split(",")]
 
 
@@ -175,13 +178,13 @@ def _parse(rest: list[str]) -> argparse.Namespace:
     """
     parser = argparse.ArgumentParser(prog="experiments.benchmark catalogue", allow_abbrev=False)
     parser.add_argument("--config", default="ml1m_tim4rec_causal", help="experiment whose model is trained")
-    parser.add_argument("--items", type=_sizes, default="1e6,1e7", help="sizes of the catalogue")
+    parser.add_argument("--items", type=sizes, default="1e6,1e7", help="sizes of the catalogue")
     parser.add_argument("--devices", type=int, default=8, help="fake devices")
-    parser.add_argument("--shards", type=_sizes, default="1,8", help="parts of the item embedding; 1 is whole")
+    parser.add_argument("--shards", type=sizes, default="1,8", help="parts of the item embedding; 1 is whole")
     parser.add_argument("--batch_rows", type=int, default=16, help="packed rows of a batch in the compiled step")
     parser.add_argument("--length", type=int, default=200, help="positions of its rows")
     parser.add_argument("--run_up_to", type=float, default=1e6, help="largest catalogue that is trained")
-    parser.add_argument("--run_shards", type=_sizes, help="parts with which it is trained; all by default")
+    parser.add_argument("--run_shards", type=sizes, help="parts with which it is trained; all by default")
     parser.add_argument("--run_rows", type=int, default=8, help="packed rows of a batch when training")
     parser.add_argument("--run_length", type=int, default=8, help="positions of its rows")
     parser.add_argument("--steps", type=int, default=2, help="training steps")

@@ -15,7 +15,7 @@ from typing import Any
 import jax
 from rich.table import Table
 
-from experiments.benchmarks.catalogue import TINY, Step
+from experiments.benchmarks.catalogue import Step, model_settings, sizes
 from experiments.configs import load_config
 from tim4rec_jax.config import ExperimentConfig, ParallelConfig
 from tim4rec_jax.run_dir import environment
@@ -26,10 +26,7 @@ FORMS = ("full", "sampled", "lazy")
 def settings_of(options: argparse.Namespace, items: int, form: str) -> ExperimentConfig:
     """Returns the experiment's settings for a catalogue and a form of the step."""
     base = load_config(options.config)
-    # The times of a log of a few years, which no log gives here; they decide no shape.
-    times = {"gap_mean": 8.0, "gap_std": 3.0, "first_second": 0, "last_second": 10**8}
-    tiny = TINY if options.tiny else {}
-    model = dataclasses.replace(base.model, vocab_size=items + 1, max_len=options.length, **times, **tiny)
+    model = model_settings(options, items, options.length)
     sampled = {
         "loss": "sampled_ce", "num_negatives": options.negatives,
         "table_optimizer": "lazy_adam" if form == "lazy" else "adam",
@@ -74,10 +71,6 @@ def measure(options: argparse.Namespace, items: int, repeats: int) -> list[dict[
     ]  # fmt: skip
 
 
-def _sizes(text: str) -> list[int]:
-    return [int(float(size)) for size in text.split(",")]
-
-
 def _parse(rest: list[str]) -> argparse.Namespace:
     """Reads the options of this benchmark.
 
@@ -86,7 +79,7 @@ def _parse(rest: list[str]) -> argparse.Namespace:
     """
     parser = argparse.ArgumentParser(prog="experiments.benchmark sampled", allow_abbrev=False)
     parser.add_argument("--config", default="ml1m_tim4rec_causal", help="experiment whose model is trained")
-    parser.add_argument("--items", type=_sizes, default="1e4,1e5,1e6", help="sizes of the catalogue")
+    parser.add_argument("--items", type=sizes, default="1e4,1e5,1e6", help="sizes of the catalogue")
     parser.add_argument("--full_up_to", type=float, default=1e6, help="largest catalogue for the full softmax")
     parser.add_argument("--negatives", type=int, default=8192, help="items drawn a step")
     parser.add_argument("--batch_rows", type=int, default=4, help="packed rows of a batch")

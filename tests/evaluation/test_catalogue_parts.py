@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from tests.quick_jit import quick_jit
 from tim4rec_jax.config import ParallelConfig
 from tim4rec_jax.evaluation.catalogue_parts import rank_on_parts, top_k_on_parts
 from tim4rec_jax.evaluation.metrics import rank_of_target
@@ -47,7 +46,7 @@ def on_parts(what):
         return rank_on_parts(hidden, targets, shard, seen, vocab_size=ITEMS, tile=TILE)
 
     specs = (rows, P(MODEL_AXIS), rows, rows)
-    return quick_jit(jax.shard_map(body, mesh=mesh(), in_specs=specs, out_specs=rows, check_vma=False))
+    return jax.jit(jax.shard_map(body, mesh=mesh(), in_specs=specs, out_specs=rows, check_vma=False))
 
 
 @pytest.mark.parametrize("what", ["rank", "rank, seen excluded"])

@@ -9,7 +9,6 @@ import pytest
 
 from tests.evaluation.logs import random_log
 from tests.evaluation.toy_model import ToyModel, init_toy
-from tests.quick_jit import quick_jit
 from tim4rec_jax import build_model
 from tim4rec_jax.config import DataConfig, EvalConfig, ExperimentConfig, ModelConfig
 from tim4rec_jax.data.examples import Examples
@@ -215,7 +214,7 @@ def test_fewer_events_than_a_fixed_length_holds(log, examples, model):
     params = jax.tree.map(lambda p: 20 * p if p.ndim == 2 else p, init_params(built, jax.random.key(0)))
     ranks = evaluate(built, params, log, examples, config).ranks
 
-    @quick_jit
+    @jax.jit
     def scores_of(items, lengths, times):
         last = built.apply({"params": params}, items, lengths, times, deterministic=True, method="encode_last")
         return built.apply({"params": params}, last, method="score")

@@ -28,7 +28,6 @@ from kernels.causal_conv1d.config import CausalConv1dConfig
 from kernels.selective_scan.config import SelectiveScanConfig
 from kernels.softmax_cross_entropy import TritonConfig, Walk
 from kernels.ssd import SsdConfig
-from tests.quick_jit import quick_jit
 
 TINY = ["gpu", "--tiny", "--implementation=pallas_triton_interpreted", "--repeats=1", "--seed=7"]
 # However busy the machine is.
@@ -39,7 +38,7 @@ CONV = Case("causal_conv1d", {"b": 2, "l": 5, "c": 16})
 class QuickJax:
     """JAX with a quick compiler, for programs that run once."""
 
-    jit = staticmethod(quick_jit)
+    jit = staticmethod(jax.jit)
 
     def __getattr__(self, name):
         return getattr(jax, name)

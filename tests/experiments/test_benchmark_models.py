@@ -11,7 +11,6 @@ import pytest
 from experiments import benchmark
 from experiments.benchmarks import models
 from experiments.configs import MODEL_NAMES
-from tests.quick_jit import quick_jit
 from tim4rec_jax.models import build_model, init_params
 
 
@@ -64,7 +63,7 @@ def test_evaluation_computes_every_row_once():
     shape = models.shape_of("beauty", "sasrec", _options(tiny=True, tokens=200))
     config, batch = shape.config, models.draw(shape, "real", 1)
     model = build_model(config.model)
-    params = quick_jit(functools.partial(init_params, model))(jax.random.key(0))
+    params = jax.jit(functools.partial(init_params, model))(jax.random.key(0))
     lengths = sorted(group.length for group in models.groups_of(config, batch))
     order = np.argsort(np.searchsorted(lengths, batch.lengths), kind="stable")
     assert len(lengths) > 1
@@ -74,7 +73,7 @@ def test_evaluation_computes_every_row_once():
         hidden = model.apply({"params": params}, items, lengths, timestamps, deterministic=True, method="encode_last")
         return model.apply({"params": params}, hidden, method="score")
 
-    expected = quick_jit(padded)(params, batch.items, batch.lengths, batch.timestamps)
+    expected = jax.jit(padded)(params, batch.items, batch.lengths, batch.timestamps)
     np.testing.assert_allclose(found, expected[order], atol=1e-5)
 
 

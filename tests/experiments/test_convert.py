@@ -17,7 +17,6 @@ import yaml
 
 from experiments import convert, evaluate, recommend, train
 from tests.evaluation.logs import random_log
-from tests.quick_jit import quick_jit
 from tests.torch_reference import echomamba4rec, mamba4rec, sasrec, tim4rec, tisasrec
 from tim4rec_jax.config import ModelConfig
 from tim4rec_jax.data.examples import gather_windows
@@ -85,7 +84,7 @@ def _scores(stored, *inputs):
         hidden = stored.model.apply({"params": params}, *inputs, deterministic=True, method="encode_last")
         return stored.model.apply({"params": params}, hidden, method="score")
 
-    return np.asarray(quick_jit(score)(stored.params, *inputs))
+    return np.asarray(jax.jit(score)(stored.params, *inputs))
 
 
 @pytest.mark.parametrize("name", TWINS)

@@ -14,7 +14,6 @@ from jax.sharding import PartitionSpec as P
 
 from kernels.causal_conv1d import IMPLEMENTATIONS, causal_conv1d, causal_conv1d_last, pallas_triton
 from kernels.causal_conv1d.config import CausalConv1dConfig, default_config
-from tests.quick_jit import quick_jit
 
 INTERPRETED = "pallas_triton_interpreted"
 # Segments that divide nothing, strips and channels that do not exist.
@@ -109,7 +108,7 @@ def assert_near(actual, expected, tolerances):
 
 def check(case, dtype, **kwargs):
     arrays = in_dtype(inputs(case), dtype)
-    run = quick_jit(functools.partial(value_and_gradients, activation=case.activation, **kwargs))
+    run = jax.jit(functools.partial(value_and_gradients, activation=case.activation, **kwargs))
     assert_near(run(*arrays), by_pytorch(case.activation, *inputs(case)), TOLERANCES[dtype])
 
 
@@ -156,7 +155,7 @@ def test_equals_the_loops(activation):
 def test_bfloat16_stays_bfloat16_and_close(activation, implementation):
     x, weight, bias, dy = in_dtype(inputs(SMALL), jnp.bfloat16)
     weight, bias = weight.astype(jnp.float32), bias.astype(jnp.float32)
-    run = quick_jit(functools.partial(value_and_gradients, activation=activation, implementation=implementation))
+    run = jax.jit(functools.partial(value_and_gradients, activation=activation, implementation=implementation))
     y, dx, dweight, dbias = run(x, weight, bias, dy)
     assert (y.dtype, dx.dtype) == (jnp.bfloat16, jnp.bfloat16)
     assert (dweight.dtype, dbias.dtype) == (jnp.float32, jnp.float32)
@@ -169,7 +168,7 @@ def test_bfloat16_stays_bfloat16_and_close(activation, implementation):
 
 def test_kernels_take_bfloat16_parameters():
     arrays = in_dtype(inputs(SMALL), jnp.bfloat16)
-    results = quick_jit(functools.partial(value_and_gradients, activation="silu", implementation=INTERPRETED))(*arrays)
+    results = jax.jit(functools.partial(value_and_gradients, activation="silu", implementation=INTERPRETED))(*arrays)
     assert {a.dtype for a in results} == {jnp.dtype(jnp.bfloat16)}
     assert_near(results, by_pytorch("silu", *arrays), (2**-8, 2**-8))
 
@@ -179,7 +178,7 @@ def test_vmap(implementation, config):
     x, weight, bias, dy = in_dtype(inputs(SMALL), jnp.float32)
     run = functools.partial(value_and_gradients, activation="silu", implementation=implementation, config=config)
     many = [jnp.stack([a, a[::-1] * 0.5]) for a in (x, weight, dy)]
-    results = quick_jit(jax.vmap(run, in_axes=(0, 0, None, 0)))(many[0], many[1], bias, many[2])
+    results = jax.jit(jax.vmap(run, in_axes=(0, 0, None, 0)))(many[0], many[1], bias, many[2])
     for index in range(2):
         expected = by_pytorch("silu", many[0][index], many[1][index], bias, many[2][index])
         assert_near([a[index] for a in results], expected, TOLERANCES["float32"])
@@ -204,7 +203,7 @@ def test_inside_shard_map(implementation, config):
         y, pull = jax.vjp(sharded, x, weight, bias)
         return [y, *pull(dy)]
 
-    assert_near(quick_jit(run)(x, weight, bias, dy), by_pytorch("silu", x, weight, bias, dy), TOLERANCES["float32"])
+    assert_near(jax.jit(run)(x, weight, bias, dy), by_pytorch("silu", x, weight, bias, dy), TOLERANCES["float32"])
 
 
 def _guarded(access):

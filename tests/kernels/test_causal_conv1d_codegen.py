@@ -56,7 +56,8 @@ def test_kernels_stay_in_registers(name):
     assert [kernel.name for kernel in kernels] == KERNELS
     for kernel in kernels:
         assert kernel.grid[0] >= 2 * 132
-        for capability in CAPABILITIES:
+        # One shape for every generation of GPUs, the others for one: compiling takes seconds.
+        for capability in CAPABILITIES if name == "row 50" else (90,):
             check(kernel, capability, CASES[name][0], MOST_REGISTERS[kernel.name])
 
 

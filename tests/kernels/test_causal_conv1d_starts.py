@@ -13,7 +13,6 @@ from kernels.causal_conv1d import IMPLEMENTATIONS, causal_conv1d, causal_conv1d_
 from kernels.causal_conv1d.config import CausalConv1dConfig
 from tests.kernels.packed import histories, marked
 from tests.kernels.test_causal_conv1d import assert_near, by_pytorch
-from tests.quick_jit import quick_jit
 
 BATCH, LENGTH, CHANNELS = 3, 11, 5
 # Outputs and gradients, as shares of the largest magnitude.
@@ -60,7 +59,7 @@ def program(implementation):
     An implementation is a plain one, or a cut of the kernels, which take no initial.
     """
 
-    @quick_jit
+    @jax.jit
     def run(x, weight, bias, initial, dy, starts):
         options = {"activation": "silu", "implementation": implementation}
         if implementation in CUTS:
@@ -171,7 +170,7 @@ def test_vmap_over_starts(implementation):
     arrays = [jnp.asarray(a, jnp.float32) for a in inputs(4)]
     starts = np.stack([marked((BATCH, LENGTH), (k,), (0, 9 - k), ()) for k in range(3)])
     run = program(implementation)
-    mapped = quick_jit(jax.vmap(run.__wrapped__, in_axes=(None,) * 5 + (0,)))(*arrays, starts)
+    mapped = jax.jit(jax.vmap(run.__wrapped__, in_axes=(None,) * 5 + (0,)))(*arrays, starts)
     for index, one in enumerate(starts):
         for actual, expected in zip(mapped, run(*arrays, one), strict=True):
             np.testing.assert_allclose(actual[index], expected, rtol=1e-5, atol=1e-5)

@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from kernels.gated_rms_norm import gated_rms_norm, project_normed
-from tests.quick_jit import quick_jit
 
 
 def arrays(dtype=np.float32):
@@ -30,7 +29,7 @@ def test_equals_the_formula(eps):
 
 def test_gradients_equal_pytorch(x64):
     given, dy = arrays(np.float64), np.random.default_rng(1).normal(size=(2, 3, 7))
-    weighted = quick_jit(jax.grad(lambda *a: jnp.sum(gated_rms_norm(*a, eps=1e-5) * dy), argnums=(0, 1, 2)))
+    weighted = jax.jit(jax.grad(lambda *a: jnp.sum(gated_rms_norm(*a, eps=1e-5) * dy), argnums=(0, 1, 2)))
     leaves = [torch.from_numpy(a).requires_grad_() for a in given]
     gated = leaves[0] * torch.nn.functional.silu(leaves[1])
     normed = leaves[2] * gated * torch.rsqrt(gated.square().mean(-1, keepdim=True) + 1e-5)
@@ -75,7 +74,7 @@ def test_a_projection_is_normed_after_its_product(x64):
         out, pull = jax.vjp(apply, y, z, scale, weight)
         return out, *pull(d_out)
 
-    for actual, expected in zip(quick_jit(run, static_argnums=0)(after), run(before), strict=True):
+    for actual, expected in zip(jax.jit(run, static_argnums=0)(after), run(before), strict=True):
         np.testing.assert_allclose(actual, expected, rtol=1e-10, atol=1e-10)
 
 

@@ -20,7 +20,6 @@ from tests.kernels.selective_scan_cases import (
     sequential,
     truth,
 )
-from tests.quick_jit import quick_jit
 
 KERNELS = "pallas_triton_interpreted"
 # Small blocks: more than one block of channels a row, ends that lie inside a block, and groups that are skipped.
@@ -55,7 +54,7 @@ def in_dtype(arrays, dtype):
 
 @functools.cache
 def _program(implementation, chunk_size, config):
-    @quick_jit
+    @jax.jit
     def run(arrays, lengths, dy, dstate):
         def apply(arrays):
             return selective_scan(
@@ -165,7 +164,7 @@ def test_bfloat16_sums_are_float32(implementation):
     ones = jnp.ones((1, length, 1), jnp.bfloat16)
     dt = jnp.full((1, length, 1), np.log(np.e - 1), jnp.float32)
     options = {"implementation": implementation, "return_final_state": True}
-    y, state = quick_jit(functools.partial(selective_scan, **options))(ones, dt, jnp.array([[-1e-9]]), ones, ones)
+    y, state = jax.jit(functools.partial(selective_scan, **options))(ones, dt, jnp.array([[-1e-9]]), ones, ones)
     assert state[0, 0, 0] == pytest.approx(length, rel=1e-2)
     assert float(y[0, -1, 0]) == pytest.approx(length, rel=1e-2)
 
@@ -234,7 +233,7 @@ def test_vmap_equals_one_after_the_other(implementation):
     pair = arrays, jax.tree.map(lambda a: 0.9 * a, arrays)
     run = program(implementation)
     stacked = jax.tree.map(lambda *both: jnp.stack(both), *pair)
-    mapped = quick_jit(jax.vmap(run.__wrapped__, in_axes=(0, None, None, None)))(stacked, None, *weights_of(SMALL))
+    mapped = jax.jit(jax.vmap(run.__wrapped__, in_axes=(0, None, None, None)))(stacked, None, *weights_of(SMALL))
     for index, single in enumerate(pair):
         expected = jax.tree.leaves(run(single, None, *weights_of(SMALL)))
         for actual, wanted in zip(jax.tree.leaves(mapped), expected, strict=True):
@@ -267,7 +266,7 @@ def test_rows_over_the_devices_of_a_mesh(implementation):
     )
 
     def value_and_gradients(losses):
-        return quick_jit(jax.value_and_grad(lambda *a: losses(*a, lengths).sum(), argnums=(0, 1)))(shared, rows)
+        return jax.jit(jax.value_and_grad(lambda *a: losses(*a, lengths).sum(), argnums=(0, 1)))(shared, rows)
 
     both = value_and_gradients(sharded), value_and_gradients(row_losses)
     for actual, wanted in zip(*map(jax.tree.leaves, both), strict=True):
@@ -293,7 +292,7 @@ def test_gradient_without_the_final_state(implementation):
     arrays = in_dtype(inputs(SMALL), "float32")
     dy, dstate = weights_of(SMALL)
 
-    @quick_jit
+    @jax.jit
     def gradients(arrays):
         apply = functools.partial(selective_scan, implementation=implementation, config=CONFIG)
         return jax.vjp(lambda arrays: apply(**arrays), arrays)[1](dy)[0]

@@ -13,7 +13,6 @@ from jax.sharding import Mesh, PartitionSpec
 from kernels.selective_scan import SelectiveScanConfig, selective_scan
 from tests.kernels.packed import alone, marked, same_bits_outside, unlike
 from tests.kernels.selective_scan_cases import BATCH, Case, assert_near, cotangents, inputs, sequential
-from tests.quick_jit import quick_jit
 
 KERNELS = "pallas_triton_interpreted"
 CONFIG = SelectiveScanConfig(chunk=4, group=2, forward_channels=8, backward_channels=4)
@@ -41,7 +40,7 @@ def program(implementation, chunk_size=4):
     """Jitted (arrays, starts, lengths or None, dy, dstate) -> y, final state, gradients."""
     options = {"chunk_size": chunk_size, "implementation": implementation, "config": CONFIG}
 
-    @quick_jit
+    @jax.jit
     def run(arrays, starts, lengths, dy, dstate):
         def apply(arrays):
             return selective_scan(**arrays, starts=starts, lengths=lengths, return_final_state=True, **options)
@@ -147,7 +146,7 @@ def test_vmap_over_starts(implementation):
     arrays, weights = in_dtype((inputs(case), cotangents(case)), "float32")
     starts = np.stack([marked((BATCH, 6), (k,), (0, 5 - k), ()) for k in range(3)])
     run = program(implementation)
-    mapped = quick_jit(jax.vmap(run.__wrapped__, in_axes=(None, 0, None, None, None)))(arrays, starts, None, *weights)
+    mapped = jax.jit(jax.vmap(run.__wrapped__, in_axes=(None, 0, None, None, None)))(arrays, starts, None, *weights)
     for index, one in enumerate(starts):
         expected = jax.tree.leaves(run(arrays, one, None, *weights))
         for actual, wanted in zip(jax.tree.leaves(mapped), expected, strict=True):
@@ -179,7 +178,7 @@ def test_rows_over_the_devices_of_a_mesh(implementation):
     )
 
     def value_and_gradients(losses):
-        return quick_jit(jax.value_and_grad(lambda *a: losses(*a, starts).sum(), argnums=(0, 1)))(shared, rows)
+        return jax.jit(jax.value_and_grad(lambda *a: losses(*a, starts).sum(), argnums=(0, 1)))(shared, rows)
 
     both = value_and_gradients(sharded), value_and_gradients(row_losses)
     for actual, wanted in zip(*map(jax.tree.leaves, both), strict=True):

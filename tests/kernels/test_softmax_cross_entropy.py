@@ -19,7 +19,6 @@ from kernels.softmax_cross_entropy import (
 )
 from kernels.softmax_cross_entropy.config import triton_config, xla_config
 from tests.kernels.ssd_cases import assert_near
-from tests.quick_jit import quick_jit
 from tim4rec_jax.training.losses import cross_entropy
 
 
@@ -103,7 +102,7 @@ def in_numpy(hidden, embedding, targets, masked, d_loss):
 def program(implementation, config=None, products="float32"):
     """Jitted (hidden, embedding, targets, masked, d_loss) -> loss and gradients by hidden and embedding."""
 
-    @quick_jit
+    @jax.jit
     def run(hidden, embedding, targets, masked, d_loss):
         def loss(hidden, embedding):
             options = {"products": products, "implementation": implementation, "config": config}
@@ -180,7 +179,7 @@ def test_the_loss_of_training(implementation):
 def log_sum_exp_program(implementation, config=None):
     """Jitted (hidden, embedding, masked, d_lse) -> log-sum-exp and gradients by hidden and embedding."""
 
-    @quick_jit
+    @jax.jit
     def run(hidden, embedding, masked, d_lse):
         options = {"masked": masked, "products": "float32", "implementation": implementation, "config": config}
         lse, pull = jax.vjp(lambda *arrays: log_sum_exp(*arrays, **options), hidden, embedding)
@@ -262,7 +261,7 @@ def test_vmap_equals_one_after_the_other(implementation):
     hidden, embedding, targets, masked, d_loss = cast(MIDDLE, "float32")
     run = program(implementation)
     pair = jnp.stack([hidden, 0.5 * hidden]), jnp.stack([embedding, embedding[::-1]]), jnp.stack([targets, targets])
-    mapped = quick_jit(jax.vmap(run.__wrapped__, in_axes=(0, 0, 0, None, None)))(*pair, masked, d_loss)
+    mapped = jax.jit(jax.vmap(run.__wrapped__, in_axes=(0, 0, 0, None, None)))(*pair, masked, d_loss)
     for index in range(2):
         expected = run(*(a[index] for a in pair), masked, d_loss)
         for actual, wanted in zip(mapped, expected, strict=True):
@@ -285,7 +284,7 @@ def test_inside_shard_map(implementation):
     checked = not implementation.endswith("_interpreted")
     sharded = jax.shard_map(loss, mesh=mesh, in_specs=(rows, whole, rows, whole), out_specs=rows, check_vma=checked)
 
-    @quick_jit
+    @jax.jit
     def run(hidden, embedding):
         losses, pull = jax.vjp(lambda *arrays: sharded(*arrays, targets, masked), hidden, embedding)
         return losses, *pull(d_loss)
@@ -307,7 +306,7 @@ def test_memory_of_the_plain_form(targets, items):
 
     gradients = 4 * width * (targets + items)
     for config in (xla_config(targets), XlaConfig(max(128, 2**24 // targets))):
-        compiled = quick_jit(jax.value_and_grad(loss, argnums=(0, 1))).lower(*arguments).compile()
+        compiled = jax.jit(jax.value_and_grad(loss, argnums=(0, 1))).lower(*arguments).compile()
         memory = compiled.memory_analysis()
         assert memory.output_size_in_bytes < gradients + 1000
         assert memory.temp_size_in_bytes < 400e6, config

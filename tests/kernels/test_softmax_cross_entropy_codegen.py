@@ -42,17 +42,16 @@ class Case:
         return triton_config(self.width, jnp.dtype(self.dtype).itemsize, self.products)
 
 
+# And for which GPUs; compiling for one takes seconds.
 CASES = {
     Case(2048, 12102, 64): CAPABILITIES,
-    Case(2048, 12102, 64, products="float32"): CAPABILITIES,
+    Case(2048, 12102, 64, products="float32"): (80, 90),
     Case(2048, 12102, 64, dtype="bfloat16"): (80, 90),
     Case(2048, 12102, 64, masked=True): (90,),
-    Case(2048, 3417, 64): (90,),
     Case(4096, 1_000_000, 64): (90,),
     Case(2048, 12102, 128): (90,),
-    Case(2048, 12102, 128, products="float32"): (90,),
     Case(2048, 12102, 256): CAPABILITIES,
-    Case(2048, 12102, 256, products="float32"): CAPABILITIES,
+    Case(2048, 12102, 256, products="float32"): (90,),
     Case(2048, 12102, 256, dtype="bfloat16"): (90,),
 }
 

@@ -10,7 +10,6 @@ import pytest
 
 from kernels.ssd import IMPLEMENTATIONS, dense_mask, ssd, ssd_last, step_size
 from tests.kernels.ssd_cases import BATCH, HEADS, STATE, WIDTH, Case, assert_near, cotangents, inputs, sequential, truth
-from tests.quick_jit import quick_jit
 
 FORMS = {"reference": [64], "xla": [16, 64], "pallas_triton_interpreted": [32]}
 WIDE_FORMS = ["reference", "xla"]
@@ -45,7 +44,7 @@ def in_dtype(arrays, dtype):
 def program(implementation, chunk_size):
     """Jitted (arrays, lengths or None, dy, dstate) -> y, final state, gradients."""
 
-    @quick_jit
+    @jax.jit
     def run(arrays, lengths, dy, dstate):
         def apply(arrays):
             return ssd(
@@ -117,7 +116,7 @@ def test_bfloat16_products_accumulate_in_float32(implementation):
     ones = jnp.ones((1, length, 1, 1), jnp.bfloat16)
     dt = jnp.full((1, length, 1), np.log(np.e - 1), jnp.float32)
     options = {"chunk_size": length, "implementation": implementation, "return_final_state": True}
-    y, state = quick_jit(functools.partial(ssd, **options))(ones, dt, jnp.array([-1e-9]), ones, ones)
+    y, state = jax.jit(functools.partial(ssd, **options))(ones, dt, jnp.array([-1e-9]), ones, ones)
     assert state[0, 0, 0, 0] == pytest.approx(length, rel=1e-2)
     assert float(y[0, -1, 0, 0]) == pytest.approx(length, rel=1e-2)
 
@@ -176,7 +175,7 @@ def test_vmap_equals_one_after_the_other(implementation):
     cotangent = [jnp.asarray(c, jnp.float32) for c in cotangents(SMALL)]
     run = program(implementation, 4)
     stacked = jax.tree.map(lambda *both: jnp.stack(both), *pair)
-    mapped = quick_jit(jax.vmap(run.__wrapped__, in_axes=(0, None, None, None)))(stacked, None, *cotangent)
+    mapped = jax.jit(jax.vmap(run.__wrapped__, in_axes=(0, None, None, None)))(stacked, None, *cotangent)
     for index, single in enumerate(pair):
         expected = jax.tree.leaves(run(single, None, *cotangent))
         for actual, wanted in zip(jax.tree.leaves(mapped), expected, strict=True):
@@ -228,7 +227,7 @@ def test_stored_vectors_in_float32(golden_dir, implementation):
     check_golden(golden_dir, 50, implementation, "float32")
 
 
-@quick_jit
+@jax.jit
 def run_last(arrays, lengths, weight):
     def apply(arrays):
         given = (arrays[name] for name in ("x", "dt", "A", "B", "C_last"))
@@ -287,7 +286,7 @@ def test_the_last_position_alone_in_bfloat16():
 @pytest.mark.parametrize("case", [Case(31, 2), Case(50, 1, step_scale=3.0)], ids=str)
 def test_the_dense_mask_is_the_dual_form(case, x64):
     arrays = inputs(case)
-    L = np.asarray(quick_jit(dense_mask)(arrays["dt"], arrays["A"], dt_bias=arrays["dt_bias"]))
+    L = np.asarray(jax.jit(dense_mask)(arrays["dt"], arrays["A"], dt_bias=arrays["dt_bias"]))
     assert L.shape == (BATCH, HEADS, case.length, case.length)
     assert (np.triu(L, 1) == 0).all()
     assert (np.diagonal(L, axis1=2, axis2=3) == 1).all()

@@ -21,10 +21,10 @@ LONG_KERNELS = ["ssd_segments", "ssd_forward", "ssd_requests", "ssd_backward"]
 # it runs out of its 255 registers. A chunk of 32 positions moves ten times that much and more from memory.
 SPILLED = {
     "tfloat32": {80: 24, 90: 144, 100: 144},
-    "bfloat16": {80: 8, 90: 40, 100: 96},
-    "float32": {80: 32, 90: 64, 100: 64},
-    "long": {80: 136, 90: 288, 100: 200},
-    "wide": {80: 72, 90: 176, 100: 176},
+    "bfloat16": {90: 40},
+    "float32": {90: 64},
+    "long": {90: 288},
+    "wide": {80: 72, 90: 176},
     "packed": {90: 192},
 }
 SHARED_LIMIT = 100 * 1024
@@ -67,7 +67,7 @@ def report(kernel, capability, label):
     return used
 
 
-def check(kernels, label, spilled, capabilities=CAPABILITIES):
+def check(kernels, label, spilled, capabilities=(90,)):
     for kernel in kernels:
         for capability in capabilities:
             used = report(kernel, capability, label)
@@ -83,7 +83,8 @@ def check(kernels, label, spilled, capabilities=CAPABILITIES):
 def test_published_shapes_in_tfloat32(shape):
     kernels = programs(shape)
     assert [kernel.name for kernel in kernels] == SHORT_KERNELS
-    check(kernels, str(shape), SPILLED["tfloat32"])
+    # One shape for every generation of GPUs, the others for one: compiling takes seconds.
+    check(kernels, str(shape), SPILLED["tfloat32"], CAPABILITIES if shape == PAPER_50 else (90,))
 
 
 @pytest.mark.parametrize(("dtype", "products"), [(jnp.bfloat16, "tfloat32"), (jnp.float32, "float32")])
@@ -93,11 +94,11 @@ def test_published_shape_in_other_precisions(dtype, products):
 
 
 def test_published_shape_with_wide_heads():
-    check(programs(WIDE), str(WIDE), SPILLED["wide"])
+    check(programs(WIDE), str(WIDE), SPILLED["wide"], (80, 90))
 
 
 def test_packed_rows():
-    check(programs(PACKED, packed=True), f"{PACKED} packed", SPILLED["packed"], capabilities=(90,))
+    check(programs(PACKED, packed=True), f"{PACKED} packed", SPILLED["packed"])
 
 
 def test_one_long_row_fills_the_card():

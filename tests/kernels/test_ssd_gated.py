@@ -13,7 +13,6 @@ from jax.sharding import PartitionSpec as P
 from kernels.ssd import IMPLEMENTATIONS, SsdConfig, ssd_gated
 from tests.kernels.packed import marked
 from tests.kernels.ssd_cases import assert_near
-from tests.quick_jit import quick_jit
 from tests.torch_reference.ssd import ssd_sequential
 
 FORMS = ("reference", "xla", "pallas_triton_interpreted")
@@ -78,7 +77,7 @@ def truth(arrays, lengths, weights):
 def program(implementation, config=None, products=None):
     """Jitted (arrays, lengths or None, weights, starts or None) -> u, sums of squares, gradients."""
 
-    @quick_jit
+    @jax.jit
     def run(arrays, lengths, weights, starts=None):
         def apply(arrays):
             options = {"config": config, "products": products, "implementation": implementation}
@@ -223,7 +222,7 @@ def test_vmap_equals_one_after_the_other():
     pair = arrays, jax.tree.map(lambda a: 0.9 * a, arrays)
     stacked = jax.tree.map(lambda *both: jnp.stack(both), *pair)
     run = program(KERNELS)
-    mapped = quick_jit(jax.vmap(run.__wrapped__, in_axes=(0, None, None)))(stacked, None, weights)
+    mapped = jax.jit(jax.vmap(run.__wrapped__, in_axes=(0, None, None)))(stacked, None, weights)
     for index, single in enumerate(pair):
         expected = run(single, None, weights)
         for actual, wanted in zip(jax.tree.leaves(mapped), jax.tree.leaves(expected), strict=True):

@@ -15,9 +15,9 @@ KERNELS = ["ssd_gated_forward", "ssd_gated_backward"]
 # for wide heads.
 SPILLED = {
     "tfloat32": {80: 24, 90: 160, 100: 144},
-    "bfloat16": {80: 8, 90: 48, 100: 96},
-    "float32": {80: 32, 90: 64, 100: 64},
-    "wide": {80: 120, 90: 232, 100: 208},
+    "bfloat16": {90: 48},
+    "float32": {90: 64},
+    "wide": {80: 120, 90: 232},
     "packed": {90: 216},
 }
 
@@ -42,7 +42,7 @@ def programs(shape, *, dtype=jnp.float32, products="tfloat32", config=None, pack
     return capture(gradients, arrays, (values, steps), starts)
 
 
-def check(kernels, label, spilled, capabilities=CAPABILITIES):
+def check(kernels, label, spilled, capabilities=(90,)):
     assert [kernel.name for kernel in kernels] == KERNELS
     for kernel in kernels:
         for capability in capabilities:
@@ -57,7 +57,8 @@ def check(kernels, label, spilled, capabilities=CAPABILITIES):
 
 @pytest.mark.parametrize("shape", [PAPER_50, PAPER_200], ids=str)
 def test_published_shapes_in_tfloat32(shape):
-    check(programs(shape), str(shape), SPILLED["tfloat32"])
+    # One shape for every generation of GPUs, the others for one: compiling takes seconds.
+    check(programs(shape), str(shape), SPILLED["tfloat32"], CAPABILITIES if shape == PAPER_50 else (90,))
 
 
 @pytest.mark.parametrize(("dtype", "products"), [(jnp.bfloat16, "tfloat32"), (jnp.float32, "float32")])
@@ -67,11 +68,11 @@ def test_published_shape_in_other_precisions(dtype, products):
 
 
 def test_published_shape_with_wide_heads():
-    check(programs(WIDE), str(WIDE), SPILLED["wide"])
+    check(programs(WIDE), str(WIDE), SPILLED["wide"], (80, 90))
 
 
 def test_packed_rows():
-    check(programs(PACKED, packed=True), f"{PACKED} packed", SPILLED["packed"], capabilities=(90,))
+    check(programs(PACKED, packed=True), f"{PACKED} packed", SPILLED["packed"])
 
 
 # Four warps share the 32 x 32 tiles of an output that is made again by their two blocks of 16 rows.

@@ -16,7 +16,6 @@ from kernels.ssd import SsdConfig, ssd
 from kernels.ssd import xla as tiles_of
 from tests.kernels.packed import alone, marked, same_bits_outside, unlike
 from tests.kernels.ssd_cases import BATCH, HEADS, STATE, WIDTH, Case, assert_near, cotangents, inputs, sequential
-from tests.quick_jit import quick_jit
 
 LENGTH = 50
 SHAPE = (BATCH, LENGTH)
@@ -56,7 +55,7 @@ def options(implementation, cut):
 def program(implementation, cut):
     """Jitted (arrays, starts, lengths or None, dy, dstate) -> y, final state, gradients."""
 
-    @quick_jit
+    @jax.jit
     def run(arrays, starts, lengths, dy, dstate):
         def apply(arrays):
             return ssd(**arrays, starts=starts, lengths=lengths, **options(implementation, cut))
@@ -238,7 +237,7 @@ def test_vmap_over_starts(implementation, cut):
     arrays, (dy, dstate) = in_dtype((inputs(case), cotangents(case)), "float32")
     starts = np.stack([marked((BATCH, 20), (k, 16), (0, 17 - k), ()) for k in range(3)])
     run = program(implementation, cut)
-    mapped = quick_jit(jax.vmap(run.__wrapped__, in_axes=(None, 0, None, None, None)))(arrays, starts, None, dy, dstate)
+    mapped = jax.jit(jax.vmap(run.__wrapped__, in_axes=(None, 0, None, None, None)))(arrays, starts, None, dy, dstate)
     for index, one in enumerate(starts):
         expected = jax.tree.leaves(run(arrays, one, None, dy, dstate))
         for actual, wanted in zip(jax.tree.leaves(mapped), expected, strict=True):
@@ -271,7 +270,7 @@ def summed_gradient(losses):
 def test_rows_over_the_devices_of_a_mesh(implementation, cut):
     # JAX's interpreter of kernels does not mark what differs between devices.
     *both, given = over_devices(implementation, cut, check_vma=implementation != KERNELS)
-    results = [quick_jit(summed_gradient(losses))(*given) for losses in both]
+    results = [jax.jit(summed_gradient(losses))(*given) for losses in both]
     for _, (_, by_rows) in results:
         del by_rows["starts"]
     for actual, wanted in zip(*map(jax.tree.leaves, results), strict=True):
@@ -306,7 +305,7 @@ def test_a_history_in_pieces_equals_one_pass(implementation, pieces, x64):
         )
         return (causal_conv1d_tail(given, taps, lengths, tail), state), y
 
-    run = quick_jit(piece)
+    run = jax.jit(piece)
     nothing = jnp.zeros((BATCH, taps - 1, HEADS * WIDTH)), jnp.zeros((BATCH, HEADS, WIDTH, STATE))
     expected_carry, expected = run(nothing, given, dt, B, C)
     carry, at = nothing, np.zeros(BATCH, int)

@@ -11,7 +11,6 @@ from jax.sharding import PartitionSpec as P
 
 from kernels.ssd import SsdConfig, default_config, ssd
 from tests.kernels.ssd_cases import assert_near, sequential
-from tests.quick_jit import quick_jit
 
 PLAIN = SsdConfig(chunk_size=16, segments=1, heads_per_program=1, width_splits=1, forward_warps=2, backward_warps=2)
 # b, l, h, g, p, n
@@ -50,7 +49,7 @@ def inputs(shape, *, step_scale=1.0, seed=0):
 
 @functools.cache
 def program(config, products=None):
-    @quick_jit
+    @jax.jit
     def run(arrays, lengths, dy, dstate):
         def apply(arrays):
             return ssd(
@@ -96,7 +95,7 @@ def test_without_a_final_state(segments, initial):
     config = dataclasses.replace(PLAIN, segments=segments, heads_per_program=2)
     given = arrays if initial else {name: a for name, a in arrays.items() if name != "initial_state"}
 
-    @quick_jit
+    @jax.jit
     def run(given):
         apply = functools.partial(ssd, config=config, implementation="pallas_triton_interpreted")
         y, pull = jax.vjp(lambda given: apply(**given), given)
@@ -137,7 +136,7 @@ def test_inside_shard_map():
     arrays, dy, dstate = inputs((jax.device_count(), 20, 2, 1, 16, 16))
     # The interpreter itself does not run where JAX checks what varies over the mesh.
     loss = sharded_loss("pallas_triton_interpreted", check_vma=False)
-    actual = quick_jit(jax.grad(loss))(arrays, dy, dstate)
+    actual = jax.jit(jax.grad(loss))(arrays, dy, dstate)
     for name, gradient in program(PLAIN)(arrays, None, dy, dstate)[2].items():
         assert_near(actual[name], gradient, 1e-5, name)
 

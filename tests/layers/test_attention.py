@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.quick_jit import quick_jit
 from tim4rec_jax.config import ModelConfig
 from tim4rec_jax.layers.attention import (
     AttentionEncoder,
@@ -53,7 +52,7 @@ def test_lean_and_written_forms_agree_with_their_gradients(tables, queries, x64)
             return jnp.sum(jnp.sin(result)), result
 
         results = [
-            quick_jit(jax.value_and_grad(functools.partial(squares, form=form), argnums=(0, 1), has_aux=True))(
+            jax.jit(jax.value_and_grad(functools.partial(squares, form=form), argnums=(0, 1), has_aux=True))(
                 first, table
             )
             for form in (lean, written)
@@ -94,7 +93,7 @@ def test_no_array_has_a_value_for_every_pair_and_channel():
         return jnp.sum(apply(params, table, rngs={"dropout": jax.random.key(0)}) ** 2)
 
     limit = b * length * length * d
-    traced = quick_jit(jax.value_and_grad(loss, argnums=(0, 1))).trace(params, table)
+    traced = jax.jit(jax.value_and_grad(loss, argnums=(0, 1))).trace(params, table)
     found = list(sizes(traced.jaxpr.jaxpr))
     assert len(found) > 500
     assert max(found) <= b * length * rows * config.attention_heads == max(found)
@@ -124,7 +123,7 @@ def test_weights_are_dropped_by_example_head_and_pair():
     config = ModelConfig(max_len=40, d_model=16, attention_heads=4, attention_dropout=0.3)
     attention = CausalAttention(config)
 
-    @functools.partial(quick_jit, static_argnums=2)
+    @functools.partial(jax.jit, static_argnums=2)
     def drop(positions, ids, length):
         bound = attention.bind({}, rngs={"dropout": jax.random.key(3)})
         return bound._dropped(jnp.ones((len(ids), 4, positions.shape[1], length)), positions, ids, False)

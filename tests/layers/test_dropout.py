@@ -8,18 +8,17 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from tests.quick_jit import quick_jit
 from tim4rec_jax.layers.dropout import Dropout, keep_mask
 
 ROWS, POSITIONS, WIDTH = 512, 16, 64
 
 
-@quick_jit
+@jax.jit
 def row_keys(seed, ids):
     return jax.vmap(lambda i: jax.random.key_data(jax.random.fold_in(jax.random.key(seed), i)))(ids)
 
 
-draw = quick_jit(keep_mask, static_argnums=(2, 3))
+draw = jax.jit(keep_mask, static_argnums=(2, 3))
 
 
 def deviations(seed, rate):
@@ -75,7 +74,7 @@ def test_a_row_keeps_its_mask_whatever_lies_beside_it():
     assert (full[0] != full[1]).any()
 
 
-@functools.partial(quick_jit, static_argnums=0)
+@functools.partial(jax.jit, static_argnums=0)
 def dropped(rate, x, ids, seed=0, positions=None):
     key = jax.random.key(seed)
     return Dropout(rate).apply({}, x, ids, deterministic=False, positions=positions, rngs={"dropout": key})

@@ -5,7 +5,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.quick_jit import quick_jit
 from tim4rec_jax.config import ModelConfig
 from tim4rec_jax.layers.ssd_mixer import SSDMixer
 
@@ -38,7 +37,7 @@ def run(changes, starts=None):
         (out, _), seen = mixer(**changes).apply({"params": params}, u, **options, mutable=["intermediates"])
         return jnp.sum(jnp.square(out.astype(jnp.float32))), (out, seen["intermediates"])
 
-    (_, (out, seen)), gradients = quick_jit(jax.value_and_grad(apply, argnums=(0, 1), has_aux=True))(params, u)
+    (_, (out, seen)), gradients = jax.jit(jax.value_and_grad(apply, argnums=(0, 1), has_aux=True))(params, u)
     return out, gradients, seen
 
 
@@ -81,7 +80,7 @@ def test_the_last_position_alone_equals_the_last_of_all(changes):
     model, lengths = mixer(**changes), jnp.array([20, 7])
 
     def apply(method, **given):
-        return quick_jit(lambda p, u: model.apply({"params": p}, u, None, **options, **given, method=method))(params, u)
+        return jax.jit(lambda p, u: model.apply({"params": p}, u, None, **options, **given, method=method))(params, u)
 
     last, (full, _) = apply("last", lengths=lengths), apply("__call__")
     np.testing.assert_allclose(last, full[jnp.arange(2), lengths - 1], rtol=1e-5, atol=1e-5)

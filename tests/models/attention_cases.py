@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 
-from tests.quick_jit import quick_jit
 from tests.torch_reference import sasrec as pytorch
 from tests.torch_reference.test_tim4rec_goldens import (
     assert_close_to_maximum,
@@ -53,7 +52,7 @@ def value_and_grad(config):
         logits = model.apply({"params": params}, hidden, method="score")
         return cross_entropy(logits, targets).mean(), (hidden, logits)
 
-    return quick_jit(jax.value_and_grad(loss, has_aux=True))
+    return jax.jit(jax.value_and_grad(loss, has_aux=True))
 
 
 @functools.cache
@@ -61,7 +60,7 @@ def hidden_states(config):
     """Jitted (params, inputs) -> arrays by the names of the stored `hid/*`, from what our modules return."""
     model = build_model(config)
 
-    @quick_jit
+    @jax.jit
     def run(params, items, lengths, timestamps):
         _, seen = model.apply(
             {"params": params}, items, lengths, timestamps, deterministic=True, method="encode",
@@ -124,7 +123,7 @@ def check_outputs_gradients_and_training(golden_dir, name):
         assert_close_to_maximum(np.asarray(found[key]), value, 2e-5, key)
 
     optimizer = make_optimizer(TrainConfig(learning_rate=1e-3), total_steps=5)
-    update, state, losses = quick_jit(optimizer.update), optimizer.init(params), []
+    update, state, losses = jax.jit(optimizer.update), optimizer.init(params), []
     for step in range(6):
         (loss, (hidden, logits)), gradients = value_and_grad(config)(params, *inputs)
         losses.append(loss)
@@ -275,7 +274,7 @@ def spread(config, seed=0):
 def program(config, method, deterministic=True):
     model = build_model(config)
 
-    @quick_jit
+    @jax.jit
     def run(params, items, lengths, timestamps, example_ids=None, seed=0):
         return model.apply(
             {"params": params}, items, lengths, timestamps, deterministic=deterministic, example_ids=example_ids,
@@ -336,7 +335,7 @@ def check_dropout(config):
 
 def check_initial_values(config):
     """Matrices and tables N(0, 0.02), padding's row included; biases 0; norms 1 and 0."""
-    params = quick_jit(functools.partial(init, config))(jax.random.key(0))
+    params = jax.jit(functools.partial(init, config))(jax.random.key(0))
     draws = []
     for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]:
         kind = path[-1].key
@@ -353,7 +352,7 @@ def check_initial_values(config):
 def check_bfloat16(config):
     """Parameters, softmax and norms stay in float32, and the result is close."""
     low = dataclasses.replace(config, dtype="bfloat16")
-    params = quick_jit(functools.partial(init, config))(jax.random.key(0))
+    params = jax.jit(functools.partial(init, config))(jax.random.key(0))
     assert {leaf.dtype for leaf in jax.tree.leaves(shapes_of(low))} == {jnp.dtype("float32")}
     items, timestamps = batch(config)
     given = items, LENGTHS, timestamps

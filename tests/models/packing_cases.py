@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from tests.models.attention_cases import spread
-from tests.quick_jit import quick_jit
 from tim4rec_jax import build_model
 
 # The lengths of the histories in three rows; what is left of a row is padding.
@@ -47,7 +46,7 @@ def check_packing(config):
             {"params": params}, items, lengths, timestamps, deterministic=True, starts=starts, method="encode"
         )
 
-    run = quick_jit(encode)
+    run = jax.jit(encode)
     hidden = np.asarray(run(params, items, timestamps, starts))
     assert hidden.dtype == np.float64 and np.isfinite(hidden).all()
     alone, times = np.zeros((len(histories), 12), np.int32), np.zeros((len(histories), 12), np.int32)
@@ -61,7 +60,7 @@ def check_packing(config):
     assert np.abs(unmarked - hidden)[0, 5:9].max() > 1e-3
     np.testing.assert_allclose(unmarked[1], hidden[1], rtol=0, atol=1e-12)
 
-    @quick_jit
+    @jax.jit
     @jax.grad
     def gradient(params, first, end):
         inside = (jnp.arange(12) >= first) & (jnp.arange(12) < end)

@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.quick_jit import quick_jit
 from tim4rec_jax import ModelConfig, build_model
 from tim4rec_jax.layers.causal_time import DateOffset, calendar, gap_bins, gap_scales
 from tim4rec_jax.models import init_params
@@ -51,7 +50,7 @@ def history(length, seed=2, rows=3):
 def program(config, method):
     model = build_model(config)
     fixed = {} if method == "extend" else {"deterministic": True}
-    return quick_jit(lambda params, *a, **k: model.apply({"params": params}, *a, **fixed, **k, method=method))
+    return jax.jit(lambda params, *a, **k: model.apply({"params": params}, *a, **fixed, **k, method=method))
 
 
 def encode(config, params, items, timestamps, **options):
@@ -211,7 +210,7 @@ def test_ten_thousand_events_one_by_one(dtype, tolerance):
         )
         return state, hidden[0, 0]
 
-    _, stepped = quick_jit(lambda state: jax.lax.scan(step, state, (items[0], timestamps[0])))(start)
+    _, stepped = jax.jit(lambda state: jax.lax.scan(step, state, (items[0], timestamps[0])))(start)
     np.testing.assert_allclose(stepped, whole[0], rtol=0, atol=tolerance * float(jnp.abs(whole).max()))
 
 

@@ -30,7 +30,6 @@ from tests.models.attention_cases import (
     value_and_grad,
 )
 from tests.models.packing_cases import check_packing
-from tests.quick_jit import quick_jit
 from tests.torch_reference import mamba4rec as pytorch
 from tests.torch_reference.echomamba4rec import EchoMamba4Rec as PyTorchEchoMamba4Rec
 from tests.torch_reference.test_tim4rec_goldens import (
@@ -83,7 +82,7 @@ def hidden_states(config):
     """Jitted (params, inputs) -> arrays by the names of the stored `hid/*`, from what our modules return."""
     model = build_model(config)
 
-    @quick_jit
+    @jax.jit
     def run(params, items, lengths):
         _, seen = model.apply(
             {"params": params}, items, lengths, None, deterministic=True, method="encode", capture_intermediates=True
@@ -118,7 +117,7 @@ def check_outputs_gradients_and_training(golden_dir, case, name):
         assert_close_to_maximum(np.asarray(found[key]), value, 2e-5, key)
 
     optimizer = make_optimizer(TrainConfig(learning_rate=1e-3), total_steps=5)
-    update, state, losses = quick_jit(optimizer.update), optimizer.init(params), []
+    update, state, losses = jax.jit(optimizer.update), optimizer.init(params), []
     for step in range(6):
         (loss, (hidden, logits)), gradients = value_and_grad(config)(params, *inputs)
         losses.append(loss)
@@ -205,7 +204,7 @@ def check_the_twin(golden_dir, case, name):
 
 def check_initial_values(config):
     """Matrices, tables and the spectrum N(0, 0.02); convolutions uniform; A 1 to n; biases 0, gains and D 1."""
-    params = quick_jit(functools.partial(init, config))(jax.random.key(0))
+    params = jax.jit(functools.partial(init, config))(jax.random.key(0))
     draws, bound = [], 1 / math.sqrt(config.d_conv)
     for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]:
         kind = path[-1].key
@@ -228,7 +227,7 @@ def check_initial_values(config):
 def check_bfloat16(config):
     """Parameters, decays and norms stay in float32, and the result is close."""
     low = dataclasses.replace(config, dtype="bfloat16")
-    params = quick_jit(functools.partial(init, config))(jax.random.key(0))
+    params = jax.jit(functools.partial(init, config))(jax.random.key(0))
     assert {leaf.dtype for leaf in jax.tree.leaves(shapes_of(low))} == {jnp.dtype("float32")}
     items, _ = batch(config)
     traced = program(low, "encode").trace(params, items, LENGTHS, None)

@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.quick_jit import quick_jit
 from tim4rec_jax import ModelConfig, build_model
 from tim4rec_jax.models import init_params
 
@@ -29,8 +28,8 @@ def programs(config):
     rng = np.random.default_rng(1)
     drawn = init_params(model, jax.random.key(0))
     params = jax.tree.map(lambda p: jnp.asarray(p + 0.2 * rng.normal(size=p.shape), p.dtype), drawn)
-    encode = quick_jit(lambda *a: model.apply({"params": params}, *a, None, deterministic=True, method="encode"))
-    extend = quick_jit(lambda *a: model.apply({"params": params}, *a, None, method="extend"))
+    encode = jax.jit(lambda *a: model.apply({"params": params}, *a, None, deterministic=True, method="encode"))
+    extend = jax.jit(lambda *a: model.apply({"params": params}, *a, None, method="extend"))
     return model.apply({"params": params}, 3, method="init_state"), encode, extend
 
 

@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.quick_jit import quick_jit
 from tim4rec_jax import ModelConfig, build_model
 
 SMALL = ModelConfig(
@@ -31,7 +30,7 @@ def shapes_of(config):
 
 @functools.cache
 def initial(config):
-    return quick_jit(functools.partial(init, config))(jax.random.key(0))["params"]
+    return jax.jit(functools.partial(init, config))(jax.random.key(0))["params"]
 
 
 def spread(config, seed=0):
@@ -54,7 +53,7 @@ def batch(seed=0):
 def program(config, method, deterministic=True):
     model = build_model(config)
 
-    @quick_jit
+    @jax.jit
     def run(params, items, lengths, timestamps, example_ids=None, seed=0):
         return model.apply(
             {"params": params}, items, lengths, timestamps, deterministic=deterministic, example_ids=example_ids,
@@ -210,7 +209,7 @@ def test_bfloat16_is_close_and_keeps_sensitive_parts_in_float32():
         full = model.apply({"params": params}, *given, deterministic=True, method="encode")
         return hidden, model.apply({"params": params}, hidden, method="score"), full
 
-    traced = quick_jit(run).trace(params)
+    traced = jax.jit(run).trace(params)
     found = set(primitives(traced.jaxpr.jaxpr))
     assert ("dot_general", jnp.dtype("bfloat16")) in found
     for name in ("exp", "log1p", "rsqrt", "cumsum", "reduce_sum"):

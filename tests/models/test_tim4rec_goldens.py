@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 
-from tests.quick_jit import quick_jit
 from tests.torch_reference.perturbed import perturbed
 from tests.torch_reference.test_tim4rec_goldens import CASES, assert_close_to_maximum, load_case, section
 from tim4rec_jax import build_model, interop
@@ -36,7 +35,7 @@ def program(config, method, gradients=True):
         logits = model.apply({"params": params}, hidden, method="score")
         return cross_entropy(logits, targets).mean(), (hidden, logits, seen["intermediates"])
 
-    return quick_jit(jax.value_and_grad(loss, has_aux=True) if gradients else loss)
+    return jax.jit(jax.value_and_grad(loss, has_aux=True) if gradients else loss)
 
 
 def config_of(name, arrays):
@@ -119,7 +118,7 @@ def test_items_cut_to_the_longest_row_give_the_same(case):
     rows = np.flatnonzero(lengths <= CUT)
     assert len(rows) >= 1
     model = build_model(config)
-    encode_last = quick_jit(functools.partial(model.apply, deterministic=True, method="encode_last"))
+    encode_last = jax.jit(functools.partial(model.apply, deterministic=True, method="encode_last"))
     timestamps = None if timestamps is None else timestamps[rows]
     cut = encode_last({"params": params}, items[rows, :CUT], lengths[rows], timestamps)
     np.testing.assert_allclose(cut, arrays["out/seq_output"][rows], rtol=0, atol=2e-5)
@@ -128,7 +127,7 @@ def test_items_cut_to_the_longest_row_give_the_same(case):
 def test_five_adam_steps_agree(case):
     arrays, config, params = case
     optimizer = make_optimizer(TrainConfig(learning_rate=1e-3), total_steps=5)
-    update = quick_jit(optimizer.update)
+    update = jax.jit(optimizer.update)
     value_and_grad, inputs = program(config, "encode_last"), inputs_of(config, arrays)
     state = optimizer.init(params)
     losses = []

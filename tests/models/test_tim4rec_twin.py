@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 
-from tests.quick_jit import quick_jit
 from tests.torch_reference import tim4rec as pytorch
 from tests.torch_reference.perturbed import perturbed
 from tim4rec_jax import ModelConfig, build_model, interop
@@ -60,7 +59,7 @@ def test_outputs_and_gradients_agree(config, x64):
 
     model = build_model(config)
 
-    @quick_jit
+    @jax.jit
     def run(params):
         def value(params):
             last = model.apply({"params": params}, items, LENGTHS, timestamps, deterministic=True, method="encode_last")

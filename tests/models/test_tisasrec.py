@@ -25,7 +25,6 @@ from tests.models.attention_cases import (
     spread,
 )
 from tests.models.attention_cases import SMALL as SASREC
-from tests.quick_jit import quick_jit
 from tim4rec_jax import build_model
 
 SMALL = dataclasses.replace(SASREC, name="tisasrec", time_span=30)
@@ -124,7 +123,7 @@ def test_examples_drop_values_of_the_interval_tables():
         bound = model.bind({"params": params}, rngs={"dropout": jax.random.key(0)})
         return bound._intervals(items, timestamps, example_ids, deterministic=False)
 
-    found = quick_jit(tables)(params, np.array([5, 6, 7, 5]))
+    found = jax.jit(tables)(params, np.array([5, 6, 7, 5]))
     kept = []
     for rows, name in ((found.keys, "interval_keys"), (found.values, "interval_values")):
         rows, table = np.asarray(rows), params[name]["embedding"]

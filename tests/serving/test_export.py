@@ -11,7 +11,6 @@ import polars as pl
 import pytest
 
 from experiments import export as program
-from tests.quick_jit import quick_jit
 from tests.serving.tiny_run import MAX_LEN, NUM_ITEMS, make_causal_config, make_config, make_log, make_run
 from tim4rec_jax.serving.export import export_model, flat_arrays
 from tim4rec_jax.serving.recommender import Recommender
@@ -109,7 +108,7 @@ def test_the_exported_program_is_the_model(exported, name):
     _, recommenders, inputs, outputs = exported
     model, params, given = recommenders[name].model, recommenders[name].params, inputs[name]
 
-    @quick_jit
+    @jax.jit
     def score(params, items, lengths, timestamps):
         variables = {"params": params}
         hidden = model.apply(variables, items, lengths, timestamps, deterministic=True, method="encode_last")

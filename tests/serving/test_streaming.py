@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.quick_jit import quick_jit
 from tests.serving.tiny_run import NUM_ITEMS
 from tim4rec_jax.serving.recommender import Recommender
 from tim4rec_jax.serving.streaming import Streamer, fingerprint, require_streamable
@@ -29,7 +28,7 @@ def histories(length, rows=3, seed=0):
 @pytest.fixture(scope="module")
 def encoded(streamer):
     items, times = histories(10)
-    encode = quick_jit(
+    encode = jax.jit(
         lambda params, *a: streamer.model.apply({"params": params}, *a, deterministic=True, method="encode")
     )
     lengths = np.full(3, 10, np.int32)

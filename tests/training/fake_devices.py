@@ -3,11 +3,12 @@
 import os
 import pathlib
 
+from tests.quick_flags import quick_flags
+
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-_QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 
 
 def environment(devices: int) -> dict[str, str]:
     """Returns the environment of a process that sees `devices` CPU devices."""
-    flags = f"--xla_force_host_platform_device_count={devices} {_QUICK}"
+    flags = f"--xla_force_host_platform_device_count={devices} {quick_flags()}"
     return os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}

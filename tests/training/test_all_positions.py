@@ -11,7 +11,6 @@ import pytest
 
 from tests.evaluation.logs import random_log
 from tests.models.attention_cases import spread
-from tests.quick_jit import quick_jit
 from tests.training.test_step import reveal_gradients
 from tim4rec_jax import DataConfig, ExperimentConfig, ModelConfig, TrainConfig, build_model
 from tim4rec_jax.data.examples import gather_windows
@@ -73,7 +72,7 @@ def step_of(config, rows_at_once, loader, optimizer=None):
     groups = (LengthGroup(config.model.max_len, rows_at_once),)
     model = build_model(config.model)
     step = functools.partial(train_step, model, optimizer or reveal_gradients(), config, groups, loader)
-    return quick_jit(step)
+    return jax.jit(step)
 
 
 def only_batch(loader):
@@ -88,7 +87,7 @@ def prefix_loss(model_config):
     train = leave_one_out(log).train
     windows = gather_windows(log.items, log.timestamps, log.offsets, train.users, train.ends, MAX_LEN)
 
-    @quick_jit
+    @jax.jit
     @jax.value_and_grad
     def mean_loss(params):
         given = windows.items, windows.lengths, windows.timestamps.astype(np.int32)
@@ -143,12 +142,12 @@ def test_pieces_of_the_loss_give_the_whole_sum(monkeypatch, num_trained, impleme
     weights = np.zeros(730, np.float32)
     weights[rng.permutation(730)[:num_trained]] = rng.choice([0.5, 1, 2], num_trained)
 
-    @quick_jit
+    @jax.jit
     @functools.partial(jax.value_and_grad, argnums=(0, 1))
     def expected(hidden, table):
         return jnp.sum(weights * optax.softmax_cross_entropy_with_integer_labels(hidden @ table.T, targets))
 
-    total, gradients = quick_jit(functools.partial(weighted_cross_entropy, implementation=implementation))(
+    total, gradients = jax.jit(functools.partial(weighted_cross_entropy, implementation=implementation))(
         hidden, table, targets, weights
     )
     wanted, wanted_gradients = expected(hidden, table)
@@ -166,7 +165,7 @@ def test_the_loss_is_computed_where_there_is_weight_only():
     assert all_positions.loss_positions(2000) == 256
     # The second piece of 256 would reach into what has none.
     hidden[500:512] = 0
-    total, (d_hidden, d_table) = quick_jit(functools.partial(weighted_cross_entropy, implementation="xla"))(
+    total, (d_hidden, d_table) = jax.jit(functools.partial(weighted_cross_entropy, implementation="xla"))(
         hidden, jnp.ones((6, 4)), jnp.zeros(2000, jnp.int32), weights
     )
     assert total == pytest.approx(500 * np.log(6), rel=1e-5)

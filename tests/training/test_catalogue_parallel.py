@@ -14,7 +14,6 @@ import optax
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from tests.quick_jit import quick_jit
 from tests.training.fake_devices import ROOT, environment
 from tim4rec_jax import ExperimentConfig, ModelConfig, TrainConfig, build_model
 from tim4rec_jax.config import ParallelConfig
@@ -128,7 +127,7 @@ def test_cross_entropy_over_parts():
 
     rows, parts = P(ROW_AXES), P(MODEL_AXIS)
     specs = {"in_specs": (rows, parts, rows, rows), "out_specs": (rows, rows, parts)}
-    sharded = quick_jit(jax.shard_map(own, mesh=layout().mesh, check_vma=False, **specs))
+    sharded = jax.jit(jax.shard_map(own, mesh=layout().mesh, check_vma=False, **specs))
 
     def loss(hidden, table):
         losses = cross_entropy(hidden @ table[:VOCAB].T, jnp.asarray(targets))
@@ -147,7 +146,7 @@ def test_clipping_by_the_norm_of_all_parts(max_norm):
     specs = {TABLE: {"embedding": P(MODEL_AXIS)}, "other": P()}
     clip = lambda g: clip_by_global_norm(max_norm).update(g, optax.EmptyState())[0]  # noqa: E731
     options = {"mesh": layout().mesh, "in_specs": (specs,), "out_specs": specs, "check_vma": False}
-    clipped = quick_jit(jax.shard_map(clip, **options))(gradients)
+    clipped = jax.jit(jax.shard_map(clip, **options))(gradients)
     expected, _ = optax.clip_by_global_norm(max_norm).update(gradients, optax.EmptyState())
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), clipped, expected)
 
@@ -166,7 +165,7 @@ def test_rows_beyond_the_catalogue_change_nothing():
     padded = dataclasses.replace(config, vocab_multiple=16)
     model, wider = build_model(config), build_model(padded)
     key = jax.random.key(0)
-    params, more = (quick_jit(functools.partial(init_params, m))(key) for m in (model, wider))
+    params, more = (jax.jit(functools.partial(init_params, m))(key) for m in (model, wider))
     assert more[TABLE]["embedding"].shape == (ROWS, 8)
     np.testing.assert_array_equal(more[TABLE]["embedding"][:VOCAB], params[TABLE]["embedding"])
     hidden = jnp.ones((2, 8))

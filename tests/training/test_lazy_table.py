@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 
 from tests.evaluation.logs import random_log
-from tests.quick_jit import known_options
 from tim4rec_jax import DataConfig, ExperimentConfig, ModelConfig, TrainConfig, build_model
 from tim4rec_jax.config import ParallelConfig
 from tim4rec_jax.data.length_groups import LengthGroup
@@ -51,7 +50,7 @@ class Training:
         self.loader = make_loader(config, log(), leave_one_out(log()).train, places)
         self.model, self.optimizer = build_model(model), choose_optimizer(config, STEPS)
         rows = self.layout.rows_per_device(settings.batch_size)
-        groups = (LengthGroup(12, min(rows, 2)), LengthGroup(5, rows)) if positions == "last" else (LengthGroup(12, 1),)
+        groups = (LengthGroup(12, min(rows, 2) if positions == "last" else 1),)
         step = functools.partial(choose_step(config), self.model, self.optimizer, config, groups, self.loader)
         self.resident = self.layout.replicate(self.loader.resident)
         self.wrapped = self.layout.wrap(step)
@@ -60,7 +59,7 @@ class Training:
     def step(self):
         """The compiled step; quickly where the compiler takes options for it."""
         lowered = self.wrapped.lower(self.start(), self.resident, self.payload(0))
-        return lowered.compile() if self.layout.strategy == "pmap" else lowered.compile(known_options())
+        return lowered.compile()
 
     def start(self):
         return self.layout.place(self.layout.create(lambda: init_state(self.model, self.optimizer, 3)))

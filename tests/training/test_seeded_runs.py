@@ -9,8 +9,11 @@ from tim4rec_jax.run_dir import read_environment
 SHORT = [*OPTIONS, "--train.epochs=1", "--train.tensorboard=false"]
 WAYS = {
     "prefixes": SHORT,
-    "all positions": [*SHORT, "--model.time_mode=causal", "--train.positions=all", "--train.schedule=cosine"],
-}
+    "all positions": [
+        *SHORT, "--model.name=tim4rec", "--model.time_mode=causal", "--model.d_state=8", "--model.head_dim=16",
+        "--train.positions=all",
+    ],
+}  # fmt: skip
 
 
 @pytest.mark.slow

@@ -10,7 +10,6 @@ import optax
 import pytest
 import torch
 
-from tests.quick_jit import quick_jit
 from tim4rec_jax import ExperimentConfig, ModelConfig, TrainConfig, build_model
 from tim4rec_jax.data.length_groups import LengthGroup
 from tim4rec_jax.data.loader import Batch
@@ -64,7 +63,7 @@ def program(model_config, groups, loss="ce", optimizer=None):
     config = ExperimentConfig("test", model_config, train=TrainConfig(loss=loss))
     model = build_model(model_config)
     step = functools.partial(train_step, model, optimizer or reveal_gradients(), config, groups, GivenBatches())
-    return quick_jit(lambda state, batch: step(state, (), batch))
+    return jax.jit(lambda state, batch: step(state, (), batch))
 
 
 @functools.cache
@@ -118,7 +117,7 @@ def test_it_is_the_gradient_of_the_mean_loss_of_rows_with_weight():
     weights = np.array([1, 1, 0, 1, 1, 1, 0, 1, 1, 1])
     batch, real = batch_of(weights=weights), np.flatnonzero(weights)
 
-    @quick_jit
+    @jax.jit
     @jax.value_and_grad
     def mean_loss(params):
         hidden = model.apply(
@@ -184,7 +183,7 @@ GRADIENTS = [np.array([3.0, -4.0]), np.array([0.1, 0.2]), np.array([-2.0, 0.5])]
 def updates_of(config, gradients, total_steps=10):
     """Parameters after each update, from [1, -2]."""
     optimizer = make_optimizer(config, total_steps)
-    update = quick_jit(optimizer.update)
+    update = jax.jit(optimizer.update)
     params, steps = jnp.array([1.0, -2.0]), []
     state = optimizer.init(params)
     for gradient in gradients:

@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.quick_jit import quick_jit
 from tim4rec_jax import ExperimentConfig, ModelConfig, TrainConfig, build_model
 from tim4rec_jax.data.length_groups import LengthGroup
 from tim4rec_jax.data.loader import Batch
@@ -19,7 +18,6 @@ ROWS, MAX_LEN, VOCAB, STEPS = 6, 18, 40, 20
 MODEL = ModelConfig(vocab_size=VOCAB, max_len=MAX_LEN, d_model=16, head_dim=16, d_state=16, time_dropout=0.1)
 GROUPS = (LengthGroup(MAX_LEN, 4), LengthGroup(7, 3))
 KERNELS = {
-    "ssd": ({"ssd_implementation": "pallas_triton_interpreted"}, {}),
     "everything": (
         {"ssd_implementation": "pallas_triton_interpreted", "conv_implementation": "pallas_triton_interpreted"},
         {"loss_implementation": "pallas_triton_interpreted"},
@@ -56,7 +54,7 @@ def losses(name):
     config = ExperimentConfig(name="steps", model=dataclasses.replace(MODEL, **model_changes), train=train)
     model, optimizer = build_model(config.model), make_optimizer(train, STEPS)
     state = init_state(model, optimizer, train.seed)
-    step = quick_jit(functools.partial(train_step, model, optimizer, config, GROUPS, GivenBatches()))
+    step = jax.jit(functools.partial(train_step, model, optimizer, config, GROUPS, GivenBatches()))
     values = []
     for batch in batches():
         state, loss = step(state, (), batch)
@@ -115,7 +113,7 @@ def packed_step(name):
 
 def packed_losses(name):
     step, state = packed_step(name)
-    step, values = quick_jit(step), []
+    step, values = jax.jit(step), []
     for batch in packed_batches():
         state, loss = step(state, (), batch)
         values.append(float(loss))
