@@ -38,6 +38,13 @@ SMALL = [
 ]  # fmt: skip
 
 
+# Where the model does not matter.
+FAST = [
+    *SMALL, "--model.name=sasrec", "--model.num_layers=1", "--model.inner_size=16", "--train.length_groups=1",
+    "--eval.baselines", "popularity",
+]  # fmt: skip
+
+
 def _run_folder(tmp_path: pathlib.Path, name: str = "run") -> list[str]:
     return [f"--run_dir={tmp_path / name}"]
 
@@ -84,8 +91,8 @@ def test_recommend_answers_from_the_run(finished, capsys):
 @pytest.mark.slow
 def test_a_temporal_split_from_training_to_recommendations(tmp_path, capsys):
     folder = tmp_path / "temporal"
-    argv = [*SMALL, "--data.split=temporal", "--data.temporal_targets=all", "--data.loader=grain", "--train.epochs=1"]
-    assert train.main([*argv, "--eval.baselines", "popularity", f"--run_dir={folder}"]) == 0
+    argv = [*FAST, "--data.split=temporal", "--data.temporal_targets=all", "--data.loader=grain", "--train.epochs=1"]
+    assert train.main([*argv, f"--run_dir={folder}"]) == 0
     shown, results = capsys.readouterr().out, read_results(folder)
     assert "temporal split" in shown and "test: users without a target" in shown
     config, log = read_config(folder), stored_run.load_log(folder)
@@ -108,10 +115,7 @@ def test_a_temporal_split_from_training_to_recommendations(tmp_path, capsys):
 def test_a_catalogue_in_parts_from_training_to_recommendations(tmp_path, capsys, loss):
     """With parts of the embedding on devices, and then on one device."""
     folder = tmp_path / "parts"
-    options = [
-        *SMALL, "--model.name=sasrec", "--model.num_layers=1", "--model.inner_size=16", "--train.length_groups=1",
-        "--eval.baselines", "popularity", f"--run_dir={folder}", *loss,
-    ]  # fmt: skip
+    options = [*FAST, f"--run_dir={folder}", *loss]
     assert train.main([*options, "--parallel.catalogue_shards=2", "--train.max_steps=6"]) == 0
     assert "model.vocab_multiple=64: the item embedding gets so many rows" in capsys.readouterr().out
     assert read_config(folder).model.embedding_rows == 64 > read_config(folder).model.vocab_size
@@ -139,14 +143,15 @@ def test_resuming_a_finished_run_changes_nothing(finished):
 
 
 def test_both_loaders_train_alike(tmp_path):
-    options = [*SMALL, "--eval.baselines", "popularity", "--train.epochs=1", "--train.max_steps=4"]
+    options = [*FAST, "--train.epochs=1", "--train.max_steps=4"]
     for loader in ("device", "grain"):
         assert train.main([*options, *_run_folder(tmp_path, loader), f"--data.loader={loader}"]) == 0
     losses = [
         [line["loss"] for line in read_metrics(tmp_path / loader) if line["kind"] == "train"]
         for loader in ("device", "grain")
     ]
-    assert losses[0] == losses[1] and len(losses[0]) == 2
+    assert len(losses[0]) == 2
+    np.testing.assert_allclose(losses[0], losses[1], rtol=1e-6)  # two programs, which may round otherwise
     assert [line["step"] for line in read_metrics(tmp_path / "grain") if line["kind"] == "train"] == [3, 4]
 
 
@@ -157,9 +162,11 @@ PACKED = [
 
 
 def test_training_on_all_positions_resumes_inside_an_epoch_with_either_loader(tmp_path, monkeypatch):
-    """The bits of a run with the one loader are those of one with the other that was stopped on the way."""
-    folders = whole, stopped = tmp_path / "device", tmp_path / "grain"
-    assert train.main([*PACKED, f"--run_dir={whole}"]) == 0
+    """The loaders give the same losses; a run that was stopped on the way has the bits of one that was not."""
+    folders = whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    on_device = tmp_path / "device"
+    assert train.main([*PACKED, f"--run_dir={on_device}", "--train.max_steps=5"]) == 0
+    assert train.main([*PACKED, f"--run_dir={whole}", "--data.loader=grain"]) == 0
     again = [*PACKED, f"--run_dir={stopped}", "--data.loader=grain"]
     log_line = Trainer._log_line
 
@@ -182,6 +189,9 @@ def test_training_on_all_positions_resumes_inside_an_epoch_with_either_loader(tm
     losses = [[line["loss"] for line in read_metrics(folder) if line["kind"] == "train"] for folder in folders]
     assert losses[0] == losses[1]
     assert np.mean(losses[0][-5:]) < 0.97 * np.mean(losses[0][:5])
+    # Two programs, which may round otherwise.
+    of_device = [line["loss"] for line in read_metrics(on_device) if line["kind"] == "train"]
+    np.testing.assert_allclose(of_device, losses[0][:5], rtol=1e-6)
 
 
 def _state(folder: pathlib.Path) -> tuple[int, list[np.ndarray]]:
@@ -221,14 +231,7 @@ def _wait_for_step(folder: pathlib.Path, step: int, process: subprocess.Popen) -
     raise AssertionError("the program did not get there in time")
 
 
-LONG = [
-    *SMALL,
-    "--eval.baselines",
-    "popularity",
-    "--train.epochs=6",
-    "--train.checkpoint_every=2",
-    "--train.log_every=1",
-]
+LONG = [*FAST, "--train.epochs=3", "--train.checkpoint_every=5", "--train.log_every=1"]
 
 
 @pytest.fixture(scope="module")
@@ -239,14 +242,15 @@ def uninterrupted(tmp_path_factory) -> pathlib.Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_resuming_gives_the_bits_of_an_uninterrupted_run(tmp_path, uninterrupted, number):
+    """The program itself, once; other moments and Ctrl-C are tried in tests/training."""
     folder = tmp_path / "run"
     process = _start([*LONG, f"--run_dir={folder}"])
     _wait_for_step(folder, 9, process)
     process.send_signal(number)
     output, _ = process.communicate(timeout=120)
-    assert process.returncode == {signal.SIGKILL: -9, signal.SIGINT: 130, signal.SIGTERM: 0}[number], output
+    assert process.returncode == {signal.SIGKILL: -9, signal.SIGTERM: 0}[number], output
     if number != signal.SIGKILL:
         assert "--resume" in output and "the state is saved" in output
     assert not (folder / "results.json").exists()
@@ -267,22 +271,23 @@ def test_resuming_gives_the_bits_of_an_uninterrupted_run(tmp_path, uninterrupted
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, capsys):
-    options = [*SMALL, "--train.learning_rate=1e30", *_run_folder(tmp_path)]
+    options = [*FAST, "--train.learning_rate=1e30", *_run_folder(tmp_path)]
     assert train.main(options) == 2
     message = capsys.readouterr().err
     assert "at step" in message and "learning rate 1e+30" in message and str(tmp_path / "run") in message
 
 
 @pytest.mark.parametrize(
-    "error",
-    [MemoryError("no room"), jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.\nmore")],
-    ids=["host", "device"],
+    ("place", "error"),
+    [
+        ("training", jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.\nmore")),
+        ("validation", MemoryError("no room")),
+    ],
 )
-@pytest.mark.parametrize("place", ["training", "validation"])
 def test_memory_that_runs_out_is_one_line_and_nothing_saved_is_lost(
-    tmp_path, finished, capsys, monkeypatch, error, place
+    tmp_path, uninterrupted, capsys, monkeypatch, error, place
 ):
-    options = [*SMALL, "--eval.baselines", "popularity", "--train.checkpoint_every=2", *_run_folder(tmp_path)]
+    options = [*LONG, *_run_folder(tmp_path)]
 
     def fail(*_):
         raise error
@@ -304,7 +309,7 @@ def test_memory_that_runs_out_is_one_line_and_nothing_saved_is_lost(
     for knob in ("train.batch_size", "train.microbatch_tokens", "eval.batch_size", "model.max_len", "--resume"):
         assert knob in message
     assert train.main([*options, "--resume"]) == 0
-    assert read_results(tmp_path / "run")["test"] == read_results(finished)["test"]
+    assert read_results(tmp_path / "run")["test"] == read_results(uninterrupted)["test"]
 
 
 def test_a_device_that_is_really_out_of_memory(capsys):
