@@ -296,7 +296,7 @@ def test_memory_that_runs_out_is_one_line_and_nothing_saved_is_lost(
 
     def some_steps(self, payload):
         taken.append(1)
-        return fail if len(taken) > 3 else original(self, payload)
+        return fail if len(taken) > 7 else original(self, payload)
 
     with monkeypatch.context() as patch:
         if place == "training":
