@@ -23,6 +23,13 @@ from jaxtyping import install_import_hook
 # Shapes and dtypes that a model promises are checked in tests, and cost users nothing.
 install_import_hook("tim4rec_jax.models", "beartype.beartype")
 
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests come first, so that no worker is left with one of them at the end."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 _SHARED = pathlib.Path(__file__).resolve().parents[2] / "shared"
 
 
