@@ -11,7 +11,7 @@ WAYS = {
     "prefixes": SHORT,
     "all positions": [
         *SHORT, "--model.name=tim4rec", "--model.time_mode=causal", "--model.d_state=8", "--model.head_dim=16",
-        "--train.positions=all",
+        "--train.positions=all", "--data.timestamp_precision=int64",
     ],
 }  # fmt: skip
 
