@@ -58,7 +58,7 @@ def main(output: str, base: str, kills: str, *options: str) -> None:
     while len(found) < int(kills):
         here = folder / f"run_{run}"
         child = start(options_of(options, here))
-        time.sleep(rng.uniform(0.05, 0.8) * seconds)
+        time.sleep(rng.uniform(0.05, 0.6) * seconds)
         os.kill(child, signal.SIGKILL)
         _, status = os.waitpid(child, 0)
         code = os.waitstatus_to_exitcode(status)
