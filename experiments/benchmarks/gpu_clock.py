@@ -13,7 +13,7 @@ from typing import Any
 
 # A form that takes longer than this is run once more and no oftener.
 _SLOW_SECONDS = 2.0
-_MOST_THREADS = 8
+_MOST_THREADS = 16
 
 
 class Budget:

@@ -33,24 +33,33 @@ from experiments.benchmarks.gpu_clock import Budget, Settings, build_all, reason
 LIMITS = {"float32": (2e-5, 1e-4), "tfloat32": (5e-3, 5e-3), "bfloat16": (2e-2, 2e-2)}
 # A recurrence keeps a few states a position for its gradient.
 _BLOCK_BYTES = 2**30
+# At least so many blocks, where there are rows enough: their gradients of a parameter say how large its addends are.
+_LEAST_BLOCKS = 16
 
 
 def rows_of_a_block(case: Case) -> int:
     """Returns how many rows the definition takes at once: a divisor of b that keeps its states in memory."""
     if case.op == "softmax_cross_entropy":
         return case.sizes["t"]
-    widths = [size for axis, size in case.sizes.items() if axis not in "b"]
-    limit = max(1, _BLOCK_BYTES // (8 * int(np.prod(widths))))
-    return max(rows for rows in range(1, case.sizes["b"] + 1) if case.sizes["b"] % rows == 0 and rows <= limit)
+    rows = case.sizes["b"]
+    # The width d comes after the recurrence.
+    widths = [size for axis, size in case.sizes.items() if axis not in "bd"]
+    limit = max(1, min(_BLOCK_BYTES // (8 * int(np.prod(widths))), rows // _LEAST_BLOCKS))
+    return max(size for size in range(1, limit + 1) if rows % size == 0)
 
 
-def definition(case: Case, run: Callable[..., tuple[jax.Array, Arrays]], values: Values) -> tuple[jax.Array, Arrays]:
+def definition(
+    case: Case, run: Callable[..., tuple[jax.Array, Arrays]], values: Values
+) -> tuple[jax.Array, Arrays, Arrays]:
     """Computes y and all gradients in blocks of rows; call it in 64-bit mode.
 
     Args:
       case: which operator.
       run: (inputs, fixed, dy) -> y and gradients by the definition.
       values: float64 inputs and dy.
+
+    Returns:
+      y, the gradients, and of each parameter's gradient the root of the sum of squares over the blocks.
     """
     parameters = OPERATORS[case.op].parameters
     rows, size = values.dy.shape[0], rows_of_a_block(case)
@@ -64,13 +73,19 @@ def definition(case: Case, run: Callable[..., tuple[jax.Array, Arrays]], values:
         name: sum(g[name] for _, g in blocks) if name in parameters else jnp.concatenate([g[name] for _, g in blocks])
         for name in values.inputs
     }
-    return y, gradients
+    spreads = {name: jnp.sqrt(sum(g[name] ** 2 for _, g in blocks)) for name in parameters}
+    return y, gradients, spreads
 
 
-def _errors(out: np.ndarray, expected: np.ndarray) -> tuple[float, float]:
-    """Error in the norm and at the worst place, over the expected array's own; absolute where that is 0."""
+def _errors(out: np.ndarray, expected: np.ndarray, spread: np.ndarray | None) -> tuple[float, float]:
+    """Error in the norm and at the worst place, over the expected array's own; absolute where that is 0.
+
+    A sum over rows may by chance lie near 0, while its rounding goes with its addends: `spread` is then the measure.
+    """
     difference = (out.astype(np.float64) - expected).ravel()
-    norm, largest = np.linalg.norm(expected.ravel()), np.max(np.abs(expected))
+    measures = [expected] if spread is None else [expected, spread]
+    norm = max(np.linalg.norm(measure.ravel()) for measure in measures)
+    largest = max(np.max(np.abs(measure)) for measure in measures)
     return np.linalg.norm(difference) / (norm or 1.0), np.max(np.abs(difference)) / (largest or 1.0)
 
 
@@ -79,14 +94,14 @@ def _same_bits(first: Any, second: Any) -> bool:
     return all(a.tobytes() == b.tobytes() for a, b in pairs)
 
 
-def judge(results: tuple[Any, Arrays], expected: tuple[Any, Arrays], precision: str) -> dict[str, Any]:
+def judge(results: tuple[Any, Arrays], expected: tuple[Any, Arrays, Arrays], precision: str) -> dict[str, Any]:
     """Compares y and gradients with the definition's; NaN never passes."""
     value_limit, gradient_limit = LIMITS[precision]
     pairs = {"y": (results[0], expected[0], value_limit)}
     pairs |= {f"d {name}": (g, expected[1][name], gradient_limit) for name, g in results[1].items()}
     errors, ok = {}, True
     for name, (out, wanted, limit) in pairs.items():
-        norm, largest = _errors(out, wanted)
+        norm, largest = _errors(out, wanted, expected[2].get(name.removeprefix("d ")) if name != "y" else None)
         good = bool(norm <= limit and largest <= limit)
         ok = ok and good
         # JSON has no NaN.

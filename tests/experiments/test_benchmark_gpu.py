@@ -130,8 +130,8 @@ def test_a_wrong_result_makes_the_exit_code_1_and_timing_goes_on(one_case, monke
 
 def test_nan_and_other_bits_do_not_pass():
     y = np.ones((2, 3), np.float32)
-    good = gpu_correctness.judge((y, {"x": y}), (y, {"x": y}), "float32")
-    bad = gpu_correctness.judge((y, {"x": y * np.nan}), (y, {"x": y}), "float32")
+    good = gpu_correctness.judge((y, {"x": y}), (y, {"x": y}, {}), "float32")
+    bad = gpu_correctness.judge((y, {"x": y * np.nan}), (y, {"x": y}, {}), "float32")
     assert good["ok"] and not bad["ok"] and bad["errors"]["d x"]["norm"] == "nan"
     assert gpu_correctness._same_bits([y], [y.copy()]) and not gpu_correctness._same_bits([y], [y + 1e-7])
 
@@ -151,12 +151,33 @@ def test_bad_options_are_refused(option, capsys):
     assert option.partition("=")[0] in capsys.readouterr().err
 
 
-def test_rows_of_a_block_divide_the_batch():
-    case = Case("ssd", {"b": 6, "l": 200, "h": 4, "p": 128, "n": 64})
-    # 52 MB a row, so twenty rows would fit; ten thousand positions of it let none fit, but one is taken.
-    assert gpu_correctness.rows_of_a_block(case) == 6
-    assert gpu_correctness.rows_of_a_block(dataclasses.replace(case, sizes=case.sizes | {"l": 2000})) == 2
-    assert gpu_correctness.rows_of_a_block(dataclasses.replace(case, sizes=case.sizes | {"l": 10_000})) == 1
+@pytest.mark.parametrize(
+    "sizes, rows",
+    [
+        # 52 MB a row: twenty fit.
+        ({"b": 640, "l": 200}, 20),
+        ({"b": 640, "l": 2000}, 2),
+        ({"b": 640, "l": 10_000}, 1),
+        # Sixteen blocks at least, if there are as many rows.
+        ({"b": 48, "l": 200}, 3),
+        ({"b": 6, "l": 200}, 1),
+        # The width of the projection is no part of a state.
+        ({"b": 640, "l": 200, "d": 64}, 20),
+    ],
+)
+def test_rows_of_a_block_divide_the_batch_and_leave_blocks_enough(sizes, rows):
+    assert gpu_correctness.rows_of_a_block(Case("ssd", sizes | {"h": 4, "p": 128, "n": 64})) == rows
+
+
+def test_a_sum_that_is_small_by_chance_is_measured_by_its_addends():
+    y = np.ones(3, np.float32)
+    total, addends = np.float32([1e-3, -1e-3]), np.float32([1.0, 1.0])
+    rounded = total + np.float32(5e-5)
+    for spreads, ok in (({"D": addends}, True), ({}, False)):
+        result = gpu_correctness.judge((y, {"D": rounded}), (y, {"D": total}, spreads), "float32")
+        assert result["ok"] is ok
+    wrong = total + np.float32(5e-4)
+    assert not gpu_correctness.judge((y, {"D": wrong}), (y, {"D": total}, {"D": addends}), "float32")["ok"]
 
 
 def test_bytes_of_ssd_by_hand():
