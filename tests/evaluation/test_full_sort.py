@@ -59,7 +59,7 @@ def _row_by_row(model, params, log, examples, exclude_seen):
 def small_limits(monkeypatch):
     """Several lengths, batches and tiles even for a small log."""
     monkeypatch.setattr(full_sort, "SCORE_TILE_BYTES", 5 * 4 * (NUM_ITEMS + 1))
-    monkeypatch.setattr(full_sort, "GROUP_PENALTY_TOKENS", 1)
+    monkeypatch.setattr(full_sort, "GROUP_PENALTY_TOKENS", {"cpu": 1})
     monkeypatch.setattr(full_sort, "ENCODE_TOKENS", {"cpu": 150})
     monkeypatch.setattr(full_sort, "ENCODE_TOKENS_ACCELERATOR", 150)
 
@@ -80,7 +80,7 @@ def test_equals_row_by_row(log, examples, config, small_limits):
 
 
 def test_short_rows_of_a_time_aware_model_are_cut_exactly(log, examples, monkeypatch):
-    monkeypatch.setattr(full_sort, "GROUP_PENALTY_TOKENS", 100)
+    monkeypatch.setattr(full_sort, "GROUP_PENALTY_TOKENS", {"cpu": 100})
     settings = ModelConfig(vocab_size=NUM_ITEMS + 1, max_len=MAX_LEN, d_model=16, d_state=8, head_dim=16, num_layers=1)
     model = build_model(settings)
     variables = model.init(
@@ -95,6 +95,12 @@ def test_short_rows_of_a_time_aware_model_are_cut_exactly(log, examples, monkeyp
     assert [batch.length for batch in evaluator._batches][0] < MAX_LEN
     expected = _row_by_row(model, variables["params"], log, examples, exclude_seen=False)
     np.testing.assert_array_equal(evaluator(variables["params"]).ranks, expected)
+
+
+def test_an_accelerator_compiles_for_one_length_where_rows_are_few(log, examples, monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    evaluator = FullSortEvaluator(init_toy(NUM_ITEMS + 1)[0], log, examples, CONFIG)
+    assert {batch.length for batch in evaluator._batches} == {MAX_LEN}
 
 
 def test_limits_do_not_change_ranks(log, examples, small_limits, monkeypatch):
