@@ -1,4 +1,4 @@
-"""The end of the Mamba-2 mixer in one kernel, against gate, norm and projection one after the other."""
+"""The Mamba-2 mixer by the GPU kernels, interpreted, against plain JAX."""
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +9,7 @@ from tim4rec_jax.config import ModelConfig
 from tim4rec_jax.layers.ssd_mixer import SSDMixer
 
 SIZES = {"vocab_size": 10, "max_len": 20, "d_model": 16, "head_dim": 16, "d_state": 16, "use_time": False}
-FUSED = {"ssd_implementation": "pallas_triton_interpreted"}
+KERNELS = {"ssd_implementation": "pallas_triton_interpreted"}
 
 
 def mixer(**changes):
@@ -46,34 +46,35 @@ def near(actual, expected, fraction):
     assert np.abs(actual - expected).max() <= fraction * np.abs(expected).max()
 
 
-def test_one_kernel_equals_the_steps():
-    plain, fused = run({}), run(FUSED)
-    near(fused[0], plain[0], 2e-6)
-    jax.tree.map(lambda a, b: near(a, b, 2e-5), fused[1], plain[1])
+def test_kernels_equal_plain_jax():
+    plain, kernels = run({}), run(KERNELS)
+    near(kernels[0], plain[0], 2e-6)
+    jax.tree.map(lambda a, b: near(a, b, 2e-5), kernels[1], plain[1])
 
 
-def test_one_kernel_equals_the_steps_on_rows_of_several_histories():
+def test_kernels_equal_plain_jax_on_rows_of_several_histories():
     starts = jnp.zeros((2, 20), bool).at[0, jnp.array([0, 7, 16])].set(True).at[1, 17].set(True)
-    plain, fused = run({}, starts), run(FUSED | {"conv_implementation": "pallas_triton_interpreted"}, starts)
-    near(fused[0], plain[0], 2e-6)
-    jax.tree.map(lambda a, b: near(a, b, 2e-5), fused[1], plain[1])
+    plain, kernels = run({}, starts), run(KERNELS | {"conv_implementation": "pallas_triton_interpreted"}, starts)
+    near(kernels[0], plain[0], 2e-6)
+    jax.tree.map(lambda a, b: near(a, b, 2e-5), kernels[1], plain[1])
     # Where histories begin is what makes the difference.
-    assert np.abs(run(FUSED)[0] - fused[0])[0, 7:].max() > 1e-2 * np.abs(fused[0]).max()
+    assert np.abs(run(KERNELS)[0] - kernels[0])[0, 7:].max() > 1e-2 * np.abs(kernels[0]).max()
 
 
-def test_one_kernel_in_bfloat16():
-    plain, fused = run({}), run(FUSED | {"dtype": "bfloat16"})
-    assert fused[0].dtype == jnp.bfloat16
-    near(fused[0], plain[0], 3e-2)
-    jax.tree.map(lambda a, b: near(a, b, 5e-2), fused[1], plain[1])
+def test_kernels_in_bfloat16():
+    plain, kernels = run({}), run(KERNELS | {"dtype": "bfloat16"})
+    assert kernels[0].dtype == jnp.bfloat16
+    near(kernels[0], plain[0], 3e-2)
+    jax.tree.map(lambda a, b: near(a, b, 5e-2), kernels[1], plain[1])
 
 
-def test_only_the_steps_have_an_output_of_the_ssd_to_look_at():
-    assert set(run({})[2]) == {"scan", "step_size"}
-    assert set(run(FUSED)[2]) == {"step_size"}
+def test_steps_and_the_output_of_the_ssd_can_be_looked_at():
+    plain, kernels = run({})[2], run(KERNELS)[2]
+    assert set(plain) == set(kernels) == {"scan", "step_size"}
+    jax.tree.map(lambda a, b: near(a, b, 2e-6), kernels, plain)
 
 
-@pytest.mark.parametrize("changes", [{}, FUSED])
+@pytest.mark.parametrize("changes", [{}, KERNELS])
 def test_the_last_position_alone_equals_the_last_of_all(changes):
     params, u, options = variables_and_input()
     del options["channel"]

@@ -97,7 +97,7 @@ def test_compiled_kernels_lower_inside_the_sharded_step():
     step = functools.partial(train_step, model, optimizer, config, GROUPED[:1], GivenBatches())
     batch = batch_of([12] * (2 * layout.num_devices))
     kernels = {kernel.name for kernel in capture(layout.wrap(step), state, (), batch)}
-    assert kernels >= {"ssd_gated_forward", "ssd_gated_backward", "causal_conv1d_backward"}
+    assert kernels >= {"ssd_forward", "ssd_backward", "causal_conv1d_backward"}
 
 
 @pytest.mark.parametrize("positions", ["last", "all"])

@@ -78,7 +78,7 @@ def test_the_step_that_is_run_has_kernels_in_it():
     state = init_state(model, optimizer, 0)
     step = functools.partial(train_step, model, optimizer, config, GROUPS, GivenBatches())
     program = str(jax.make_jaxpr(step)(state, (), next(batches())))
-    for kernel in ("ssd_gated_forward", "ssd_gated_backward", "causal_conv1d_forward", "causal_conv1d_backward"):
+    for kernel in ("ssd_forward", "ssd_backward", "causal_conv1d_forward", "causal_conv1d_backward"):
         assert kernel in program, kernel
     assert program.count("pallas_call") > 6
 
@@ -129,7 +129,7 @@ def test_steps_on_all_positions_follow_plain_jax():
 def test_the_step_on_all_positions_has_kernels_in_it():
     step, state = packed_step("everything")
     program = str(jax.make_jaxpr(step)(state, (), next(packed_batches())))
-    for kernel in ("ssd_gated_forward", "ssd_gated_backward", "causal_conv1d_forward", "causal_conv1d_backward"):
+    for kernel in ("ssd_forward", "ssd_backward", "causal_conv1d_forward", "causal_conv1d_backward"):
         assert kernel in program, kernel
 
 

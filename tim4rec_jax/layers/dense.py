@@ -1,6 +1,6 @@
 """Affine maps and norms with the initial values and precisions of the family."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import jax.numpy as jnp
 from flax import linen as nn
@@ -28,17 +28,8 @@ class Linear(nn.Module):
     use_bias: bool = True
 
     @nn.compact
-    def __call__(
-        self,
-        x: Array,
-        columns: Sequence[slice] | None = None,
-        *,
-        product: Callable[[Array, Array], Array] = jnp.matmul,
-    ) -> Array:
-        """Maps x [..., in] to [..., features], or to the concatenation of the given column ranges.
-
-        `product` makes x W of x and W, both in `dtype`.
-        """
+    def __call__(self, x: Array, columns: Sequence[slice] | None = None) -> Array:
+        """Maps x [..., in] to [..., features], or to the concatenation of the given column ranges."""
         kernel = self.param("kernel", nn.initializers.normal(INIT_STD), (x.shape[-1], self.features), wide(self.dtype))
         bias = (
             self.param("bias", nn.initializers.zeros_init(), (self.features,), wide(self.dtype))
@@ -48,7 +39,7 @@ class Linear(nn.Module):
         if columns is not None:
             kernel = jnp.concatenate([kernel[:, c] for c in columns], axis=1)
             bias = None if bias is None else jnp.concatenate([bias[c] for c in columns])
-        y = product(x.astype(self.dtype), kernel.astype(self.dtype))
+        y = x.astype(self.dtype) @ kernel.astype(self.dtype)
         return y if bias is None else y + bias.astype(self.dtype)
 
 

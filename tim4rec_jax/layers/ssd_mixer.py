@@ -1,6 +1,5 @@
 """The Mamba-2 mixer with an optional time factor on its steps."""
 
-import functools
 import math
 from typing import NamedTuple
 
@@ -9,8 +8,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
 
-from kernels.gated_rms_norm import gated_rms_norm, project_normed
-from kernels.ssd import ssd, ssd_gated, ssd_last, ssd_step, step_size
+from kernels.gated_rms_norm import gated_rms_norm
+from kernels.ssd import ssd, ssd_last, ssd_step, step_size
 from tim4rec_jax.config import ModelConfig
 from tim4rec_jax.layers.causal_time import CausalTimeChannel, Tails
 from tim4rec_jax.layers.convolution import CausalConv
@@ -107,8 +106,6 @@ class SSDMixer(nn.Module):
         dt, channel = self._timed_steps(dt, channel, example_ids, deterministic=deterministic, carry=True, **options)
         x = x.reshape(*x.shape[:2], config.num_heads, config.head_dim)
         self.sow("intermediates", "step_size", step_size(dt, self.dt_bias))
-        if (config.ssd_implementation or "").startswith("pallas_triton"):
-            return self._gated(x, dt, B, C, z, starts), channel
         y = ssd(
             x, dt, -jnp.exp(self.A_log), B, C, D=self.D, dt_bias=self.dt_bias, starts=starts,
             chunk_size=config.chunk_size, implementation=config.ssd_implementation,
@@ -116,16 +113,6 @@ class SSDMixer(nn.Module):
         self.sow("intermediates", "scan", y)
         y = gated_rms_norm(y.reshape(z.shape), z, self.norm_scale, eps=config.norm_eps)
         return self.out_proj(y), channel
-
-    def _gated(self, x: Array, dt: Array, B: Array, C: Array, z: Array, starts: Array | None) -> Array:
-        """SSD, gate, norm and projection by the kernels, which never write the SSD's own output."""
-        config = self.config
-        u, squares = ssd_gated(
-            x, dt, -jnp.exp(self.A_log), B, C, z.reshape(x.shape), D=self.D, dt_bias=self.dt_bias, starts=starts,
-            chunk_size=config.chunk_size, implementation=config.ssd_implementation,
-        )  # fmt: skip
-        norm = {"sum_squares": jnp.sum(squares, axis=-1), "scale": self.norm_scale, "eps": config.norm_eps}
-        return self.out_proj(u.reshape(z.shape), product=functools.partial(project_normed, **norm))
 
     def last(
         self, u: Array, channel: Array | None, lengths: Array, example_ids: Array, *, deterministic: bool
