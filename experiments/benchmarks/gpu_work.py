@@ -172,17 +172,16 @@ def loss_work(sizes: Sizes, itemsize: int, config: TritonConfig) -> Work:
 
 def default_kernel_config(case: Case, precision: str) -> Any:
     """Returns how our kernels cut a case up where nobody says otherwise."""
-    sizes = case.sizes
+    sizes, itemsize = case.sizes, 2 if precision == "bfloat16" else 4
     if case.op in ("ssd", "mixer_end"):
         return ssd_config(
             batch=sizes["b"], length=sizes["l"], heads=sizes["h"], groups=1, width=sizes["p"], state_width=sizes["n"],
-            chunk_size=64, wide_products=precision == "float32",
+            chunk_size=64, wide_products=precision == "float32", itemsize=itemsize,
         )  # fmt: skip
     if case.op == "causal_conv1d":
         return conv_config(batch=sizes["b"], length=sizes["l"], channels=sizes["c"])
     if case.op == "selective_scan":
         return scan_config(sizes["n"])
-    itemsize = 2 if precision == "bfloat16" else 4
     return triton_config(sizes["d"], itemsize, "float32" if precision == "float32" else "tfloat32")
 
 

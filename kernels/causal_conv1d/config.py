@@ -58,7 +58,7 @@ class CausalConv1dConfig:
 
 
 def default_config(*, batch: int, length: int, channels: int) -> CausalConv1dConfig:
-    """Picks block sizes for a shape: predictions from register counts of compiled kernels, not yet timed on a GPU.
+    """Picks block sizes for a shape by register counts of compiled kernels; no other sizes have been timed.
 
     Args:
       batch, length, channels: b, l and c.
@@ -81,5 +81,5 @@ def default_config(*, batch: int, length: int, channels: int) -> CausalConv1dCon
 
 
 def default_implementation() -> str:
-    """Returns the backend for any platform and shape: plain JAX until a GPU has timed the kernels."""
+    """Returns the backend for any platform and shape: plain JAX until an evaluation by kernels has run on a GPU."""
     return "xla"

@@ -54,5 +54,5 @@ def default_config(state_width: int) -> SelectiveScanConfig:
 
 
 def default_implementation() -> str:
-    """Returns the backend for any platform and shape: plain JAX, for no kernel here has been timed on a GPU yet."""
+    """Returns the backend for any platform and shape: plain JAX until an evaluation by kernels has run on a GPU."""
     return "xla"

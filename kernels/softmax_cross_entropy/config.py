@@ -15,7 +15,7 @@ _LEAST_TILE, _LARGEST_TILE = 128, 8192
 
 
 def default_implementation() -> str:
-    """Returns the plain-JAX form for any platform: no GPU has been measured yet that would speak for the kernels."""
+    """Returns the plain-JAX form for any platform, until whole runs by kernels have been seen on a GPU."""
     return "xla"
 
 

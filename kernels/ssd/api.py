@@ -69,7 +69,7 @@ def kernel_options(
         wide = factors == "float32" and x.dtype == jnp.float32
         config = default_config(
             batch=batch, length=length, heads=heads, groups=B.shape[2], width=width, state_width=B.shape[3],
-            chunk_size=chunk_size, wide_products=wide,
+            chunk_size=chunk_size, wide_products=wide, itemsize=x.dtype.itemsize,
         )  # fmt: skip
     return {"config": config, "products": factors, "interpret": implementation == "pallas_triton_interpreted"}
 

@@ -150,7 +150,7 @@ def test_inside_a_checked_shard_map():
 def test_default_configs_fill_a_large_gpu():
     shape = {"heads": 4, "groups": 1, "width": 32, "state_width": 32, "chunk_size": 64}
     short = default_config(batch=2048, length=50, **shape)
-    assert (short.segments, short.chunk_size, short.heads_per_program) == (1, 32, 4)
+    assert (short.segments, short.chunk_size, short.heads_per_program) == (1, 16, 1)
     long = default_config(batch=1, length=65_536, **shape)
     assert long.segments * shape["heads"] >= 1024
     assert long.heads_per_program == 1
