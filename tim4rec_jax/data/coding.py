@@ -10,15 +10,22 @@ from tim4rec_jax.data.readers import RawLog
 
 
 class IdCoder:
-    """Numbers distinct ids 0, 1, ... in the order in which they first appear; int32 holds the numbers."""
+    """Numbers distinct ids 0, 1, ... in the order in which they first appear; int32 holds the numbers.
+
+    Polars keeps the numbers of a categorical type in one hash table that grows, so that a piece costs the same however
+    many ids are known already.
+    """
 
     def __init__(self) -> None:
-        self._known = pl.DataFrame({"id": [], "code": []}, schema={"id": pl.String, "code": pl.Int32})
+        self._type = pl.Categorical(pl.Categories.random())
+        # The table lives as long as a column of its type.
+        self._anchor: pl.Series | None = None
 
     @property
     def ids(self) -> pl.Series:
         """The ids seen so far (String), number i at position i."""
-        return self._known["id"]
+        ids = self._type.categories.to_series() if self._anchor is not None else pl.Series(dtype=pl.String)
+        return ids.alias("id")
 
     def codes(self, ids: pl.Series) -> np.ndarray:
         """Returns the number of each id of a further piece, int32 [rows].
@@ -26,20 +33,10 @@ class IdCoder:
         Args:
           ids: String [rows], none of them null.
         """
-        table = ids.to_frame("id")
-        joined = table.join(self._known, on="id", how="left", maintain_order="left")["code"]
-        if not joined.null_count():
-            return joined.to_numpy()
-        unknown = joined.is_null()
-        rest = table.filter(unknown)
-        # Only what is new goes through a second table, so that a piece costs one look into the large one.
-        new = rest.unique(maintain_order=True).with_columns(
-            code=pl.int_range(self._known.height, self._known.height + pl.len(), dtype=pl.Int32)
-        )
-        self._known = pl.concat([self._known, new], rechunk=True)
-        codes = joined.fill_null(0).to_numpy(writable=True)
-        codes[unknown.to_numpy()] = rest.join(new, on="id", how="left", maintain_order="left")["code"].to_numpy()
-        return codes
+        coded = ids.cast(self._type)
+        if self._anchor is None and len(coded):
+            self._anchor = coded.head(1)
+        return coded.to_physical().cast(pl.Int32).to_numpy()
 
 
 @dataclass(eq=False)
