@@ -150,8 +150,7 @@ def test_both_loaders_train_alike(tmp_path):
         [line["loss"] for line in read_metrics(tmp_path / loader) if line["kind"] == "train"]
         for loader in ("device", "grain")
     ]
-    assert len(losses[0]) == 2
-    np.testing.assert_allclose(losses[0], losses[1], rtol=1e-6)  # two programs, which may round otherwise
+    assert losses[0] == losses[1] and len(losses[0]) == 2
     assert [line["step"] for line in read_metrics(tmp_path / "grain") if line["kind"] == "train"] == [3, 4]
 
 
@@ -162,11 +161,9 @@ PACKED = [
 
 
 def test_training_on_all_positions_resumes_inside_an_epoch_with_either_loader(tmp_path, monkeypatch):
-    """The loaders give the same losses; a run that was stopped on the way has the bits of one that was not."""
-    folders = whole, stopped = tmp_path / "whole", tmp_path / "stopped"
-    on_device = tmp_path / "device"
-    assert train.main([*PACKED, f"--run_dir={on_device}", "--train.max_steps=5"]) == 0
-    assert train.main([*PACKED, f"--run_dir={whole}", "--data.loader=grain"]) == 0
+    """The bits of a run with the one loader are those of one with the other that was stopped on the way."""
+    folders = whole, stopped = tmp_path / "device", tmp_path / "grain"
+    assert train.main([*PACKED, f"--run_dir={whole}"]) == 0
     again = [*PACKED, f"--run_dir={stopped}", "--data.loader=grain"]
     log_line = Trainer._log_line
 
@@ -189,9 +186,6 @@ def test_training_on_all_positions_resumes_inside_an_epoch_with_either_loader(tm
     losses = [[line["loss"] for line in read_metrics(folder) if line["kind"] == "train"] for folder in folders]
     assert losses[0] == losses[1]
     assert np.mean(losses[0][-5:]) < 0.97 * np.mean(losses[0][:5])
-    # Two programs, which may round otherwise.
-    of_device = [line["loss"] for line in read_metrics(on_device) if line["kind"] == "train"]
-    np.testing.assert_allclose(of_device, losses[0][:5], rtol=1e-6)
 
 
 def _state(folder: pathlib.Path) -> tuple[int, list[np.ndarray]]:

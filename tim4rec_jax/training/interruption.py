@@ -132,6 +132,7 @@ class StopRequests:
         self._thread.start()
 
     def _listen(self, pipe: int) -> None:
+        # Open to the end: Python complains of a signal that it cannot write there.
         with os.fdopen(pipe, "rb", buffering=0) as stream:
             number = 0
             while number not in (signal.SIGINT, signal.SIGTERM):
@@ -139,10 +140,10 @@ class StopRequests:
                 if not heard:
                     return
                 number = heard[0]
-        while not self._ended.wait(self._grace):
-            with self._lock:  # `keep_going` waits for it, so that no step is taken meanwhile
-                if self._at_rest and not self._ended.is_set():
-                    self._leave(number)
+            while not self._ended.wait(self._grace):
+                with self._lock:  # `keep_going` waits for it, so that no step is taken meanwhile
+                    if self._at_rest and not self._ended.is_set():
+                        self._leave(number)
 
     def _leave(self, number: int) -> None:
         stopped = Interrupted(self._message, number)
