@@ -49,6 +49,7 @@ def _parse(rest: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--tiny", action="store_true", help="sizes at which the program can be tried out on any machine"
     )
+    parser.add_argument("--only", nargs="+", default=(), help="what has one of these in its label, e.g. l4099")
     parser.add_argument("--implementation", default="pallas_triton", help="which of our kernels")
     parser.add_argument("--seed", type=int, help="of the inputs; drawn afresh by default")
     options = parser.parse_args(rest)
@@ -92,7 +93,7 @@ def run(options: argparse.Namespace, rest: list[str]) -> tuple[dict[str, Any], T
     chosen = _parse(rest)
     budget = Budget(chosen.budget_seconds)
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", _MEMORY_SHARE)
-    settings = Settings(chosen.implementation, chosen.tiny, options.repeats)
+    settings = Settings(chosen.implementation, chosen.tiny, options.repeats, tuple(chosen.only))
     seed = secrets.randbits(32) if chosen.seed is None else chosen.seed
     record: dict[str, Any] = {
         "environment": environment(),

@@ -170,11 +170,17 @@ class Settings:
       implementation: of our kernels.
       tiny: sizes for trying the program out.
       repeats: readings of each form.
+      only: what is checked or measured has one of these in its label; empty is everything.
     """
 
     implementation: str
     tiny: bool
     repeats: int
+    only: tuple[str, ...] = ()
+
+    def wants(self, label: str) -> bool:
+        """Whether something of this label is checked or measured."""
+        return not self.only or any(part in label for part in self.only)
 
     @property
     def least_seconds(self) -> float:

@@ -29,8 +29,9 @@ from experiments.benchmarks.gpu_cases import (
 )
 from experiments.benchmarks.gpu_clock import Budget, Settings, build_all, reason
 
-# Largest errors of y and of a gradient, relative in the norm, and over the largest magnitude.
-LIMITS = {"float32": (2e-5, 1e-4), "tfloat32": (5e-3, 5e-3), "bfloat16": (2e-2, 2e-2)}
+# Largest errors of y and of a gradient, relative in the norm, and over the largest magnitude. TF32 was seen to reach
+# 6e-3 at single places of gradients behind a norm, where float32 kept to 1e-6.
+LIMITS = {"float32": (2e-5, 1e-4), "tfloat32": (5e-3, 1e-2), "bfloat16": (2e-2, 2e-2)}
 # A recurrence keeps a few states a position for its gradient.
 _BLOCK_BYTES = 2**30
 # At least so many blocks, where there are rows enough: their gradients of a parameter say how large its addends are.
@@ -168,6 +169,8 @@ def run(
     wanted = PRECISIONS[:1] if settings.tiny else PRECISIONS
     for case in cases:
         label = f"check of {case.label}"
+        if not settings.wants(label):
+            continue
         if refusal := budget.refusal():
             result["skipped"][label] = refusal
             continue

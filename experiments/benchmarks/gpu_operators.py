@@ -236,6 +236,8 @@ def run(
     last: tuple[Case | None, Any] = (None, None)
     for kind, case, precision in jobs(settings.tiny):
         label = f"{kind}: {case.label} {precision}"
+        if not settings.wants(label):
+            continue
         if refusal := budget.refusal():
             result["skipped"][label] = refusal
             continue

@@ -282,6 +282,8 @@ def run(
     order += [("comparisons", compare, precision) for precision in ([] if settings.tiny else rest)]
     for (kind, measure, precision), (shape, batches, lengths) in itertools.product(order, prepared):
         label = f"{kind}: {shape.config.name} {precision}"
+        if not settings.wants(label):
+            continue
         if refusal := budget.refusal():
             result["skipped"][label] = refusal
             continue

@@ -145,6 +145,16 @@ def test_what_there_is_no_time_for_says_so(tmp_path):
         assert all("are over" in why for why in written[part]["skipped"].values())
 
 
+def test_only_what_is_asked_for(tmp_path):
+    output = tmp_path / "gpu.json"
+    asked = ["--budget_seconds=1e-9", "--parts=correctness,train_step", "--only", "scan", "beauty"]
+    assert benchmark.main([*TINY, *asked, f"--output={output}"]) == 0
+    written = json.loads(output.read_text())
+    [label] = written["correctness"]["skipped"]
+    assert label.startswith("check of selective_scan") and written["settings"]["only"] == ["scan", "beauty"]
+    assert written["train_step"]["skipped"] == {}
+
+
 @pytest.mark.parametrize("option", ["--parts=ops,speed", "--budget_seconds=0"])
 def test_bad_options_are_refused(option, capsys):
     assert benchmark.main([*TINY, option]) == 2
