@@ -1,10 +1,11 @@
 """From a Parquet log to training batches: memory, time and rows a second, at several sizes of the log.
 
 A log is made for each size: ids are text, events are in order of time with users mixed, item popularity falls off, and
-users grow with the log (20 events each on average). A fresh process reads, cleans and caches it; another one opens the
-cached log, splits it and takes batches of the Grain loader through one shuffled epoch, at least --seconds and two
-batches. Each says its peak resident memory (VmHWM), imports included, which "start" gives alone. CPU seconds are those
-of all threads: on a busy machine they tell the cost of a row, where wall time tells the load.
+users and items grow with the log (20 events a user on average) unless --users and --items say how many there are. A
+fresh process reads, cleans and caches it; another one opens the cached log, splits it and takes batches of the Grain
+loader through one shuffled epoch, at least --seconds and two batches. Each says its peak resident memory (VmHWM),
+imports included, which "start" gives alone. CPU seconds are those of all threads: on a busy machine they tell the cost
+of a row, where wall time tells the load.
 """
 
 import argparse
@@ -33,11 +34,13 @@ YEARS = 5 * 365 * 86_400
 _PIECE = 2**20
 
 
-def write_log(path: pathlib.Path, num_rows: int, seed: int) -> None:
+def write_log(
+    path: pathlib.Path, num_rows: int, seed: int, num_users: int | None = None, num_items: int | None = None
+) -> None:
     """Writes a synthetic log of `num_rows` rows: user (text), item (text), timestamp (seconds, ascending)."""
     rng = np.random.default_rng(seed)
-    num_users = max(1, num_rows // EVENTS_A_USER)
-    num_items = min(MOST_ITEMS, max(1, num_rows // ROWS_AN_ITEM))
+    num_users = num_users or max(1, num_rows // EVENTS_A_USER)
+    num_items = num_items or min(MOST_ITEMS, max(1, num_rows // ROWS_AN_ITEM))
     first, frames = 0, []
     while first < num_rows:
         size = min(_PIECE, num_rows - first)
@@ -119,7 +122,7 @@ def measure(num_rows: int, options: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         path, cache = str(pathlib.Path(folder) / "log.parquet"), str(pathlib.Path(folder) / "cache")
         print(f"{num_rows:,} rows: writing", file=sys.stderr, flush=True)
-        write_log(pathlib.Path(path), num_rows, options.seed)
+        write_log(pathlib.Path(path), num_rows, options.seed, options.users, options.items)
         print(f"{num_rows:,} rows: reading and cleaning", file=sys.stderr, flush=True)
         read = in_fresh_process("ingest", path, cache)
         print(f"{num_rows:,} rows: batches", file=sys.stderr, flush=True)
@@ -144,6 +147,8 @@ def _parse(rest: list[str]) -> argparse.Namespace:
     """
     parser = argparse.ArgumentParser(prog="experiments.benchmark logs", allow_abbrev=False)
     parser.add_argument("--rows", type=_sizes, default="1e6,5e6,2e7", help="rows of the logs")
+    parser.add_argument("--users", type=int, help="users of every log; by default a twentieth of its rows")
+    parser.add_argument("--items", type=int, help="items of every log; by default a fiftieth of its rows, at most 1e5")
     parser.add_argument("--batch_size", type=int, default=2048, help="examples of a batch")
     parser.add_argument("--max_len", type=int, default=50, help="positions of an example")
     parser.add_argument("--seconds", type=float, default=10.0, help="how long batches are taken")
@@ -152,6 +157,10 @@ def _parse(rest: list[str]) -> argparse.Namespace:
     options = parser.parse_args(rest)
     if min(options.rows) < 1000:
         raise ValueError(f"--rows={','.join(map(str, options.rows))}: expected sizes of at least 1000")
+    for name in ("users", "items"):
+        number = getattr(options, name)
+        if number is not None and not 1 <= number <= min(options.rows):
+            raise ValueError(f"--{name}={number}: expected 1 to {min(options.rows)}, the rows of the smallest log")
     return options
 
 

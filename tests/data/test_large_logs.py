@@ -142,6 +142,18 @@ def test_the_order_of_an_epoch_is_numpys_permutation():
         np.testing.assert_array_equal(order, expected)
 
 
+def test_a_log_has_the_users_and_items_asked_for(tmp_path):
+    logs.write_log(tmp_path / "log.parquet", 5000, 0, num_users=7, num_items=11)
+    frame = pl.read_parquet(tmp_path / "log.parquet")
+    assert (frame.height, frame["user"].n_unique(), frame["item"].n_unique()) == (5000, 7, 11)
+
+
+@pytest.mark.parametrize("option", ["--users=0", "--items=2000"])
+def test_more_users_or_items_than_rows_are_refused(option, capsys):
+    assert benchmark.main(["logs", "--rows=1000", option]) == 2
+    assert option in capsys.readouterr().err
+
+
 def test_memory_is_bounded_by_the_rows(tmp_path, capsys):
     output = tmp_path / "logs.json"
     argv = ["logs", f"--rows={ROWS}", f"--output={output}", f"--folder={tmp_path}", "--seconds=0.2"]
