@@ -1,13 +1,10 @@
 """The training run: epochs, validation, early stop, checkpoints, and the test of the best epoch."""
 
 import contextlib
-import ctypes
 import dataclasses
 import functools
 import pathlib
-import resource
 import statistics
-import sys
 import time
 from dataclasses import dataclass, field
 from typing import Any
@@ -33,6 +30,7 @@ from tim4rec_jax.training.checkpoint import Checkpointer
 from tim4rec_jax.training.early_stop import EarlyStop
 from tim4rec_jax.training.interruption import Interrupted, StopRequests
 from tim4rec_jax.training.logging import MetricLogger, TrainingProgress, plot_training_curves, read_metrics
+from tim4rec_jax.training.memory import peak_device_bytes, peak_resident_bytes, resident_mb, return_freed_memory
 from tim4rec_jax.training.parallel import Layout, make_layout
 from tim4rec_jax.training.processes import broadcast, is_main, lost_processes_named, restored_everywhere
 from tim4rec_jax.training.step import TrainState, init_state, learning_rate_schedule
@@ -72,40 +70,6 @@ class Position:
     def from_dict(cls, values: dict[str, Any], patience: int) -> "Position":
         stop = EarlyStop(**(values["stop"] | {"patience": patience}))
         return cls(**(values | {"stop": stop, "epoch_losses": tuple(values["epoch_losses"])}))
-
-
-def _return_freed_memory() -> None:
-    """Gives memory that compilation used and freed back to the system; glibc keeps gigabytes of it otherwise."""
-    if sys.platform == "linux":
-        try:
-            ctypes.CDLL("libc.so.6").malloc_trim(0)
-        except (OSError, AttributeError):  # another C library: nothing to return by this name
-            return
-
-
-def _resident_mb() -> float | None:
-    """Memory this process holds now, in MiB; None where the system does not say."""
-    try:
-        pages = int(pathlib.Path("/proc/self/statm").read_text().split()[1])
-    except OSError:
-        return None
-    return pages * resource.getpagesize() / 2**20
-
-
-def _peak_resident_bytes() -> int:
-    """The most memory this process has held, in bytes."""
-    try:
-        # getrusage would do, but on Linux it starts from the peak of the process that started this one.
-        status = pathlib.Path("/proc/self/status").read_text()
-        return int(status.partition("VmHWM:")[2].split()[0]) * 1024
-    except (OSError, IndexError):
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return peak if sys.platform == "darwin" else peak * 1024
-
-
-def _peak_device_bytes() -> int | None:
-    """The most memory held on the first device; None where it keeps no count, as the CPU."""
-    return (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
 
 
 @jax.jit
@@ -239,7 +203,7 @@ class Trainer:
                 choose_step(self.config), self.model, self.optimizer, self.config, self.groups, self.loader
             )
             self._step = self.layout.wrap(step).lower(self.state, self.resident, payload).compile()
-            _return_freed_memory()
+            return_freed_memory()
         return self._step
 
     def _train_epoch(self) -> None:
@@ -328,12 +292,12 @@ class Trainer:
         step = int(self.state.step)
         if position.pending:
             self._log_line(step)
-        resident = _resident_mb()
+        resident = resident_mb()
         # Whatever happens in validation then costs no epoch.
         self._save(step, seconds)
         self._rest(step)
         result = validate(self.state.params)
-        _return_freed_memory()
+        return_freed_memory()
         monitor = self.config.eval.monitor
         position.stop = position.stop.after(result.metrics[monitor], position.epoch)
         total, count = position.epoch_losses
@@ -341,7 +305,7 @@ class Trainer:
         self._logger.log(
             "valid", step=step, epoch=position.epoch, train_loss=loss, train_seconds=seconds,
             valid_seconds=result.seconds, examples_per_second=rate, resident_mb=resident,
-            peak_resident_bytes=_peak_resident_bytes(), **result.metrics,
+            peak_resident_bytes=peak_resident_bytes(), **result.metrics,
         )  # fmt: skip
         shown = {monitor: result.metrics[monitor], "best": position.stop.best}
         self._progress.end_epoch(position.epoch, loss=loss, seconds=seconds, rate=rate, metrics=shown)
@@ -396,6 +360,6 @@ class Trainer:
         peaks = [line.get("peak_resident_bytes", 0) for line in epochs]
         return {
             "seconds_per_epoch": statistics.median(line["train_seconds"] for line in epochs),
-            "peak_resident_bytes": max([*peaks, _peak_resident_bytes()]),
-            "peak_device_bytes": _peak_device_bytes(),
+            "peak_resident_bytes": max([*peaks, peak_resident_bytes()]),
+            "peak_device_bytes": peak_device_bytes(),
         }
