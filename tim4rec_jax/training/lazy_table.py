@@ -6,7 +6,6 @@ the old ones in the donated state. Where the table lies in parts on several devi
 from the others and writes the rows that are its own.
 """
 
-import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -20,7 +19,7 @@ from tim4rec_jax.data.loader import Batch
 from tim4rec_jax.data.negatives import Negatives
 from tim4rec_jax.data.packed_loader import PackedBatch
 from tim4rec_jax.models import SequentialModel
-from tim4rec_jax.models.catalogue_shards import TABLE, fetch_rows, own_places
+from tim4rec_jax.models.catalogue_shards import TABLE, fetch_rows, on_working_table, own_places
 
 _TABLE = (TABLE, "embedding")
 
@@ -128,12 +127,6 @@ def _total_of_devices(
     return total, weight, tree.unflatten(values), ids
 
 
-def _fetched(params: Any, ids: Array) -> Any:
-    """Returns the parameters with these rows of a table in parts."""
-    rows = fetch_rows(params[TABLE]["embedding"], ids)
-    return {**params, TABLE: {"embedding": rows}}
-
-
 def _places_in_part(params: Any, ids: Array) -> Array:
     """Returns where in this device's part the rows lie; different numbers behind its end where others have them."""
     shard = params[TABLE]["embedding"]
@@ -179,8 +172,9 @@ def update_from_touched(
     """
     vocab_size = model.config.embedding_rows
     ids, batch, negatives = in_working_rows(batch, negatives, vocab_size)
-    own = model.clone(config=dataclasses.replace(model.config, vocab_size=ids.size, vocab_multiple=1))
-    working = _fetched(params, ids) if in_parts else gather_rows(params, ids)
+    table = params[TABLE]["embedding"]
+    rows = fetch_rows(table, ids) if in_parts else table.at[ids].get(mode="fill", fill_value=0)
+    own, working = on_working_table(model, params, rows)
     total, grads = value_and_grad(own, working, batch, negatives)
     weight = jnp.sum(batch.weights).astype(total.dtype)
     if axis is not None:
