@@ -316,6 +316,17 @@ def _write_json(file: pathlib.Path, values: Mapping[str, Any]) -> None:
 
 
 @contextlib.contextmanager
+def named_in_errors(path: pathlib.Path) -> Iterator[None]:
+    """Raises what the operating system refuses in the body with the name of the file or folder."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None:  # Not the operating system's: its message is all there is.
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+@contextlib.contextmanager
 def replacing(file: pathlib.Path) -> Iterator[pathlib.Path]:
     """Yields a temporary path beside `file` that takes its place at the end, or is removed if the body raises.
 
@@ -324,12 +335,11 @@ def replacing(file: pathlib.Path) -> Iterator[pathlib.Path]:
     """
     temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
     try:
-        yield temporary
-        with temporary.open("r+b") as stream:
-            os.fsync(stream.fileno())
-        os.replace(temporary, file)
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, str(file)) from error
+        with named_in_errors(file):
+            yield temporary
+            with temporary.open("r+b") as stream:
+                os.fsync(stream.fileno())
+            os.replace(temporary, file)
     except pl.exceptions.ComputeError as error:
         if (number := re.search(r"os error (\d+)", str(error))) is None:
             raise

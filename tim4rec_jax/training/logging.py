@@ -12,6 +12,7 @@ import os
 import pathlib
 import time
 from collections.abc import Mapping
+from io import FileIO
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -20,7 +21,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from tim4rec_jax.run_dir import CURVES, METRICS, replacing, write_atomically
+from tim4rec_jax.run_dir import CURVES, METRICS, named_in_errors, replacing, write_atomically
 from tim4rec_jax.training.event_files import EventFile
 
 Kind = Literal["train", "valid", "test", "event"]
@@ -49,8 +50,7 @@ class MetricLogger:
         self._events: EventFile | None = None
         self._purge_step: int | None = None
         torn = _drop_torn_line(self._file)
-        # Without a buffer nothing is left over that closing would try again to write.
-        self._stream = self._file.open("ab", buffering=0)
+        self._stream = _open_to_append(self._file)
         if torn:
             self.log("event", message=f"dropped a half-written last line of {torn} bytes")
 
@@ -86,12 +86,10 @@ class MetricLogger:
             self._log_scalars(kind, line)
 
     def _append(self, line: bytes) -> None:
-        try:
+        with named_in_errors(self._file):
             written = self._stream.write(line)
             if written != len(line):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        except OSError as error:
-            raise OSError(error.errno, error.strerror, str(self._file)) from error
 
     def _log_scalars(self, kind: str, line: Mapping[str, Any]) -> None:
         scalars = {
@@ -99,12 +97,10 @@ class MetricLogger:
             for name, value in _numbers_restored(line).items()
             if name != "step" and isinstance(value, int | float) and not isinstance(value, bool)
         }
-        try:
+        with named_in_errors(self._tensorboard):
             if self._events is None:
                 self._events = EventFile(self._tensorboard, self._purge_step)
             self._events.add(line["step"], scalars)
-        except OSError as error:
-            raise OSError(error.errno, error.strerror, str(self._tensorboard)) from error
 
     def truncate_after(self, step: int, validated: int | None = None) -> int:
         """Drops the lines written after `step` and returns how many, so that a resumed run repeats none of them.
@@ -129,8 +125,7 @@ class MetricLogger:
             else:
                 dropped += 1
         write_atomically(self._file, "".join(kept).encode())
-        # Without a buffer nothing is left over that closing would try again to write.
-        self._stream = self._file.open("ab", buffering=0)
+        self._stream = _open_to_append(self._file)
         if self._events is not None:
             self._events.close()
             self._events = None
@@ -171,6 +166,11 @@ def _lines(file: pathlib.Path) -> list[tuple[str, dict[str, Any]]]:
             raise ValueError(f"{file}:{number} is a {type(values).__name__} where an object is expected")
         lines.append((line, values))
     return lines
+
+
+def _open_to_append(file: pathlib.Path) -> FileIO:
+    """Opens without a buffer, so that nothing is left over that closing would try again to write."""
+    return file.open("ab", buffering=0)
 
 
 def _drop_torn_line(file: pathlib.Path) -> int:
