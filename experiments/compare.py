@@ -12,7 +12,6 @@ Writes <output>.md, <output>.json and <output>.png. Exit codes: 0 done, 2 an err
 stopped by Ctrl-C and 0 by SIGTERM with the state saved.
 """
 
-import signal
 from collections.abc import Sequence
 
 from rich.console import Console
@@ -24,6 +23,7 @@ from experiments.comparison_report import write_report
 from experiments.comparison_rows import is_asked_for, parse_rows
 from experiments.run_queue import Job, is_finished, processor_shares, train_all
 from tim4rec_jax.data.interactions import load_log
+from tim4rec_jax.training.interruption import exit_code
 
 
 def train_missing(plan: Plan, jobs: int, console: Console) -> tuple[dict[str, str], int | None]:
@@ -74,7 +74,7 @@ def program(argv: list[str]) -> int:
         failures, stopped_by = train_missing(plan, arguments.jobs, console)
         if stopped_by is not None:
             console.print("stopped; the same command goes on, and --report-only shows what is finished", soft_wrap=True)
-            return 0 if stopped_by == signal.SIGTERM else 130
+            return exit_code(stopped_by)
     if not failures or any(is_finished(plan.folder(*run)) for run in plan.runs_in_order()):
         show_report(plan, arguments.note, console)
     if failures:

@@ -32,6 +32,7 @@ from experiments.run_queue import Job, is_finished, train_all
 from experiments.sweep_plan import Plan, Range, parse, record_plan
 from tim4rec_jax.data.interactions import load_log
 from tim4rec_jax.run_dir import environment, read_results, write_atomically
+from tim4rec_jax.training.interruption import exit_code
 
 ERROR, MARKDOWN, RECORD, JOURNAL = "error.txt", "sweep.md", "sweep.json", "optuna.journal"
 WHY_ONE_TEST = (
@@ -301,7 +302,7 @@ def run(plan: Plan, console: Console) -> int:
         console.print(table(plan, trials))
     if stopped is not None:
         console.print("stopped; the same command goes on from here")
-        return 0 if stopped == signal.SIGTERM else 130
+        return exit_code(stopped)
     if test is None:
         errors = {f"trial {trial.number + 1}: {_first_line(trial.error)}" for trial in trials if trial.error}
         raise ValueError("every trial failed:\n  " + "\n  ".join(sorted(errors)))

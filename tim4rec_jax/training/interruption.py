@@ -19,6 +19,11 @@ from jax.experimental import multihost_utils
 GRACE_SECONDS = 5.0
 
 
+def exit_code(number: int) -> int:
+    """Returns 0 for SIGTERM, by which schedulers ask for the place, and 130 for Ctrl-C, as shells say it."""
+    return 0 if number == signal.SIGTERM else 128 + signal.SIGINT
+
+
 class Interrupted(Exception):
     """Training was asked to stop by a signal; its state is saved."""
 
@@ -28,8 +33,7 @@ class Interrupted(Exception):
 
     @property
     def exit_code(self) -> int:
-        """0 after SIGTERM, by which schedulers ask for the place; 130 after Ctrl-C, as shells say it."""
-        return 0 if self.signal == signal.SIGTERM else 128 + signal.SIGINT
+        return exit_code(self.signal)
 
 
 def explain(stopped: Interrupted) -> str:
