@@ -240,15 +240,18 @@ class Trainer:
             step = int(self.state.step) - len(losses) + bad + 1
             rate = float(self.schedule(step - 1))
             self._logger.log("event", message="loss is not finite", step=step, loss=losses[bad], learning_rate=rate)
-            raise FloatingPointError(
-                f"the loss is {losses[bad]} at step {step} (learning rate {rate:g}); the last good checkpoint "
-                f"is kept in {self.run_dir}: start anew with a lower train.learning_rate, or set train.clip_norm"
-            )
+            raise self._diverged(f"the loss is {losses[bad]} at step {step} (learning rate {rate:g})")
         total, count = self.position.epoch_losses
         for loss in losses:
             total += loss
         self.position.epoch_losses = (total, count + len(losses))
         self.position.pending += losses
+
+    def _diverged(self, what: str) -> FloatingPointError:
+        return FloatingPointError(
+            f"{what}; the last good checkpoint is kept in {self.run_dir}: start anew with a lower train.learning_rate, "
+            "or set train.clip_norm"
+        )
 
     def _log_line(self, step: int) -> None:
         self._fetch_losses()
@@ -265,10 +268,7 @@ class Trainer:
         """Saves inside an epoch or at its end; `seconds` it was trained for, if not until now."""
         self._fetch_losses()
         if not bool(_all_finite(self.state.params)):
-            raise FloatingPointError(
-                f"parameters are not finite after step {step}; the last good checkpoint is kept in {self.run_dir}: "
-                "start anew with a lower train.learning_rate, or set train.clip_norm"
-            )
+            raise self._diverged(f"parameters are not finite after step {step}")
         seconds = self.position.seconds + self._progress.seconds if seconds is None else seconds
         self._checkpoints.save_latest(step, self.state, self.position.to_dict() | {"seconds": seconds})
 
