@@ -16,6 +16,7 @@ import pytest
 from experiments import evaluate, recommend, train
 from experiments.command_line import run_program
 from experiments.published import PUBLISHED
+from tests.training.ctrl_c import ctrl_c_at
 from tim4rec_jax.data.splits import split_log
 from tim4rec_jax.run_dir import (
     CHECKPOINTS,
@@ -160,20 +161,12 @@ PACKED = [
 ]  # fmt: skip
 
 
-def test_training_on_all_positions_resumes_inside_an_epoch_with_either_loader(tmp_path, monkeypatch):
+def test_training_on_all_positions_resumes_inside_an_epoch_with_either_loader(tmp_path):
     """The bits of a run with the one loader are those of one with the other that was stopped on the way."""
     folders = whole, stopped = tmp_path / "device", tmp_path / "grain"
     assert train.main([*PACKED, f"--run_dir={whole}"]) == 0
     again = [*PACKED, f"--run_dir={stopped}", "--data.loader=grain"]
-    log_line = Trainer._log_line
-
-    def stop_at_step_five(trainer, step):
-        log_line(trainer, step)
-        if step == 5:
-            signal.raise_signal(signal.SIGINT)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "_log_line", stop_at_step_five)
+    with ctrl_c_at(5):
         assert train.main(again) == 130
     assert [line["step"] for line in read_metrics(stopped)] == [1, 2, 3, 4, 5]
     assert train.main([*again, "--resume"]) == 0

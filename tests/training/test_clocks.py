@@ -2,16 +2,15 @@
 
 import itertools
 import os
-import signal
 import time
 
 import pytest
 
 from experiments import train
+from tests.training.ctrl_c import ctrl_c_at
 from tests.training.event_records import events_of
 from tests.training.forked_runs import OPTIONS, require_same_runs
 from tim4rec_jax.training.logging import read_metrics
-from tim4rec_jax.training.loop import Trainer
 
 
 @pytest.mark.slow
@@ -23,15 +22,7 @@ def test_a_clock_that_goes_backwards_changes_nothing(tmp_path, monkeypatch):
     now = time.time()
     monkeypatch.setattr(time, "time", lambda: now - 3600 * next(hours))
     monkeypatch.setattr(time, "time_ns", lambda: int(1e9 * time.time()))
-    original = Trainer._log_line
-
-    def stop_at_30(self, step):
-        original(self, step)
-        if step == 30:
-            signal.raise_signal(signal.SIGINT)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "_log_line", stop_at_30)
+    with ctrl_c_at(30):
         assert train.main([*OPTIONS, f"--run_dir={folder}"]) == 130
     for age, path in enumerate(sorted(folder.rglob("*"))):
         os.utime(path, (now - 86400 * age, now - 86400 * age))

@@ -1,0 +1,24 @@
+"""Ctrl-C in the middle of training."""
+
+import contextlib
+import signal
+from collections.abc import Iterator
+
+import pytest
+
+from tim4rec_jax.training.loop import Trainer
+
+
+@contextlib.contextmanager
+def ctrl_c_at(step: int) -> Iterator[None]:
+    """Runs trained in the body get SIGINT when the line of this step is logged."""
+    log_line = Trainer._log_line
+
+    def stop(trainer, number):
+        log_line(trainer, number)
+        if number == step:
+            signal.raise_signal(signal.SIGINT)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "_log_line", stop)
+        yield
