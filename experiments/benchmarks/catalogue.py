@@ -167,6 +167,7 @@ def measure(options: argparse.Namespace, items: int, shards: int) -> dict[str, A
 
 
 def sizes(text: str) -> list[int]:
+    """Reads sizes such as 1e6,1e7 from the command line."""
     return [int(float(size)) for size in text.split(",")]
 
 

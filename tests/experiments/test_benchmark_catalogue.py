@@ -7,15 +7,12 @@ import pytest
 
 from experiments import benchmark
 from experiments.benchmarks.catalogue import largest_array
-from tests.training.fake_devices import environment
 
 TINY = ["catalogue", "--tiny", "--devices=2", "--batch_rows=2", "--length=8", "--run_rows=2", "--run_length=8"]
 
 
 @pytest.mark.slow
-def test_a_tiny_run(tmp_path, capsys, monkeypatch):
-    # For quick compilation.
-    monkeypatch.setenv("XLA_FLAGS", environment(2)["XLA_FLAGS"])
+def test_a_tiny_run(tmp_path, capsys):
     output = tmp_path / "catalogue.json"
     options = ["--items=5003", "--shards=2", "--run_up_to=5003", "--steps=2"]
     assert benchmark.main([*TINY, *options, f"--output={output}"]) == 0

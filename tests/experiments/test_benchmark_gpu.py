@@ -6,12 +6,10 @@ import sys
 import time
 import types
 
-import jax
 import numpy as np
 import pytest
 import torch
 
-import tim4rec_jax.training.step
 from experiments import benchmark
 from experiments.benchmarks import (
     gpu_cases,
@@ -22,7 +20,6 @@ from experiments.benchmarks import (
     gpu_training,
     gpu_work,
 )
-from experiments.benchmarks import train_step as cpu_train_step
 from experiments.benchmarks.gpu_cases import Case
 from kernels.causal_conv1d.config import CausalConv1dConfig
 from kernels.selective_scan.config import SelectiveScanConfig
@@ -35,24 +32,12 @@ AMPLE = "--budget_seconds=100000"
 CONV = Case("causal_conv1d", {"b": 2, "l": 5, "c": 16})
 
 
-class QuickJax:
-    """JAX with a quick compiler, for programs that run once."""
-
-    jit = staticmethod(jax.jit)
-
-    def __getattr__(self, name):
-        return getattr(jax, name)
-
-
 @pytest.fixture(scope="module", autouse=True)
-def quick():
-    """Programs are compiled quickly, and small tensors do not wait for other threads."""
+def one_thread():
+    """Small tensors do not wait for other threads."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    with pytest.MonkeyPatch.context() as patch:
-        for module in (gpu_correctness, gpu_operators, cpu_train_step, tim4rec_jax.training.step):
-            patch.setattr(module, "jax", QuickJax())
-        yield
+    yield
     torch.set_num_threads(threads)
 
 

@@ -57,9 +57,8 @@ class Training:
 
     @functools.cached_property
     def step(self):
-        """The compiled step; quickly where the compiler takes options for it."""
-        lowered = self.wrapped.lower(self.start(), self.resident, self.payload(0))
-        return lowered.compile()
+        """The compiled step."""
+        return self.wrapped.lower(self.start(), self.resident, self.payload(0)).compile()
 
     def start(self):
         return self.layout.place(self.layout.create(lambda: init_state(self.model, self.optimizer, 3)))
