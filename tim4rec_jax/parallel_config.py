@@ -17,7 +17,7 @@ class ParallelConfig:
       strategy: "single" trains on one device; "sharded" spreads every batch over all devices by `jax.shard_map`; "pmap"
         does so by `jax.pmap`, in one process only; "auto" is "sharded" where there are several devices, else "single".
       catalogue_shards: devices that a copy of the item embedding is spread over, which no device then ever holds whole;
-        must divide the number of devices. 1 keeps it whole on each of them.
+        must divide the number of devices of a process. 1 keeps it whole on each of them.
       distributed: "auto" lets JAX find the other processes (SLURM, Open MPI, Kubernetes); "off" has none, unless
         `coordinator` names them.
       coordinator: host:port at which process 0 can be reached by all others.

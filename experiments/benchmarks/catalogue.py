@@ -113,7 +113,7 @@ class Step:
 
     def start(self) -> TrainState:
         """Returns the initial state, where it lies."""
-        return jax.block_until_ready(self.layout.place(self.layout.create(self.make_state)))
+        return jax.block_until_ready(self.layout.create(self.make_state))
 
     def run(self, compiled: Any, steps: int) -> dict[str, Any]:
         """Trains from the initial values; returns losses and seconds a step."""

@@ -74,7 +74,7 @@ class Training:
         self.step = self.layout.wrap(step).lower(self.start(), self.resident, payload).compile()
 
     def start(self):
-        return self.layout.place(self.layout.create(lambda: init_state(self.model, self.optimizer, SEED)))
+        return self.layout.create(lambda: init_state(self.model, self.optimizer, SEED))
 
     def go_on(self, state, first: int, last: int):
         """Returns the state after the steps `first` to `last` - 1, and their losses."""

@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+import types
 
 import jax
 import jax.numpy as jnp
@@ -214,3 +215,11 @@ def test_a_mesh_in_parts():
     assert many.mesh.shape == {"data": count // 2, "model": 2} and many.catalogue_shards == 2
     assert many.num_devices == count and many.places(4 * count) == range(4 * count)
     require_shardable(experiment(vocab_multiple=8))
+
+
+def test_a_copy_of_the_embedding_lies_in_one_process(monkeypatch):
+    devices = [types.SimpleNamespace(process_index=number // 3, id=number) for number in range(6)]
+    monkeypatch.setattr(jax, "devices", lambda: devices)
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(ValueError, match="catalogue_shards=2 must divide the 3 devices of each of the 2 processes"):
+        make_layout(ParallelConfig(catalogue_shards=2))

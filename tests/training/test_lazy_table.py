@@ -61,7 +61,7 @@ class Training:
         return self.wrapped.lower(self.start(), self.resident, self.payload(0)).compile()
 
     def start(self):
-        return self.layout.place(self.layout.create(lambda: init_state(self.model, self.optimizer, 3)))
+        return self.layout.create(lambda: init_state(self.model, self.optimizer, 3))
 
     def payload(self, number):
         epoch, batch = divmod(number, self.loader.num_batches)

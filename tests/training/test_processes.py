@@ -25,7 +25,7 @@ SMALL = [
     "--config=quickstart_sasrec", "--data.synthetic.num_users=60", "--data.synthetic.num_items=20", "--model.max_len=6",
     "--model.d_model=8", "--model.inner_size=8", "--model.num_layers=1", "--train.batch_size=29", "--train.epochs=100",
     "--train.length_groups=1", "--train.log_every=1", "--train.progress=false", "--train.tensorboard=false",
-    "--eval.baselines", "popularity",
+    "--model.vocab_multiple=2", "--eval.baselines", "popularity",
 ]  # fmt: skip
 HALF, WHOLE = 8, 16
 
@@ -86,14 +86,15 @@ def halfway(tmp_path_factory) -> pathlib.Path:
 
 
 @pytest.mark.slow
-def test_two_processes_go_on_with_the_run_of_one(tmp_path, halfway):
+@pytest.mark.parametrize("shards", [1, 2])
+def test_two_processes_go_on_with_the_run_of_one(tmp_path, halfway, shards):
     """They resume what one device began, train, validate, save and test as one device does."""
     alone, together = tmp_path / "alone", tmp_path / "together"
     for folder in (alone, together):
         shutil.copytree(halfway, folder)
     more = options(tmp_path, f"--train.max_steps={WHOLE}", "--resume")
     assert train.main([*more, "--parallel.strategy=single", f"--run_dir={alone}"]) == 0
-    with two_processes(together, *more) as (processes, outputs):
+    with two_processes(together, *more, f"--parallel.catalogue_shards={shards}") as (processes, outputs):
         codes = [process.wait(timeout=300) for process in processes]
     texts = [output.read_text() for output in outputs]
     assert codes == [0, 0], texts

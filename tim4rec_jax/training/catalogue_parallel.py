@@ -56,10 +56,6 @@ def require_shardable(config: ExperimentConfig) -> None:
             f"(model.vocab_size={model.vocab_size}, model.vocab_multiple={model.vocab_multiple}); set "
             f"model.vocab_multiple to a multiple of {shards}"
         )
-    if jax.process_count() > 1:
-        raise ValueError(
-            f"parallel.catalogue_shards={shards} works in one process and there are {jax.process_count()}; use 1"
-        )
 
 
 def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:

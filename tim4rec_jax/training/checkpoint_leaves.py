@@ -49,7 +49,7 @@ def leaves_on_host(tree: PyTree) -> dict[str, Leaf]:
     named = named_leaves(tree)
     arrays = {name: jax.random.key_data(leaf) if _is_key(leaf) else leaf for name, leaf in named.items()}
     leaves = {}
-    for name, array in jax.device_get(arrays).items():
+    for name, array in jax.device_get(jax.tree.map(_parts_together, arrays)).items():
         # A view of a CPU array would keep its buffer from being donated; a NumPy leaf may be overwritten in place.
         data = np.array(array, copy=True)
         if data.dtype.hasobject or data.dtype.kind in "USMm":
@@ -57,6 +57,16 @@ def leaves_on_host(tree: PyTree) -> dict[str, Leaf]:
         key_impl = str(jax.random.key_impl(named[name])) if _is_key(named[name]) else None
         leaves[name] = Leaf(data, *describe(named[name]), key_impl)
     return leaves
+
+
+def _parts_together(array: Any) -> Any:
+    """Returns an array whose parts lie on the devices of several processes, all of them also on this one's, whole."""
+    if not isinstance(array, jax.Array) or array.is_fully_addressable or array.is_fully_replicated:
+        return array
+    host = np.empty(array.shape, array.dtype)
+    for shard in {str(shard.index): shard for shard in array.addressable_shards}.values():
+        host[shard.index] = shard.data
+    return host
 
 
 def describe(leaf: Any) -> tuple[tuple[int, ...], str]:

@@ -32,7 +32,7 @@ from tim4rec_jax.training.interruption import Interrupted, StopRequests
 from tim4rec_jax.training.logging import MetricLogger, TrainingProgress, plot_training_curves, read_metrics
 from tim4rec_jax.training.memory import peak_device_bytes, peak_resident_bytes, resident_mb, return_freed_memory
 from tim4rec_jax.training.parallel import Layout, make_layout
-from tim4rec_jax.training.processes import broadcast, is_main, lost_processes_named, restored_everywhere
+from tim4rec_jax.training.processes import is_main, lost_processes_named, restored_everywhere
 from tim4rec_jax.training.step import TrainState, init_state, learning_rate_schedule
 
 
@@ -116,8 +116,7 @@ class Trainer:
         self.schedule = learning_rate_schedule(config.train, total_steps)
         self.optimizer = choose_optimizer(config, total_steps)
         self.groups = self._plan_groups()
-        state = self.layout.create(lambda: init_state(self.model, self.optimizer, config.train.seed))
-        self.state: TrainState = self.layout.place(broadcast(state))
+        self.state: TrainState = self.layout.create(lambda: init_state(self.model, self.optimizer, config.train.seed))
         self.resident = self.layout.replicate(self.loader.resident)
         self.position = Position(stop=EarlyStop(config.train.patience))
         self._step = None

@@ -16,6 +16,7 @@ from jax.sharding import PartitionSpec as P
 
 from tim4rec_jax.config import ParallelConfig
 from tim4rec_jax.models.catalogue_shards import DATA_AXIS, MODEL_AXIS, ROW_AXES, num_shards, partition_specs, shardings
+from tim4rec_jax.training.processes import broadcast
 
 PyTree = Any
 
@@ -57,15 +58,7 @@ class Layout:
         """Puts the arrays of a tree, equal in every process, on all devices."""
         if self.mesh is None:
             return jax.device_put(tree)
-        sharding = NamedSharding(self.mesh, P())
-        if jax.process_count() == 1:
-            return jax.device_put(tree, sharding)
-
-        def place(leaf: Any) -> jax.Array:
-            host = np.asarray(leaf)
-            return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
-
-        return jax.tree.map(place, tree)
+        return _put(tree, jax.tree.map(lambda _: NamedSharding(self.mesh, P()), tree))
 
     def place(self, state: PyTree) -> PyTree:
         """Puts a state or parameters, whole on the host, where training wants them; no device gets more than its part.
@@ -75,16 +68,17 @@ class Layout:
         """
         if self.catalogue_shards == 1:
             return self.replicate(state)
-        return jax.device_put(state, shardings(self.mesh, state))
+        return _put(state, shardings(self.mesh, state))
 
     def create(self, make: Callable[[], PyTree]) -> PyTree:
-        """Makes a state on the devices that hold it; with the embedding in parts none ever holds all of it.
+        """Makes a state where training wants it, the same in every process.
 
         Args:
           make: () -> state, traceable.
         """
         if self.catalogue_shards == 1:
-            return make()
+            return self.replicate(broadcast(make()))
+        # All processes run one program, and no device ever holds all of the embedding.
         return jax.jit(make, out_shardings=shardings(self.mesh, jax.eval_shape(make)))()
 
     def split(self, payload: PyTree) -> PyTree:
@@ -130,12 +124,24 @@ class Layout:
         )(state, resident, payload)  # fmt: skip
 
 
+def _put(tree: PyTree, places: PyTree) -> PyTree:
+    """Puts the arrays of a tree, equal in every process, where the tree of shardings says."""
+    if jax.process_count() == 1:
+        return jax.device_put(tree, places)
+
+    def put(leaf: Any, place: NamedSharding) -> jax.Array:
+        host = np.asarray(leaf)
+        return jax.make_array_from_callback(host.shape, place, lambda index: host[index])
+
+    return jax.tree.map(put, tree, places)
+
+
 def make_layout(config: ParallelConfig) -> Layout:
     """Returns the devices that the settings ask for.
 
     Raises:
       ValueError: several processes with a strategy for one, or processes with different numbers of devices; parts of a
-        catalogue that do not divide the devices.
+        catalogue that do not divide the devices, or those of a process.
     """
     devices = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
     strategy, shards = config.strategy, config.catalogue_shards
@@ -156,5 +162,10 @@ def make_layout(config: ParallelConfig) -> Layout:
     counts = np.bincount([device.process_index for device in devices], minlength=jax.process_count())
     if counts.min() != counts.max():
         raise ValueError(f"the processes have {counts.tolist()} devices; give each the same number of them")
+    if counts[0] % shards:
+        raise ValueError(
+            f"parallel.catalogue_shards={shards} must divide the {counts[0]} devices of each of the {len(counts)} "
+            "processes, for a copy of the item embedding lies in one process; choose a divisor, or 1"
+        )
     shape, automatic = (len(devices) // shards, shards), (AxisType.Auto, AxisType.Auto)
     return Layout(strategy, Mesh(np.array(devices).reshape(shape), (DATA_AXIS, MODEL_AXIS), axis_types=automatic))

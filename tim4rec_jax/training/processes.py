@@ -167,7 +167,9 @@ def require_same_start(config: ExperimentConfig, fingerprint: str) -> None:
         return
     # Where the log lies may differ from machine to machine; its fingerprint speaks for it.
     data = dataclasses.replace(config.data, path=None, item_path=None, cache_dir="")
-    shared = dataclasses.replace(config, data=data, parallel=ParallelConfig(strategy=config.parallel.strategy))
+    own = config.parallel
+    parallel = ParallelConfig(strategy=own.strategy, catalogue_shards=own.catalogue_shards)
+    shared = dataclasses.replace(config, data=data, parallel=parallel)
     texts = {"settings": json.dumps(shared.to_dict(), sort_keys=True), "log": fingerprint}
     for what, text in texts.items():
         digest = np.frombuffer(hashlib.sha256(text.encode()).digest()[:4], np.uint32)
