@@ -227,15 +227,18 @@ def plot_training_curves(run_dir: pathlib.Path, *, monitor: str = "ndcg@10") -> 
         raise ValueError(f"{pathlib.Path(run_dir) / METRICS} has no train or valid line to draw")
     if lacking := [line for line in valid if monitor not in line]:
         raise ValueError(f"the valid line of epoch {lacking[0]['epoch']} lacks {monitor}; it has {sorted(lacking[0])}")
-    figure = Figure(figsize=(16, 4), layout="constrained")
+    figure = Figure(figsize=(16, 4))
     FigureCanvasAgg(figure)
-    loss, *panels = figure.subplots(1, 4)
+    # Margins that fit are given, for finding them takes longer than drawing.
+    margins = {"left": 0.035, "right": 0.99, "bottom": 0.13, "top": 0.92, "wspace": 0.2}
+    loss, *panels = figure.subplots(1, 4, gridspec_kw=margins)
     loss.plot([line["step"] for line in train], [line["loss"] for line in train], linewidth=1)
     loss.set(title="training loss", xlabel="step")
     epochs = [line["epoch"] for line in valid]
     best = max(valid, key=lambda line: (round(line[monitor], 4), line["epoch"]), default=None)
     for panel, metric in zip(panels, ("hit", "ndcg", "mrr"), strict=True):
         panel.set(title=f"validation {metric}", xlabel="epoch")
+        panel.xaxis.get_major_locator().set_params(integer=True)
         names = [name for name in (valid[-1] if valid else ()) if name.startswith(f"{metric}@")]
         for name in names:
             panel.plot(epochs, [line.get(name, math.nan) for line in valid], marker=".", label=name)

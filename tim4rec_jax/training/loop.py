@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import math
 import pathlib
 import statistics
 import time
@@ -34,6 +35,9 @@ from tim4rec_jax.training.memory import peak_device_bytes, peak_resident_bytes, 
 from tim4rec_jax.training.parallel import Layout, make_layout
 from tim4rec_jax.training.processes import is_main, lost_processes_named, restored_everywhere
 from tim4rec_jax.training.step import TrainState, init_state, learning_rate_schedule
+
+# Drawing takes as long as an epoch of a small log.
+SECONDS_BETWEEN_CURVES = 10.0
 
 
 @dataclass
@@ -121,6 +125,7 @@ class Trainer:
         self.position = Position(stop=EarlyStop(config.train.patience))
         self._step = None
         self._unfetched: list[Array] = []
+        self._drawn = -math.inf
 
     def _plan_groups(self) -> tuple[LengthGroup, ...]:
         train, max_len = self.config.train, self.config.model.max_len
@@ -317,8 +322,9 @@ class Trainer:
         position = self.position
         position.finished = finished
         self._checkpoints.save_latest(step, self.state, position.to_dict() | {"epoch_losses": [0.0, 0], "pending": []})
-        if is_main():
+        if is_main() and (finished or time.perf_counter() - self._drawn > SECONDS_BETWEEN_CURVES):
             plot_training_curves(self.run_dir, monitor=monitor)
+            self._drawn = time.perf_counter()
 
     def _test(self) -> dict[str, Any]:
         """Tests the best epoch once and writes results.json; its costs are known to the process that writes."""
