@@ -1,11 +1,15 @@
 """A plan on paper: throughput, cost and limits on 1 to 512 GPUs and for catalogues of 10^4 to 10^9 items.
 
-Every time, rate and cost is a prediction: counted bytes, operations and exchanges over the rates of `Gpu`, of which
-none was measured here. Counted are the encoder's bytes and operations a position (by the compiler, from the program of
-its gradient on this machine, which is also timed), and by hand the loss, Adam and what devices exchange. Nothing
-overlaps and no kernel launch is counted, so that short steps are longer than predicted.
+Every time, rate and cost is a prediction: counted bytes, operations and exchanges over the rates of `Gpu`. What one GPU
+does is assumed, or with --measured read from records of one; what GPUs exchange, their memory and price are assumed.
+Counted are the encoder's bytes and operations a position (by the compiler, from the program of its gradient on this
+machine, which is also timed), and by hand the loss, Adam and what devices exchange. Nothing overlaps. Without records
+no kernel launch is counted, so that short steps are longer than predicted.
 
-  step = encoder + loss + optimiser + exchange,      each max(bytes / bandwidth, operations / rate)
+  step = fixed + encoder + loss + optimiser + exchange,      each max(bytes / bandwidth, operations / rate)
+
+With records the encoder takes so many seconds a position, and fixed is what a step takes besides; see
+`scaling_measured`.
 
 With b positions a GPU of which t have a target, N GPUs, catalogue v, width d, and P parameters beside the table:
 
@@ -34,6 +38,7 @@ import jax.numpy as jnp
 import numpy as np
 from rich.table import Table
 
+from experiments.benchmarks.scaling_measured import loss_operations, read_measured
 from experiments.configs import load_config
 from tim4rec_jax.config import ModelConfig
 from tim4rec_jax.models import build_model, init_params
@@ -44,6 +49,8 @@ WAYS: tuple[Way, ...] = ("whole", "sharded", "sampled")
 FLOAT = 4
 # Parameter, gradient and two moments.
 _COPIES = 4
+# Of a step, in order.
+PARTS = ("fixed", "encoder", "loss", "optimiser", "exchange")
 # Adam reads the four and writes three.
 _ADAM_PASSES = 7
 
@@ -56,6 +63,8 @@ class Gpu:
       memory: bytes that a program may use.
       bandwidth: bytes a second of device memory.
       rate: operations a second of TF32 products.
+      loss_rate: those of the loss; None is `rate`.
+      fixed: seconds of a step, whatever its size.
       inside: bytes a second that a GPU sends to others of its node.
       between: bytes a second that it sends to other nodes.
       node: GPUs of a node.
@@ -66,11 +75,17 @@ class Gpu:
     memory: float = 72e9
     bandwidth: float = 0.9 * 3.35e12
     rate: float = 0.5 * 495e12
+    loss_rate: float | None = None
+    fixed: float = 0.0
     inside: float = 0.7 * 450e9
     between: float = 0.7 * 50e9
     node: int = 8
     latency: float = 1e-5
     dollars: float = 3.0
+
+    @property
+    def rate_of_loss(self) -> float:
+        return self.rate if self.loss_rate is None else self.loss_rate
 
 
 @dataclass(frozen=True)
@@ -85,6 +100,7 @@ class Workload:
       position_bytes, position_operations: of the encoder, forward and backward.
       negatives: k.
       kept_bytes: a position's activations that the backward pass needs.
+      position_seconds: measured of the encoder; None counts bytes and operations.
     """
 
     positions: int
@@ -95,12 +111,14 @@ class Workload:
     position_operations: float
     negatives: int = 8192
     kept_bytes: float = 0.0
+    position_seconds: float | None = None
 
 
 @dataclass(frozen=True)
 class Step:
     """Predicted seconds of one step, bytes held by each GPU, and the parts that the table is cut into."""
 
+    fixed: float
     encoder: float
     loss: float
     optimiser: float
@@ -110,11 +128,11 @@ class Step:
 
     @property
     def seconds(self) -> float:
-        return self.encoder + self.loss + self.optimiser + self.exchange
+        return sum(getattr(self, name) for name in PARTS)
 
     @property
     def slowest(self) -> str:
-        return max(("encoder", "loss", "optimiser", "exchange"), key=lambda name: getattr(self, name))
+        return max(PARTS, key=lambda name: getattr(self, name))
 
 
 def all_reduce_seconds(gpu: Gpu, devices: int, size: float) -> float:
@@ -131,6 +149,13 @@ def all_reduce_seconds(gpu: Gpu, devices: int, size: float) -> float:
     return seconds + gpu.latency * math.log2(devices)
 
 
+def encoder_seconds(gpu: Gpu, load: Workload) -> float:
+    """Returns seconds of the encoder in a step, forward and backward."""
+    if load.position_seconds is not None:
+        return load.positions * load.position_seconds
+    return max(load.position_bytes / gpu.bandwidth, load.position_operations / gpu.rate) * load.positions
+
+
 def predict(gpu: Gpu, load: Workload, devices: int, items: int, way: Way) -> Step:
     """Predicts one step.
 
@@ -142,7 +167,7 @@ def predict(gpu: Gpu, load: Workload, devices: int, items: int, way: Way) -> Ste
       way: "whole", "sharded" or "sampled", see the module.
     """
     b, t, d = load.positions, load.targets, load.width
-    encoder = max(b * load.position_bytes / gpu.bandwidth, b * load.position_operations / gpu.rate)
+    encoder = encoder_seconds(gpu, load)
     shards = 1 if way == "whole" else min(devices, gpu.node)
     while shards > 1 and shards < devices and _held(load, items, way, shards) > gpu.memory:
         shards *= 2
@@ -151,8 +176,8 @@ def predict(gpu: Gpu, load: Workload, devices: int, items: int, way: Way) -> Ste
     scored = min(items, load.negatives) if way == "sampled" else items
     updated = touched if way == "sampled" else items
     # All scores are made three times; sampled ones are kept. Two products more give the gradients.
-    products = (3 if way == "sampled" else 5) * 2 * t * scored * d
-    loss = max(products / gpu.rate, FLOAT * d * (t + scored / shards) * 5 / gpu.bandwidth)
+    operations = loss_operations(t, scored, d, 3 if way == "sampled" else 5)
+    loss = max(operations / gpu.rate_of_loss, FLOAT * d * (t + scored / shards) * 5 / gpu.bandwidth)
     optimiser = _ADAM_PASSES * FLOAT * (d * updated / shards + load.parameters) / gpu.bandwidth
     exchange = all_reduce_seconds(gpu, devices, FLOAT * load.parameters)
     if way == "whole":
@@ -167,7 +192,7 @@ def predict(gpu: Gpu, load: Workload, devices: int, items: int, way: Way) -> Ste
         if copies > 1:
             share = FLOAT * d * updated / shards
             exchange += 2 * (copies - 1) / copies * share / gpu.between + gpu.latency * math.log2(copies)
-    return Step(encoder, loss, optimiser, exchange, _held(load, items, way, shards), shards)
+    return Step(gpu.fixed, encoder, loss, optimiser, exchange, _held(load, items, way, shards), shards)
 
 
 def _held(load: Workload, items: int, way: Way, shards: int) -> float:
@@ -184,25 +209,26 @@ def limits(gpu: Gpu, load: Workload) -> dict[str, float]:
       "memory whole" and "memory sharded": v at which the table, its gradient and Adam's moments fill a GPU, or a node;
       "memory sampled": likewise without a gradient; "loss": v from which all scores take longer than the encoder;
       "optimiser": v from which Adam over the whole table does; "exchange 8" and "exchange 512": v from which summing
-      the whole table's gradient over so many GPUs does (0: its latency alone does); "positions 512": positions of a
-      global batch on 512 GPUs.
+      the whole table's gradient over so many GPUs does (0: its latency alone does); "fixed": positions of a GPU's step
+      up to which what a step takes whatever its size is longer than the encoder; "positions 512": positions of a global
+      batch on 512 GPUs.
     """
     d, row = load.width, FLOAT * load.width
     free = gpu.memory - load.positions * load.kept_bytes - _COPIES * FLOAT * load.parameters
     exchanged = row * (load.positions + load.targets)
-    encoder = predict(gpu, load, 1, 1, "whole").encoder
+    encoder = encoder_seconds(gpu, load)
     found = {
         "memory whole": (free - exchanged) / (_COPIES * row),
         "memory sharded": gpu.node * (free - gpu.node * exchanged) / (_COPIES * row),
         "memory sampled": gpu.node * (free - gpu.node * exchanged) / ((_COPIES - 1) * row),
-        "loss": encoder * gpu.rate / (10 * load.targets * d),
+        "loss": encoder * gpu.rate_of_loss / loss_operations(load.targets, 1, d),
         "optimiser": encoder * gpu.bandwidth / (_ADAM_PASSES * row) - load.parameters / d,
     }
     for devices in (8, 512):
         a_byte = all_reduce_seconds(gpu, devices, 1e9) - all_reduce_seconds(gpu, devices, 0.0)
         fixed = all_reduce_seconds(gpu, devices, FLOAT * load.parameters)
         found[f"exchange {devices}"] = max(encoder - fixed, 0.0) * 1e9 / (a_byte * row)
-    return found | {"positions 512": 512.0 * load.positions}
+    return found | {"fixed": gpu.fixed * load.positions / encoder, "positions 512": 512.0 * load.positions}
 
 
 def count_encoder(config: ModelConfig, rows: int, repeats: int) -> dict[str, Any]:
@@ -293,6 +319,10 @@ def run(options: argparse.Namespace, rest: list[str]) -> tuple[dict[str, Any], T
     parser.add_argument("--target_share", type=float, default=0.75, help="share of the positions with a target")
     parser.add_argument("--devices", type=_numbers, default="1,8,64,512", help="numbers of GPUs")
     parser.add_argument("--items", type=_numbers, default="1e4,1e5,1e6,1e7,1e8,1e9", help="catalogues")
+    parser.add_argument(
+        "--measured", type=pathlib.Path, nargs=3, metavar=("OPS", "TRAIN_STEP", "RUN"),
+        help="records of one GPU: benchmark gpu --parts=ops, --parts=train_step, and a training on all positions",
+    )  # fmt: skip
     parser.add_argument("--markdown", type=pathlib.Path, help="file for the plan in words and tables")
     given = parser.parse_args(rest)
     if min([given.rows, given.negatives, *given.devices, *given.items]) < 1 or not 0 < given.target_share <= 1:
@@ -307,10 +337,17 @@ def run(options: argparse.Namespace, rest: list[str]) -> tuple[dict[str, Any], T
         counted["bytes a position"], counted["operations a position"], given.negatives,
         counted["temporary bytes a position"],
     )  # fmt: skip
-    gpu = Gpu()
+    gpu, measured = Gpu(), None
+    if given.measured:
+        measured = read_measured(*given.measured, config, given.target_share)
+        gpu = dataclasses.replace(
+            gpu, bandwidth=measured.bandwidth, loss_rate=measured.loss_rate, fixed=measured.step_seconds
+        )
+        load = dataclasses.replace(load, position_seconds=measured.position_seconds)
     record = {
         "prediction": True,
-        "note": "No GPU was used: counts over assumed rates.",
+        "note": "Counts over rates; those of one GPU are measured where `measured` says so, all others are assumed.",
+        "measured": measured and dataclasses.asdict(measured) | {"records": [path.name for path in given.measured]},
         "environment": environment(),
         "config": given.config,
         "assumed": dataclasses.asdict(gpu),

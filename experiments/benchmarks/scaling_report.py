@@ -11,6 +11,16 @@ _WORDS = {
 }
 
 
+_WHEN_ASSUMED = (
+    "**Every time, rate and cost here is a prediction; no GPU was used.** Counted bytes, operations and exchanges are "
+    "divided by assumed rates, nothing overlaps, and launches of kernels are not counted."
+)
+_WHEN_MEASURED = (
+    "**Every throughput and cost here is a prediction.** One GPU's step is predicted from steps that one GPU was "
+    "measured to take; exchanges are counted bytes over assumed rates, for no run has used two. Nothing overlaps."
+)
+
+
 def _count(value: float) -> str:
     for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if value >= size:
@@ -57,20 +67,52 @@ def _limit_lines(record: dict[str, Any]) -> list[str]:
         f"- **Data**: on 512 GPUs a step takes {_count(found['positions 512'])} positions at "
         f"{load['positions']:,} a GPU. A log of 1,000,000 events then has less than one step an epoch; to keep 1,000 "
         f"steps an epoch it needs {_count(1000 * found['positions 512'])} events, or smaller pieces a GPU, at which "
-        "latency and launches, not counted here, rule.",
+        f"latency and launches{'' if found['fixed'] else ', not counted here,'} rule.",
+        *_launch_lines(found["fixed"]),
+    ]
+
+
+def _launch_lines(positions: float) -> list[str]:
+    if not positions:
+        return []
+    return [
+        f"- **Launches**: up to {_count(positions)} positions on a GPU the part of a step that does not depend on its "
+        "size takes longer than the encoder: larger batches, or fewer and larger kernels, come before more GPUs."
+    ]
+
+
+def _assumed_rates(record: dict[str, Any]) -> str:
+    gpu = record["assumed"]
+    if record["measured"]:
+        return ""
+    return f"{gpu['bandwidth'] / 1e12:.2f} TB/s, {gpu['rate'] / 1e12:.0f} TFLOP/s of TF32 products, "
+
+
+def _measured_lines(found: dict[str, Any]) -> list[str]:
+    large, small = found["steps"]
+    records = ", ".join(f"[{name}]({name})" for name in found["records"])
+    return [
+        "## Measured",
+        "",
+        f"On one {found['device']} ({records}): a step of {large[0]:,.0f} positions took {1e3 * large[1]:.2f} ms and "
+        f"one of {small[0]:,.0f} took {1e3 * small[1]:.2f} ms. Without their losses, a line through both says "
+        f"{1e6 * found['position_seconds']:.4f} microseconds a position and {1e3 * found['step_seconds']:.2f} ms a "
+        "step of any size: launches, and what is done once. (The large one read whole prefixes, the small one packed "
+        f"rows; their encoders are of the same size.) The loss ran at {found['loss_rate'] / 1e12:.1f} TFLOP/s, large "
+        f"copies at {found['bandwidth'] / 1e12:.2f} TB/s.",
+        "",
     ]
 
 
 def markdown(record: dict[str, Any]) -> str:
     """Returns the plan: what was counted, what was assumed, predictions, limits."""
-    counted, load, gpu = record["counted"], record["workload"], record["assumed"]
+    counted, load, gpu, measured = record["counted"], record["workload"], record["assumed"], record["measured"]
     lines = [
         "# From one GPU to 512, from 10^4 items to 10^9",
         "",
-        "**Every time, rate and cost here is a prediction; no GPU was used.** Counted bytes, operations and exchanges "
-        "are divided by assumed rates, nothing overlaps, and launches of kernels are not counted. Made by `python -m "
-        "experiments.benchmark scaling`; numbers with all digits and the formulas' inputs are in "
-        "[benchmark_scaling.json](benchmark_scaling.json), the formulas in `experiments/benchmarks/scaling.py`.",
+        f"{_WHEN_MEASURED if measured else _WHEN_ASSUMED} Made by `python -m experiments.benchmark scaling`; numbers "
+        "with all digits and the formulas' inputs are in [benchmark_scaling.json](benchmark_scaling.json), the "
+        "formulas in `experiments/benchmarks/scaling.py`.",
         "",
         "## Counted",
         "",
@@ -81,18 +123,19 @@ def markdown(record: dict[str, Any]) -> str:
         f"{counted['parameters beside the table']:,.0f} parameters beside the table. (The GPU kernels move less; "
         f"see kernel_predictions.json.) Measured, on {record['environment']['cpus_allowed']} of "
         f"{record['environment']['cpu_count']} shared processors ({counted['measured on']}): "
-        f"{1e6 * counted['measured seconds a position']:.1f} microseconds a position; predicted for an H100: "
+        f"{1e6 * counted['measured seconds a position']:.1f} microseconds a position; taken for an H100: "
         f"{1e6 * record['rows'][0]['encoder'] / load['positions']:.3f}.",
         "",
         f"A step on each GPU: {load['positions']:,} positions, {load['targets']:,} targets, width {load['width']}, "
         f"{load['negatives']:,} shared negatives where sampled.",
         "",
+        *(_measured_lines(measured) if measured else []),
         "## Assumed",
         "",
-        f"H100 SXM, {gpu['memory'] / 1e9:.0f} GB usable, {gpu['bandwidth'] / 1e12:.2f} TB/s, {gpu['rate'] / 1e12:.0f} "
-        f"TFLOP/s of TF32 products, {gpu['inside'] / 1e9:.0f} GB/s a GPU inside a node of {gpu['node']}, "
-        f"{gpu['between'] / 1e9:.0f} GB/s between nodes, {1e6 * gpu['latency']:.0f} microseconds a doubling of the "
-        f"devices in an exchange, ${gpu['dollars']:.2f} a GPU hour.",
+        f"H100 SXM, {gpu['memory'] / 1e9:.0f} GB usable, {_assumed_rates(record)}{gpu['inside'] / 1e9:.0f} GB/s a "
+        f"GPU inside a node of {gpu['node']}, {gpu['between'] / 1e9:.0f} GB/s between nodes, "
+        f"{1e6 * gpu['latency']:.0f} microseconds a doubling of the devices in an exchange, ${gpu['dollars']:.2f} a "
+        "GPU hour.",
         "",
         "## Predicted",
         "",
