@@ -6,6 +6,7 @@ import sys
 
 # From all of them to none: XLA ends a process that gives a flag it does not know, and flags come and go.
 _CHOICES = (
+    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true --xla_cpu_use_fusion_emitters=false",
     "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",
     "--xla_backend_optimization_level=0",
     "",

@@ -143,6 +143,15 @@ def test_resuming_a_finished_run_changes_nothing(finished):
     assert read_results(finished)["test"] == before
 
 
+@pytest.fixture
+def usual_fusion(monkeypatch):
+    """Steps are compiled with XLA's usual fusion: two programs that fuse otherwise round otherwise."""
+    quick = jax.stages.Lowered.compile
+    options = {"xla_cpu_use_fusion_emitters": True}
+    monkeypatch.setattr(jax.stages.Lowered, "compile", lambda lowered: quick(lowered, compiler_options=options))
+
+
+@pytest.mark.usefixtures("usual_fusion")
 def test_both_loaders_train_alike(tmp_path):
     options = [*FAST, "--train.epochs=1", "--train.max_steps=4"]
     for loader in ("device", "grain"):
@@ -161,6 +170,7 @@ PACKED = [
 ]  # fmt: skip
 
 
+@pytest.mark.usefixtures("usual_fusion")
 def test_training_on_all_positions_resumes_inside_an_epoch_with_either_loader(tmp_path):
     """The bits of a run with the one loader are those of one with the other that was stopped on the way."""
     folders = whole, stopped = tmp_path / "device", tmp_path / "grain"

@@ -22,7 +22,7 @@ def test_a_clock_that_goes_backwards_changes_nothing(tmp_path, monkeypatch):
     now = time.time()
     monkeypatch.setattr(time, "time", lambda: now - 3600 * next(hours))
     monkeypatch.setattr(time, "time_ns", lambda: int(1e9 * time.time()))
-    with ctrl_c_at(30):
+    with ctrl_c_at(16):
         assert train.main([*OPTIONS, f"--run_dir={folder}"]) == 130
     for age, path in enumerate(sorted(folder.rglob("*"))):
         os.utime(path, (now - 86400 * age, now - 86400 * age))
