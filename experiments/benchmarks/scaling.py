@@ -38,6 +38,7 @@ import jax.numpy as jnp
 import numpy as np
 from rich.table import Table
 
+from experiments.benchmarks.catalogue import sizes
 from experiments.benchmarks.scaling_measured import loss_operations, read_measured
 from experiments.configs import load_config
 from tim4rec_jax.config import ModelConfig
@@ -57,13 +58,13 @@ _ADAM_PASSES = 7
 
 @dataclass(frozen=True)
 class Gpu:
-    """Assumed rates of one H100 SXM and its node; by data sheets, times the share that well-made programs reach.
+    """Rates of one H100 SXM and its node; assumed by data sheets, times the share that well-made programs reach.
 
     Attributes:
       memory: bytes that a program may use.
       bandwidth: bytes a second of device memory.
       rate: operations a second of TF32 products.
-      loss_rate: those of the loss; None is `rate`.
+      loss_rate: those of the loss.
       fixed: seconds of a step, whatever its size.
       inside: bytes a second that a GPU sends to others of its node.
       between: bytes a second that it sends to other nodes.
@@ -75,17 +76,13 @@ class Gpu:
     memory: float = 72e9
     bandwidth: float = 0.9 * 3.35e12
     rate: float = 0.5 * 495e12
-    loss_rate: float | None = None
+    loss_rate: float = rate
     fixed: float = 0.0
     inside: float = 0.7 * 450e9
     between: float = 0.7 * 50e9
     node: int = 8
     latency: float = 1e-5
     dollars: float = 3.0
-
-    @property
-    def rate_of_loss(self) -> float:
-        return self.rate if self.loss_rate is None else self.loss_rate
 
 
 @dataclass(frozen=True)
@@ -177,7 +174,7 @@ def predict(gpu: Gpu, load: Workload, devices: int, items: int, way: Way) -> Ste
     updated = touched if way == "sampled" else items
     # All scores are made three times; sampled ones are kept. Two products more give the gradients.
     operations = loss_operations(t, scored, d, 3 if way == "sampled" else 5)
-    loss = max(operations / gpu.rate_of_loss, FLOAT * d * (t + scored / shards) * 5 / gpu.bandwidth)
+    loss = max(operations / gpu.loss_rate, FLOAT * d * (t + scored / shards) * 5 / gpu.bandwidth)
     optimiser = _ADAM_PASSES * FLOAT * (d * updated / shards + load.parameters) / gpu.bandwidth
     exchange = all_reduce_seconds(gpu, devices, FLOAT * load.parameters)
     if way == "whole":
@@ -221,7 +218,7 @@ def limits(gpu: Gpu, load: Workload) -> dict[str, float]:
         "memory whole": (free - exchanged) / (_COPIES * row),
         "memory sharded": gpu.node * (free - gpu.node * exchanged) / (_COPIES * row),
         "memory sampled": gpu.node * (free - gpu.node * exchanged) / ((_COPIES - 1) * row),
-        "loss": encoder * gpu.rate_of_loss / loss_operations(load.targets, 1, d),
+        "loss": encoder * gpu.loss_rate / loss_operations(load.targets, 1, d),
         "optimiser": encoder * gpu.bandwidth / (_ADAM_PASSES * row) - load.parameters / d,
     }
     for devices in (8, 512):
@@ -300,10 +297,6 @@ def tables(gpu: Gpu, load: Workload, devices: list[int], items: list[int]) -> li
     ]
 
 
-def _numbers(text: str) -> list[int]:
-    return [int(float(number)) for number in text.split(",")]
-
-
 def run(options: argparse.Namespace, rest: list[str]) -> tuple[dict[str, Any], Table]:
     """Counts, predicts, and writes the Markdown if asked to.
 
@@ -317,8 +310,8 @@ def run(options: argparse.Namespace, rest: list[str]) -> tuple[dict[str, Any], T
     parser.add_argument("--rows", type=int, default=64, help="rows of max_len positions on each GPU")
     parser.add_argument("--negatives", type=int, default=8192, help="shared negatives of a step")
     parser.add_argument("--target_share", type=float, default=0.75, help="share of the positions with a target")
-    parser.add_argument("--devices", type=_numbers, default="1,8,64,512", help="numbers of GPUs")
-    parser.add_argument("--items", type=_numbers, default="1e4,1e5,1e6,1e7,1e8,1e9", help="catalogues")
+    parser.add_argument("--devices", type=sizes, default="1,8,64,512", help="numbers of GPUs")
+    parser.add_argument("--items", type=sizes, default="1e4,1e5,1e6,1e7,1e8,1e9", help="catalogues")
     parser.add_argument(
         "--measured", type=pathlib.Path, nargs=3, metavar=("OPS", "TRAIN_STEP", "RUN"),
         help="records of one GPU: benchmark gpu --parts=ops, --parts=train_step, and a training on all positions",
