@@ -22,8 +22,8 @@ def test_times_follow_from_bytes():
     assert cost["predicted_both_microseconds"] == pytest.approx(
         1e6 * cost["moved_both"] / predictions.ASSUMED_BYTES_A_SECOND
     )
-    # Short chunks keep registers few and store more states.
-    assert 0.3 < cost["predicted_share_of_floor_both"] < 1
+    # With chunks of 32 it would be .64: short ones keep registers few and store more states.
+    assert cost["predicted_share_of_floor_both"] == pytest.approx(0.35, abs=0.005)
 
 
 def test_kernels_of_a_case_are_compiled():
