@@ -35,7 +35,7 @@ from rich.console import Console
 from experiments.benchmarks import catalogue, gpu, logs, models, ops, predictions, sampled, scaling, serving, train_step
 from experiments.command_line import run_program
 from experiments.record import command_without_folders
-from tim4rec_jax.run_dir import write_atomically
+from tim4rec_jax.files import write_atomically
 
 BENCHMARKS = {
     "train_step": train_step.run,

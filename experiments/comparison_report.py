@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from experiments.comparison_numbers import METRICS
 from experiments.comparison_plan import Plan
-from tim4rec_jax.run_dir import replacing, write_atomically
+from tim4rec_jax.files import replacing, write_atomically
 
 MARKS = ((0.001, "‡"), (0.05, "†"))
 NOTHING = "–"

@@ -33,6 +33,7 @@ from experiments.configs import load_config
 from experiments.torch_checkpoint_file import read_state_dict, recognise, write_state_dict
 from tim4rec_jax.config import DataConfig, EvalConfig, ExperimentConfig, ModelConfig, TrainConfig
 from tim4rec_jax.data.interactions import InteractionLog, load_log
+from tim4rec_jax.files import replacing, write_atomically
 from tim4rec_jax.interop.settings import (
     UPSTREAM_NAMES,
     config_from_upstream,
@@ -41,7 +42,7 @@ from tim4rec_jax.interop.settings import (
     upstream_from_config,
 )
 from tim4rec_jax.interop.torch_checkpoint import params_from_torch, params_to_torch
-from tim4rec_jax.run_dir import CHECKPOINTS, ENVIRONMENT, create_run, read_environment, replacing, write_atomically
+from tim4rec_jax.run_dir import CHECKPOINTS, ENVIRONMENT, create_run, read_environment
 from tim4rec_jax.serving.stored_run import load_model
 from tim4rec_jax.training.checkpoint import Checkpointer
 from tim4rec_jax.training.loop import Position

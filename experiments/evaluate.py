@@ -26,7 +26,8 @@ from tim4rec_jax.config import EvalConfig
 from tim4rec_jax.data.splits import describe, split_log
 from tim4rec_jax.evaluation.full_sort import EvaluationResult, evaluate
 from tim4rec_jax.evaluation.metrics import standard_errors
-from tim4rec_jax.run_dir import environment, read_config, read_environment, read_results, write_atomically
+from tim4rec_jax.files import write_atomically
+from tim4rec_jax.run_dir import environment, read_config, read_environment, read_results
 from tim4rec_jax.serving.stored_run import load_log, load_model
 
 

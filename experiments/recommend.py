@@ -29,8 +29,9 @@ from rich.text import Text
 
 from experiments.command_line import run_program
 from experiments.configs import config_names, load_config
+from tim4rec_jax.files import replacing
 from tim4rec_jax.models import build_model
-from tim4rec_jax.run_dir import read_config, replacing
+from tim4rec_jax.run_dir import read_config
 from tim4rec_jax.serving.recommender import History, Recommendation, Recommender
 from tim4rec_jax.serving.streaming import require_streamable
 from tim4rec_jax.serving.user_table import UserTable

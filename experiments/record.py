@@ -17,7 +17,8 @@ import tyro
 
 from experiments.command_line import run_program
 from tim4rec_jax.config import ExperimentConfig
-from tim4rec_jax.run_dir import read_config, read_environment, read_results, write_atomically
+from tim4rec_jax.files import write_atomically
+from tim4rec_jax.run_dir import read_config, read_environment, read_results
 from tim4rec_jax.training.logging import read_metrics
 
 

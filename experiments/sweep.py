@@ -31,7 +31,8 @@ from experiments.record import command_without_folders, settings_without_folders
 from experiments.run_queue import Job, is_finished, train_all
 from experiments.sweep_plan import Plan, Range, parse, record_plan
 from tim4rec_jax.data.interactions import load_log
-from tim4rec_jax.run_dir import environment, read_results, write_atomically
+from tim4rec_jax.files import write_atomically
+from tim4rec_jax.run_dir import environment, read_results
 from tim4rec_jax.training.interruption import exit_code
 
 ERROR, MARKDOWN, RECORD, JOURNAL = "error.txt", "sweep.md", "sweep.json", "optuna.journal"

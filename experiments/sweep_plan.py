@@ -17,7 +17,8 @@ from experiments.command_line import parse_settings
 from experiments.comparison_plan import flat, parse_seeds, require_one_process
 from experiments.configs import config_names, load_config
 from tim4rec_jax.config import DataConfig, EvalConfig, ExperimentConfig, ModelConfig, ParallelConfig, TrainConfig
-from tim4rec_jax.run_dir import CHANGEABLE_ON_RESUME, write_atomically
+from tim4rec_jax.files import write_atomically
+from tim4rec_jax.run_dir import CHANGEABLE_ON_RESUME
 
 PLAN = "sweep_plan.json"
 FORMAT_VERSION = 1

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from tim4rec_jax.run_dir import replacing
+from tim4rec_jax.files import replacing
 
 # Earlier releases could be made to execute code in a file although weights_only was asked for (CVE-2025-32434).
 _FIRST_SAFE = (2, 6)

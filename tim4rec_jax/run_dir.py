@@ -10,7 +10,6 @@
 Nothing in it is a pickle. Every file is written beside its place and then renamed, so none is ever half-written.
 """
 
-import contextlib
 import dataclasses
 import datetime
 import importlib.metadata
@@ -18,10 +17,9 @@ import json
 import os
 import pathlib
 import platform
-import re
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import jax
@@ -29,6 +27,7 @@ import numpy as np
 import polars as pl
 
 from tim4rec_jax.config import ExperimentConfig, ParallelConfig, experiment_from_dict
+from tim4rec_jax.files import replacing, write_atomically
 
 FORMAT_VERSION = 1
 CONFIG, ENVIRONMENT, RESULTS = "config.json", "environment.json", "results.json"
@@ -313,43 +312,3 @@ def _read_json(path: pathlib.Path, name: str) -> dict[str, Any]:
 def _write_json(file: pathlib.Path, values: Mapping[str, Any]) -> None:
     text = json.dumps(values, indent=2, ensure_ascii=False, allow_nan=False)
     write_atomically(file, (text + "\n").encode())
-
-
-@contextlib.contextmanager
-def named_in_errors(path: pathlib.Path) -> Iterator[None]:
-    """Raises what the operating system refuses in the body with the name of the file or folder."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno is None:  # Not the operating system's: its message is all there is.
-            raise
-        raise OSError(error.errno, error.strerror, str(path)) from error
-
-
-@contextlib.contextmanager
-def replacing(file: pathlib.Path) -> Iterator[pathlib.Path]:
-    """Yields a temporary path beside `file` that takes its place at the end, or is removed if the body raises.
-
-    Raises:
-      OSError: what could not be written is named; also where Polars says it in its own way.
-    """
-    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-    try:
-        with named_in_errors(file):
-            yield temporary
-            with temporary.open("r+b") as stream:
-                os.fsync(stream.fileno())
-            os.replace(temporary, file)
-    except pl.exceptions.ComputeError as error:
-        if (number := re.search(r"os error (\d+)", str(error))) is None:
-            raise
-        raise OSError(int(number[1]), os.strerror(int(number[1])), str(file)) from error
-    finally:
-        with contextlib.suppress(OSError):  # On a read-only disk there is nothing to remove.
-            temporary.unlink(missing_ok=True)
-
-
-def write_atomically(file: pathlib.Path, content: bytes) -> None:
-    """Writes a file such that readers, and a kill at any moment, see the old content or the new."""
-    with replacing(file) as temporary:
-        temporary.write_bytes(content)

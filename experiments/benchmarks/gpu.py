@@ -25,7 +25,8 @@ from rich.table import Table
 
 from experiments.benchmarks import gpu_correctness, gpu_operators, gpu_training
 from experiments.benchmarks.gpu_clock import Budget, Settings, reason
-from tim4rec_jax.run_dir import environment, write_atomically
+from tim4rec_jax.files import write_atomically
+from tim4rec_jax.run_dir import environment
 
 # Part, share of the budget, and what fills its record.
 _PARTS = {

@@ -42,8 +42,9 @@ from experiments.benchmarks.catalogue import sizes
 from experiments.benchmarks.scaling_measured import loss_operations, read_measured
 from experiments.configs import load_config
 from tim4rec_jax.config import ModelConfig
+from tim4rec_jax.files import write_atomically
 from tim4rec_jax.models import build_model, init_params
-from tim4rec_jax.run_dir import environment, write_atomically
+from tim4rec_jax.run_dir import environment
 
 Way = Literal["whole", "sharded", "sampled"]
 WAYS: tuple[Way, ...] = ("whole", "sharded", "sampled")

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tim4rec_jax.run_dir import replacing
+from tim4rec_jax.files import replacing
 from tim4rec_jax.serving.recommender import History, Recommender, next_power_of_two
 from tim4rec_jax.serving.streaming import Streamer, extend_rows, fingerprint
 

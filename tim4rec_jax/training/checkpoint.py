@@ -27,7 +27,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from tim4rec_jax.run_dir import write_atomically
+from tim4rec_jax.files import write_atomically
 from tim4rec_jax.training.checkpoint_leaves import Leaf, as_text, describe, leaves_on_host, named_leaves, placed
 
 PyTree = Any

@@ -21,7 +21,8 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from tim4rec_jax.run_dir import CURVES, METRICS, named_in_errors, replacing, write_atomically
+from tim4rec_jax.files import named_in_errors, replacing, write_atomically
+from tim4rec_jax.run_dir import CURVES, METRICS
 from tim4rec_jax.training.event_files import EventFile
 
 Kind = Literal["train", "valid", "test", "event"]
