@@ -97,9 +97,9 @@ def parse_settings(cls: type[Settings], arguments: Sequence[str], default: Setti
 
 
 OUT_OF_MEMORY = (
-    "lower train.batch_size, train.microbatch_tokens or eval.batch_size (what is computed at once), or model.max_len; "
-    "train.loss_implementation=xla never holds all scores of a batch; parallel.strategy=sharded spreads the batch over "
-    "devices, and parallel.catalogue_shards the item table. What was saved before is kept: --resume goes on from there"
+    "lower train.batch_size, train.microbatch_tokens, eval.batch_size or model.max_len, set "
+    "train.loss_implementation=xla, or use more devices (parallel.strategy, parallel.catalogue_shards); what was saved "
+    "is kept for --resume"
 )
 
 
@@ -108,7 +108,7 @@ def _memory_complaint(error: BaseException) -> str | None:
     first = str(error).strip().partition("\n")[0]
     if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in first:
         return None
-    return f"out of memory ({first or type(error).__name__}): {OUT_OF_MEMORY}"
+    return f"out of memory ({first[:70] or type(error).__name__}): {OUT_OF_MEMORY}"
 
 
 # Of a disk, not of what was asked for.
@@ -121,15 +121,37 @@ def _disk_advice(error: BaseException) -> str:
     return "; make room there or choose another folder: what was saved before is kept"
 
 
+# Characters of an error on the screen.
+LONGEST_ERROR = 290
+# Of them for its end, which says what to do.
+_END = 120
+
+
+def one_line(message: str) -> str:
+    """Returns a message as one line; of one too long for that the beginning and the end."""
+    parts = [part.strip() for part in message.splitlines() if part.strip()]
+    line = "".join(
+        part + ("" if i + 1 == len(parts) else " " if part[-1] in ":;,." else "; ") for i, part in enumerate(parts)
+    )
+    if len(line) <= LONGEST_ERROR:
+        return line
+    return f"{line[: LONGEST_ERROR - _END - 3]} … {line[-_END:]}"
+
+
 def run_program(program: Callable[[list[str]], int], argv: Sequence[str] | None = None) -> int:
-    """Runs a program and prints an expected error as one line on standard error; returns the exit code."""
+    """Runs a program and prints an expected error as one line on standard error; returns the exit code.
+
+    An error of several lines, or of more than 300 characters, loses what does not fit.
+    """
     try:
         return program(list(sys.argv[1:] if argv is None else argv))
     except EXPECTED_ERRORS as error:
-        print(f"error: {error}{_disk_advice(error)}", file=sys.stderr)
+        print(f"error: {one_line(f'{error}{_disk_advice(error)}') or type(error).__name__}", file=sys.stderr)
+    except RecursionError:
+        print("error: the input is nested too deeply; give one that a program wrote", file=sys.stderr)
     except (MemoryError, jax.errors.JaxRuntimeError) as error:
         complaint = _memory_complaint(error)
         if complaint is None:
             raise
-        print(f"error: {complaint}", file=sys.stderr)
+        print(f"error: {one_line(complaint)}", file=sys.stderr)
     return 2

@@ -14,7 +14,7 @@ from experiments import train
 from experiments.command_line import parse_settings
 from experiments.configs import DATA_NAMES, MODEL_NAMES, load_config
 from tim4rec_jax.config import DataConfig, EvalConfig, ExperimentConfig, ModelConfig, ParallelConfig, TrainConfig
-from tim4rec_jax.run_dir import CHANGEABLE_ON_RESUME, CONFIG, read_config, read_environment
+from tim4rec_jax.run_dir import CHANGEABLE_ON_RESUME, CONFIG, SHOWN_DIFFERENCES, read_config, read_environment
 
 # Settings that a model's numbers do not depend on, and those that the data answer for by their fingerprint.
 FREE = {name for name in CHANGEABLE_ON_RESUME if name not in ("train.epochs", "train.max_steps", "train.patience")}
@@ -40,7 +40,9 @@ class Arguments:
       seeds: how many, counted up from 2020, or the seeds themselves, separated by commas ("7," is seed 7 alone).
       epochs: short for --train.epochs.
       metric: decides which model is best; None is eval.monitor.
-      jobs: trainings at once, each with its own share of the processors; leave it at 1 on a GPU, and for clean timings.
+      jobs: trainings at once, each with its own share of the processors, whose number decides a run's last digits: with
+        another number of jobs the numbers are others, as each run's `cpus_allowed` tells. Leave it at 1 on a GPU, and
+        for clean timings.
       runs: folder of the run folders; None is runs/compare/<data>.
       output: where the results go, without suffix; None is experiments/results/compare_<data>.
       report_only: train nothing, compare what is finished.
@@ -281,7 +283,7 @@ def require_same_settings(plan: Plan, fingerprint: str | None) -> None:
       fingerprint: of the log; None is that of the first run there is.
 
     Raises:
-      ValueError: listing every difference with both values.
+      ValueError: naming the first differences with both values.
     """
     differences: dict[str, list[pathlib.Path]] = {}
     for model, seed in plan.runs_in_order():
@@ -298,12 +300,9 @@ def require_same_settings(plan: Plan, fingerprint: str | None) -> None:
             line = f"data fingerprint: {data[:12]}… there, {fingerprint[:12]}… asked for"
             differences.setdefault(line, []).append(folder)
     if differences:
-        lines = (
-            f"{line} ({folders[0]}{f' and {len(folders) - 1} more' if folders[1:] else ''})"
-            for line, folders in differences.items()
-        )
+        shown = ", ".join(list(differences)[:SHOWN_DIFFERENCES])
+        more = f" and {len(differences) - SHOWN_DIFFERENCES} more" if len(differences) > SHOWN_DIFFERENCES else ""
         raise ValueError(
-            "runs are there that were made with other settings or other data:\n  "
-            + "\n  ".join(lines)
-            + "\ngive the settings of those runs, choose another folder with --runs, or remove them"
+            f"runs are there with other settings or data: {shown}{more} ({next(iter(differences.values()))[0]}); give "
+            "the settings of those runs, choose another folder with --runs, or remove them"
         )

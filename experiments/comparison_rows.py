@@ -1,6 +1,7 @@
 """A comparison of run folders that are already there, whatever their settings: one row a group of seeds."""
 
 import glob
+import os
 import pathlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from typing import Any
 from experiments.command_line import parse_settings
 from experiments.comparison_plan import FREE, Plan, flat, require_metric
 from tim4rec_jax.config import ExperimentConfig
-from tim4rec_jax.run_dir import CONFIG, read_config, read_environment
+from tim4rec_jax.run_dir import CONFIG, SHOWN_DIFFERENCES, read_config, read_environment
 
 # What is measured must be the same for all rows.
 _PROTOCOL = (
@@ -49,7 +50,9 @@ def _split(text: str) -> tuple[str, list[pathlib.Path]]:
     name, equals, pattern = text.partition("=")
     if not name.strip() or not equals or not pattern:
         raise ValueError(f"--rows {text!r}: expected a name and run folders, as in 'causal=runs/causal/seed_*'")
-    folders = sorted(path for path in map(pathlib.Path, glob.glob(pattern)) if (path / CONFIG).is_file())
+    # A folder that is called so is meant, whatever its name would be as a pattern.
+    found = [pattern] if os.path.lexists(pattern) else glob.glob(pattern)
+    folders = sorted(path for path in map(pathlib.Path, found) if (path / CONFIG).is_file())
     if not folders:
         raise ValueError(f"--rows {text!r}: {pattern} is no run folder; give one, or a pattern of several in quotes")
     return name.strip(), folders
@@ -73,9 +76,9 @@ def _row(name: str, folders: Sequence[pathlib.Path]) -> dict[int, pathlib.Path]:
         differences = [f"{key}: {first[key]!r} and {settings[key]!r}" for key in first if first[key] != settings[key]]
         if differences:
             raise ValueError(
-                f"row {name}: {folders[0]} and {folder} differ in more than the seed:\n  "
-                + "\n  ".join(differences)
-                + "\ngive each its own row"
+                f"row {name}: {folders[0]} and {folder} differ in more than the seed: "
+                + ", ".join(differences[:SHOWN_DIFFERENCES])
+                + "; give each its own row"
             )
         if seed in by_seed:
             raise ValueError(f"row {name}: {by_seed[seed]} and {folder} both have seed {seed}; give one of them")
@@ -103,10 +106,8 @@ def _require_same_test(folders: Mapping[tuple[str, int], pathlib.Path]) -> None:
     ]
     if differences:
         raise ValueError(
-            "the runs were not tested alike:\n  "
-            + "\n  ".join(differences)
-            + "\nthe fingerprint covers the log and its cleaning, data.timestamp_precision included, which decides the "
-            "order of close events and with it who is tested on what"
+            f"the runs were not tested alike: {differences[0]}; compare runs on one log, cleaned and ordered alike "
+            "(data.timestamp_precision too)"
         )
 
 

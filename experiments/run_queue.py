@@ -1,7 +1,6 @@
 """Trains several runs, each in a process of its own, a few at a time; stops them together and takes them up again."""
 
 import contextlib
-import fcntl
 import os
 import pathlib
 import signal
@@ -11,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from types import FrameType
-from typing import IO, Any
+from typing import Any
 
 from tim4rec_jax.run_dir import METRICS, RESULTS, TEST_RANKS, read_results
 from tim4rec_jax.training.logging import read_metrics
@@ -59,7 +58,6 @@ class _Running:
     Attributes:
       job: which.
       process: its training.
-      lock: the run's lock.
       processors: its share; empty is all.
       started: when, by time.perf_counter.
       printed_before: bytes in its output file from earlier processes.
@@ -68,7 +66,6 @@ class _Running:
 
     job: Job
     process: subprocess.Popen
-    lock: IO[bytes]
     processors: frozenset[int]
     started: float
     printed_before: int
@@ -113,18 +110,6 @@ def _pinned(processors: frozenset[int]) -> Iterator[None]:
         os.sched_setaffinity(0, before)
 
 
-def _locked(job: Job) -> IO[bytes]:
-    """Takes the run's lock; the training inherits it, so that a run never has two even if this process is killed."""
-    job.folder.parent.mkdir(parents=True, exist_ok=True)
-    lock = job.folder.with_name(f"{job.folder.name}.lock").open("ab")
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        lock.close()
-        raise ValueError(f"{job.folder} is being trained by another process; wait until it ends, or stop it") from None
-    return lock
-
-
 def command(job: Job) -> list[str]:
     """The command line of a job's training."""
     # -P here and the path below: the training runs the code of this very program, whatever the current folder holds.
@@ -132,17 +117,16 @@ def command(job: Job) -> list[str]:
 
 
 def _start(job: Job, processors: frozenset[int]) -> _Running:
-    lock = _locked(job)
+    job.folder.parent.mkdir(parents=True, exist_ok=True)
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1"}
     with job.output.open("ab") as output, _pinned(processors):
         printed_before = output.tell()
         process = subprocess.Popen(
             command(job), env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
-            pass_fds=(lock.fileno(),),
             start_new_session=True,  # a Ctrl-C reaches it once, from us, and not a second time from the terminal
         )  # fmt: skip
-    return _Running(job, process, lock, processors, time.perf_counter(), printed_before)
+    return _Running(job, process, processors, time.perf_counter(), printed_before)
 
 
 @contextlib.contextmanager
@@ -175,7 +159,6 @@ def _error(running: _Running) -> str:
 def _end(running: _Running, stopped: bool, report: Callable[[str], None]) -> str | None:
     """Notes the end of a training; returns its error if it failed."""
     job, status = running.job, running.process.returncode
-    running.lock.close()
     seconds = time.perf_counter() - running.started
     if status == 0 and is_finished(job.folder):
         results = read_results(job.folder)
@@ -196,12 +179,12 @@ def train_all(jobs: Sequence[Job], *, at_once: int = 1, report: Callable[[str], 
     Ctrl-C and SIGTERM are passed to the trainings, which save their state; no further one is started.
 
     Args:
-      jobs: what to train; a run that was begun is resumed.
+      jobs: what to train; a run that was begun is resumed, one that another process is training fails.
       at_once: trainings at a time; on Linux each then has its own share of the processors.
       report: receives a line when a training starts and when it ends.
 
     Raises:
-      ValueError: more trainings at once than processors, or a run that another process is training.
+      ValueError: more trainings at once than processors.
     """
     free = processor_shares(at_once)
     waiting, running, failures = list(jobs), [], {}
@@ -227,5 +210,4 @@ def train_all(jobs: Sequence[Job], *, at_once: int = 1, report: Callable[[str], 
             for one in running:  # an error here must not leave trainings behind
                 one.process.terminate()
                 one.process.wait()
-                one.lock.close()
     return QueueResult(failures, requests[0] if requests else None)

@@ -31,7 +31,7 @@ from experiments.record import command_without_folders, settings_without_folders
 from experiments.run_queue import Job, is_finished, train_all
 from experiments.sweep_plan import Plan, Range, parse, record_plan
 from tim4rec_jax.data.interactions import load_log
-from tim4rec_jax.files import write_atomically
+from tim4rec_jax.files import locked, write_atomically
 from tim4rec_jax.run_dir import environment, read_results
 from tim4rec_jax.training.interruption import exit_code
 
@@ -316,7 +316,10 @@ def run(plan: Plan, console: Console) -> int:
 
 def program(argv: list[str]) -> int:
     """The program behind `main`."""
-    return run(parse(argv), Console())
+    plan = parse(argv)
+    plan.folder.parent.mkdir(parents=True, exist_ok=True)
+    with locked(plan.folder.resolve()):
+        return run(plan, Console())
 
 
 def main(argv: Sequence[str] | None = None) -> int:

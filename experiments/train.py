@@ -13,13 +13,14 @@ error), 130 stopped by Ctrl-C and 0 by SIGTERM with the state saved.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import math
 import os
 import pathlib
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,10 +37,9 @@ from tim4rec_jax.data.interactions import InteractionLog, load_log
 from tim4rec_jax.data.splits import describe, split_log
 from tim4rec_jax.evaluation.baselines import popularity_counts, popularity_ranks
 from tim4rec_jax.evaluation.metrics import summarise
+from tim4rec_jax.files import locked
 from tim4rec_jax.models import build_model
-from tim4rec_jax.run_dir import create_run, write_results
-from tim4rec_jax.training.all_positions import require_packable
-from tim4rec_jax.training.catalogue_parallel import require_shardable
+from tim4rec_jax.run_dir import create_run, discard_run, has_begun, read_config, write_config, write_results
 from tim4rec_jax.training.interruption import Interrupted, StopRequests, explain
 from tim4rec_jax.training.loop import Trainer
 from tim4rec_jax.training.processes import (
@@ -122,18 +122,47 @@ def train_one(
     resume: bool,
     stop_requests: StopRequests | None = None,
 ) -> dict[str, Any]:
-    """Makes or opens the run folder and trains; returns the results with wall time added."""
+    """Makes or opens the run folder and trains; returns the results with wall time added.
+
+    A start that is refused leaves no run folder, and one that was there as it was.
+    """
     config = with_data(config, log)
-    require_packable(config, build_model(config.model))
-    require_shardable(config)
     require_same_start(config, log.fingerprint)
+    trainer = Trainer(config, log, run_dir, resume=resume, stop_requests=stop_requests)
+    before = on_main(lambda: read_config(run_dir) if has_begun(run_dir) else None)
     on_main(lambda: create_run(run_dir, config, log, resume=resume))
     started = time.perf_counter()
-    results = Trainer(config, log, run_dir, resume=resume, stop_requests=stop_requests).run()
+    try:
+        results = trainer.run()
+    except Interrupted:
+        raise
+    except Exception:
+        if is_main() and not trainer.has_stepped:
+            discard_run(run_dir) if before is None else write_config(run_dir, before)
+        raise
     results |= {"wall_seconds_of_this_process": time.perf_counter() - started}
     if is_main():
         write_results(run_dir, results)
     return results
+
+
+@contextlib.contextmanager
+def only_writer(run_dir: pathlib.Path) -> Iterator[None]:
+    """Holds the lock of a run folder in process 0, which writes it.
+
+    Raises:
+      ValueError: another process is writing it.
+      ProcessError: in the other processes, if it raised in process 0.
+    """
+    run_dir = run_dir.resolve()
+    with contextlib.ExitStack() as stack:
+
+        def lock() -> None:
+            run_dir.parent.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(locked(run_dir))
+
+        on_main(lock)
+        yield
 
 
 def popularity(config: ExperimentConfig, log: InteractionLog) -> dict[str, float]:
@@ -172,7 +201,18 @@ def _name(config: ExperimentConfig) -> str:
 def run(
     config: ExperimentConfig, run_dir: pathlib.Path, resume: bool, console: Console, stop_requests: StopRequests
 ) -> None:
-    """Trains the model and its baselines and prints the final table."""
+    """Trains the model and its baselines and prints the final table.
+
+    Raises:
+      ValueError: another process is writing the run folder, or the settings do not fit it, the data or each other.
+    """
+    with only_writer(run_dir):
+        _run(config, run_dir, resume, console, stop_requests)
+
+
+def _run(
+    config: ExperimentConfig, run_dir: pathlib.Path, resume: bool, console: Console, stop_requests: StopRequests
+) -> None:
     log = load_log(config.data)
     console.print(log.statistics.table(config.data.name))
     report = split_log(log, config.data).report
@@ -187,7 +227,8 @@ def run(
     if "time_off" in config.eval.baselines and build_model(with_data(config, log).model).uses_time:
         console.print("the same model with time off")
         plain = dataclasses.replace(config, model=dataclasses.replace(config.model, use_time=False))
-        other = train_one(plain, log, run_dir / "time_off", resume, stop_requests)
+        with only_writer(run_dir / "time_off"):
+            other = train_one(plain, log, run_dir / "time_off", resume, stop_requests)
         rows.append((_name(plain), other["test"], f"this run, best epoch {other['best_epoch']} of {other['epochs']}"))
     if "popularity" in config.eval.baselines:
         rows.append(("popularity", popularity(config, log), "this log, counts of the training part"))

@@ -11,7 +11,7 @@ import numpy as np
 import polars as pl
 import pytest
 
-from tim4rec_jax import run_dir
+from tim4rec_jax import files, run_dir, run_environment
 from tim4rec_jax.config import EvalConfig, ExperimentConfig, ModelConfig, TrainConfig
 
 CONFIG = ExperimentConfig(
@@ -42,6 +42,13 @@ def run(tmp_path):
     return run_dir.create_run(tmp_path / "runs" / "one", CONFIG, _log(), command=COMMAND)
 
 
+@pytest.fixture
+def begun(run):
+    """A run in which something was trained."""
+    (run / "metrics.jsonl").write_text('{"kind": "event"}\n')
+    return run
+
+
 def test_round_trip_of_everything(run):
     assert run_dir.read_config(run) == CONFIG
     assert json.loads((run / "config.json").read_text())["format_version"] == 1
@@ -54,7 +61,7 @@ def test_round_trip_of_everything(run):
     run_dir.write_results(run, {"test": {"ndcg@10": 0.0369}, "epoch": 16})
     assert run_dir.read_results(run) == {"test": {"ndcg@10": 0.0369}, "epoch": 16}
     assert sorted(path.name for path in run.iterdir()) == [
-        "config.json", "environment.json", "histories.parquet", "item_ids.parquet", "results.json",
+        "config.json", "environment.json", "histories.parquet", "item_ids.parquet", "manifest.json", "results.json",
     ]  # fmt: skip
 
 
@@ -88,14 +95,14 @@ def test_git_state_of_a_checkout_and_elsewhere(tmp_path):
     file.parent.mkdir()
     file.write_text("x = 1\n")
     nothing = {"git_commit": None, "git_dirty": None}
-    assert run_dir._git_state(file) == nothing
+    assert run_environment._git_state(file) == nothing
     git("init", "-q")
-    assert run_dir._git_state(file) == nothing  # in a checkout, but not its own
+    assert run_environment._git_state(file) == nothing  # in a checkout, but not its own
     git("add", ".")
     git("commit", "-q", "-m", "m")
-    assert run_dir._git_state(file) == {"git_commit": git("rev-parse", "HEAD"), "git_dirty": False}
+    assert run_environment._git_state(file) == {"git_commit": git("rev-parse", "HEAD"), "git_dirty": False}
     file.write_text("x = 2\n")
-    assert run_dir._git_state(file)["git_dirty"] is True
+    assert run_environment._git_state(file)["git_dirty"] is True
 
 
 def test_folder_that_is_no_run(tmp_path):
@@ -113,7 +120,8 @@ def test_folder_that_is_no_run(tmp_path):
 
 
 @pytest.mark.parametrize(("version", "said"), [(2, "format 2"), (None, "format None")])
-def test_other_format_version_names_both(run, version, said):
+def test_other_format_version_names_both(begun, version, said):
+    run = begun
     values = json.loads((run / "config.json").read_text())
     del values["format_version"]
     (run / "config.json").write_text(json.dumps(values | ({} if version is None else {"format_version": version})))
@@ -126,6 +134,7 @@ def test_other_format_version_names_both(run, version, said):
 def test_unreadable_and_unknown_settings(run):
     values = json.loads((run / "config.json").read_text())
     values["train"]["batchsize"] = 3
+    (run / "manifest.json").unlink()
     (run / "config.json").write_text(json.dumps(values))
     with pytest.raises(ValueError, match=r"config.json: unknown settings \['train.batchsize'\]"):
         run_dir.read_config(run)
@@ -137,13 +146,13 @@ def test_unreadable_and_unknown_settings(run):
         run_dir.read_config(run)
 
 
-def test_other_settings_are_refused_and_listed(run):
+def test_other_settings_are_refused_and_listed(begun):
+    run = begun
     before = (run / "config.json").read_bytes()
     other = dataclasses.replace(CONFIG, model=ModelConfig(vocab_size=5, max_len=8), train=TrainConfig(epochs=2))
     with pytest.raises(ValueError, match="holds a run with other settings") as error:
         run_dir.create_run(run, other, _log())
-    lines = [line.strip() for line in str(error.value).splitlines()[1:-1]]
-    assert lines == ["model.vocab_size: 4 → 5", "train.epochs: 300 → 2"]
+    assert "other settings: model.vocab_size: 4 → 5, train.epochs: 300 → 2; choose another" in str(error.value)
     assert (run / "config.json").read_bytes() == before
 
 
@@ -156,7 +165,7 @@ def test_resume_takes_only_settings_that_keep_the_steps_taken(run):
     assert run_dir.read_environment(run)["start_utc"] == start
     assert run_dir.read_environment(run)["command"] == COMMAND
     assert (run / "metrics.jsonl").read_text() == "{}\n"
-    with pytest.raises(ValueError, match="train.seed: 2020 → 1\nresuming cannot change these"):
+    with pytest.raises(ValueError, match="train.seed: 2020 → 1; resuming cannot change these"):
         run_dir.create_run(run, _with_train(seed=1, epochs=7), _log(), resume=True)
     assert run_dir.read_config(run) == longer
 
@@ -166,7 +175,8 @@ def test_every_setting_changeable_on_resume_exists():
 
 
 @pytest.mark.parametrize("resume", [False, True])
-def test_other_data_is_refused(run, resume):
+def test_other_data_is_refused(begun, resume):
+    run = begun
     with pytest.raises(ValueError, match="holds a run on other data: fingerprint f00d → beef"):
         run_dir.create_run(run, CONFIG, _log(fingerprint="beef"), resume=resume)
 
@@ -174,7 +184,10 @@ def test_other_data_is_refused(run, resume):
 @pytest.mark.parametrize("trace", ["metrics.jsonl", "checkpoints", "results.json"])
 def test_begun_run_is_not_overwritten(run, trace):
     assert run_dir.create_run(run, CONFIG, _log()) == run  # nothing done in it yet
-    (run / trace).mkdir() if trace == "checkpoints" else (run / trace).write_text("")
+    if trace == "checkpoints":
+        (run / trace / "best" / "000001_step_1").mkdir(parents=True)
+    else:
+        (run / trace).write_text("{}\n")
     with pytest.raises(FileExistsError, match="already holds this run; continue it with resume"):
         run_dir.create_run(run, CONFIG, _log())
 
@@ -206,7 +219,7 @@ def test_failed_write_keeps_the_old_file(run, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(run_dir.os, "fsync", full)
+    monkeypatch.setattr(files.os, "fsync", full)
     with pytest.raises(OSError, match="No space left on device"):
         run_dir.write_results(run, {"epoch": 2})
     assert run_dir.read_results(run) == {"epoch": 1}

@@ -9,15 +9,16 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 PACKAGES = ("kernels", "tim4rec_jax", "experiments")
 # What each room of the library may import of the others.
 # Ground-floor files that import nothing of the library, or only each other, are everyone's.
-GROUND = {"checks", "files"}
+GROUND = {"checks", "files", "json_files"}
+RUN = {"run_dir", "run_environment", "run_manifest"}
 ROOMS = {
     "data": {"config", "data_config"},
     "layers": {"config"},
     "models": {"config", "typing", "layers"},
     "interop": {"config", "models"},
     "evaluation": {"config", "data", "models"},
-    "training": {"config", "data", "models", "evaluation", "run_dir"},
-    "serving": {"config", "data", "models", "evaluation", "run_dir", "training"},
+    "training": {"config", "data", "models", "evaluation", *RUN},
+    "serving": {"config", "data", "models", "evaluation", *RUN, "training"},
 }
 
 

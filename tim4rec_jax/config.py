@@ -20,10 +20,23 @@ Positions = Literal["last", "all"]
 Loss = Literal["ce", "bpr", "sampled_ce"]
 TableOptimizer = Literal["adam", "lazy_adam"]
 TIME_FEATURES = ("gap", "bins", "scales", "calendar")
+# What no machine trains, or compiles; other whole numbers need only fit into 32 bits.
+LARGEST = {"num_layers": 200, "d_model": 2**16, "expand": 2**10, "d_conv": 2**10, "max_len": 2**20, "inner_size": 2**20}
+LARGEST |= {"first_second": 2**53, "last_second": 2**53}
 
 
 def _require_rate(name: str, rate: float) -> None:
     require(0.0 <= rate < 1.0, f"{name}={rate} must lie in [0, 1); use 0 to switch dropout off")
+
+
+def _require_sizes(settings: Any) -> None:
+    """Refuses whole numbers, also in tuples, that are beyond what can be meant."""
+    for field_ in dataclasses.fields(settings):
+        value, largest = getattr(settings, field_.name), LARGEST.get(field_.name, 2**31 - 1)
+        for number in value if isinstance(value, tuple) else (value,):
+            if isinstance(number, int) and abs(number) > largest:
+                shown = number if abs(number) < 2**63 else f"(about 2^{number.bit_length() - 1})"
+                raise ValueError(f"{field_.name}={shown} must be at most {largest}")
 
 
 @dataclass(frozen=True)
@@ -109,6 +122,7 @@ class ModelConfig:
     scan_implementation: str | None = None
 
     def __post_init__(self) -> None:
+        _require_sizes(self)
         sizes = (
             "max_len", "d_model", "num_layers", "d_state", "d_conv", "expand", "head_dim", "chunk_size",
             "attention_heads", "inner_size", "time_span", "vocab_multiple",
@@ -237,6 +251,7 @@ class TrainConfig:
     tensorboard: bool = True
 
     def __post_init__(self) -> None:
+        _require_sizes(self)
         for name in ("epochs", "batch_size", "length_groups", "log_every"):
             require(getattr(self, name) >= 1, f"{name}={getattr(self, name)} must be at least 1")
         for name in ("max_steps", "microbatch_tokens", "checkpoint_every"):
@@ -315,6 +330,7 @@ class EvalConfig:
     baselines: tuple[Baseline, ...] = ("popularity",)
 
     def __post_init__(self) -> None:
+        _require_sizes(self)
         require(self.batch_size >= 1, f"batch_size={self.batch_size} must be at least 1")
         require(self.max_len is None or self.max_len >= 1, f"max_len={self.max_len} must be at least 1, or None")
         require(len(self.top_k) > 0 and min(self.top_k) >= 1, f"top_k={self.top_k} needs list lengths of at least 1")

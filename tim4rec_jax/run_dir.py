@@ -2,6 +2,7 @@
 
     config.json         the resolved settings and "format_version"
     environment.json    versions, device, commit, data fingerprint, command line, start
+    manifest.json       id of the run, and hashes of the files that decide its answers; see `run_manifest`
     item_ids.parquet    index, item_id, title: row i-1 is the item of model index i
     histories.parquet   user_id, items (model indices), timestamps (seconds), oldest first
     test_ranks.parquet  user_id, rank: where each test target stood, the best item at 1; written with results.json
@@ -10,30 +11,40 @@
 Nothing in it is a pickle. Every file is written beside its place and then renamed, so none is ever half-written.
 """
 
+import contextlib
 import dataclasses
-import datetime
-import importlib.metadata
 import json
+import math
 import os
 import pathlib
-import platform
-import subprocess
-import sys
+import shutil
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
-import jax
 import numpy as np
 import polars as pl
 
 from tim4rec_jax.config import ExperimentConfig, ParallelConfig, experiment_from_dict
-from tim4rec_jax.files import replacing, write_atomically
+from tim4rec_jax.files import replacing, sync_folder, write_atomically
+from tim4rec_jax.json_files import as_bytes, read_object, write_object
+from tim4rec_jax.run_environment import environment
+from tim4rec_jax.run_manifest import (
+    MANIFEST,
+    bytes_digest,
+    file_digest,
+    new_manifest,
+    read_manifest,
+    require_as_written,
+    write_manifest,
+)
 
 FORMAT_VERSION = 1
 CONFIG, ENVIRONMENT, RESULTS = "config.json", "environment.json", "results.json"
 METRICS, CURVES, CHECKPOINTS = "metrics.jsonl", "curves.png", "checkpoints"
 ITEMS, HISTORIES, TEST_RANKS = "item_ids.parquet", "histories.parquet", "test_ranks.parquet"
 
+# Differences of settings that an error names.
+SHOWN_DIFFERENCES = 3
 # What may change when a run is resumed: none of it alters the steps already taken or the shapes of the checkpoint.
 CHANGEABLE_ON_RESUME = (
     *(f"train.{name}" for name in ("epochs", "max_steps", "patience", "log_every", "checkpoint_every")),
@@ -89,17 +100,45 @@ def create_run(
       FileExistsError: the folder holds this very run, already begun, and `resume` is off.
     """
     path = pathlib.Path(path).absolute()
-    if (path / CONFIG).exists():
-        _require_same_run(path, config, log, resume)
+    if os.path.lexists(path / CONFIG):
+        if has_begun(path):
+            _require_same_run(path, config, log, resume)
+            write_config(path, config)
+            return path
+        # Nothing is lost with it. First of all it is no run any more, for a kill may come between any two files.
+        (path / CONFIG).unlink()
+        sync_folder(path)
+    elif has_begun(path):
+        raise ValueError(f"{path} holds a run without its {CONFIG}; choose another run folder, or remove this one")
     path.mkdir(parents=True, exist_ok=True)
-    if resume and (path / ENVIRONMENT).exists():
-        write_config(path, config)
-        return path
     _write_items(path, log)
     _write_histories(path, log)
-    _write_json(path / ENVIRONMENT, environment(log.fingerprint, command=command))
-    write_config(path, config)  # last: a folder with settings is a whole run
+    write_object(path / ENVIRONMENT, environment(log.fingerprint, command=command))
+    content = _config_bytes(config)
+    digests = {name: file_digest(path / name) for name in (ITEMS, HISTORIES)} | {CONFIG: bytes_digest(content)}
+    write_manifest(path, new_manifest(log.fingerprint, digests))
+    write_atomically(path / CONFIG, content)  # last: a folder with settings is a whole run
     return path
+
+
+def has_begun(path: pathlib.Path) -> bool:
+    """Tells whether a folder holds anything of a run that would be missed."""
+    path = pathlib.Path(path)
+    metrics = path / METRICS
+    logged = metrics.stat().st_size > 0 if metrics.is_file() else os.path.lexists(metrics)
+    return logged or os.path.lexists(path / RESULTS) or any((path / CHECKPOINTS).glob("*/*"))
+
+
+def discard_run(path: pathlib.Path) -> None:
+    """Removes a run folder in which nothing has been trained; any other stays."""
+    if has_begun(path):
+        return
+    for name in (CONFIG, MANIFEST, ENVIRONMENT, HISTORIES, ITEMS, METRICS):
+        (path / name).unlink(missing_ok=True)
+    for name in (CHECKPOINTS, "tensorboard"):
+        shutil.rmtree(path / name, ignore_errors=True)
+    with contextlib.suppress(OSError):
+        path.rmdir()
 
 
 def _require_same_run(path: pathlib.Path, config: ExperimentConfig, log: Log, resume: bool) -> None:
@@ -107,23 +146,25 @@ def _require_same_run(path: pathlib.Path, config: ExperimentConfig, log: Log, re
     changed = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
     refused = [key for key in changed if not resume or key not in CHANGEABLE_ON_RESUME]
     if refused:
+        shown = ", ".join(f"{key}: {old.get(key)!r} → {new.get(key)!r}" for key in refused[:SHOWN_DIFFERENCES])
+        more = f" and {len(refused) - SHOWN_DIFFERENCES} more" if len(refused) > SHOWN_DIFFERENCES else ""
         raise ValueError(
-            f"{path} holds a run with other settings:\n  "
-            + "\n  ".join(f"{key}: {old.get(key)!r} → {new.get(key)!r}" for key in refused)
-            + "\n"
-            + ("resuming cannot change these; " if resume else "")
+            f"{path} holds a run with other settings: {shown}{more}; "
+            + ("resuming cannot change these: " if resume else "")
             + "choose another run folder, or use the settings of the run"
         )
     fingerprint = read_environment(path)["data_fingerprint"]
     if fingerprint != log.fingerprint:
         raise ValueError(
-            f"{path} holds a run on other data: fingerprint {fingerprint} → {log.fingerprint}; choose another run "
-            "folder, or give the log the run began with"
+            f"{path} holds a run on other data: fingerprint {fingerprint[:16]} → {log.fingerprint[:16]}; choose "
+            "another run folder, or give the log the run began with"
         )
-    if not resume and any((path / name).exists() for name in (METRICS, CHECKPOINTS, RESULTS)):
+    if not resume:
         raise FileExistsError(
             f"{path} already holds this run; continue it with resume, choose another run folder, or remove this one"
         )
+    for name in (ITEMS, HISTORIES):
+        require_as_written(path, name)
 
 
 def _plain(config: ExperimentConfig) -> dict[str, Any]:
@@ -141,9 +182,23 @@ def _flat(values: Mapping[str, Any], path: str = "") -> dict[str, Any]:
     return flat
 
 
+def _config_bytes(config: ExperimentConfig) -> bytes:
+    return as_bytes({"format_version": FORMAT_VERSION} | _plain(config))
+
+
 def write_config(path: pathlib.Path, config: ExperimentConfig) -> None:
-    """Writes config.json."""
-    _write_json(path / CONFIG, {"format_version": FORMAT_VERSION} | _plain(config))
+    """Writes other settings into config.json, and into the manifest where there is one."""
+    content, manifest = _config_bytes(config), read_manifest(path)
+    if manifest is None:
+        write_atomically(path / CONFIG, content)
+        return
+    digest = bytes_digest(content)
+    if manifest.files[CONFIG] != [digest]:
+        # A kill in between leaves settings that the manifest knows, the old or the new.
+        known = manifest.files | {CONFIG: [*manifest.files[CONFIG], digest]}
+        write_manifest(path, manifest._replace(files=known))
+        write_atomically(path / CONFIG, content)
+        write_manifest(path, manifest._replace(files=known | {CONFIG: [digest]}))
 
 
 def read_config(path: pathlib.Path) -> ExperimentConfig:
@@ -151,34 +206,76 @@ def read_config(path: pathlib.Path) -> ExperimentConfig:
 
     Raises:
       FileNotFoundError: the folder is no run.
-      ValueError: the run has another format, or its settings are not known here.
+      ValueError: the run has another format, its settings are not known here, or are not those it was made with.
     """
-    values = _read_json(path, CONFIG)
+    file = _existing(path, CONFIG)
+    values = read_object(file)
     version = values.pop("format_version", None)
     if version != FORMAT_VERSION:
         raise ValueError(
-            f"{path} is a run folder of format {version}, this program reads format {FORMAT_VERSION}; "
+            f"{path} is a run folder of format {str(version)[:20]}, this program reads format {FORMAT_VERSION}; "
             "use the version of the program that wrote it (see environment.json), or train anew"
         )
+    require_as_written(path, CONFIG)
     try:
         return experiment_from_dict(values)
     except ValueError as error:
-        raise ValueError(f"{path / CONFIG}: {error}") from error
+        raise ValueError(f"{file}: {error}") from error
+
+
+# What programs read of it, and the types this has.
+_ENVIRONMENT_TYPES = {"data_fingerprint": str, "git_commit": str | None, "command": list}
 
 
 def read_environment(path: pathlib.Path) -> dict[str, Any]:
-    """Returns what `environment` said when the run began."""
-    return _read_json(path, ENVIRONMENT)
+    """Returns what `environment` said when the run began.
+
+    Raises:
+      FileNotFoundError: the folder is no run.
+      ValueError: it is not what `environment` says, or speaks of other data than the manifest.
+    """
+    file = _existing(path, ENVIRONMENT)
+    values = read_object(file)
+    for name, kind in _ENVIRONMENT_TYPES.items():
+        if name not in values or not isinstance(values[name], kind):
+            raise ValueError(f"{file} has no {name}; put back the file as training left it, or train anew")
+    manifest = read_manifest(path)
+    if manifest is not None and values["data_fingerprint"] != manifest.data_fingerprint:
+        raise ValueError(
+            f"{file} has the data_fingerprint {values['data_fingerprint'][:16]}, the run was made with "
+            f"{manifest.data_fingerprint[:16]}; put back the file as training left it, or train anew"
+        )
+    return values
 
 
 def write_results(path: pathlib.Path, results: Mapping[str, Any]) -> None:
     """Writes results.json; values are finite numbers, strings, lists and dicts."""
-    _write_json(path / RESULTS, results)
+    write_object(path / RESULTS, results)
 
 
 def read_results(path: pathlib.Path) -> dict[str, Any]:
-    """Returns what `write_results` wrote; raises FileNotFoundError while the run is unfinished."""
-    return _read_json(path, RESULTS)
+    """Returns what `write_results` wrote.
+
+    Raises:
+      FileNotFoundError: the run is unfinished.
+      ValueError: the numbers of its test are no finite numbers.
+    """
+    file = _existing(path, RESULTS)
+    values = read_object(file)
+    test = values.get("test", {})
+    if not isinstance(test, dict) or not all(_is_finite(value) for value in test.values()):
+        raise ValueError(f'{file} has no finite numbers under "test"; write it anew: train on with resume')
+    return values
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < math.inf
+
+
+def withdraw_results(path: pathlib.Path) -> None:
+    """Removes what a run wrote at its end, for it is training on."""
+    for name in (RESULTS, TEST_RANKS):
+        (path / name).unlink(missing_ok=True)
 
 
 def write_test_ranks(path: pathlib.Path, user_ids: pl.Series, ranks: np.ndarray) -> None:
@@ -196,17 +293,81 @@ def write_test_ranks(path: pathlib.Path, user_ids: pl.Series, ranks: np.ndarray)
 
 def read_test_ranks(path: pathlib.Path) -> pl.DataFrame:
     """Returns user_id (String) and rank (Int32, from 1) of every tested user; FileNotFoundError while unfinished."""
-    return pl.read_parquet(_existing(path, TEST_RANKS))
+    return _read_table(path, TEST_RANKS)
 
 
 def read_items(path: pathlib.Path) -> pl.DataFrame:
-    """Returns index (Int32, from 1), item_id (String) and title (String or null) of every item, by index."""
-    return pl.read_parquet(_existing(path, ITEMS))
+    """Returns index (Int32, from 1), item_id (String) and title (String or null) of every item, by index.
+
+    Raises:
+      FileNotFoundError: the folder is no run.
+      ValueError: the items are not those the run was made with, or no numbering of different items.
+    """
+    items = _read_table(path, ITEMS)
+    if not items["index"].equals(pl.int_range(1, len(items) + 1, dtype=pl.Int32, eager=True)):
+        raise _not_a_run(path, ITEMS, "its index does not count 1, 2, 3 .. from the first row to the last")
+    _require_different(path, ITEMS, items["item_id"])
+    return items
 
 
 def read_histories(path: pathlib.Path) -> pl.DataFrame:
-    """Returns user_id (String), items (List(Int32)) and timestamps (List(Int64), seconds) of every user."""
-    return pl.read_parquet(_existing(path, HISTORIES))
+    """Returns user_id (String), items (List(Int32)) and timestamps (List(Int64), seconds) of every user.
+
+    Raises:
+      FileNotFoundError: the folder is no run.
+      ValueError: the histories are not those the run was made with, name items that are not there, or run backwards.
+    """
+    histories = _read_table(path, HISTORIES)
+    _require_different(path, HISTORIES, histories["user_id"])
+    counts = histories["items"].list.len()
+    if len(histories) == 0 or not ((counts > 0) & (counts == histories["timestamps"].list.len())).all():
+        raise _not_a_run(path, HISTORIES, "there are no users, or one has no events or not one time for each item")
+    num_items = len(read_items(path))
+    items, times = (histories[name].explode() for name in ("items", "timestamps"))
+    if items.null_count() or times.null_count() or not 1 <= items.min() <= items.max() <= num_items:
+        raise _not_a_run(path, HISTORIES, f"an item lies outside 1 to {num_items}, the items of {ITEMS}")
+    # In the order of the log, which is that of the times as they were rounded for sorting.
+    times = times.to_numpy().astype(read_config(path).data.timestamp_precision)
+    first_of_user = np.cumsum(counts.to_numpy())[:-1]
+    backwards = np.flatnonzero(times[1:] < times[:-1]) + 1
+    if len(backwards) and not np.isin(backwards, first_of_user).all():
+        raise _not_a_run(path, HISTORIES, "times of a user run backwards")
+    return histories
+
+
+_SCHEMAS = {
+    ITEMS: {"index": pl.Int32, "item_id": pl.String, "title": pl.String},
+    HISTORIES: {"user_id": pl.String, "items": pl.List(pl.Int32), "timestamps": pl.List(pl.Int64)},
+    TEST_RANKS: {"user_id": pl.String, "rank": pl.Int32},
+}
+_MAY_BE_NULL = ("title",)
+
+
+def _not_a_run(path: pathlib.Path, name: str, reason: str) -> ValueError:
+    return ValueError(f"{path / name}: {reason}; put back the file as training left it, or train anew")
+
+
+def _require_different(path: pathlib.Path, name: str, ids: pl.Series) -> None:
+    if ids.n_unique() < len(ids):
+        raise _not_a_run(path, name, f"{ids.name} {ids.filter(ids.is_duplicated())[0][:40]!r} is there more than once")
+
+
+def _read_table(path: pathlib.Path, name: str) -> pl.DataFrame:
+    file, schema = _existing(path, name), _SCHEMAS[name]
+    if name != TEST_RANKS:
+        require_as_written(path, name)
+    try:
+        table = pl.read_parquet(file)
+    except (pl.exceptions.PolarsError, pl.exceptions.PanicException) as error:
+        raise _not_a_run(
+            path, name, f"it cannot be read as Parquet ({str(error).partition(chr(10))[0][:80]})"
+        ) from error
+    if table.schema != schema:
+        wanted = ", ".join(f"{column} {kind}" for column, kind in schema.items())
+        raise _not_a_run(path, name, f"it does not have the columns {wanted}")
+    if nulls := [column for column in schema if column not in _MAY_BE_NULL and table[column].null_count()]:
+        raise _not_a_run(path, name, f"a value of {nulls[0]} is missing")
+    return table
 
 
 def _write_items(path: pathlib.Path, log: Log) -> None:
@@ -240,75 +401,14 @@ def _write_histories(path: pathlib.Path, log: Log) -> None:
         histories.write_parquet(temporary)
 
 
-def environment(fingerprint: str | None = None, *, command: Sequence[str] | None = None) -> dict[str, Any]:
-    """Returns what a result depends on besides its settings, ready for JSON.
-
-    Args:
-      fingerprint: of the cleaned log.
-      command: command line; None is that of this process.
-    """
-    devices = jax.devices()
-    return {
-        **{name: _version(name) for name in ("tim4rec_jax", "jax", "jaxlib", "flax", "optax")},
-        "orbax": _version("orbax-checkpoint"),
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "backend": jax.default_backend(),
-        "device_kind": devices[0].device_kind,
-        "device_count": len(devices),
-        "process_count": jax.process_count(),
-        "cpu_count": os.cpu_count(),
-        "cpus_allowed": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        **_git_state(pathlib.Path(__file__)),
-        "data_fingerprint": fingerprint,
-        "command": list(sys.orig_argv if command is None else command),
-        "start_utc": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-    }
-
-
-def _version(distribution: str) -> str | None:
-    try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return None  # run from a checkout that is not installed
-
-
-def _git_state(file: pathlib.Path) -> dict[str, Any]:
-    """Commit and dirty flag of the checkout that tracks `file`; nulls elsewhere, e.g. in site-packages."""
-
-    def git(*arguments: str) -> str:
-        command = ["git", "-C", str(file.parent), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout.strip()
-
-    try:
-        git("ls-files", "--error-unmatch", file.name)  # an environment may lie inside someone else's checkout
-        return {"git_commit": git("rev-parse", "HEAD"), "git_dirty": git("status", "--porcelain") != ""}
-    except (OSError, subprocess.SubprocessError):
-        return {"git_commit": None, "git_dirty": None}
-
-
 def _existing(path: pathlib.Path, name: str) -> pathlib.Path:
     file = pathlib.Path(path) / name
     if file.is_file():
         return file
     if not pathlib.Path(path).is_dir():
         raise FileNotFoundError(f"there is no run folder {path}")
+    if os.path.lexists(file):
+        raise ValueError(f"{path} is not a run folder: {name} is not a file")
     if name in (RESULTS, TEST_RANKS):
         raise FileNotFoundError(f"{path} has no {name} yet: the run has not finished")
     raise FileNotFoundError(f"{path} is not a run folder: {name} is missing")
-
-
-def _read_json(path: pathlib.Path, name: str) -> dict[str, Any]:
-    file = _existing(path, name)
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file} is not readable as JSON: {error}") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{file} holds a {type(values).__name__} where an object is expected")
-    return values
-
-
-def _write_json(file: pathlib.Path, values: Mapping[str, Any]) -> None:
-    text = json.dumps(values, indent=2, ensure_ascii=False, allow_nan=False)
-    write_atomically(file, (text + "\n").encode())

@@ -20,6 +20,7 @@ from experiments.comparison_plan import options, parse, parse_seeds
 from experiments.configs import DATA_NAMES, MODEL_NAMES, load_config
 from experiments.published import PUBLISHED
 from experiments.run_queue import is_finished
+from tests.edited_runs import reseal
 from tim4rec_jax.data.interactions import load_log
 from tim4rec_jax.data.splits import leave_one_out, split_log
 from tim4rec_jax.evaluation.baselines import markov_ranks, popularity_counts, popularity_ranks, transition_counts
@@ -200,6 +201,7 @@ def test_other_data_are_refused(tmp_path, finished, capsys):
     assert "data.synthetic.seed: 7 there, 8 asked for" in error and "data fingerprint: " in error
     environment = tmp_path / "runs" / "ssd4rec" / "seed_2021" / "environment.json"
     environment.write_text(json.dumps(json.loads(environment.read_text()) | {"data_fingerprint": "f00d"}))
+    reseal(environment.parent)
     assert compare.main(_arguments(tmp_path, "--report-only")) == 2
     assert "data fingerprint: f00d… there" in capsys.readouterr().err
 
@@ -211,7 +213,7 @@ def test_a_failed_training_is_told_beside_the_others(tmp_path, monkeypatch, fini
     assert compare.main(_arguments(tmp_path)) == 2
     shown = capsys.readouterr()
     assert "3 of 4 runs are finished, 1 to train" in shown.out
-    assert "error: trainings failed:\nssd4rec, seed 2020 (2 of 4): the loss is nan" in shown.err
+    assert "error: trainings failed: ssd4rec, seed 2020 (2 of 4): the loss is nan" in shown.err
     assert "ssd4rec seed 2020" in (tmp_path / "out" / "table.md").read_text().partition("**Not finished")[2]
 
 

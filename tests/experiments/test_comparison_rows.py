@@ -8,6 +8,7 @@ import pytest
 
 from experiments import compare
 from experiments.comparison_plan import parse
+from tests.edited_runs import reseal
 from tests.experiments.test_compare import TINY, finish
 from tim4rec_jax.data.interactions import load_log
 from tim4rec_jax.evaluation.metrics import ndcg
@@ -74,15 +75,16 @@ def _change(file, change):
     values = json.loads(file.read_text())
     change(values)
     file.write_text(json.dumps(values))
+    reseal(file.parent)
 
 
 @pytest.mark.parametrize(
     ("file", "change", "message"),
     [
-        (CONFIG, lambda c: c["model"].update(d_conv=3), "differ in more than the seed:\n  model.d_conv: 4 and 3"),
+        (CONFIG, lambda c: c["model"].update(d_conv=3), "differ in more than the seed: model.d_conv: 4 and 3"),
         (CONFIG, lambda c: c["train"].update(seed=3), "both have seed 3; give one of them"),
         (CONFIG, lambda c: c["eval"].update(exclude_seen=True), "eval.exclude_seen: False and True"),
-        (ENVIRONMENT, lambda e: e.update(data_fingerprint="f00d"), "not tested alike:\n  data fingerprint: "),
+        (ENVIRONMENT, lambda e: e.update(data_fingerprint="f00d"), "not tested alike: data fingerprint: "),
     ],
 )
 def test_what_does_not_belong_together_is_refused(tmp_path, ranks, capsys, file, change, message):

@@ -16,6 +16,7 @@ import torch
 import yaml
 
 from experiments import convert, evaluate, recommend, train
+from tests.edited_runs import reseal
 from tests.evaluation.logs import random_log
 from tests.torch_reference import echomamba4rec, mamba4rec, sasrec, tim4rec, tisasrec
 from tim4rec_jax.config import ModelConfig
@@ -173,6 +174,7 @@ def test_what_the_original_cannot_express_is_said(tmp_path, log_file, capsys):
     settings = json.loads((output / "config.json").read_text())
     settings["model"]["log_time"] = True
     (output / "config.json").write_text(json.dumps(settings))
+    reseal(output)
     code, out, _ = _main(capsys, f"--run={output}", f"--output={tmp_path / 'back.pth'}")
     assert code == 0 and "warning: TiM4Rec has no setting for log_time=True; its scores will differ" in out
 

@@ -106,25 +106,23 @@ def test_a_stop_request_is_passed_on_and_nothing_else_starts(tmp_path, number):
     assert signal.getsignal(number) == before
 
 
-def test_a_run_is_not_trained_twice_at_once(tmp_path):
-    job = _job(tmp_path, "run")
-    with run_queue._locked(job), pytest.raises(ValueError, match="runs/run is being trained by another process"):
-        train_all([job])
-    assert train_all([job], report=lambda _: None).failures == {}
+REPORTS_LATE = """
+import pathlib, sys, time
+ready = pathlib.Path(sys.argv[1]).parent / "waits" / "ready"
+while not ready.exists():
+    time.sleep(0.01)
+"""
 
 
 def test_an_error_leaves_no_training_behind(tmp_path):
-    jobs = [_job(tmp_path, "waits", WAIT), _job(tmp_path, "locked")]
-    with run_queue._locked(jobs[1]):
+    jobs = [_job(tmp_path, "waits", WAIT), _job(tmp_path, "ends", REPORTS_LATE)]
 
-        def report(line: str) -> None:
-            deadline = time.monotonic() + 60
-            while line.startswith("locked") and not (jobs[0].folder / "ready").exists():
-                assert time.monotonic() < deadline
-                time.sleep(0.01)
+    def report(line: str) -> None:
+        if line.startswith("ends: failed"):
+            raise OSError("nobody listens")
 
-        with pytest.raises(ValueError, match="another process"):
-            train_all(jobs, at_once=2, report=report)
+    with pytest.raises(OSError, match="nobody listens"):
+        train_all(jobs, at_once=2, report=report)
     assert (jobs[0].folder / "saved").read_text() == str(int(signal.SIGTERM))
 
 

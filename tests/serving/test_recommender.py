@@ -9,6 +9,7 @@ import numpy as np
 import polars as pl
 import pytest
 
+from tests.edited_runs import make_old
 from tests.serving.tiny_run import MAX_LEN, NUM_ITEMS
 from tim4rec_jax.models import build_model, init_params
 from tim4rec_jax.serving import recommender as recommender_module
@@ -196,6 +197,9 @@ def test_items_that_do_not_fit_the_model(run, tmp_path):
     copy = shutil.copytree(run, tmp_path / "mixed")
     items = pl.read_parquet(copy / "item_ids.parquet")
     items[:-1].write_parquet(copy / "item_ids.parquet")
+    with pytest.raises(ValueError, match=r"item_ids.parquet is not as it was written"):
+        Recommender.from_run(copy)
+    make_old(copy)
     with pytest.raises(ValueError, match=r"lists 29 items, but the model has vocab_size=31 \(items \+ 1\)"):
         Recommender.from_run(copy)
 

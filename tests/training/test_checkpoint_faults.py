@@ -166,7 +166,7 @@ def test_disk_that_is_known_to_be_too_small(tmp_path, monkeypatch):
     assert restore_newest(tmp_path) == (1, [])
 
 
-@pytest.mark.parametrize("place", ["_seal", "_flush_and_hash", "write_atomically"])
+@pytest.mark.parametrize("place", ["sealed", "_flush_and_hash", "write_atomically", "write_arrays", "sync_folder"])
 def test_disk_full_at_any_stage_keeps_the_previous(tmp_path, monkeypatch, place):
     save_steps(tmp_path, 1)
 

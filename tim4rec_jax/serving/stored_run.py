@@ -13,6 +13,7 @@ from tim4rec_jax.data.interactions import InteractionLog
 from tim4rec_jax.data.statistics import LogStatistics
 from tim4rec_jax.models import SequentialModel, build_model, init_params
 from tim4rec_jax.run_dir import CHECKPOINTS, read_config, read_environment, read_histories, read_items
+from tim4rec_jax.run_manifest import read_manifest
 from tim4rec_jax.training.checkpoint import Checkpointer
 
 
@@ -37,7 +38,8 @@ def load_model(run: pathlib.Path, *, report: Callable[[str], None] = print) -> S
 
     Args:
       run: the run folder.
-      report: receives a line for every damaged checkpoint that had to be passed over.
+      report: receives a line for every damaged checkpoint that had to be passed over, and for a run whose files cannot
+        be checked.
 
     Raises:
       FileNotFoundError: the folder is no run, or holds no best checkpoint yet.
@@ -46,6 +48,8 @@ def load_model(run: pathlib.Path, *, report: Callable[[str], None] = print) -> S
     """
     run = pathlib.Path(run)
     config = read_config(run)
+    if read_manifest(run) is None:
+        report(f"{run} is of a version without a manifest: whether its files were changed since cannot be told")
     model = build_model(config.model)
     template = jax.eval_shape(functools.partial(init_params, model), jax.random.key(0))
     with Checkpointer(run / CHECKPOINTS, report=report) as checkpointer:
@@ -69,15 +73,21 @@ def load_log(run: pathlib.Path) -> InteractionLog:
 
     Raises:
       FileNotFoundError: the folder is no run.
+      ValueError: its files are not those training left, or do not fit each other.
     """
     run = pathlib.Path(run)
-    items_table, histories = read_items(run), read_histories(run)
+    config, items_table, histories = read_config(run), read_items(run), read_histories(run)
+    if len(items_table) + 1 != config.model.vocab_size:
+        raise ValueError(
+            f"{run}: item_ids.parquet lists {len(items_table)} items, but the model has "
+            f"vocab_size={config.model.vocab_size} (items + 1); the folder mixes two runs"
+        )
     items = histories["items"].explode().to_numpy().astype(np.int32)
     timestamps = histories["timestamps"].explode().to_numpy().astype(np.int64)
     counts = histories["items"].list.len().to_numpy().astype(np.int64)
     users = np.repeat(np.arange(len(counts)), counts)
     pairs = users * np.int64(len(items_table) + 1) + items
-    key = timestamps.astype(read_config(run).data.timestamp_precision)
+    key = timestamps.astype(config.data.timestamp_precision)
     tied = (np.diff(users) == 0) & (np.diff(key) == 0)
     return InteractionLog(
         items=items,

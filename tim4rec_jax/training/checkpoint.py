@@ -1,7 +1,8 @@
 """Checkpoints of a run: arrays written by Orbax in the background, sealed by a manifest, committed by one rename.
 
     checkpoints/latest/000007_step_400/arrays/        Orbax: one dict, path in the tree joined by "." -> array
-    checkpoints/latest/000007_step_400/manifest.json  step, progress, shapes and dtypes, size and SHA-256 of every file
+    checkpoints/latest/000007_step_400/manifest.json  step, progress, id of the run, shapes and dtypes, size and
+                                                      SHA-256 of every file
     checkpoints/best/...
 
 Orbax restores an array chunk with flipped bits without a word (its checksums cover the index, not the values), so
@@ -10,28 +11,29 @@ checkpoint is the one with the highest number, even after training went back to 
 """
 
 import collections
-import contextlib
 import hashlib
 import json
-import logging
 import os
 import pathlib
 import re
 import shutil
-import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 
-from tim4rec_jax.files import write_atomically
+from tim4rec_jax.files import sync_folder, write_atomically
+from tim4rec_jax.json_files import read_sealed, sealed
+from tim4rec_jax.run_manifest import identity
+from tim4rec_jax.training.array_files import read_arrays, write_arrays
 from tim4rec_jax.training.checkpoint_leaves import Leaf, as_text, describe, leaves_on_host, named_leaves, placed
 
 PyTree = Any
 FORMAT_VERSION = 1
+# Leaves that an error names.
+SHOWN_DIFFERENCES = 3
 KEEP = {"latest": 2, "best": 1}
 _NAME = re.compile(r"(\d{6,})_step_(\d+)")
 _UNFINISHED, _DELETED = ".unfinished-", ".deleted-"
@@ -53,7 +55,7 @@ class Checkpointer:
     never leaves a progress that promises a best checkpoint which is not there.
 
     Args:
-      directory: folder of the checkpoints; made at the first save.
+      directory: folder of the checkpoints, in the folder of their run; made at the first save.
       report: receives a line for every checkpoint that had to be passed over.
       write: save; off in all but one of several processes that hold the same state.
     """
@@ -124,7 +126,7 @@ class Checkpointer:
           template: tree of arrays, `jax.ShapeDtypeStruct`s or numbers; gives structure, shapes, dtypes and placement.
 
         Raises:
-          ValueError: the checkpoint's tree does not fit; every difference is named.
+          ValueError: the checkpoint's tree does not fit, or it is another run's.
           CheckpointError: checkpoints are there but none is intact.
         """
         return self._restore("latest", template)
@@ -176,6 +178,7 @@ class Checkpointer:
         while path := next((path for path in _committed(folder) if path not in problems), None):
             try:
                 manifest = _verified_manifest(path)
+                _require_own(path, manifest.get("run"), identity(self._directory.parent))
                 _require_fit(path, manifest["leaves"], wanted)
                 tree = _read_tree(path, manifest, template)
             except Exception as error:
@@ -227,7 +230,7 @@ def _write_checkpoint(folder: pathlib.Path, step: int, leaves: dict[str, Leaf], 
     folder.mkdir(parents=True, exist_ok=True)
     number = 1 + max(map(_number, _entries(folder) + _entries(folder, _UNFINISHED)), default=0)
     for leftover in (*folder.glob(f"{_UNFINISHED}*"), *folder.glob(f"{_DELETED}*")):
-        shutil.rmtree(leftover)
+        _remove(leftover)
     path = folder / f"{number:06d}_step_{step}"
     unfinished = folder / f"{_UNFINISHED}{path.name}"
     if _bytes_of(leaves) > shutil.disk_usage(folder).free:
@@ -236,11 +239,11 @@ def _write_checkpoint(folder: pathlib.Path, step: int, leaves: dict[str, Leaf], 
     try:
         # Orbax refuses empty arrays and an empty tree; the manifest says enough to make them again.
         if arrays := {name: leaf.data for name, leaf in leaves.items() if leaf.data.size}:
-            with _orbax_errors_not_logged(), _orbax() as orbax:
-                orbax.save(unfinished / "arrays", args=ocp.args.StandardSave(arrays))
+            write_arrays(unfinished, arrays)
         manifest = {
             "format_version": FORMAT_VERSION,
             "step": step,
+            "run": identity(folder.parent.parent),
             "info": info,
             "leaves": {name: leaf._asdict() | {"data": leaf.data.shape} for name, leaf in leaves.items()},
             "files": {
@@ -249,12 +252,22 @@ def _write_checkpoint(folder: pathlib.Path, step: int, leaves: dict[str, Leaf], 
                 if file.is_file()
             },
         }
-        sealed = json.dumps(manifest | {"sha256": _seal(manifest)}, indent=1, allow_nan=False)
-        write_atomically(unfinished / "manifest.json", sealed.encode())
+        write_atomically(unfinished / "manifest.json", json.dumps(sealed(manifest), indent=1, allow_nan=False).encode())
+        for inner in unfinished.rglob("*"):
+            if inner.is_dir():
+                sync_folder(inner)
         os.rename(unfinished, path)
+        sync_folder(folder)
     except BaseException:
         shutil.rmtree(unfinished, ignore_errors=True)
         raise
+
+
+def _remove(leftover: pathlib.Path) -> None:
+    if leftover.is_symlink():
+        leftover.unlink()
+    else:
+        shutil.rmtree(leftover)
 
 
 def _prune(folder: pathlib.Path, keep: int, damaged: set[pathlib.Path]) -> None:
@@ -263,7 +276,8 @@ def _prune(folder: pathlib.Path, keep: int, damaged: set[pathlib.Path]) -> None:
     for path in set(_committed(folder)) - set(intact[:keep]):
         trash = folder / f"{_DELETED}{path.name}"
         os.rename(path, trash)  # first out of sight: a kill in the middle of the removal leaves no torn checkpoint
-        shutil.rmtree(trash)
+        sync_folder(folder)
+        _remove(trash)
 
 
 def _bytes_of(leaves: dict[str, Leaf]) -> int:
@@ -280,56 +294,19 @@ def _failure_message(folder: pathlib.Path, step: int, leaves: dict[str, Leaf], e
     )
 
 
-def _orbax() -> ocp.Checkpointer:
-    """Returns Orbax's writer and reader for this process alone: it would wait for all others otherwise."""
-    process = jax.process_index()
-    alone = ocp.options.MultiprocessingOptions(primary_host=process, active_processes={process})
-    return ocp.Checkpointer(ocp.StandardCheckpointHandler(multiprocessing_options=alone), multiprocessing_options=alone)
-
-
-@contextlib.contextmanager
-def _orbax_errors_not_logged() -> Iterator[None]:
-    """Keeps Orbax from printing the tracebacks of its threads: the same error is raised to us.
-
-    After an error TensorStore says of every write beside the failed one, then and later, that nobody waits for it.
-    """
-
-    def keep(record: logging.LogRecord) -> bool:
-        return "_SignalingThread" not in record.getMessage()
-
-    def hook(unraisable: Any) -> None:
-        if not (unraisable.exc_type is RuntimeError and str(unraisable.exc_value) == "Event loop is closed"):
-            print_others(unraisable)
-
-    logger = logging.getLogger("absl")
-    print_others, sys.unraisablehook = sys.unraisablehook, hook
-    logger.addFilter(keep)
-    try:
-        yield
-        sys.unraisablehook = print_others
-    finally:
-        logger.removeFilter(keep)
-
-
 def _flush_and_hash(file: pathlib.Path) -> str:
     with file.open("r+b") as stream:
         os.fsync(stream.fileno())
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def _seal(manifest: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(manifest, sort_keys=True, allow_nan=False).encode()).hexdigest()
-
-
 def _verified_manifest(path: pathlib.Path) -> dict[str, Any]:
     """Returns the manifest after every file was found to be as it was written."""
     try:
-        manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
-        seal = manifest.pop("sha256")
-    except (OSError, ValueError, KeyError, AttributeError, TypeError):
-        raise _Damaged("manifest.json is missing or not readable") from None
-    if seal != _seal(manifest):
-        raise _Damaged("manifest.json is not as it was written")
+        manifest = read_sealed(path / "manifest.json")
+    except (OSError, ValueError) as error:
+        changed = "not as it was written"
+        raise _Damaged(f"manifest.json is {changed if changed in str(error) else 'missing or not readable'}") from None
     if manifest["format_version"] != FORMAT_VERSION:
         raise CheckpointError(
             f"{path} has checkpoint format {manifest['format_version']}, this program reads format {FORMAT_VERSION}; "
@@ -347,6 +324,14 @@ def _verified_manifest(path: pathlib.Path) -> dict[str, Any]:
     return manifest
 
 
+def _require_own(path: pathlib.Path, saved_by: Any, run: dict[str, Any] | None) -> None:
+    if saved_by != run:
+        raise ValueError(
+            f"checkpoint {path} belongs to another run than the files in the run folder; put back the checkpoints and "
+            "files that were made together"
+        )
+
+
 def _require_fit(path: pathlib.Path, saved: dict[str, Any], wanted: dict[str, str]) -> None:
     stored = {name: as_text(leaf["shape"], leaf["dtype"]) for name, leaf in saved.items()}
     differences = [
@@ -357,7 +342,7 @@ def _require_fit(path: pathlib.Path, saved: dict[str, Any], wanted: dict[str, st
     if differences:
         raise ValueError(
             f"checkpoint {path} belongs to other settings; {len(differences)} of {len(stored.keys() | wanted.keys())} "
-            "leaves differ:\n  " + "\n  ".join(differences)
+            f"leaves differ: {', '.join(differences[:SHOWN_DIFFERENCES])}"
         )
 
 
@@ -367,7 +352,6 @@ def _read_tree(path: pathlib.Path, manifest: dict[str, Any], template: PyTree) -
     dtypes = {name: "uint32" if leaf["key_impl"] else leaf["dtype"] for name, leaf in saved.items()}
     hosts = {name: np.empty(saved[name]["data"], dtype) for name, dtype in dtypes.items()}
     if wanted := {name: host for name, host in hosts.items() if host.size}:
-        with _orbax() as orbax:
-            hosts |= orbax.restore(path / "arrays", args=ocp.args.StandardRestore(wanted))
+        hosts |= read_arrays(path, wanted)
     leaves = [placed(hosts[name], leaf, saved[name]["key_impl"]) for name, leaf in named_leaves(template).items()]
     return jax.tree.unflatten(jax.tree.structure(template), leaves)

@@ -27,6 +27,7 @@ from tim4rec_jax.training.event_files import EventFile
 
 Kind = Literal["train", "valid", "test", "event"]
 NEEDED = {"train": ("step", "loss"), "valid": ("step", "epoch"), "test": (), "event": ()}
+_ALWAYS_NUMBERS = ("step", "epoch", "loss", "train_loss", "train_seconds", "peak_resident_bytes")
 _NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 
@@ -147,7 +148,7 @@ def read_metrics(run_dir: pathlib.Path) -> list[dict[str, Any]]:
 
     Raises:
       FileNotFoundError: there is no metrics.jsonl.
-      ValueError: a line is no JSON object; the line is named.
+      ValueError: a line is none that `MetricLogger.log` writes; the line is named.
     """
     return [_numbers_restored(values) for _, values in _lines(pathlib.Path(run_dir) / METRICS)]
 
@@ -161,12 +162,25 @@ def _lines(file: pathlib.Path) -> list[tuple[str, dict[str, Any]]]:
         try:
             line = raw.decode()
             values = json.loads(line)
-        except ValueError as error:
-            raise ValueError(f"{file}:{number} is not JSON: {error}") from error
-        if not isinstance(values, dict):
-            raise ValueError(f"{file}:{number} is a {type(values).__name__} where an object is expected")
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{file}:{number} is not JSON: {str(error)[:120]}; remove the line") from error
+        if reason := _complaint(values):
+            raise ValueError(f"{file}:{number} {reason}; remove the line")
         lines.append((line, values))
     return lines
+
+
+def _complaint(values: Any) -> str | None:
+    """Says what keeps a line from being one that `MetricLogger.log` writes."""
+    if not isinstance(values, dict):
+        return f"is a {type(values).__name__} where an object is expected"
+    if values.get("kind") not in NEEDED:
+        return f"has no kind out of {', '.join(NEEDED)}"
+    for name, value in (dict.fromkeys(NEEDED[values["kind"]]) | values).items():
+        number = isinstance(value, int | float) and not isinstance(value, bool) or value in list(_NOT_FINITE)
+        if not number and (name in _ALWAYS_NUMBERS or "@" in name):
+            return f"has no number for {name[:40]}"
+    return None
 
 
 def _open_to_append(file: pathlib.Path) -> FileIO:

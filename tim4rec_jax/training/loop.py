@@ -24,7 +24,8 @@ from tim4rec_jax.data.packed_loader import make_loader
 from tim4rec_jax.data.splits import Split, split_log
 from tim4rec_jax.evaluation.full_sort import FullSortEvaluator
 from tim4rec_jax.models import SequentialModel, build_model
-from tim4rec_jax.run_dir import CHECKPOINTS, write_results, write_test_ranks
+from tim4rec_jax.run_dir import CHECKPOINTS, read_environment, withdraw_results, write_results, write_test_ranks
+from tim4rec_jax.run_environment import processors_allowed
 from tim4rec_jax.training.all_positions import require_packable
 from tim4rec_jax.training.catalogue_parallel import choose_optimizer, choose_step, require_shardable
 from tim4rec_jax.training.checkpoint import Checkpointer
@@ -108,6 +109,8 @@ class Trainer:
         self.split: Split = split_log(log, config.data)
         if len(self.split.train) == 0:
             raise ValueError("the log has 0 training examples: every user has 3 events or fewer; give longer histories")
+        if len(self.split.test.users) == 0:
+            raise ValueError("the log has 0 test targets; give more users, or longer histories")
         self.model: SequentialModel = build_model(config.model)
         require_packable(config, self.model)
         require_shardable(config)
@@ -122,7 +125,9 @@ class Trainer:
         self.groups = self._plan_groups()
         self.state: TrainState = self.layout.create(lambda: init_state(self.model, self.optimizer, config.train.seed))
         self.resident = self.layout.replicate(self.loader.resident)
+        self._validate = FullSortEvaluator(self.model, log, self.split.valid, config, mesh=self.layout.mesh)
         self.position = Position(stop=EarlyStop(config.train.patience))
+        self.has_stepped = False
         self._step = None
         self._unfetched: list[Array] = []
         self._drawn = -math.inf
@@ -170,10 +175,9 @@ class Trainer:
             stops.rest("stopped before training began")
             if self.resume:
                 self._restore()
-            validate = FullSortEvaluator(self.model, self.log, self.split.valid, self.config, mesh=self.layout.mesh)
             while not self.position.finished:
                 self._train_epoch()
-                self._finish_epoch(validate)
+                self._finish_epoch()
             return self._test()
 
     def _restore(self) -> None:
@@ -181,15 +185,56 @@ class Trainer:
         if restored is None:
             self._progress.report("nothing to resume: no checkpoint yet, training starts from the beginning")
             self._logger.truncate_after(0, 0)
+            if is_main():
+                withdraw_results(self.run_dir)
             return
         step, state, progress = restored
-        self.state = self.layout.place(state)
         self.position = Position.from_dict(progress, self.config.train.patience)
+        self._require_no_less(step)
+        self.state = self.layout.place(state)
+        if self.position.finished and not self._is_last(step):
+            self._take_up_again(step)
         self._logger.truncate_after(step, self.position.validated)
-        # A longer run may have been asked for than the one that finished.
-        self.position.finished = self.position.finished and self._is_last(step)
+        if is_main() and not self.position.finished:
+            withdraw_results(self.run_dir)
         self._rest(step)
         self._progress.report(f"resuming at step {step}, epoch {self.position.epoch}, batch {self.position.batch}")
+        self._note_processors(step)
+
+    def _require_no_less(self, step: int) -> None:
+        """Refuses to go on to an end that lies behind."""
+        train, position = self.config.train, self.position
+        begun = position.epoch if position.batch else position.epoch - 1
+        for name, asked, done in (("epochs", train.epochs, begun), ("max_steps", train.max_steps, step)):
+            if asked is not None and asked < done:
+                raise ValueError(
+                    f"train.{name}={asked} is less than the {done} that this run has behind it; give "
+                    f"--train.{name}={done} or more, or choose another run folder"
+                )
+
+    def _take_up_again(self, step: int) -> None:
+        """Goes on with a run that had finished: a longer one is asked for now."""
+        position = self.position
+        if position.batch >= self.loader.num_batches:
+            self.position = Position(epoch=position.epoch + 1, stop=position.stop)
+            return
+        # It ended inside an epoch, by train.max_steps, and was validated there; the epoch's own validation comes now.
+        position.finished = False
+        if not position.stop.improved:
+            position.stop = dataclasses.replace(position.stop, failures=position.stop.failures - 1)
+
+    def _note_processors(self, step: int) -> None:
+        """Says so where the run began on another number of processors, which decides how XLA splits its sums."""
+        if not is_main() or jax.default_backend() != "cpu":
+            return
+        began, now = read_environment(self.run_dir).get("cpus_allowed"), processors_allowed()
+        if began not in (None, now):
+            message = (
+                f"this run began with {began} processors and goes on with {now}: its numbers may differ in the last "
+                "digits from those of a run that was not interrupted"
+            )
+            self._logger.log("event", step=step, message=message)
+            self._progress.report(message)
 
     def _is_last(self, step: int) -> bool:
         return step >= self.total_steps or self.position.stop.should_stop
@@ -221,6 +266,7 @@ class Trainer:
             payload = self.layout.split(payload)
             step = self._compiled_step(payload)
             self._stop_requests.keep_going()
+            self.has_stepped = True
             self.state, loss = step(self.state, self.resident, payload)
             self._unfetched.append(loss)
             position.batch += 1
@@ -287,7 +333,7 @@ class Trainer:
         self._checkpoints.wait()
         raise Interrupted(f"stopped at step {step}; the state is saved in {self.run_dir}", number)
 
-    def _finish_epoch(self, validate: FullSortEvaluator) -> None:
+    def _finish_epoch(self) -> None:
         """Validates, keeps the best, and moves to the next epoch."""
         position = self.position
         self._fetch_losses()
@@ -300,7 +346,7 @@ class Trainer:
         # Whatever happens in validation then costs no epoch.
         self._save(step, seconds)
         self._rest(step)
-        result = validate(self.state.params)
+        result = self._validate(self.state.params)
         return_freed_memory()
         monitor = self.config.eval.monitor
         position.stop = position.stop.after(result.metrics[monitor], position.epoch)
@@ -321,7 +367,9 @@ class Trainer:
             self.position = Position(epoch=position.epoch + 1, stop=position.stop)
         position = self.position
         position.finished = finished
-        self._checkpoints.save_latest(step, self.state, position.to_dict() | {"epoch_losses": [0.0, 0], "pending": []})
+        # What a run that ended inside an epoch needs to go on with it.
+        spent = {"seconds": seconds} if finished else {}
+        self._checkpoints.save_latest(step, self.state, position.to_dict() | spent)
         if is_main() and (finished or time.perf_counter() - self._drawn > SECONDS_BETWEEN_CURVES):
             plot_training_curves(self.run_dir, monitor=monitor)
             self._drawn = time.perf_counter()
@@ -364,7 +412,7 @@ class Trainer:
         epochs = [line for line in read_metrics(self.run_dir) if line["kind"] == "valid"]
         peaks = [line.get("peak_resident_bytes", 0) for line in epochs]
         return {
-            "seconds_per_epoch": statistics.median(line["train_seconds"] for line in epochs),
+            "seconds_per_epoch": statistics.median(line["train_seconds"] for line in epochs if "train_seconds" in line),
             "peak_resident_bytes": max([*peaks, peak_resident_bytes()]),
             "peak_device_bytes": peak_device_bytes(),
         }
