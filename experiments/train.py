@@ -138,7 +138,8 @@ def train_one(
         raise
     except Exception:
         if is_main() and not trainer.has_stepped:
-            discard_run(run_dir) if before is None else write_config(run_dir, before)
+            with contextlib.suppress(OSError):  # Of a full disk the error above is the one to tell.
+                discard_run(run_dir) if before is None else write_config(run_dir, before)
         raise
     results |= {"wall_seconds_of_this_process": time.perf_counter() - started}
     if is_main():

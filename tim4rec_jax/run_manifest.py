@@ -92,6 +92,8 @@ def require_as_written(run: pathlib.Path, name: str) -> None:
       ValueError: naming the file.
     """
     manifest = read_manifest(run)
+    if not (run / name).is_file():  # A pipe or a device would be read for ever.
+        raise ValueError(f"{run} is not a run folder: {name} is missing, or not a file; {_ADVICE}")
     if manifest is not None and file_digest(run / name) not in manifest.files.get(name, ()):
         raise ValueError(
             f"{run / name} is not as it was written: it was changed, damaged, or is another run's; {_ADVICE}"

@@ -190,8 +190,10 @@ def _open_to_append(file: pathlib.Path) -> FileIO:
 
 def _drop_torn_line(file: pathlib.Path) -> int:
     """Cuts what follows the last line break and returns its size in bytes."""
-    if not file.exists():
+    if not os.path.lexists(file):
         return 0
+    if not file.is_file():
+        raise ValueError(f"{file} is not a file; remove it")
     content = file.read_bytes()
     torn = len(content) - (content.rfind(b"\n") + 1)
     if torn:
