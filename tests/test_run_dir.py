@@ -11,7 +11,7 @@ import numpy as np
 import polars as pl
 import pytest
 
-from tim4rec_jax import files, run_dir, run_environment
+from tim4rec_jax import files, run_dir, run_environment, run_manifest
 from tim4rec_jax.config import EvalConfig, ExperimentConfig, ModelConfig, TrainConfig
 
 CONFIG = ExperimentConfig(
@@ -230,3 +230,157 @@ def test_results_must_be_finite(run):
     with pytest.raises(ValueError, match="not JSON compliant"):
         run_dir.write_results(run, {"hit@10": float("nan")})
     assert not (run / "results.json").exists()
+
+
+def test_a_folder_in_which_nothing_was_trained_is_begun_anew(run):
+    """Also with other settings and other data: there is nothing to lose."""
+    (run / "metrics.jsonl").touch()  # of a start that was refused before its first line
+    first = run_manifest.identity(run)
+    run_dir.create_run(run, _with_train(seed=7), _log(fingerprint="beef", user_ids=pl.Series(["v1", "v2"])))
+    assert run_dir.read_config(run).train.seed == 7
+    assert run_dir.read_environment(run)["data_fingerprint"] == "beef"
+    assert run_dir.read_histories(run)["user_id"].to_list() == ["v1", "v2"]
+    assert run_manifest.identity(run)["id"] != first["id"]
+
+
+def test_a_run_without_its_settings_is_not_written_over(begun):
+    (begun / "config.json").unlink()
+    with pytest.raises(ValueError, match="holds a run without its config.json"):
+        run_dir.create_run(begun, CONFIG, _log(), resume=True)
+
+
+def test_only_what_nothing_was_trained_in_is_discarded(begun):
+    run_dir.discard_run(begun)
+    assert run_dir.read_config(begun) == CONFIG
+    (begun / "metrics.jsonl").write_text("")
+    run_dir.discard_run(begun)
+    assert not begun.exists()
+
+
+class _Killed(BaseException):
+    """In place of a kill -9: nothing after it runs."""
+
+
+def _killed_at_write(monkeypatch, number):
+    """Ends the program just before the `number`-th file is written."""
+    writes = []
+
+    def counted(write):
+        def one(*arguments):
+            writes.append(1)
+            if len(writes) == number:
+                raise _Killed
+            return write(*arguments)
+
+        return one
+
+    for place in ("write_object", "write_manifest", "write_atomically", "_write_items", "_write_histories"):
+        monkeypatch.setattr(run_dir, place, counted(getattr(run_dir, place)))
+    return writes
+
+
+@pytest.mark.parametrize("there", [False, True])
+@pytest.mark.parametrize("number", [1, 2, 3, 4, 5])
+def test_a_kill_between_any_two_files_of_a_new_run(tmp_path, monkeypatch, number, there):
+    """Over nothing, and over an untrained run with other settings: the same command makes it."""
+    if there:
+        run_dir.create_run(tmp_path / "run", _with_train(seed=1), _log(fingerprint="beef"))
+    with monkeypatch.context() as patch, pytest.raises(_Killed):
+        _killed_at_write(patch, number)
+        run_dir.create_run(tmp_path / "run", CONFIG, _log())
+    run = run_dir.create_run(tmp_path / "run", CONFIG, _log())
+    assert run_dir.read_config(run) == CONFIG and run_dir.read_histories(run).height == 2
+
+
+@pytest.mark.parametrize("number", [1, 2, 3])
+def test_a_kill_while_settings_are_exchanged(begun, monkeypatch, number):
+    longer = _with_train(epochs=500)
+    with monkeypatch.context() as patch, pytest.raises(_Killed):
+        _killed_at_write(patch, number)
+        run_dir.create_run(begun, longer, _log(), resume=True)
+    assert run_dir.read_config(begun).train.epochs in (CONFIG.train.epochs, 500)
+    run_dir.create_run(begun, longer, _log(), resume=True)
+    assert run_dir.read_config(begun) == longer
+    assert len(run_manifest.read_manifest(begun).files["config.json"]) == 1
+
+
+@pytest.mark.parametrize("name", ["config.json", "item_ids.parquet", "histories.parquet"])
+def test_a_changed_file_is_named(begun, name):
+    file = begun / name
+    if name == "config.json":
+        file.write_text(file.read_text().replace('"float32"', '"bfloat16"', 1))
+    else:
+        table = pl.read_parquet(file)
+        table.reverse().write_parquet(file)
+    read = {"config.json": run_dir.read_config, "item_ids.parquet": run_dir.read_items}.get(
+        name, run_dir.read_histories
+    )
+    with pytest.raises(ValueError, match=f"{name} is not as it was written.*put back"):
+        read(begun)
+    with pytest.raises(ValueError, match=f"{name} is not as it was written"):
+        run_dir.create_run(begun, CONFIG, _log(), resume=True)
+
+
+def _changed(run, name, change):
+    """The table of a run without a manifest, changed."""
+    (run / "manifest.json").unlink(missing_ok=True)
+    change(pl.read_parquet(run / name)).write_parquet(run / name)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.reverse(), "its index does not count 1, 2, 3"),
+        (lambda t: t.with_columns(item_id=pl.lit("a")), "item_id 'a' is there more than once"),
+        (lambda t: t.with_columns(item_id=pl.lit(None, pl.String)), "a value of item_id is missing"),
+        (lambda t: t.drop("title"), "it does not have the columns index Int32"),
+        (lambda t: t.with_columns(pl.col("index").cast(pl.Int64)), "it does not have the columns index Int32"),
+    ],
+)
+def test_items_that_are_no_numbering(run, change, message):
+    _changed(run, "item_ids.parquet", change)
+    with pytest.raises(ValueError, match=f"item_ids.parquet: {message}"):
+        run_dir.read_items(run)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.with_columns(items=pl.col("items").list.eval(-pl.element())), "an item lies outside 1 to 3"),
+        (lambda t: t.with_columns(items=pl.col("items").list.eval(pl.element() * 0)), "an item lies outside 1 to 3"),
+        (lambda t: t.with_columns(items=pl.col("items").list.eval(pl.element() + 1)), "an item lies outside 1 to 3"),
+        (lambda t: t.with_columns(timestamps=pl.col("timestamps").list.reverse()), "times of a user run backwards"),
+        (lambda t: t.with_columns(timestamps=pl.col("timestamps").list.head(1)), "not one time for each item"),
+        (lambda t: t.with_columns(user_id=pl.lit("u7")), "user_id 'u7' is there more than once"),
+        (lambda t: t.head(0), "there are no users"),
+    ],
+)
+def test_histories_that_cannot_be(run, change, message):
+    _changed(run, "histories.parquet", change)
+    with pytest.raises(ValueError, match=f"histories.parquet: .*{message}"):
+        run_dir.read_histories(run)
+
+
+def test_files_that_are_no_tables(run):
+    (run / "manifest.json").unlink()
+    for content in (b"", b"x", (run / "item_ids.parquet").read_bytes()[:-20]):
+        (run / "item_ids.parquet").write_bytes(content)
+        with pytest.raises(ValueError, match="item_ids.parquet: it cannot be read as Parquet") as error:
+            run_dir.read_items(run)
+        assert "\n" not in str(error.value)
+
+
+def test_a_run_that_was_moved_is_the_same_run(begun, tmp_path):
+    moved = begun.rename(tmp_path / "elsewhere")
+    assert run_dir.read_config(moved) == CONFIG and run_dir.read_histories(moved).height == 2
+    assert run_dir.create_run(moved, _with_train(epochs=301), _log(), resume=True) == moved
+
+
+def test_an_environment_of_other_data(run):
+    file = run / "environment.json"
+    file.write_text(file.read_text().replace("f00d", "beef"))
+    with pytest.raises(ValueError, match="environment.json has the data_fingerprint beef, the run was made with f00d"):
+        run_dir.read_environment(run)
+    file.write_text("{}")
+    with pytest.raises(ValueError, match="environment.json has no data_fingerprint"):
+        run_dir.read_environment(run)
