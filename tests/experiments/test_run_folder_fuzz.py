@@ -176,7 +176,9 @@ def _require_alike(finished, tmp_path, program: str, count: int, *, old: bool) -
     assert min(seen.values()) > count / 20, seen
 
 
-@pytest.mark.parametrize(("program", "count"), [("evaluate", 60), ("recommend", 40), ("resume", 40)])
+@pytest.mark.parametrize(
+    ("program", "count"), [("evaluate", 60), ("recommend", 40), pytest.param("resume", 40, marks=pytest.mark.slow)]
+)
 def test_a_changed_folder_gives_the_same_answer_or_one_line(finished, tmp_path, program, count):
     _require_alike(finished, tmp_path, program, count, old=False)
 
