@@ -126,6 +126,14 @@ def test_an_order_for_files_that_name_their_columns_is_refused(tmp_path, name, t
     )
 
 
+def test_spaces_and_blank_lines_around_a_header_are_named(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text("user, item, timestamp\n1,2,3\n")
+    assert "no column item; its columns are user,  item,  timestamp (the name has spaces around it" in refused(path)
+    path.write_text("\nuser,item,timestamp\n1,2,3\n")
+    assert "a.csv:1: the first line is blank; take it out" in refused(path)
+
+
 def test_a_name_that_two_columns_have_is_refused(tmp_path):
     (tmp_path / "a.inter").write_text("user_id:token\tuser_id:token\titem_id:token\ttimestamp:float\n1\t2\t3\t4\n")
     assert "2 columns are called user_id" in refused(tmp_path / "a.inter")

@@ -25,10 +25,13 @@ def read_text(source: Source) -> bytes:
     """Returns the content of a file of text.
 
     Raises:
-      ValueError: as `Source.read`, and where carriage returns alone end the lines.
+      ValueError: as `Source.read`, and where the first line is blank or carriage returns alone end the lines.
     """
     data = source.read()
-    if "\r" in header_line(data):
+    first = header_line(data)
+    if not first.strip():
+        raise ValueError(f"{source}:1: the first line is blank; take it out")
+    if "\r" in first:
         raise ValueError(f"{source}:1: {_CARRIAGE_RETURN}")
     return data
 

@@ -278,8 +278,8 @@ def _read_unnamed(source: Source, data: bytes, columns: LogColumns, *, known: bo
     positions = [names.index(name) for name in columns.names]
     if not _is_number(fields[positions[2]]) and set(names) & set(fields) or not any(map(_is_number, fields)):
         raise ValueError(
-            f"{source}:1: {shown(first)} looks like a header; leave data.columns out and set data.format=csv, "
-            "data.user_column, data.item_column and data.time_column"
+            f"{source}:1: {shown(first)} looks like a header; take that line out, or, without data.columns, set "
+            "data.format=csv, data.user_column, data.item_column and data.time_column"
         )
     if known:
         _require_times(source, data, "::" if step == 2 else delimiter)
@@ -365,6 +365,8 @@ def _missing_column(source: Source, name: str, header: Sequence[str]) -> str:
             "by commas or tabs (RecBole: tabs)"
         )
     hint = "set data.user_column, data.item_column and data.time_column"
-    if any(map(_is_number, header)):
+    if name in [column.strip() for column in header]:
+        hint = "the name has spaces around it: take them out of the header"
+    elif any(map(_is_number, header)):
         hint = "for a file without a header name its fields, as in data.columns=user,item,rating,timestamp"
     return f"{source}: no column {name}; its columns are {shortened(header)} ({hint})"

@@ -175,6 +175,8 @@ def list_sources(path: str | pathlib.Path, max_unpacked_gb: float | None = None)
       ValueError: for a zip archive with an entry that climbs out, and for what is no regular file.
     """
     path = expanded(path)
+    if len(path.name.encode(errors="replace")) > 255:
+        raise FileNotFoundError(f"no file has so long a name as {shown(path.name)}; check data.path")
     if path.is_dir():
         return [Source(f, None, max_unpacked_gb) for f in sorted(path.rglob("*")) if f.is_file()]
     if not path.is_file():
