@@ -242,6 +242,9 @@ def test_what_is_no_file_is_refused_at_once(tmp_path):
     (tmp_path / "broken.csv").symlink_to("gone.csv")
     for name in ("loop.csv", "broken.csv", "a\0b", "\udcff.csv", "~nobody-of-this-name/log.csv"):
         assert "no file or folder at" in refused(str(tmp_path / name) if name[0] != "~" else name)
+    assert "no file has so long a name" in refused(tmp_path / ("x" * 5000))
+    (tmp_path / "two\nlines.inter").write_text(LOG.replace("\t2\n", "\tx\n"))
+    assert r"two\nlines.inter:3: timestamp 'x'" in refused(tmp_path / "two\nlines.inter")
     for content, cause in (
         (b"", "is empty"),
         (b" \n\n\r\n", "is empty"),

@@ -108,7 +108,9 @@ def rows_of(name, data):
 
 def same_as_csv(data, frame):
     """Python's reader of CSV finds the same ids, blank lines left out."""
-    rows = csv.reader(io.StringIO(data.removeprefix(b"\xef\xbb\xbf").decode(), newline=""), strict=False)
+    rows = csv.reader(
+        io.StringIO(data.removeprefix(b"\xef\xbb\xbf").decode("utf-8", "replace"), newline=""), strict=False
+    )
     header = next(rows)
     places = [header.index(name) for name in NAMED.names[:2]]
     found = [tuple(row[place] for place in places) for row in rows if any(row)]

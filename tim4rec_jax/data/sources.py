@@ -54,9 +54,10 @@ class Source:
         return str(self.path.parent) if self.entry is None else self.entry.rpartition("/")[0]
 
     def __str__(self) -> str:
-        if self.entry is None:
-            return str(self.path)
-        return f"{self.path}/{self.entry if len(self.entry) <= 100 else shown(self.entry, 100)[1:-1]}"
+        text = str(self.path)
+        if self.entry is not None:
+            text += "/" + (self.entry if len(self.entry) <= 100 else shown(self.entry, 100)[1:-1])
+        return text if text.isprintable() else repr(text)[1:-1]
 
     def budget(self, packed_bytes: int | None = None) -> Budget:
         """Returns what may come out of this file (by default) or of so many bytes of it."""
