@@ -23,6 +23,7 @@ from tim4rec_jax.data.titles import titles_for
 from tim4rec_jax.data_config import DataConfig, TimestampPrecision
 
 BLANK_LINES = "blank lines"
+_REREAD_FORMATS = ("amazon", "parquet")  # their readers tell more apart than they did: old cached logs may be wrong
 _CACHE_VERSION = 1  # raise it whenever cleaning or the layout of a cached log changes
 
 
@@ -143,11 +144,16 @@ def _fingerprint(config: DataConfig, sources: list[Source], log_format: str) -> 
     settings = {
         "version": _CACHE_VERSION,
         "format": log_format,
-        "columns": [config.user_column, config.item_column, config.time_column, config.columns],
+        "columns": [config.user_column, config.item_column, config.time_column],
         "k_core": config.k_core,
         "timestamp_precision": config.timestamp_precision,
         "sources": [source.sha256() for source in sources],
     }
+    # What reads as it always did keeps its fingerprint, and with it the runs that were trained on it.
+    if config.columns:
+        settings["order"] = config.columns
+    if log_format in _REREAD_FORMATS:
+        settings["reader"] = 2
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
 
