@@ -5,7 +5,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
-from tim4rec_jax.checks import require
+from tim4rec_jax.checks import require, shown
 
 LogFormat = Literal["auto", "recbole", "movielens", "amazon", "kuairand", "csv", "parquet"]
 TimestampPrecision = Literal["float32", "int64"]
@@ -65,6 +65,8 @@ class DataConfig:
       item_path: file with item titles; None looks beside `path` for a file of the same stem ending in `.item`.
       format: file format; "auto" decides by name and header.
       user_column, item_column, time_column: column names in CSV and Parquet logs.
+      columns: names of all fields in their order, for files without a header, as in item,user,rating,timestamp.
+      max_unpacked_gb: most that a packed file may unpack to; None: 8, and not more than 200 times its size.
       k_core: users and items with fewer interactions are removed, repeatedly, to a fixpoint; 0 keeps all.
       timestamp_precision: "int64" seconds, or "float32" as the original program has them (sorting included).
       split: "leave_one_out" gives every user's last event to the test and the one before to validation; "temporal"
@@ -84,6 +86,8 @@ class DataConfig:
     user_column: str = "user"
     item_column: str = "item"
     time_column: str = "timestamp"
+    columns: str | None = None
+    max_unpacked_gb: float | None = None
     k_core: int = 5
     timestamp_precision: TimestampPrecision = "float32"
     split: SplitName = "leave_one_out"
@@ -98,6 +102,17 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         require(self.k_core >= 0, f"k_core={self.k_core} must be at least 0 (0 keeps every user and item)")
+        if self.columns is not None:
+            given, wanted = self.columns.split(","), (self.user_column, self.item_column, self.time_column)
+            require(
+                all([name.strip() for name in given].count(name) == 1 for name in wanted),
+                f"data.columns={shown(self.columns)[1:-1]} must name {', '.join(wanted)} once each, in the order of "
+                "the file, as in item,user,rating,timestamp",
+            )
+        require(
+            self.max_unpacked_gb is None or 0 < self.max_unpacked_gb < math.inf,
+            f"data.max_unpacked_gb={self.max_unpacked_gb} must be positive",
+        )
         for name, known in (("split", SplitName), ("temporal_targets", TemporalTargets)):
             value = getattr(self, name)
             require(value in get_args(known), f"data.{name}={value!r} must be one of {get_args(known)}")

@@ -20,13 +20,15 @@ STEAM = (
 )
 ML_1M = "7::b::5::100\n7::a::3::50\n9::b::4::75\n"
 ML_100K = "7\tb\t5\t100\n7\ta\t3\t50\n9\tb\t4\t75\n"
-AMAZON = "7,b,5.0,100\n7,a,3.0,50\n9,b,4.0,75\n"
+RATINGS = "7,b,5.0,100\n7,a,3.0,50\n9,b,4.0,75\n"
+AMAZON = "A2SUAM1J3GNN3B,B00012345X,5.0,100\nA2SUAM1J3GNN3B,B00099999Q,3.0,50\nA1RSDE90N6RSZF,B00012345X,4.0,75\n"
 KUAIRAND = (
     "user_id,video_id,date,hourmin,time_ms,is_click\n7,b,20220408,400,100999,1\n7,a,20220408,400,50000,0\n"
     "9,b,20220408,500,75001,1\n"
 )
 CSV = 'who,what,score,when\n7,b,"1,5",100\n7,a,2,50\n9,b,3,75\n'
 NAMED = LogColumns("who", "what", "when")
+ORDERED = LogColumns(order="user, item,rating,timestamp")
 
 
 def read(path, log_format="auto", columns=None):
@@ -44,7 +46,7 @@ def read(path, log_format="auto", columns=None):
         ("steam.inter", STEAM, "recbole", None),
         ("ratings.dat", ML_1M, "movielens", None),
         ("u.data", ML_100K, "movielens", None),
-        ("ratings_Beauty.csv", AMAZON, "amazon", None),
+        ("ratings_Beauty.csv", RATINGS, "csv", ORDERED),
         ("log_standard_pure.csv", KUAIRAND, "kuairand", None),
         ("any.csv", CSV, "csv", NAMED),
         ("any.tsv", "who\twhat\twhen\n7\tb\t100\n7\ta\t50\n9\tb\t75\n", "csv", NAMED),

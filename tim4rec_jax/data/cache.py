@@ -6,16 +6,16 @@ The file is an .npz, an uncompressed zip of NumPy arrays, so that a large array 
 import io
 import json
 import mmap
-import os
 import pathlib
 import struct
-import tempfile
 import zipfile
 from collections.abc import Mapping
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import polars as pl
+
+from tim4rec_jax.files import replacing
 
 # Arrays from this length on are mapped: the system reads their pages when they are needed and may drop them again.
 # Shorter ones are copied, so that nothing that happens to the file can reach a log in use.
@@ -61,13 +61,8 @@ def write_entry(
         table.write_ipc(buffer)
         members[f"table/{name}"] = np.frombuffer(buffer.getvalue(), np.uint8)
     members["record"] = np.frombuffer(json.dumps(record).encode(), np.uint8)
-    handle, partial = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            _write_members(file, members)
-        os.replace(partial, path)
-    finally:
-        pathlib.Path(partial).unlink(missing_ok=True)
+    with replacing(path) as partial, partial.open("wb") as file:
+        _write_members(file, members)
 
 
 def read_entry(path: pathlib.Path) -> Entry:
@@ -88,15 +83,10 @@ def read_entry(path: pathlib.Path) -> Entry:
         }
     except FileNotFoundError:
         raise
-    except (
-        OSError,
-        EOFError,
-        KeyError,
-        ValueError,
-        struct.error,
-        zipfile.BadZipFile,
-        pl.exceptions.PolarsError,
-    ) as error:
+    except NotADirectoryError as error:
+        raise FileNotFoundError(error.errno, error.strerror, str(path)) from error
+    # Whatever the bytes make the readers of zip, NumPy, JSON and Polars raise.
+    except (Exception, pl.exceptions.PanicException) as error:
         raise CorruptEntryError(f"{path} is damaged ({error})") from error
     arrays = {name.removeprefix("array/"): a for name, a in contents.items() if name.startswith("array/")}
     return Entry(arrays, tables, record)

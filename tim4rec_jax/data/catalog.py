@@ -3,9 +3,7 @@
 import difflib
 import hashlib
 import http.client
-import os
 import pathlib
-import tempfile
 import urllib.error
 import urllib.request
 from dataclasses import dataclass
@@ -13,8 +11,11 @@ from dataclasses import dataclass
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
+from tim4rec_jax.checks import require
 from tim4rec_jax.data.archives import unpack
+from tim4rec_jax.data.sources import expanded
 from tim4rec_jax.data_config import LogFormat
+from tim4rec_jax.files import replacing
 
 _CHUNK = 1 << 20
 _TIMEOUT_SECONDS = 60
@@ -160,24 +161,31 @@ def expected_mismatch(name: str, users: int, items: int, rows: int) -> str | Non
     )
 
 
-def fetch(name: str, cache_dir: str | pathlib.Path, console: Console | None = None) -> pathlib.Path:
+def fetch(
+    name: str, cache_dir: str | pathlib.Path, console: Console | None = None, max_unpacked_gb: float | None = None
+) -> pathlib.Path:
     """Returns the folder of a data set, downloading, verifying and unpacking it if need be.
 
     Args:
       name: data set of the catalog.
       cache_dir: keeps `downloads/<archive>` and `datasets/<name>/`.
       console: where progress and notes go; standard error by default.
+      max_unpacked_gb: see `DataConfig`.
 
     Returns:
       The folder `cache_dir/datasets/<name>`.
 
     Raises:
-      ValueError: for an unknown name, a wrong checksum or an unsafe archive.
+      ValueError: for an unknown name, a wrong checksum, an unsafe archive, or a home folder that is not known.
       ConnectionError: if the download fails; the message says which file to put where.
     """
     entry = find_entry(name)
     console = console or Console(stderr=True)
-    cache_dir = pathlib.Path(cache_dir).expanduser()
+    cache_dir = expanded(cache_dir)
+    require(
+        not str(cache_dir).startswith("~"),
+        f"data.cache_dir={cache_dir}: no home folder is known (HOME is not set); set data.cache_dir to another folder",
+    )
     folder = cache_dir / "datasets" / name
     if folder.is_dir():
         return folder
@@ -187,7 +195,7 @@ def fetch(name: str, cache_dir: str | pathlib.Path, console: Console | None = No
         download(entry, archive, console)
     else:
         _verify(archive, entry, console)
-    return unpack(archive, folder)
+    return unpack(archive, folder, max_unpacked_gb)
 
 
 def download(entry: CatalogEntry, archive: pathlib.Path, console: Console) -> None:
@@ -203,31 +211,27 @@ def download(entry: CatalogEntry, archive: pathlib.Path, console: Console) -> No
       ConnectionError: if the server cannot be reached or the transfer stops early.
     """
     archive.parent.mkdir(parents=True, exist_ok=True)
-    handle, partial_name = tempfile.mkstemp(prefix=f".{archive.name}-", dir=archive.parent)
-    partial = pathlib.Path(partial_name)
     columns = TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn()
     try:
-        with (
-            os.fdopen(handle, "wb") as file,
-            urllib.request.urlopen(entry.address, timeout=_TIMEOUT_SECONDS) as response,
-            Progress(*columns, TimeRemainingColumn(), console=console) as progress,
-        ):
-            size = int(response.headers.get("Content-Length") or 0)
-            task = progress.add_task(entry.file_name, total=size or None)
-            while chunk := response.read(_CHUNK):
-                file.write(chunk)
-                progress.advance(task, len(chunk))
-            if size and file.tell() != size:
-                raise ConnectionError(f"the transfer stopped after {file.tell():,} of {size:,} bytes")
-        _verify(partial, entry, console)
-        os.replace(partial, archive)
+        with replacing(archive) as partial:
+            with (
+                partial.open("wb") as file,
+                urllib.request.urlopen(entry.address, timeout=_TIMEOUT_SECONDS) as response,
+                Progress(*columns, TimeRemainingColumn(), console=console) as progress,
+            ):
+                size = int(response.headers.get("Content-Length") or 0)
+                task = progress.add_task(entry.file_name, total=size or None)
+                while chunk := response.read(_CHUNK):
+                    file.write(chunk)
+                    progress.advance(task, len(chunk))
+                if size and file.tell() != size:
+                    raise ConnectionError(f"the transfer stopped after {file.tell():,} of {size:,} bytes")
+            _verify(partial, entry, console)
     except (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError) as error:
         raise ConnectionError(
             f"{entry.address} could not be downloaded ({error}); offline, put the file at {archive} and run again, or "
             f"set data.path to the log ({entry.log_file}) or its folder"
         ) from error
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _verify(archive: pathlib.Path, entry: CatalogEntry, console: Console) -> None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 import polars as pl
 
-from tim4rec_jax.data.readers import RawLog
+from tim4rec_jax.data.typed_columns import RawLog
 
 
 class IdCoder:
@@ -47,7 +47,7 @@ class CodedLog:
       users, items: int32 [rows], places in `user_ids` and `item_ids`.
       timestamps: int64 [rows], epoch seconds.
       user_ids, item_ids: distinct raw ids (String).
-      blank_lines, rounded_timestamps: see `readers.RawLog`.
+      blank_lines, rounded_timestamps: see `typed_columns.RawLog`.
     """
 
     users: np.ndarray

@@ -11,17 +11,19 @@ import numpy as np
 import polars as pl
 from rich.console import Console
 
+from tim4rec_jax.checks import require
 from tim4rec_jax.data import cache, catalog
 from tim4rec_jax.data.cleaning import filter_core, number_by_first_appearance, sort_by_time
 from tim4rec_jax.data.coding import CodedLog, encode
 from tim4rec_jax.data.readers import LogColumns, RawLog, find_log, read_parts
-from tim4rec_jax.data.sources import Source
+from tim4rec_jax.data.sources import Source, expanded
 from tim4rec_jax.data.statistics import LogStatistics
 from tim4rec_jax.data.synthetic import generate
-from tim4rec_jax.data.titles import find_titles, read_titles
+from tim4rec_jax.data.titles import titles_for
 from tim4rec_jax.data_config import DataConfig, TimestampPrecision
 
 BLANK_LINES = "blank lines"
+_REREAD_FORMATS = ("amazon", "parquet")  # their readers tell more apart than they did: old cached logs may be wrong
 _CACHE_VERSION = 1  # raise it whenever cleaning or the layout of a cached log changes
 
 
@@ -96,10 +98,10 @@ def load_log(config: DataConfig, console: Console | None = None) -> InteractionL
     if config.path is None and config.name == "synthetic":
         frame = generate(config.synthetic)
         return clean(frame, k_core=config.k_core, timestamp_precision=config.timestamp_precision)
-    columns = LogColumns(config.user_column, config.item_column, config.time_column)
+    columns = LogColumns(config.user_column, config.item_column, config.time_column, config.columns)
     sources, log_format = _locate(config, columns, console)
     fingerprint = _fingerprint(config, sources, log_format)
-    path = pathlib.Path(config.cache_dir).expanduser() / "cleaned" / f"{fingerprint}.npz"
+    path = expanded(config.cache_dir) / "cleaned" / f"{fingerprint}.npz"
     log = _from_cache(path, fingerprint, console)
     if log is None:
         _note(console, f"reading {', '.join(map(str, sources))} ({log_format})")
@@ -112,8 +114,8 @@ def load_log(config: DataConfig, console: Console | None = None) -> InteractionL
         mismatch = catalog.expected_mismatch(config.name, log.num_users, log.num_items, log.num_rows)
         if mismatch:
             _note(console, f"warning: {mismatch}")
-    title_source = find_titles(sources[0], config.item_path)
-    return log if title_source is None else with_titles(log, read_titles(title_source))
+    titles = titles_for(sources[0], config.item_path, log.item_ids, lambda text: _note(console, f"note: {text}"))
+    return log if titles is None else with_titles(log, titles)
 
 
 def _locate(config: DataConfig, columns: LogColumns, console: Console) -> tuple[list[Source], str]:
@@ -122,19 +124,20 @@ def _locate(config: DataConfig, columns: LogColumns, console: Console) -> tuple[
     if config.name == "synthetic":
         _note(console, f"data.path is set: reading {config.path} instead of generating the synthetic log")
     entry = catalog.CATALOG.get(config.name)
-    path = config.path or str(catalog.fetch(config.name, config.cache_dir, console))
-    folder = pathlib.Path(path).expanduser()
+    path = config.path or str(catalog.fetch(config.name, config.cache_dir, console, config.max_unpacked_gb))
+    folder = expanded(path)
     if entry is not None and folder.is_dir():
         # A known data set has one file that its published numbers belong to, whatever lies beside it.
         found = sorted(folder.rglob(entry.log_file))
         if len(found) == 1:
-            return find_log(str(found[0]), entry.format if config.format == "auto" else config.format, columns)
+            log_format = entry.format if config.format == "auto" else config.format
+            return find_log(str(found[0]), log_format, columns, config.max_unpacked_gb)
         if config.path is None:
             raise FileNotFoundError(
                 f"{folder} holds {len(found)} files {entry.log_file} where one is expected; delete the folder to "
                 "unpack it again, or set data.path to the log"
             )
-    return find_log(path, config.format, columns)
+    return find_log(path, config.format, columns, config.max_unpacked_gb)
 
 
 def _fingerprint(config: DataConfig, sources: list[Source], log_format: str) -> str:
@@ -146,37 +149,43 @@ def _fingerprint(config: DataConfig, sources: list[Source], log_format: str) -> 
         "timestamp_precision": config.timestamp_precision,
         "sources": [source.sha256() for source in sources],
     }
+    # What reads as it always did keeps its fingerprint, and with it the runs that were trained on it.
+    if config.columns:
+        settings["order"] = config.columns
+    if log_format in _REREAD_FORMATS:
+        settings["reader"] = 2
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
 
 def _from_cache(path: pathlib.Path, fingerprint: str, console: Console) -> InteractionLog | None:
     try:
         entry = cache.read_entry(path)
+        return InteractionLog(
+            **entry.arrays,
+            user_ids=entry.tables["users"]["id"],
+            item_ids=entry.tables["items"]["id"],
+            titles=None,
+            statistics=LogStatistics(**entry.record),
+            fingerprint=fingerprint,
+        )
     except FileNotFoundError:
         return None
-    except cache.CorruptEntryError as error:
+    except (cache.CorruptEntryError, KeyError, TypeError, pl.exceptions.ColumnNotFoundError) as error:
         _note(console, f"warning: the cached log cannot be used and is built again: {error}")
         return None
-    return InteractionLog(
-        **entry.arrays,
-        user_ids=entry.tables["users"]["id"],
-        item_ids=entry.tables["items"]["id"],
-        titles=None,
-        statistics=LogStatistics(**entry.record),
-        fingerprint=fingerprint,
-    )
 
 
 def _to_cache(path: pathlib.Path, log: InteractionLog, console: Console) -> InteractionLog:
     """Writes the log and returns it, read back where reading maps it, so that its columns take no memory twice."""
     try:
+        require(not str(path).startswith("~"), "no home folder is known")
         cache.write_entry(
             path,
             arrays={"items": log.items, "timestamps": log.timestamps, "offsets": log.offsets},
             tables={"users": log.user_ids.to_frame("id"), "items": log.item_ids.to_frame("id")},
             record=dataclasses.asdict(log.statistics),
         )
-    except OSError as error:
+    except (OSError, ValueError) as error:
         # The log itself is fine; only the next start is slower.
         _note(console, f"warning: the cleaned log could not be cached at {path} ({error}); set data.cache_dir")
         return log
