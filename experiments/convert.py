@@ -32,7 +32,7 @@ from experiments.command_line import parse_settings, run_program
 from experiments.configs import load_config
 from experiments.torch_checkpoint_file import read_state_dict, recognise, write_state_dict
 from tim4rec_jax.config import DataConfig, EvalConfig, ExperimentConfig, ModelConfig, TrainConfig
-from tim4rec_jax.data.interactions import InteractionLog, load_log
+from tim4rec_jax.data.interactions import InteractionLog, load_log, with_precision
 from tim4rec_jax.files import replacing, write_atomically
 from tim4rec_jax.interop.settings import (
     UPSTREAM_NAMES,
@@ -254,10 +254,11 @@ def from_checkpoint(arguments: Arguments, base: ExperimentConfig | None, console
             "on the same data with that model"
         )
     log = load_log(arguments.data)
+    data = with_precision(arguments.data, log)
     require_same_items(model, log)
     digest = hashlib.sha256(arguments.checkpoint.read_bytes()).hexdigest()
     source = {"checkpoint": arguments.checkpoint.name, "sha256": digest, "settings": arguments.settings.name}
-    config = ExperimentConfig(arguments.output.name, model, arguments.data, arguments.train, arguments.eval)
+    config = ExperimentConfig(arguments.output.name, model, data, arguments.train, arguments.eval)
     make_run(arguments.output, config, params, log, source)
     console.print(
         f"run folder: {arguments.output}; row i of the item table is taken to be the i-th item by first appearance in "

@@ -8,7 +8,8 @@ from typing import Literal, get_args
 from tim4rec_jax.checks import require
 
 LogFormat = Literal["auto", "recbole", "movielens", "amazon", "kuairand", "csv", "parquet"]
-TimestampPrecision = Literal["float32", "int64"]
+TimestampPrecision = Literal["int64", "float32"]
+TimestampChoice = Literal[TimestampPrecision, "published"]
 SplitName = Literal["leave_one_out", "temporal"]
 TemporalTargets = Literal["last", "first", "all"]
 
@@ -66,7 +67,9 @@ class DataConfig:
       format: file format; "auto" decides by name and header.
       user_column, item_column, time_column: column names in CSV and Parquet logs.
       k_core: users and items with fewer interactions are removed, repeatedly, to a fixpoint; 0 keeps all.
-      timestamp_precision: "int64" seconds, or "float32" as the original program has them (sorting included).
+      timestamp_precision: what orders a user's events, and what the model reads of their times: "int64" is exact
+        seconds; "float32" rounds them first, to 64 or 128 s, as the original program does; "published" is "float32"
+        where the log is the data set that `name` says, by its published counts after 5-core, and else "int64".
       split: "leave_one_out" gives every user's last event to the test and the one before to validation; "temporal"
         cuts all users at the same two moments.
       valid_share, test_share: of all events, the shares whose times a temporal split gives to validation and test.
@@ -85,7 +88,7 @@ class DataConfig:
     item_column: str = "item"
     time_column: str = "timestamp"
     k_core: int = 5
-    timestamp_precision: TimestampPrecision = "float32"
+    timestamp_precision: TimestampChoice = "int64"
     split: SplitName = "leave_one_out"
     valid_share: float = 0.1
     test_share: float = 0.1
@@ -98,7 +101,10 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         require(self.k_core >= 0, f"k_core={self.k_core} must be at least 0 (0 keeps every user and item)")
-        for name, known in (("split", SplitName), ("temporal_targets", TemporalTargets)):
+        choices = {
+            "timestamp_precision": TimestampChoice, "split": SplitName, "temporal_targets": TemporalTargets,
+        }  # fmt: skip
+        for name, known in choices.items():
             value = getattr(self, name)
             require(value in get_args(known), f"data.{name}={value!r} must be one of {get_args(known)}")
         shares = f"data.valid_share={self.valid_share}, data.test_share={self.test_share}"
@@ -107,6 +113,11 @@ class DataConfig:
             f"{shares} must be positive and sum to less than 1; the rest trains",
         )
         self._check_cuts()
+
+    @property
+    def min_events(self) -> int:
+        """Least events of a user: to leave one out, one each to train, validate and test; any for a cut in time."""
+        return 3 if self.split == "leave_one_out" else 1
 
     def _check_cuts(self) -> None:
         cuts = {"data.valid_from": self.valid_from, "data.test_from": self.test_from}
