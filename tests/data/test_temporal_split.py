@@ -21,9 +21,9 @@ def log_of(histories, precision="int64"):
     return clean(frame, k_core=0, timestamp_precision=precision)
 
 
-def quick_log(times, precision):
+def quick_log(times):
     """A sorted log of users with these times and one item each an event, made without cleaning."""
-    rows = [np.sort(np.array(row).astype(precision)).astype(np.int64) for row in times]
+    rows = [np.sort(row) for row in times]
     num = sum(map(len, rows))
     ids = pl.Series(range(1, num + 1)).cast(pl.String)
     return InteractionLog(
@@ -106,15 +106,14 @@ def test_shares_and_dates_choose_the_cuts():
 
 @settings(max_examples=60, deadline=None)
 @given(
-    st.lists(st.lists(st.integers(0, 400), min_size=3, max_size=9), min_size=1, max_size=6),
+    st.lists(st.lists(st.integers(0, 400), min_size=1, max_size=9), min_size=1, max_size=6),
     st.integers(65, 180), st.integers(200, 330), st.sampled_from(["last", "first", "all"]),
-    st.sampled_from(["int64", "float32"]),
 )  # fmt: skip
-def test_nothing_leaks_and_nothing_is_lost(times, first_cut, second_cut, targets, precision):
-    start = 978_300_000  # float32 steps by 64 seconds here
+def test_nothing_leaks_and_nothing_is_lost(times, first_cut, second_cut, targets):
+    start = 978_300_000
     # The last user has something to train, to validate and to test on, whatever the others have.
     times = [*times, [0, 1, 180, 199, 395, 400]]
-    log = quick_log([[start + t for t in row] for row in times], precision)
+    log = quick_log([[start + t for t in row] for row in times])
     split = temporal_split(log, start + first_cut, start + second_cut, targets=targets)
     report = split.report
     assert (report.valid_from, report.test_from) == (start + first_cut, start + second_cut)
@@ -140,15 +139,15 @@ def test_nothing_leaks_and_nothing_is_lost(times, first_cut, second_cut, targets
     assert report.users_without_test == log.num_users - len(set(split.test.users.tolist()))
 
 
-def test_events_that_float32_makes_equal_stay_on_one_side_of_a_cut():
+def test_a_cut_between_events_that_float32_makes_equal():
     start = 978_300_000
     times = [start - 200, start - 100, start + 31, start + 10, start + 200, start + 300, start + 400]
-    # start + 10 and start + 31 are both start + 32 in float32, so file order stands between them; 300 is 288.
+    # start + 10 and start + 31 are one number in float32, so file order stands between them; their times are in order.
     log = log_of({"u": [(str(t), t) for t in times]}, "float32")
     split = temporal_split(log, start + 20, start + 300, targets="all")
-    assert (pairs(split.train), pairs(split.valid)) == ([(0, 1)], [(0, 2), (0, 3), (0, 4), (0, 5)])
-    exact = temporal_split(log_of({"u": [(str(t), t) for t in times]}), start + 20, start + 300, targets="all")
-    assert (pairs(exact.train), pairs(exact.valid)) == ([(0, 1), (0, 2)], [(0, 3), (0, 4)])
+    assert (pairs(split.train), pairs(split.valid)) == ([(0, 1), (0, 2)], [(0, 3), (0, 4)])
+    assert log.item_ids.gather(log.items - 1).to_list() == [str(t) for t in times]
+    assert log.timestamps.tolist() == sorted(times)
     backwards = dataclasses.replace(log, timestamps=np.array(times))
     with pytest.raises(ValueError, match="the log is not sorted by time within each user; clean it first"):
         temporal_split(backwards, start + 20, start + 300, targets="all")

@@ -112,7 +112,8 @@ class SortedRows(NamedTuple):
 
     Attributes:
       items: int32 [rows].
-      timestamps: int64 [rows], at the precision, so that they never run backwards within a user.
+      timestamps: int64 [rows], never backwards within a user: rows that tie at the precision have their times in order,
+        whichever of them each belongs to.
       offsets: int64 [users + 1].
       repeated: rows whose (user, item) occurs before.
       tied: rows with the same time as the row before of the same user, at the precision.
@@ -142,7 +143,7 @@ def sort_by_time(
       items: int32 [rows].
       timestamps: int64 [rows].
       num_users: users.
-      precision: "int64" compares exact seconds; "float32" rounds them, and what the rounding changes is counted.
+      precision: "int64" compares exact seconds; "float32" rounds them first, and what that changes is counted.
     """
     offsets = np.concatenate([[0], np.cumsum(count_rows(users, num_users))])
     # NumPy sorts 16-bit numbers stably in linear time.
@@ -154,31 +155,28 @@ def sort_by_time(
     changes = np.zeros(3, np.int64)
     for first, last in zip(bounds[:-1], bounds[1:], strict=True):
         rows = order[first:last]
-        rows = rows[np.lexsort((_at_precision(timestamps[rows], precision), users[rows]))]
+        rows = rows[np.lexsort((timestamps[rows].astype(precision), users[rows]))]
         user, item, seconds = users[rows], items[rows], timestamps[rows]
         if precision == "float32":
-            changes += _changes(user, item, seconds)
-            seconds = _at_precision(seconds, precision)
+            # Rounding never swaps two times, so a stable sort of these rows is the order of exact seconds.
+            exact = np.lexsort((seconds, user))
+            changes += _changes(user, item, exact)
+            seconds = seconds[exact]
         sorted_items[first:last], sorted_times[first:last] = item, seconds
         pairs = np.sort(user.astype(np.int64) << 32 | item)
         repeated += int((pairs[1:] == pairs[:-1]).sum())
-        tied += int(((user[1:] == user[:-1]) & (seconds[1:] == seconds[:-1])).sum())
+        times = seconds.astype(precision)
+        tied += int(((user[1:] == user[:-1]) & (times[1:] == times[:-1])).sum())
     return SortedRows(sorted_items, sorted_times, offsets, repeated, tied, *map(int, changes))
 
 
-def _at_precision(seconds: np.ndarray, precision: TimestampPrecision) -> np.ndarray:
-    """Returns seconds at a precision, int64."""
-    return seconds.astype(precision).astype(np.int64)
-
-
-def _changes(users: np.ndarray, items: np.ndarray, seconds: np.ndarray) -> tuple[int, int, int]:
+def _changes(users: np.ndarray, items: np.ndarray, exact: np.ndarray) -> tuple[int, int, int]:
     """Counts the users whose order, whose last item but one and whose last item exact seconds would change.
 
     Args:
-      users, items, seconds: [rows] in the order of users and float32 seconds. Rounding never swaps two times, so a
-        stable sort of these rows gives what exact seconds give the file's.
+      users, items: [rows], sorted by user.
+      exact: int [rows], which of these rows exact seconds put in each place.
     """
-    exact = np.lexsort((seconds, users))
     last = np.flatnonzero(np.append(users[1:] != users[:-1], True))
     before = last[(last > 0) & (users[last] == users[last - 1])] - 1
     other = items[exact] != items

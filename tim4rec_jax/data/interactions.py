@@ -31,7 +31,7 @@ class InteractionLog:
 
     Attributes:
       items: int32 [rows], 1 .. num_items.
-      timestamps: int64 [rows], epoch seconds, never backwards within a user; with "float32" rounded to it.
+      timestamps: int64 [rows], epoch seconds, never backwards within a user; see `cleaning.SortedRows`.
       offsets: int64 [users + 1].
       user_ids: raw id (String) of user u at position u.
       item_ids: raw id (String) of item i at position i - 1.

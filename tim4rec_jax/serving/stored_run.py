@@ -77,9 +77,9 @@ def load_log(run: pathlib.Path) -> InteractionLog:
     users = np.repeat(np.arange(len(counts)), counts)
     pairs = users * np.int64(len(items_table) + 1) + items
     precision = read_config(run).data.timestamp_precision
-    timestamps = histories["timestamps"].explode().to_numpy().astype(precision).astype(np.int64)
-    tied = (np.diff(users) == 0) & (np.diff(timestamps) == 0)
-    # What float32 seconds have changed is not told by what they have made of the times.
+    timestamps = histories["timestamps"].explode().to_numpy().astype(np.int64)
+    tied = (np.diff(users) == 0) & (np.diff(timestamps.astype(precision)) == 0)
+    # Times are stored in order, so they do not tell what float32 seconds have changed.
     changed = 0 if precision == "int64" else None
     return InteractionLog(
         items=items,
