@@ -262,9 +262,18 @@ def from_checkpoint(arguments: Arguments, base: ExperimentConfig | None, console
     make_run(arguments.output, config, params, log, source)
     console.print(
         f"run folder: {arguments.output}; row i of the item table is taken to be the i-th item by first appearance in "
-        f"the cleaned log\nnow: python -m experiments.evaluate --run={arguments.output}",
+        f"the cleaned log\n{_said_of_order(data)}now: python -m experiments.evaluate --run={arguments.output}",
         soft_wrap=True, markup=False, highlight=False,
     )  # fmt: skip
+
+
+def _said_of_order(data: DataConfig) -> str:
+    if data.timestamp_precision == "float32":
+        return ""
+    return (
+        "events are ordered by exact seconds; the original programs order them by float32 seconds, and may have tested "
+        "on other events: --data.timestamp_precision=float32 does as they do\n"
+    )
 
 
 def to_checkpoint(run: pathlib.Path, output: pathlib.Path, console: Console) -> None:
