@@ -3,12 +3,13 @@
 import dataclasses
 
 import numpy as np
+import polars as pl
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.data.test_interactions import frame, notes
-from tim4rec_jax.data import catalog
+from tim4rec_jax.data import catalog, readers
 from tim4rec_jax.data.interactions import clean, load_log, with_precision
 from tim4rec_jax.data.splits import leave_one_out, split_log, temporal_split
 from tim4rec_jax.data_config import DataConfig
@@ -159,3 +160,36 @@ def test_a_generated_log_is_no_published_one(tmp_path):
 def test_an_unknown_order_is_refused():
     with pytest.raises(ValueError, match=r"data\.timestamp_precision='float16' must be one of"):
         DataConfig(timestamp_precision="float16")
+
+
+def test_a_fraction_of_a_second_orders_events_within_it(tmp_path, monkeypatch):
+    rows = [("u", "d", "12.25"), ("u", "c", "11.75"), ("u", "b", "11.5"), ("u", "a", "11"), ("u", "e", "12.25")]
+    rows += [("v", "c", "7.000002"), ("v", "b", "7.000001"), ("v", "a", "7")]
+    rows += [("w", "b", "3"), ("w", "a", "3"), ("w", "c", "4")]
+    log = load_log(settings_of(tmp_path, write_csv(tmp_path / "log.csv", rows), k_core=0))
+    raw = log.item_ids.gather(log.items - 1).to_list()
+    assert raw == [*"abcde", *"abc", *"bac"]
+    assert log.timestamps.tolist() == [11, 11, 11, 12, 12, 7, 7, 7, 3, 3, 4]
+    assert log.statistics.rounded_timestamps == 6
+    # Pieces without a fraction before and after one that has some.
+    parts = [rows[8:], rows[:8], [("x", "a", "1"), ("x", "b", "2"), ("x", "c", "2")]]
+    frames = [pl.DataFrame(part, schema=["user", "item", "timestamp"], orient="row") for part in parts]
+    whole = pl.concat(frames).with_columns(pl.col("timestamp").cast(pl.Float64))
+    whole.write_parquet(tmp_path / "log.parquet")
+    monkeypatch.setattr(readers, "_PARQUET_ROWS", 3)
+    pieces = load_log(settings_of(tmp_path, tmp_path / "log.parquet", k_core=0))
+    assert pieces.user_ids.to_list() == ["w", "u", "v", "x"]
+    assert pieces.item_ids.gather(pieces.items - 1).to_list() == [*"bac", *"abcde", *"abc", *"abc"]
+
+
+def test_moments_within_a_second_keep_their_order(tmp_path):
+    """Datetime columns, and milliseconds of a log that has them by definition."""
+    moments = [1_600_000_000_750, 1_600_000_000_250, 1_600_000_000_500, 1_600_000_000_000]
+    table = pl.DataFrame({"user": ["u"] * 4, "item": list("dbca"), "timestamp": moments})
+    table.with_columns(pl.col("timestamp").cast(pl.Datetime("ms"))).write_parquet(tmp_path / "log.parquet")
+    log = load_log(settings_of(tmp_path, tmp_path / "log.parquet", k_core=0))
+    assert log.item_ids.gather(log.items - 1).to_list() == [*"abcd"]
+    table.rename({"user": "user_id", "item": "video_id", "timestamp": "time_ms"}).write_csv(tmp_path / "log_1.csv")
+    log = load_log(settings_of(tmp_path, tmp_path / "log_1.csv", k_core=0))
+    assert log.item_ids.gather(log.items - 1).to_list() == [*"abcd"]
+    assert log.statistics.rounded_timestamps == 0 and log.timestamps.tolist() == [1_600_000_000] * 4

@@ -132,8 +132,9 @@ class SortedRows(NamedTuple):
 
 
 def sort_by_time(
-    users: np.ndarray, items: np.ndarray, timestamps: np.ndarray, num_users: int, precision: TimestampPrecision
-) -> SortedRows:
+    users: np.ndarray, items: np.ndarray, timestamps: np.ndarray, num_users: int, precision: TimestampPrecision,
+    fractions: np.ndarray | None = None,
+) -> SortedRows:  # fmt: skip
     """Sorts rows by user and time; rows of equal time stay in file order.
 
     Rows are first dealt to buckets of neighbouring users, which takes linear time, and then sorted bucket by bucket.
@@ -143,7 +144,8 @@ def sort_by_time(
       items: int32 [rows].
       timestamps: int64 [rows].
       num_users: users.
-      precision: "int64" compares exact seconds; "float32" rounds them first, and what that changes is counted.
+      precision: "int64" compares exact times; "float32" rounds seconds first, and what that changes is counted.
+      fractions: float32 [rows], of a second beyond `timestamps`; None where times are whole seconds.
     """
     offsets = np.concatenate([[0], np.cumsum(count_rows(users, num_users))])
     # NumPy sorts 16-bit numbers stably in linear time.
@@ -155,11 +157,15 @@ def sort_by_time(
     changes = np.zeros(3, np.int64)
     for first, last in zip(bounds[:-1], bounds[1:], strict=True):
         rows = order[first:last]
-        rows = rows[np.lexsort((timestamps[rows].astype(precision), users[rows]))]
+        finer = () if fractions is None else (fractions,)
+        if precision == "float32":
+            rows = rows[np.lexsort((timestamps[rows].astype(precision), users[rows]))]
+        else:
+            rows = rows[np.lexsort(tuple(key[rows] for key in (*finer, timestamps, users)))]
         user, item, seconds = users[rows], items[rows], timestamps[rows]
         if precision == "float32":
-            # Rounding never swaps two times, so a stable sort of these rows is the order of exact seconds.
-            exact = np.lexsort((seconds, user))
+            # Rounding never swaps two times, so a stable sort of these rows is the order of exact times.
+            exact = np.lexsort((*(key[rows] for key in finer), seconds, user))
             changes += _changes(user, item, exact)
             seconds = seconds[exact]
         sorted_items[first:last], sorted_times[first:last] = item, seconds

@@ -237,7 +237,7 @@ def clean(
 
     Users and items with fewer than `k_core` rows, and users with fewer than `min_events`, are removed until none is
     left. Raw ids become 1, 2, ... (items) and 0, 1, ... (users) by first appearance in what remains, in file order.
-    Then each user's rows are sorted by time, ties in file order: with "int64" by the exact second; with "float32" by
+    Then each user's rows are sorted by time, ties in file order: with "int64" by the exact time; with "float32" by
     seconds rounded to it, as the original program does, so that rows up to 128 s apart may tie.
 
     Args:
@@ -286,9 +286,11 @@ def clean_coded(
     log.users, user_order = number_by_first_appearance(log.users, keep, len(log.user_ids))
     log.items, item_order = number_by_first_appearance(log.items, keep, len(log.item_ids))
     log.timestamps = log.timestamps[keep]
+    log.fractions = None if log.fractions is None else log.fractions[keep]
     log.items += 1
-    rows = sort_by_time(log.users, log.items, log.timestamps, len(user_order), timestamp_precision)
+    rows = sort_by_time(log.users, log.items, log.timestamps, len(user_order), timestamp_precision, log.fractions)
     log.users = log.items = log.timestamps = np.zeros(0, np.int64)
+    log.fractions = None
     return InteractionLog(
         items=rows.items,
         timestamps=rows.timestamps,

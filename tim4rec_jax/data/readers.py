@@ -47,11 +47,13 @@ class RawLog:
       frame: user (String), item (String), timestamp (Int64, epoch seconds), in file order.
       blank_lines: lines without any field, left out.
       rounded_timestamps: timestamps with a fraction of a second, rounded down.
+      fractions: Float32, of a second, what was rounded down of each row; orders events within a second. None for none.
     """
 
     frame: pl.DataFrame
     blank_lines: int
     rounded_timestamps: int
+    fractions: pl.Series | None = None
 
 
 class _Raw(NamedTuple):
@@ -323,28 +325,29 @@ def _typed(raw: _Raw) -> RawLog:
                 f"{raw.where(missing['row'][0])}: no {name} id ({missing.height} such rows); "
                 "every interaction needs a user and an item"
             )
-    seconds, rounded = _seconds(filled["timestamp"], filled["row"], raw)
+    seconds, fractions = _seconds(filled["timestamp"], filled["row"], raw)
+    rounded = 0 if fractions is None else int((fractions > 0).sum())
     return RawLog(
         frame=filled.select("user", "item", timestamp=seconds),
         blank_lines=numbered.height - filled.height,
-        rounded_timestamps=rounded,
+        # Finer ticks are floored by definition; only a fraction of a second in seconds counts as rounded.
+        rounded_timestamps=rounded if raw.ticks_per_second == 1 else 0,
+        fractions=fractions if rounded else None,
     )
 
 
-def _seconds(times: pl.Series, rows: pl.Series, raw: _Raw) -> tuple[pl.Series, int]:
+def _seconds(times: pl.Series, rows: pl.Series, raw: _Raw) -> tuple[pl.Series, pl.Series | None]:
+    """Returns whole seconds (Int64), rounded down, and what was left of each (Float32) where there are finer times."""
     values = _numbers(times)
     limit = LATEST_TIMESTAMP * raw.ticks_per_second
     bad = (~((values >= 0) & (values <= limit)).fill_null(False)).arg_true()
     if len(bad):
         first = bad[0]
         raise ValueError(f"{raw.where(rows[first])}: {_complaint(times[first], values[first], raw.ticks_per_second)}")
-    if raw.ticks_per_second > 1:
-        # Finer ticks are floored by definition; only a fraction of a second in seconds counts as rounded.
-        return (values // raw.ticks_per_second).cast(pl.Int64), 0
-    if values.dtype == pl.Int64:
-        return values, 0
-    floored = values.floor()
-    return floored.cast(pl.Int64), int((floored != values).sum())
+    if values.dtype == pl.Int64 and raw.ticks_per_second == 1:
+        return values, None
+    seconds = (values // raw.ticks_per_second).cast(pl.Int64)
+    return seconds, (values % raw.ticks_per_second / raw.ticks_per_second).cast(pl.Float32)
 
 
 def _numbers(times: pl.Series) -> pl.Series:
