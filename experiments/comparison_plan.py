@@ -13,6 +13,7 @@ import tyro
 from experiments import train
 from experiments.command_line import parse_settings
 from experiments.configs import DATA_NAMES, MODEL_NAMES, load_config
+from experiments.family import exact_order
 from tim4rec_jax.config import DataConfig, EvalConfig, ExperimentConfig, ModelConfig, ParallelConfig, TrainConfig
 from tim4rec_jax.run_dir import CHANGEABLE_ON_RESUME, CONFIG, SHOWN_DIFFERENCES, read_config, read_environment
 
@@ -193,6 +194,8 @@ def parse(argv: Sequence[str]) -> tuple[Arguments, Plan]:
     arguments, configs, overrides = None, {}, {}
     for model in parse_models(found.models):
         base = load_config(f"{found.data}_{model}")
+        # One order of events for all models: exact seconds, also where a paper's own experiment has another.
+        base = exact_order(base)
         default = Arguments(base.model, base.data, base.train, base.eval, base.parallel, found.data, found.models)
         arguments = parse_settings(
             Arguments, others, default, prog="experiments.compare",
@@ -213,6 +216,8 @@ def parse(argv: Sequence[str]) -> tuple[Arguments, Plan]:
 def _resolved(base: ExperimentConfig, arguments: Arguments) -> ExperimentConfig:
     """The settings of one model: the experiment's, with those of the command line."""
     settings = arguments.train
+    if arguments.data.timestamp_precision == "published":
+        raise ValueError("--data.timestamp_precision=published is no order to compare by: give int64 or float32")
     if settings.seed != base.train.seed:
         raise ValueError(f"--train.seed={settings.seed}: give the seeds by --seeds, as in --seeds={settings.seed},")
     if arguments.model.name != base.model.name:

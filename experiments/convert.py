@@ -32,7 +32,7 @@ from experiments.command_line import parse_settings, run_program
 from experiments.configs import load_config
 from experiments.torch_checkpoint_file import read_state_dict, recognise, write_state_dict
 from tim4rec_jax.config import DataConfig, EvalConfig, ExperimentConfig, ModelConfig, TrainConfig
-from tim4rec_jax.data.interactions import InteractionLog, load_log
+from tim4rec_jax.data.interactions import InteractionLog, load_log, with_precision
 from tim4rec_jax.files import replacing, write_atomically
 from tim4rec_jax.interop.settings import (
     UPSTREAM_NAMES,
@@ -254,16 +254,26 @@ def from_checkpoint(arguments: Arguments, base: ExperimentConfig | None, console
             "on the same data with that model"
         )
     log = load_log(arguments.data)
+    data = with_precision(arguments.data, log)
     require_same_items(model, log)
     digest = hashlib.sha256(arguments.checkpoint.read_bytes()).hexdigest()
     source = {"checkpoint": arguments.checkpoint.name, "sha256": digest, "settings": arguments.settings.name}
-    config = ExperimentConfig(arguments.output.name, model, arguments.data, arguments.train, arguments.eval)
+    config = ExperimentConfig(arguments.output.name, model, data, arguments.train, arguments.eval)
     make_run(arguments.output, config, params, log, source)
     console.print(
         f"run folder: {arguments.output}; row i of the item table is taken to be the i-th item by first appearance in "
-        f"the cleaned log\nnow: python -m experiments.evaluate --run={arguments.output}",
+        f"the cleaned log\n{_said_of_order(data)}now: python -m experiments.evaluate --run={arguments.output}",
         soft_wrap=True, markup=False, highlight=False,
     )  # fmt: skip
+
+
+def _said_of_order(data: DataConfig) -> str:
+    if data.timestamp_precision == "float32":
+        return ""
+    return (
+        "events are ordered by exact seconds; the original programs order them by float32 seconds, and may have tested "
+        "on other events: --data.timestamp_precision=float32 does as they do\n"
+    )
 
 
 def to_checkpoint(run: pathlib.Path, output: pathlib.Path, console: Console) -> None:

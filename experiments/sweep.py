@@ -13,6 +13,7 @@ that fails is kept as failed, its error in error.txt; remove that file to have i
 sweep.json into the folder. Exit codes: 0 done, 2 an error or no trial that worked, 130 stopped by Ctrl-C, 0 by SIGTERM.
 """
 
+import dataclasses
 import json
 import signal
 import statistics
@@ -30,7 +31,7 @@ from experiments.comparison_plan import options
 from experiments.record import command_without_folders, settings_without_folders
 from experiments.run_queue import Job, is_finished, train_all
 from experiments.sweep_plan import Plan, Range, parse, record_plan
-from tim4rec_jax.data.interactions import load_log
+from tim4rec_jax.data.interactions import load_log, with_precision
 from tim4rec_jax.files import locked, write_atomically
 from tim4rec_jax.run_dir import environment, read_results
 from tim4rec_jax.training.interruption import exit_code
@@ -285,6 +286,8 @@ def run(plan: Plan, console: Console) -> int:
         _optuna()  # Missing, it is missed before anything is trained or written.
     log = load_log(plan.base.data)
     console.print(log.statistics.table(plan.base.data.name))
+    base = dataclasses.replace(plan.base, data=with_precision(plan.base.data, log))
+    plan = dataclasses.replace(plan, base=base)
     record_plan(plan, log.fingerprint)
     about = environment(log.fingerprint)
     del log

@@ -33,7 +33,7 @@ from experiments.configs import config_names, load_config
 from experiments.published import PUBLISHED
 from tim4rec_jax.config import DataConfig, EvalConfig, ExperimentConfig, ModelConfig, ParallelConfig, TrainConfig
 from tim4rec_jax.data.gaps import gap_statistics, training_span
-from tim4rec_jax.data.interactions import InteractionLog, load_log
+from tim4rec_jax.data.interactions import InteractionLog, load_log, with_precision
 from tim4rec_jax.data.splits import describe, split_log
 from tim4rec_jax.evaluation.baselines import popularity_counts, popularity_ranks
 from tim4rec_jax.evaluation.metrics import summarise
@@ -103,7 +103,7 @@ def vocab_multiple(config: ExperimentConfig) -> int:
 
 
 def with_data(config: ExperimentConfig, log: InteractionLog) -> ExperimentConfig:
-    """Fills in what the data decide: the size of the catalogue, and the times that a causal time branch counts by.
+    """Fills in what the data decide: the order of events, the catalogue's size, and the times of a causal time branch.
 
     So is what `vocab_multiple` says of its parts.
     """
@@ -112,7 +112,9 @@ def with_data(config: ExperimentConfig, log: InteractionLog) -> ExperimentConfig
         split = split_log(log, config.data)
         known["gap_mean"], known["gap_std"] = gap_statistics(log, split)
         known["first_second"], known["last_second"] = training_span(log, split)
-    return dataclasses.replace(config, model=dataclasses.replace(config.model, **known))
+    return dataclasses.replace(
+        config, model=dataclasses.replace(config.model, **known), data=with_precision(config.data, log)
+    )
 
 
 def train_one(

@@ -8,7 +8,8 @@ from typing import Literal, get_args
 from tim4rec_jax.checks import require, shown
 
 LogFormat = Literal["auto", "recbole", "movielens", "amazon", "kuairand", "csv", "parquet"]
-TimestampPrecision = Literal["float32", "int64"]
+TimestampPrecision = Literal["int64", "float32"]
+TimestampChoice = Literal[TimestampPrecision, "published"]
 SplitName = Literal["leave_one_out", "temporal"]
 TemporalTargets = Literal["last", "first", "all"]
 
@@ -68,7 +69,9 @@ class DataConfig:
       columns: names of all fields in their order, for files without a header, as in item,user,rating,timestamp.
       max_unpacked_gb: most that a packed file may unpack to; None: 8, and not more than 200 times its size.
       k_core: users and items with fewer interactions are removed, repeatedly, to a fixpoint; 0 keeps all.
-      timestamp_precision: "int64" seconds, or "float32" as the original program has them (sorting included).
+      timestamp_precision: what orders a user's events, and what the model reads of their times: "int64" is exact
+        seconds; "float32" rounds them first, to 64 or 128 s, as the original program does; "published" is "float32"
+        where the log is the data set that `name` says, by its published counts after 5-core, and else "int64".
       split: "leave_one_out" gives every user's last event to the test and the one before to validation; "temporal"
         cuts all users at the same two moments.
       valid_share, test_share: of all events, the shares whose times a temporal split gives to validation and test.
@@ -89,7 +92,7 @@ class DataConfig:
     columns: str | None = None
     max_unpacked_gb: float | None = None
     k_core: int = 5
-    timestamp_precision: TimestampPrecision = "float32"
+    timestamp_precision: TimestampChoice = "int64"
     split: SplitName = "leave_one_out"
     valid_share: float = 0.1
     test_share: float = 0.1
@@ -113,7 +116,10 @@ class DataConfig:
             self.max_unpacked_gb is None or 0 < self.max_unpacked_gb < math.inf,
             f"data.max_unpacked_gb={self.max_unpacked_gb} must be positive",
         )
-        for name, known in (("split", SplitName), ("temporal_targets", TemporalTargets)):
+        choices = {
+            "timestamp_precision": TimestampChoice, "split": SplitName, "temporal_targets": TemporalTargets,
+        }  # fmt: skip
+        for name, known in choices.items():
             value = getattr(self, name)
             require(value in get_args(known), f"data.{name}={value!r} must be one of {get_args(known)}")
         shares = f"data.valid_share={self.valid_share}, data.test_share={self.test_share}"
@@ -122,6 +128,11 @@ class DataConfig:
             f"{shares} must be positive and sum to less than 1; the rest trains",
         )
         self._check_cuts()
+
+    @property
+    def min_events(self) -> int:
+        """Least events of a user: to leave one out, one each to train, validate and test; any for a cut in time."""
+        return 3 if self.split == "leave_one_out" else 1
 
     def _check_cuts(self) -> None:
         cuts = {"data.valid_from": self.valid_from, "data.test_from": self.test_from}

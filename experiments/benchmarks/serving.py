@@ -28,6 +28,7 @@ import polars as pl
 from rich.table import Table
 
 from experiments.configs import load_config
+from experiments.family import exact_order
 from tim4rec_jax.config import ExperimentConfig
 from tim4rec_jax.models import build_model, init_params
 from tim4rec_jax.run_dir import environment
@@ -80,7 +81,7 @@ def settings_of(options: argparse.Namespace) -> ExperimentConfig:
     Raises:
       ValueError: for an unknown configuration, or one whose model cannot go on from a state.
     """
-    config = load_config(options.config)
+    config = exact_order(load_config(options.config))
     sizes = {"vocab_size": options.items + 1, "gap_mean": 8.0, "gap_std": 3.0, **(_TINY if options.tiny else {})}
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, **sizes))
     require_streamable(build_model(config.model))

@@ -23,7 +23,7 @@ from rich.table import Table
 
 from experiments.train import parse as parse_experiment
 from tim4rec_jax.config import ExperimentConfig
-from tim4rec_jax.data.interactions import InteractionLog, load_log
+from tim4rec_jax.data.interactions import InteractionLog, load_log, with_precision
 from tim4rec_jax.data.length_groups import LengthGroup, plan_length_groups
 from tim4rec_jax.data.loader import GrainLoader
 from tim4rec_jax.data.splits import split_log
@@ -158,5 +158,6 @@ def run(options: argparse.Namespace, rest: list[str]) -> tuple[dict[str, Any], T
     """Reads the config of `experiments.train` from `rest`; returns the record and its table."""
     config, _, _ = parse_experiment(rest)
     log = load_log(config.data)
+    config = dataclasses.replace(config, data=with_precision(config.data, log))
     result = benchmark_train_step(config, log, options.repeats)
     return {"environment": environment(log.fingerprint), **result}, report(result)

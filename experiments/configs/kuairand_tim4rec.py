@@ -15,6 +15,6 @@ def config() -> ExperimentConfig:
             max_len=50, d_model=64, d_state=32, head_dim=32, dropout=0.2, time_dropout=0.0, norm_eps=1e-10,
             time_gate_per_position=False, kaiming_init=False, use_time=False,
         ),
-        data=DataConfig(name="kuairand"),
+        data=DataConfig(name="kuairand", timestamp_precision="published"),
         train=TrainConfig(patience=10),
     )  # fmt: skip

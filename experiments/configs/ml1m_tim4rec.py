@@ -15,5 +15,5 @@ def config() -> ExperimentConfig:
             max_len=200, d_model=64, d_state=32, head_dim=32, dropout=0.2, time_dropout=0.2, norm_eps=1e-12,
             time_gate_per_position=False, kaiming_init=True, use_time=True,
         ),
-        data=DataConfig(name="ml-1m"),
+        data=DataConfig(name="ml-1m", timestamp_precision="published"),
     )  # fmt: skip

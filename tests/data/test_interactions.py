@@ -78,9 +78,15 @@ def test_ties_keep_file_order_and_float32_ties_within_64_seconds():
     assert exact.statistics.tied_share == 1 / 4
     rounded = clean(frame(*rows), k_core=0, timestamp_precision="float32")
     assert rounded.item_ids.gather(rounded.items - 1).to_list() == ["late", "early", "tie", "last"]
-    assert rounded.timestamps.tolist() == [start + 40, start, start, start + 1000]
+    # The three that tie have their times in order, so that no history runs backwards.
+    assert rounded.timestamps.tolist() == [start, start, start + 40, start + 1000]
     assert rounded.statistics.tied_share == 2 / 4
     assert exact.fingerprint != rounded.fingerprint
+    assert (rounded.statistics.reordered_users, rounded.statistics.changed_test_targets) == (1, 0)
+    # early, tie, late, last: the last but one is another.
+    assert rounded.statistics.changed_valid_targets == 1
+    counts = exact.statistics.reordered_users, exact.statistics.changed_valid_targets
+    assert (*counts, exact.statistics.changed_test_targets) == (0, 0, 0)
 
 
 def test_users_with_fewer_than_3_events_are_counted_under_their_own_reason():
@@ -179,7 +185,7 @@ def test_content_and_every_setting_change_the_fingerprint(tmp_path):
     path = write_inter(tmp_path / "log.inter", ROWS)
     config = DataConfig(name="custom", path=str(path), cache_dir=str(tmp_path))
     seen = {load_log(config).fingerprint}
-    for change in ({"k_core": 3}, {"timestamp_precision": "int64"}, {"item_column": "item_id"}):
+    for change in ({"k_core": 3}, {"timestamp_precision": "float32"}, {"item_column": "item_id"}):
         seen.add(load_log(dataclasses.replace(config, **change)).fingerprint)
     write_inter(path, [*ROWS, (0, 0, 999)])
     seen.add(load_log(config).fingerprint)

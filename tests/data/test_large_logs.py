@@ -38,7 +38,11 @@ def plain_clean(frame, k_core, precision):
     number = items.to_frame("item").with_row_index("i", offset=1)
     frame = frame.join(place, on="user").join(number, on="item")
     seconds = pl.col("timestamp").cast(pl.Float32) if precision == "float32" else pl.col("timestamp")
-    return frame.sort("u", seconds, "row"), users, items
+    # Each user's last two items by exact seconds, which rounded ones may hide.
+    exact = frame.sort("u", "timestamp", "row")
+    frame = frame.sort("u", seconds, "row").with_columns(exact_row=exact["row"], exact_item=exact["i"])
+    # Times of events that tie are in order.
+    return frame.with_columns(timestamp=exact["timestamp"]), users, items
 
 
 def assert_same(log, frame, k_core, precision):
@@ -49,6 +53,14 @@ def assert_same(log, frame, k_core, precision):
     assert log.user_ids.equals(users) and log.item_ids.equals(items)
     assert sum(log.statistics.dropped.values()) == frame.height - expected.height
     assert log.statistics.duplicates == expected.height - expected.select("u", "i").n_unique()
+    changed = pl.col("i") != pl.col("exact_item")
+    by_user = expected.group_by("u", maintain_order=True).agg(
+        (pl.col("row") != pl.col("exact_row")).any().alias("order"), changed.get(-2).alias("valid"),
+        changed.last().alias("test"),
+    )  # fmt: skip
+    counts = log.statistics.reordered_users, log.statistics.changed_valid_targets, log.statistics.changed_test_targets
+    assert counts == tuple(by_user.select("order", "valid", "test").sum().row(0))
+    assert all(counts) if precision == "float32" else not any(counts)
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from tim4rec_jax.config import DataConfig
 from tim4rec_jax.data.gaps import gap_statistics, training_span
-from tim4rec_jax.data.interactions import InteractionLog, clean
+from tim4rec_jax.data.interactions import InteractionLog, clean, load_log
 from tim4rec_jax.data.splits import leave_one_out, split_log, temporal_split
 from tim4rec_jax.evaluation.baselines import popularity_counts, transition_counts
 
@@ -21,9 +21,9 @@ def log_of(histories, precision="int64"):
     return clean(frame, k_core=0, timestamp_precision=precision)
 
 
-def quick_log(times, precision):
+def quick_log(times):
     """A sorted log of users with these times and one item each an event, made without cleaning."""
-    rows = [np.array(row)[np.argsort(np.array(row).astype(precision), kind="stable")] for row in times]
+    rows = [np.sort(row) for row in times]
     num = sum(map(len, rows))
     ids = pl.Series(range(1, num + 1)).cast(pl.String)
     return InteractionLog(
@@ -54,7 +54,7 @@ HISTORIES = {
     ],
 )
 def test_the_split_of_a_log_worked_by_hand(targets, valid, test, left):
-    split = temporal_split(log_of(HISTORIES), 100, 200, targets=targets, precision="int64")
+    split = temporal_split(log_of(HISTORIES), 100, 200, targets=targets)
     assert pairs(split.train) == [(0, 1), (0, 2), (1, 1)]
     assert (pairs(split.valid), pairs(split.test)) == (valid, test)
     assert pairs(split.first_held_out) == [(0, 3), (1, 2), (2, 0), (3, 0)]
@@ -70,7 +70,7 @@ def test_the_split_of_a_log_worked_by_hand(targets, valid, test, left):
 
 def test_statistics_and_baselines_use_training_events_only():
     log = log_of(HISTORIES)
-    split = temporal_split(log, 100, 200, targets="all", precision="int64")
+    split = temporal_split(log, 100, 200, targets="all")
     names = dict(zip(log.item_ids, range(1, 6), strict=True))
     counts = popularity_counts(log, split.first_held_out)
     assert {name: counts[i] for name, i in names.items()} == {"a": 2, "b": 1, "c": 2, "d": 0, "e": 0}
@@ -92,13 +92,10 @@ def test_shares_and_dates_choose_the_cuts():
             "w": [("1", 1), ("2", 95), ("3", 99)],
         }
     )
-    report = split_log(
-        log, DataConfig(split="temporal", valid_share=0.2, test_share=0.1, timestamp_precision="int64")
-    ).report
+    report = split_log(log, DataConfig(split="temporal", valid_share=0.2, test_share=0.1)).report
     assert (log.timestamps >= report.test_from).sum() == 10 and (log.timestamps >= report.valid_from).sum() == 31
     dates = DataConfig(
-        split="temporal", valid_from="1970-01-01T00:01:00", test_from="1970-01-01 02:01:30+02:00",
-        timestamp_precision="int64",
+        split="temporal", valid_from="1970-01-01T00:01:00", test_from="1970-01-01 02:01:30+02:00"
     )  # fmt: skip
     report = split_log(log, dates).report
     assert (report.valid_from, report.test_from) == (60, 90)
@@ -109,20 +106,17 @@ def test_shares_and_dates_choose_the_cuts():
 
 @settings(max_examples=60, deadline=None)
 @given(
-    st.lists(st.lists(st.integers(0, 400), min_size=3, max_size=9), min_size=1, max_size=6),
+    st.lists(st.lists(st.integers(0, 400), min_size=1, max_size=9), min_size=1, max_size=6),
     st.integers(65, 180), st.integers(200, 330), st.sampled_from(["last", "first", "all"]),
-    st.sampled_from(["int64", "float32"]),
 )  # fmt: skip
-def test_nothing_leaks_and_nothing_is_lost(times, first_cut, second_cut, targets, precision):
-    start = 978_300_000  # float32 steps by 64 seconds here
+def test_nothing_leaks_and_nothing_is_lost(times, first_cut, second_cut, targets):
+    start = 978_300_000
     # The last user has something to train, to validate and to test on, whatever the others have.
     times = [*times, [0, 1, 180, 199, 395, 400]]
-    log = quick_log([[start + t for t in row] for row in times], precision)
-    split = temporal_split(log, start + first_cut, start + second_cut, targets=targets, precision=precision)
+    log = quick_log([[start + t for t in row] for row in times])
+    split = temporal_split(log, start + first_cut, start + second_cut, targets=targets)
     report = split.report
-    if precision == "int64":
-        assert (report.valid_from, report.test_from) == (start + first_cut, start + second_cut)
-    assert start + first_cut - 64 <= report.valid_from <= start + first_cut
+    assert (report.valid_from, report.test_from) == (start + first_cut, start + second_cut)
     seconds = {
         part: log.timestamps[log.offsets[e.users] + e.ends]
         for part, e in (("train", split.train), ("valid", split.valid), ("test", split.test))
@@ -145,17 +139,55 @@ def test_nothing_leaks_and_nothing_is_lost(times, first_cut, second_cut, targets
     assert report.users_without_test == log.num_users - len(set(split.test.users.tolist()))
 
 
-def test_a_cut_between_two_float32_seconds_moves_to_where_they_part():
+def test_a_cut_between_events_that_float32_makes_equal():
     start = 978_300_000
     times = [start - 200, start - 100, start + 31, start + 10, start + 200, start + 300, start + 400]
+    # start + 10 and start + 31 are one number in float32, so file order stands between them; their times are in order.
     log = log_of({"u": [(str(t), t) for t in times]}, "float32")
-    split = temporal_split(log, start + 20, start + 300, targets="all", precision="float32")
-    # start .. start + 32 are one float32 number, so file order stands within them, and they stay on one side.
-    assert split.report.valid_from <= start + 10 and np.float32(split.report.valid_from) == np.float32(start + 20)
-    assert np.float32(split.report.valid_from - 1) < np.float32(start + 20)
-    assert (pairs(split.train), pairs(split.valid)) == ([(0, 1)], [(0, 2), (0, 3), (0, 4)])
-    with pytest.raises(ValueError, match="the log is not sorted by time as int64"):
-        temporal_split(log, start + 20, start + 300, targets="all", precision="int64")
+    split = temporal_split(log, start + 20, start + 300, targets="all")
+    assert (pairs(split.train), pairs(split.valid)) == ([(0, 1), (0, 2)], [(0, 3), (0, 4)])
+    assert log.item_ids.gather(log.items - 1).to_list() == [str(t) for t in times]
+    assert log.timestamps.tolist() == sorted(times)
+    backwards = dataclasses.replace(log, timestamps=np.array(times))
+    with pytest.raises(ValueError, match="the log is not sorted by time within each user; clean it first"):
+        temporal_split(backwards, start + 20, start + 300, targets="all")
+
+
+def test_users_of_one_and_two_events_stay_in_a_temporal_split(tmp_path):
+    rows = [("one", "a", 5), ("new", "b", 90), ("two", "a", 10), ("two", "c", 95), ("many", "a", 1), ("many", "b", 2)]
+    rows += [("many", "c", 60), ("many", "a", 80)]
+    path = tmp_path / "log.csv"
+    path.write_text("user,item,timestamp\n" + "".join(f"{u},{i},{t}\n" for u, i, t in rows))
+    moments = {"valid_from": "1970-01-01T00:00:50", "test_from": "1970-01-01T00:01:10"}
+    config = DataConfig(
+        name="custom", path=str(path), cache_dir=str(tmp_path / "cache"), k_core=0, split="temporal", **moments
+    )
+    log = load_log(config)
+    assert log.user_ids.to_list() == ["one", "new", "two", "many"] and log.statistics.dropped == {}
+    assert log.statistics.training_examples == 1  # to leave one out of `many`
+    split = split_log(log, config)
+    assert (pairs(split.train), pairs(split.valid), pairs(split.test)) == ([(3, 1)], [(3, 2)], [(2, 1), (3, 3)])
+    report = split.report
+    assert (report.users_without_train, report.users_without_valid, report.users_without_test) == (3, 3, 2)
+    assert report.first_events == 4 and report.train + report.valid + report.test + 4 == log.num_rows
+    # What a user of one event did before the cut counts like any other training event.
+    counts = popularity_counts(log, split.first_held_out)
+    assert dict(zip(log.item_ids, counts[1:], strict=True)) == {"a": 3, "b": 1, "c": 0}
+    assert transition_counts(log, split.first_held_out).counts.sum() == 1
+    # To leave one out, the same file is another log.
+    other = load_log(DataConfig(name="custom", path=str(path), cache_dir=str(tmp_path / "cache"), k_core=0))
+    assert other.user_ids.to_list() == ["many"] and other.fingerprint != log.fingerprint
+    assert other.statistics.dropped == {"users with fewer than 3 events": 4}
+
+
+def test_the_split_is_part_of_a_cached_log_only_where_cleaning_depends_on_it(tmp_path):
+    path = tmp_path / "log.csv"
+    rows = [(u, i, 10 * i + u) for u in range(4) for i in range(4)]
+    path.write_text("user,item,timestamp\n" + "".join(f"{u},{i},{t}\n" for u, i, t in rows))
+    config = DataConfig(name="custom", path=str(path), cache_dir=str(tmp_path / "cache"))
+    for k_core, logs in ((0, 2), (2, 2), (3, 1), (4, 1)):
+        configs = [dataclasses.replace(config, k_core=k_core, split=name) for name in ("leave_one_out", "temporal")]
+        assert len({load_log(config).fingerprint for config in configs}) == logs
 
 
 @pytest.mark.parametrize(
@@ -189,16 +221,16 @@ def test_bad_settings_are_refused(settings_, complaint):
 )
 def test_cuts_that_fit_no_log_are_refused(cuts, complaint):
     with pytest.raises(ValueError, match=complaint):
-        temporal_split(log_of(HISTORIES), *cuts, targets="last", precision="int64")
+        temporal_split(log_of(HISTORIES), *cuts, targets="last")
 
 
 def test_a_test_period_without_users_and_shares_that_coincide_are_refused():
     log = log_of({"u": [("a", 1), ("b", 2), ("c", 3)], "v": [("a", 9), ("b", 9), ("c", 9)]})
     with pytest.raises(ValueError, match=r"both begin at 1970-01-01 00:00:09 UTC; give larger shares"):
-        split_log(log, DataConfig(split="temporal", valid_share=0.2, test_share=0.2, timestamp_precision="int64"))
+        split_log(log, DataConfig(split="temporal", valid_share=0.2, test_share=0.2))
     alone = dataclasses.replace(log, timestamps=np.array([1, 2, 3, 9, 9, 9]), offsets=np.array([0, 3, 4, 5, 6]))
     with pytest.raises(ValueError, match="leave no test target"):
-        temporal_split(alone, 3, 9, targets="last", precision="int64")
+        temporal_split(alone, 3, 9, targets="last")
 
 
 def test_leave_one_out_holds_its_first_held_out_event():

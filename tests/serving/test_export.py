@@ -19,11 +19,11 @@ from tim4rec_jax.serving.streaming import Streamer
 K, BATCH = 6, 5
 SMALL = {"attention_heads": 2, "inner_size": 16, "norm_eps": 1e-6}
 CONFIGS = {
-    "faithful": make_config(norm_eps=1e-6),
-    "seconds": dataclasses.replace(
+    "faithful": dataclasses.replace(
         make_config(norm_eps=1e-6),
-        data=dataclasses.replace(make_config().data, timestamp_precision="int64"),
+        data=dataclasses.replace(make_config().data, timestamp_precision="float32"),
     ),
+    "seconds": make_config(norm_eps=1e-6),
     "causal": make_causal_config(num_layers=2, use_ffn=True),
     "ssd4rec": make_config(use_time=False, norm_eps=1e-6),
     "mamba4rec": make_config(name="mamba4rec", **SMALL),
@@ -32,7 +32,7 @@ CONFIGS = {
     "tisasrec": make_config(name="tisasrec", **SMALL),
 }
 STREAMABLE = ("causal", "ssd4rec", "mamba4rec")
-TIMES = {"faithful": np.float32, "seconds": np.int32, "causal": np.int32, "tisasrec": np.float32}
+TIMES = {"faithful": np.float32, "seconds": np.int32, "causal": np.int32, "tisasrec": np.int32}
 
 # Runs with JAX and NumPy only: our packages cannot be imported.
 CONSUMER = """

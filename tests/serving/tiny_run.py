@@ -23,15 +23,14 @@ def make_config(**model) -> ExperimentConfig:
     return ExperimentConfig(
         "tiny",
         model=ModelConfig(**{**settings, "num_layers": 1, "use_ffn": False, **model}),
-        data=DataConfig(k_core=0, timestamp_precision="float32"),
+        data=DataConfig(k_core=0),
         eval=EvalConfig(top_k=(5, 10), monitor="ndcg@10", batch_size=8),
     )
 
 
 def make_causal_config(**model) -> ExperimentConfig:
     """The same with the causal time branch."""
-    config = make_config(**{"time_mode": "causal", "gap_mean": 10.0, "gap_std": 2.0, "norm_eps": 1e-6, **model})
-    return dataclasses.replace(config, data=dataclasses.replace(config.data, timestamp_precision="int64"))
+    return make_config(**{"time_mode": "causal", "gap_mean": 10.0, "gap_std": 2.0, "norm_eps": 1e-6, **model})
 
 
 def make_log() -> InteractionLog:

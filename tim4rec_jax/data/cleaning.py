@@ -9,10 +9,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from tim4rec_jax.data.statistics import MIN_EVENTS
 from tim4rec_jax.data_config import TimestampPrecision
 
-SHORT_USERS = f"users with fewer than {MIN_EVENTS} events"
 _BLOCK = 2**18
 # Rows sorted at once: small enough for a processor's caches, so that a row costs the same in a log of any size.
 _BUCKET_ROWS = 2**16
@@ -32,7 +30,7 @@ def count_rows(codes: np.ndarray, num_codes: int) -> np.ndarray:
 
 
 def filter_core(
-    users: np.ndarray, items: np.ndarray, num_users: int, num_items: int, k_core: int
+    users: np.ndarray, items: np.ndarray, num_users: int, num_items: int, k_core: int, min_events: int
 ) -> tuple[np.ndarray, dict[str, int]]:
     """Finds the rows that stay when rare users and items, and users too short to split, go until none is left.
 
@@ -40,6 +38,7 @@ def filter_core(
       users, items: int32 [rows], every code below its number present.
       num_users, num_items: distinct codes.
       k_core: least rows of a user and of an item.
+      min_events: least rows of a user, for the split.
 
     Returns:
       bool [rows], and the rows dropped by reason.
@@ -47,7 +46,7 @@ def filter_core(
     Raises:
       ValueError: if nothing stays.
     """
-    core = f"{k_core}-core"
+    core, short = f"{k_core}-core", f"users with fewer than {min_events} events"
     dropped = {core: 0} if k_core > 1 else {}
     keep, left = np.ones(len(users), bool), len(users)
     user_rows, item_rows = count_rows(users, num_users), count_rows(items, num_items)
@@ -55,8 +54,8 @@ def filter_core(
         reason = core
         leaving = keep & ((user_rows < k_core)[users] | (item_rows < k_core)[items])
         if not leaving.any():
-            reason = SHORT_USERS
-            leaving = keep & (user_rows < MIN_EVENTS)[users]
+            reason = short
+            leaving = keep & (user_rows < min_events)[users]
         gone = np.flatnonzero(leaving)
         if not gone.size:
             return keep, dropped
@@ -66,21 +65,22 @@ def filter_core(
         if not left:
             counts = ", ".join(f"{rows:,} by {name}" for name, rows in dropped.items() if rows)
             raise ValueError(
-                f"{_meaning(reason, k_core)} left none of the log's {len(users):,} rows ({num_users:,} users, "
+                f"{_meaning(reason, core, k_core)} left none of the log's {len(users):,} rows ({num_users:,} users, "
                 f"{num_items:,} items; dropped {counts}); "
                 + (
                     "lower data.k_core"
                     if reason == core
-                    else "every user needs one event each to train, validate, test"
+                    else "to leave one out a user needs one event each to train, validate, test; --data.split=temporal "
+                    "keeps shorter users"
                 )
             )
         user_rows -= count_rows(users[gone], num_users)
         item_rows -= count_rows(items[gone], num_items)
 
 
-def _meaning(reason: str, k_core: int) -> str:
-    if reason == SHORT_USERS:
-        return f"leaving out {SHORT_USERS}"
+def _meaning(reason: str, core: str, k_core: int) -> str:
+    if reason != core:
+        return f"leaving out {reason}"
     return f"the {reason} filter (users and items with fewer than {k_core} interactions, removed repeatedly)"
 
 
@@ -112,10 +112,13 @@ class SortedRows(NamedTuple):
 
     Attributes:
       items: int32 [rows].
-      timestamps: int64 [rows].
+      timestamps: int64 [rows], never backwards within a user: rows that tie at the precision have their times in order,
+        whichever of them each belongs to.
       offsets: int64 [users + 1].
       repeated: rows whose (user, item) occurs before.
       tied: rows with the same time as the row before of the same user, at the precision.
+      reordered: users whose rows exact seconds would order otherwise.
+      changed_last_but_one, changed_last: users whose item in that place would be another then.
     """
 
     items: np.ndarray
@@ -123,12 +126,16 @@ class SortedRows(NamedTuple):
     offsets: np.ndarray
     repeated: int
     tied: int
+    reordered: int
+    changed_last_but_one: int
+    changed_last: int
 
 
 def sort_by_time(
-    users: np.ndarray, items: np.ndarray, timestamps: np.ndarray, num_users: int, precision: TimestampPrecision
-) -> SortedRows:
-    """Sorts rows by user and time, stably.
+    users: np.ndarray, items: np.ndarray, timestamps: np.ndarray, num_users: int, precision: TimestampPrecision,
+    fractions: np.ndarray | None = None,
+) -> SortedRows:  # fmt: skip
+    """Sorts rows by user and time; rows of equal time stay in file order.
 
     Rows are first dealt to buckets of neighbouring users, which takes linear time, and then sorted bucket by bucket.
 
@@ -137,7 +144,8 @@ def sort_by_time(
       items: int32 [rows].
       timestamps: int64 [rows].
       num_users: users.
-      precision: times are compared as this type.
+      precision: "int64" compares exact times; "float32" rounds seconds first, and what that changes is counted.
+      fractions: float64 [rows], of a second beyond `timestamps`; None where times are whole seconds.
     """
     offsets = np.concatenate([[0], np.cumsum(count_rows(users, num_users))])
     # NumPy sorts 16-bit numbers stably in linear time.
@@ -146,13 +154,37 @@ def sort_by_time(
     bounds = np.append(offsets[:-1:users_each], len(users))
     sorted_items, sorted_times = np.empty_like(items), np.empty_like(timestamps)
     repeated = tied = 0
+    changes = np.zeros(3, np.int64)
     for first, last in zip(bounds[:-1], bounds[1:], strict=True):
         rows = order[first:last]
-        rows = rows[np.lexsort((timestamps[rows].astype(precision), users[rows]))]
+        finer = () if fractions is None else (fractions,)
+        if precision == "float32":
+            rows = rows[np.lexsort((timestamps[rows].astype(precision), users[rows]))]
+        else:
+            rows = rows[np.lexsort(tuple(key[rows] for key in (*finer, timestamps, users)))]
         user, item, seconds = users[rows], items[rows], timestamps[rows]
+        if precision == "float32":
+            # Rounding never swaps two times, so a stable sort of these rows is the order of exact times.
+            exact = np.lexsort((*(key[rows] for key in finer), seconds, user))
+            changes += _changes(user, item, exact)
+            seconds = seconds[exact]
         sorted_items[first:last], sorted_times[first:last] = item, seconds
         pairs = np.sort(user.astype(np.int64) << 32 | item)
         repeated += int((pairs[1:] == pairs[:-1]).sum())
         times = seconds.astype(precision)
         tied += int(((user[1:] == user[:-1]) & (times[1:] == times[:-1])).sum())
-    return SortedRows(sorted_items, sorted_times, offsets, repeated, tied)
+    return SortedRows(sorted_items, sorted_times, offsets, repeated, tied, *map(int, changes))
+
+
+def _changes(users: np.ndarray, items: np.ndarray, exact: np.ndarray) -> tuple[int, int, int]:
+    """Counts the users whose order, whose last item but one and whose last item exact seconds would change.
+
+    Args:
+      users, items: [rows], sorted by user.
+      exact: int [rows], which of these rows exact seconds put in each place.
+    """
+    last = np.flatnonzero(np.append(users[1:] != users[:-1], True))
+    before = last[(last > 0) & (users[last] == users[last - 1])] - 1
+    other = items[exact] != items
+    reordered = np.unique(users[exact != np.arange(len(exact))])
+    return len(reordered), int(other[before].sum()), int(other[last].sum())

@@ -46,6 +46,7 @@ class CodedLog:
     Attributes:
       users, items: int32 [rows], places in `user_ids` and `item_ids`.
       timestamps: int64 [rows], epoch seconds.
+      fractions: float64 [rows], of a second beyond `timestamps`; None where all times are whole.
       user_ids, item_ids: distinct raw ids (String).
       blank_lines, rounded_timestamps: see `typed_columns.RawLog`.
     """
@@ -53,6 +54,7 @@ class CodedLog:
     users: np.ndarray
     items: np.ndarray
     timestamps: np.ndarray
+    fractions: np.ndarray | None
     user_ids: pl.Series
     item_ids: pl.Series
     blank_lines: int
@@ -67,15 +69,25 @@ def encode(parts: Iterable[RawLog]) -> CodedLog:
     """
     users, items = IdCoder(), IdCoder()
     columns: tuple[list[np.ndarray], ...] = ([], [], [])
+    fractions: list[np.ndarray] = []
+    rows = 0
     blank_lines = rounded_timestamps = 0
     for part in parts:
         columns[0].append(users.codes(part.frame["user"]))
         columns[1].append(items.codes(part.frame["item"]))
         columns[2].append(part.frame["timestamp"].to_numpy())
+        if part.fractions is not None:
+            # Before the first piece with fractions, nothing is kept of the others.
+            fractions += [] if fractions else [np.zeros(rows, np.float64)]
+            fractions.append(part.fractions.to_numpy())
+        elif fractions:
+            fractions.append(np.zeros(part.frame.height, np.float64))
+        rows += part.frame.height
         blank_lines += part.blank_lines
         rounded_timestamps += part.rounded_timestamps
     return CodedLog(
         *(_joined(pieces, dtype) for pieces, dtype in zip(columns, (np.int32, np.int32, np.int64), strict=True)),
+        _joined(fractions, np.float64) if fractions else None,
         user_ids=users.ids, item_ids=items.ids, blank_lines=blank_lines, rounded_timestamps=rounded_timestamps,
     )  # fmt: skip
 

@@ -23,8 +23,7 @@ from tim4rec_jax.data.titles import titles_for
 from tim4rec_jax.data_config import DataConfig, TimestampPrecision
 
 BLANK_LINES = "blank lines"
-_REREAD_FORMATS = ("amazon", "parquet")  # their readers tell more apart than they did: old cached logs may be wrong
-_CACHE_VERSION = 1  # raise it whenever cleaning or the layout of a cached log changes
+_CACHE_VERSION = 2  # raise it whenever reading, cleaning or the layout of a cached log changes
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,7 +32,7 @@ class InteractionLog:
 
     Attributes:
       items: int32 [rows], 1 .. num_items.
-      timestamps: int64 [rows], epoch seconds.
+      timestamps: int64 [rows], epoch seconds, never backwards within a user; see `cleaning.SortedRows`.
       offsets: int64 [users + 1].
       user_ids: raw id (String) of user u at position u.
       item_ids: raw id (String) of item i at position i - 1.
@@ -78,7 +77,8 @@ def load_log(config: DataConfig, console: Console | None = None) -> InteractionL
     """Reads, cleans and caches the log that a configuration names.
 
     `data.path` is read where it is set, whatever the name; else the name's generated or downloaded log. Files are
-    cleaned once: the result is kept in `cache_dir/cleaned` under the hash of their content and of the settings.
+    cleaned once: the result is kept in `cache_dir/cleaned` under the hash of their content and of the settings. What
+    `timestamp_precision="published"` comes to is in the log's statistics; see `with_precision`.
 
     Args:
       config: which log, and how to clean it.
@@ -95,22 +95,59 @@ def load_log(config: DataConfig, console: Console | None = None) -> InteractionL
     console = console or Console(stderr=True)
     if config.name not in ("synthetic", "custom"):
         catalog.find_entry(config.name)
+    if config.timestamp_precision != "published":
+        return _load(config, config.timestamp_precision, console)
+    log, difference = None, _no_published_log(config)
+    if difference is None:
+        log = _load(config, "float32", console)
+        difference = catalog.expected_mismatch(config.name, log.num_users, log.num_items, log.num_rows)
+    if log is not None and difference is None:
+        return log
+    _note(
+        console,
+        "events are ordered by exact seconds (--data.timestamp_precision=float32 gives the original program's order): "
+        + difference,
+    )
+    return _load(config, "int64", console)
+
+
+def _no_published_log(config: DataConfig) -> str | None:
+    """Returns why a log cannot be the published data set of `data.name`, as far as the settings tell."""
+    entry = catalog.CATALOG.get(config.name)
+    if entry is None:
+        return f"data.name={config.name} is no published data set"
+    if config.k_core != 5:
+        return f"data.k_core={config.k_core}, and the published logs are cleaned with 5"
+    if config.path is not None and entry.expected is None:
+        return f"no published counts of {config.name} are known to tell by what is in data.path"
+    return None
+
+
+def with_precision(config: DataConfig, log: InteractionLog) -> DataConfig:
+    """Returns the settings with what `timestamp_precision="published"` has come to for the log that they loaded."""
+    return dataclasses.replace(config, timestamp_precision=log.statistics.timestamp_precision)
+
+
+def _load(config: DataConfig, precision: TimestampPrecision, console: Console) -> InteractionLog:
     if config.path is None and config.name == "synthetic":
-        frame = generate(config.synthetic)
-        return clean(frame, k_core=config.k_core, timestamp_precision=config.timestamp_precision)
+        return clean(
+            generate(config.synthetic), k_core=config.k_core, timestamp_precision=precision,
+            min_events=config.min_events,
+        )  # fmt: skip
     columns = LogColumns(config.user_column, config.item_column, config.time_column, config.columns)
     sources, log_format = _locate(config, columns, console)
-    fingerprint = _fingerprint(config, sources, log_format)
+    fingerprint = _fingerprint(config, precision, sources, log_format)
     path = expanded(config.cache_dir) / "cleaned" / f"{fingerprint}.npz"
     log = _from_cache(path, fingerprint, console)
     if log is None:
         _note(console, f"reading {', '.join(map(str, sources))} ({log_format})")
         coded = encode(read_parts(sources, log_format, columns))
         log = clean_coded(
-            coded, k_core=config.k_core, timestamp_precision=config.timestamp_precision, fingerprint=fingerprint
-        )
+            coded, k_core=config.k_core, timestamp_precision=precision, min_events=config.min_events,
+            fingerprint=fingerprint,
+        )  # fmt: skip
         log = _to_cache(path, log, console)
-    if config.k_core == 5:
+    if config.k_core == 5 and config.timestamp_precision != "published":
         mismatch = catalog.expected_mismatch(config.name, log.num_users, log.num_items, log.num_rows)
         if mismatch:
             _note(console, f"warning: {mismatch}")
@@ -140,20 +177,16 @@ def _locate(config: DataConfig, columns: LogColumns, console: Console) -> tuple[
     return find_log(path, config.format, columns, config.max_unpacked_gb)
 
 
-def _fingerprint(config: DataConfig, sources: list[Source], log_format: str) -> str:
+def _fingerprint(config: DataConfig, precision: TimestampPrecision, sources: list[Source], log_format: str) -> str:
     settings = {
         "version": _CACHE_VERSION,
         "format": log_format,
-        "columns": [config.user_column, config.item_column, config.time_column],
+        "columns": [config.user_column, config.item_column, config.time_column, config.columns],
         "k_core": config.k_core,
-        "timestamp_precision": config.timestamp_precision,
+        "min_events": max(config.k_core, config.min_events),
+        "timestamp_precision": precision,
         "sources": [source.sha256() for source in sources],
     }
-    # What reads as it always did keeps its fingerprint, and with it the runs that were trained on it.
-    if config.columns:
-        settings["order"] = config.columns
-    if log_format in _REREAD_FORMATS:
-        settings["reader"] = 2
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
 
@@ -198,21 +231,23 @@ def clean(
     *,
     k_core: int,
     timestamp_precision: TimestampPrecision,
+    min_events: int = 3,
     fingerprint: str | None = None,
     dropped: Mapping[str, int] | None = None,
     rounded_timestamps: int = 0,
 ) -> InteractionLog:
     """Filters, numbers and sorts a log; `with_titles` adds titles.
 
-    Users and items with fewer than `k_core` rows, and users with fewer than 3, are removed until none is left. Raw ids
-    become 1, 2, ... (items) and 0, 1, ... (users) by first appearance in what remains, in file order. Then each user's
-    rows are sorted by time, stably: with "float32" by float32(seconds), as the original program does, so that rows
-    within 64 s may keep file order; with "int64" by the exact second. `timestamps` keeps the exact second either way.
+    Users and items with fewer than `k_core` rows, and users with fewer than `min_events`, are removed until none is
+    left. Raw ids become 1, 2, ... (items) and 0, 1, ... (users) by first appearance in what remains, in file order.
+    Then each user's rows are sorted by time, ties in file order: with "int64" by the exact time; with "float32" by
+    seconds rounded to it, as the original program does, so that rows up to 128 s apart may tie.
 
     Args:
       frame: user (String), item (String), timestamp (Int64 seconds), one row an interaction, in file order.
       k_core: least rows of a user and of an item; 0 keeps all.
-      timestamp_precision: "float32" or "int64".
+      timestamp_precision: "int64" or "float32".
+      min_events: least rows of a user; 3 to leave one out, 1 for a cut in time.
       fingerprint: content hash to keep with the log; None hashes the frame and the settings.
       dropped: rows left out earlier, by reason.
       rounded_timestamps: for the statistics.
@@ -221,11 +256,12 @@ def clean(
       ValueError: for missing ids or times, negative times, or when nothing is left (the message names the filter).
     """
     _check_frame(frame)
-    fingerprint = fingerprint or _frame_fingerprint(frame, k_core, timestamp_precision)
+    settings = k_core, max(k_core, min_events), timestamp_precision
     coded = encode([RawLog(frame, 0, rounded_timestamps)])
     return clean_coded(
-        coded, k_core=k_core, timestamp_precision=timestamp_precision, fingerprint=fingerprint, dropped=dropped
-    )
+        coded, k_core=k_core, timestamp_precision=timestamp_precision, min_events=min_events, dropped=dropped,
+        fingerprint=fingerprint or _frame_fingerprint(frame, settings),
+    )  # fmt: skip
 
 
 def clean_coded(
@@ -234,27 +270,30 @@ def clean_coded(
     k_core: int,
     timestamp_precision: TimestampPrecision,
     fingerprint: str,
+    min_events: int = 3,
     dropped: Mapping[str, int] | None = None,
 ) -> InteractionLog:
     """Filters, numbers and sorts a log as `clean` does, in place of the log given: its columns are gone afterwards.
 
     Args:
       log: as read.
-      k_core, timestamp_precision, fingerprint, dropped: see `clean`.
+      k_core, timestamp_precision, fingerprint, min_events, dropped: see `clean`.
 
     Raises:
       ValueError: when nothing is left (the message names the filter).
     """
     dropped = dict(dropped or {}) | ({BLANK_LINES: log.blank_lines} if log.blank_lines else {})
     rows_read = len(log.users) + sum(dropped.values())
-    keep, filtered = filter_core(log.users, log.items, len(log.user_ids), len(log.item_ids), k_core)
+    keep, filtered = filter_core(log.users, log.items, len(log.user_ids), len(log.item_ids), k_core, min_events)
     # Each column is let go as soon as its successor is there.
     log.users, user_order = number_by_first_appearance(log.users, keep, len(log.user_ids))
     log.items, item_order = number_by_first_appearance(log.items, keep, len(log.item_ids))
     log.timestamps = log.timestamps[keep]
+    log.fractions = None if log.fractions is None else log.fractions[keep]
     log.items += 1
-    rows = sort_by_time(log.users, log.items, log.timestamps, len(user_order), timestamp_precision)
+    rows = sort_by_time(log.users, log.items, log.timestamps, len(user_order), timestamp_precision, log.fractions)
     log.users = log.items = log.timestamps = np.zeros(0, np.int64)
+    log.fractions = None
     return InteractionLog(
         items=rows.items,
         timestamps=rows.timestamps,
@@ -273,6 +312,11 @@ def clean_coded(
             first_time=int(rows.timestamps.min()),
             last_time=int(rows.timestamps.max()),
             tied_share=rows.tied / len(rows.items),
+            training_examples=int(np.maximum(np.diff(rows.offsets) - 3, 0).sum()),
+            timestamp_precision=timestamp_precision,
+            reordered_users=rows.reordered,
+            changed_valid_targets=rows.changed_last_but_one,
+            changed_test_targets=rows.changed_last,
         ),
         fingerprint=fingerprint,
     )
@@ -308,8 +352,8 @@ def _check_frame(frame: pl.DataFrame) -> None:
         raise ValueError(f"row {row}: timestamp {frame['timestamp'][row]} is negative; give epoch seconds")
 
 
-def _frame_fingerprint(frame: pl.DataFrame, k_core: int, timestamp_precision: str) -> str:
-    digest = hashlib.sha256(f"{_CACHE_VERSION} {k_core} {timestamp_precision}".encode())
+def _frame_fingerprint(frame: pl.DataFrame, settings: tuple[int, int, str]) -> str:
+    digest = hashlib.sha256(f"{_CACHE_VERSION} {settings}".encode())
     for name in ("user", "item"):
         digest.update("\0".join(frame[name]).encode())
     digest.update(frame["timestamp"].to_numpy().tobytes())

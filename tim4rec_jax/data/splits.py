@@ -8,7 +8,7 @@ from rich.table import Table
 from tim4rec_jax.data.examples import Examples
 from tim4rec_jax.data.interactions import InteractionLog
 from tim4rec_jax.data.statistics import utc
-from tim4rec_jax.data_config import DataConfig, TemporalTargets, TimestampPrecision, parse_time
+from tim4rec_jax.data_config import DataConfig, TemporalTargets, parse_time
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ def split_log(log: InteractionLog, config: DataConfig) -> Split:
         cuts = parse_time(config.valid_from, "data.valid_from"), parse_time(config.test_from, "data.test_from")
     else:
         cuts = _cuts_of_shares(log.timestamps, config.valid_share, config.test_share)
-    return temporal_split(log, *cuts, targets=config.temporal_targets, precision=config.timestamp_precision)
+    return temporal_split(log, *cuts, targets=config.temporal_targets)
 
 
 def describe(config: DataConfig) -> str:
@@ -138,9 +138,7 @@ def leave_one_out(log: InteractionLog) -> Split:
     )
 
 
-def temporal_split(
-    log: InteractionLog, valid_from: int, test_from: int, *, targets: TemporalTargets, precision: TimestampPrecision
-) -> Split:
+def temporal_split(log: InteractionLog, valid_from: int, test_from: int, *, targets: TemporalTargets) -> Split:
     """Splits a cleaned log at two moments that are the same for all users.
 
     With t_i the time of a user's event e_i, targets train where t_i < valid_from, validate in [valid_from, test_from)
@@ -148,14 +146,10 @@ def temporal_split(
     its last event there, its first, or all of them. What a target is predicted from is every event before it,
     whichever period that belongs to.
 
-    With "float32" a cut falls on a number that float32 tells from the second before, the nearest one at or before the
-    second given, so that events which were sorted as equal in time stay on one side.
-
     Args:
       log: cleaned log.
       valid_from, test_from: int seconds.
       targets: "last", "first" or "all".
-      precision: by which the log was sorted.
 
     Raises:
       ValueError: for cuts out of order or outside the log's span, and if a part is left without a target.
@@ -163,7 +157,6 @@ def temporal_split(
     Source: global temporal splitting and the choices of targets (last, first, successive) in Gusak et al., "Time to
     Split", RecSys 2025, arXiv 2507.16289, whose experiments are run with the last one. It fixes no single standard.
     """
-    valid_from, test_from = (_representable(cut, precision) for cut in (valid_from, test_from))
     first_time, last_time = int(log.timestamps.min()), int(log.timestamps.max())
     if not first_time < valid_from < test_from <= last_time:
         raise ValueError(
@@ -171,7 +164,7 @@ def temporal_split(
             f"span, {utc(first_time)} to {utc(last_time)}; set data.valid_from and data.test_from, or the shares, anew"
         )
     counts = np.diff(log.offsets)
-    ends = [_events_before(log, cut, precision) for cut in (valid_from, test_from)]
+    ends = [_events_before(log, cut) for cut in (valid_from, test_from)]
     train = _examples(np.ones_like(counts), ends[0])
     valid, valid_rest = _targets(ends[0], ends[1], targets)
     test, test_rest = _targets(ends[1], counts, targets)
@@ -225,23 +218,13 @@ def _positions(log: InteractionLog) -> np.ndarray:
     return np.arange(log.num_rows) - np.repeat(log.offsets[:-1], np.diff(log.offsets))
 
 
-def _events_before(log: InteractionLog, cut: int, precision: TimestampPrecision) -> np.ndarray:
+def _events_before(log: InteractionLog, cut: int) -> np.ndarray:
     """Counts each user's events before a cut, int64 [users]."""
-    before = log.timestamps.astype(precision) < np.asarray(cut).astype(precision)
+    before = log.timestamps < cut
     rises = np.flatnonzero(before[1:] & ~before[:-1]) + 1
     if not np.isin(rises, log.offsets).all():
-        raise ValueError(f"the log is not sorted by time as {precision} within each user; clean it with that precision")
+        raise ValueError("the log is not sorted by time within each user; clean it first")
     return np.add.reduceat(before, log.offsets[:-1], dtype=np.int64)
-
-
-def _representable(cut: int, precision: TimestampPrecision) -> int:
-    """Returns the first second that equals `cut` at the precision."""
-    if precision == "int64":
-        return cut
-    rounded = np.float32(cut)
-    # Seconds from the last smaller number on, of which those past the middle are rounded up.
-    seconds = np.arange(int(np.nextafter(rounded, np.float32(-np.inf))), cut + 1)
-    return int(seconds[np.searchsorted(seconds.astype(np.float32), rounded)])
 
 
 def _cuts_of_shares(timestamps: np.ndarray, valid_share: float, test_share: float) -> tuple[int, int]:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from rich.table import Table
 
-MIN_EVENTS = 3  # of a user: one to train from, one to validate and one to test
+from tim4rec_jax.data_config import TimestampPrecision
 
 
 @dataclass(frozen=True)
@@ -20,6 +20,11 @@ class LogStatistics:
       users, items, rows: size of the cleaned log.
       first_time, last_time: int seconds.
       tied_share: share of rows with the same time as the row before of the same user, at the timestamp precision.
+      training_examples: prefixes that train under leave-one-out: n - 3 for a user with n events; 0 under 3 events.
+      timestamp_precision: by which events are ordered.
+      reordered_users: users whose events exact seconds would order otherwise; None where that is not known.
+      changed_valid_targets, changed_test_targets: last but one and last items of users, which validate and test under
+        leave-one-out, that would be others by exact seconds; None likewise.
     """
 
     rows_read: int
@@ -32,11 +37,11 @@ class LogStatistics:
     first_time: int
     last_time: int
     tied_share: float
-
-    @property
-    def training_examples(self) -> int:
-        """Prefixes that train under leave-one-out: n - 3 for a user with n events."""
-        return self.rows - MIN_EVENTS * self.users
+    training_examples: int
+    timestamp_precision: TimestampPrecision
+    reordered_users: int | None
+    changed_valid_targets: int | None
+    changed_test_targets: int | None
 
     @property
     def mean_length(self) -> float:
@@ -66,6 +71,11 @@ class LogStatistics:
         table.add_row("span", f"{self.span_days:,.1f} days")
         table.add_row("timestamps rounded down to seconds", f"{self.rounded_timestamps:,}")
         table.add_row("tied with the row before", f"{self.tied_share:.1%}")
+        table.add_row("events ordered by", {"int64": "exact seconds", "float32": "float32"}[self.timestamp_precision])
+        if self.timestamp_precision == "float32" and self.reordered_users is not None:
+            table.add_row("users whose order float32 changes", f"{self.reordered_users:,}")
+            table.add_row("validation targets float32 changes, leave one out", f"{self.changed_valid_targets:,}")
+            table.add_row("test targets float32 changes, leave one out", f"{self.changed_test_targets:,}")
         return table
 
 

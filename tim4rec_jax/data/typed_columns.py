@@ -24,11 +24,13 @@ class RawLog:
       frame: user (String), item (String), timestamp (Int64, epoch seconds), in file order.
       blank_lines: lines without any field, left out.
       rounded_timestamps: timestamps with a fraction of a second, rounded down.
+      fractions: Float64, of a second, what was rounded down of each row; orders events within a second. None for none.
     """
 
     frame: pl.DataFrame
     blank_lines: int
     rounded_timestamps: int
+    fractions: pl.Series | None = None
 
 
 class Raw(NamedTuple):
@@ -112,11 +114,14 @@ def typed(raw: Raw) -> RawLog:
                 f"{raw.where(filled['row'][missing[0]])}: no {name} id ({len(missing)} such rows); "
                 "every interaction needs a user and an item"
             )
-    seconds, rounded = _seconds(filled["timestamp"], filled["row"], raw)
+    seconds, fractions = _seconds(filled["timestamp"], filled["row"], raw)
+    rounded = 0 if fractions is None else int((fractions > 0).sum())
     return RawLog(
         frame=pl.DataFrame({**ids, "timestamp": seconds}),
         blank_lines=numbered.height - filled.height,
-        rounded_timestamps=rounded,
+        # Finer ticks are floored by definition; only a fraction of a second in seconds counts as rounded.
+        rounded_timestamps=rounded if raw.ticks_per_second == 1 else 0,
+        fractions=fractions if rounded else None,
     )
 
 
@@ -127,48 +132,51 @@ def _ids(ids: pl.Series, rows: pl.Series, raw: Raw, name: str) -> tuple[pl.Serie
         raise ValueError(f"{raw.where(rows[0])} ff.: a {name} id is no UTF-8 text; write ids as text") from error
 
 
-def _seconds(times: pl.Series, rows: pl.Series, raw: Raw) -> tuple[pl.Series, int]:
-    ticks, fractions = _ticks(times)
+def _seconds(times: pl.Series, rows: pl.Series, raw: Raw) -> tuple[pl.Series, pl.Series | None]:
+    """Returns whole seconds (Int64), rounded down, and what was left of each (Float64) where there are finer times."""
+    ticks, rest = _ticks(times)
     limit = LATEST_TIMESTAMP * raw.ticks_per_second
     bad = (~((ticks >= 0) & (ticks <= limit)).fill_null(False)).arg_true()
     if len(bad):
         first = bad[0]
         raise ValueError(f"{raw.where(rows[first])}: {_complaint(times[first], ticks[first], raw.ticks_per_second)}")
     ticks = ticks.cast(pl.Int64)
-    # Finer ticks are floored by definition; only a fraction of a second in seconds counts as rounded.
-    return (ticks // raw.ticks_per_second, 0) if raw.ticks_per_second > 1 else (ticks, fractions)
+    if raw.ticks_per_second == 1:
+        return ticks, rest
+    below = (ticks % raw.ticks_per_second).cast(pl.Float64)
+    return ticks // raw.ticks_per_second, (below if rest is None else below + rest) / raw.ticks_per_second
 
 
-def _ticks(times: pl.Series) -> tuple[pl.Series, int]:
-    """Returns times rounded down to whole numbers, null where they are none, and how many had a fraction."""
+def _ticks(times: pl.Series) -> tuple[pl.Series, pl.Series | None]:
+    """Returns times rounded down to whole numbers, null where they are none, and what is left (Float64) or None."""
     dtype = times.dtype
     if dtype == pl.Date:
-        return times.to_physical().cast(pl.Int64) * _SECONDS_PER_DAY, 0
+        return times.to_physical().cast(pl.Int64) * _SECONDS_PER_DAY, None
     if dtype == pl.Datetime:
         physical, per_second = times.to_physical(), _TICKS[dtype.time_unit]
-        return physical // per_second, int((physical % per_second != 0).sum())
+        return physical // per_second, (physical % per_second).cast(pl.Float64) / per_second
     if dtype.is_decimal():
-        return times.floor().cast(pl.Float64), int((times != times.floor()).sum())
+        return times.floor().cast(pl.Float64), (times - times.floor()).cast(pl.Float64)
     if dtype.is_float():
         # In polars NaN is the largest number, so it would pass for a late time.
         return _floored(times.cast(pl.Float64).fill_nan(None))
     times = times if dtype.is_integer() or dtype == pl.Null else times.cast(pl.String, strict=False)
     integers = times.cast(pl.Int64, strict=False)
     if integers.null_count() == times.null_count():
-        return integers, 0
+        return integers, None
     text = times.cast(pl.String, strict=False).str.strip_chars()
-    numbers = text.cast(pl.Float64, strict=False).fill_nan(None)
+    floored, rest = _floored(text.cast(pl.Float64, strict=False).fill_nan(None))
     # A float has about 16 digits: a longer decimal is split where its point stands.
     whole = text.str.extract(r"^\+?(\d+)\.\d*$").cast(pl.Float64, strict=False)
+    behind = text.str.extract(r"^\+?\d+(\.\d*)$")
     split = whole.is_not_null()
-    fractions = text.filter(split).str.contains(r"\.\d*[1-9]").sum()
-    floored, others = _floored(numbers.filter(~split))
-    return _floored(numbers)[0].zip_with(~split, whole), int(fractions) + others
+    fraction = ("0" + behind.str.replace(r"\.$", "")).cast(pl.Float64, strict=False)
+    return whole.zip_with(split, floored), fraction.zip_with(split, rest)
 
 
-def _floored(numbers: pl.Series) -> tuple[pl.Series, int]:
+def _floored(numbers: pl.Series) -> tuple[pl.Series, pl.Series]:
     floored = numbers.floor()
-    return floored, int((floored != numbers).sum())
+    return floored, numbers - floored
 
 
 def _complaint(given: object, value: float | None, ticks_per_second: int) -> str:

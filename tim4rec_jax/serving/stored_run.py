@@ -83,12 +83,14 @@ def load_log(run: pathlib.Path) -> InteractionLog:
             f"vocab_size={config.model.vocab_size} (items + 1); the folder mixes two runs"
         )
     items = histories["items"].explode().to_numpy().astype(np.int32)
-    timestamps = histories["timestamps"].explode().to_numpy().astype(np.int64)
     counts = histories["items"].list.len().to_numpy().astype(np.int64)
     users = np.repeat(np.arange(len(counts)), counts)
     pairs = users * np.int64(len(items_table) + 1) + items
-    key = timestamps.astype(config.data.timestamp_precision)
-    tied = (np.diff(users) == 0) & (np.diff(key) == 0)
+    precision = config.data.timestamp_precision
+    timestamps = histories["timestamps"].explode().to_numpy().astype(np.int64)
+    tied = (np.diff(users) == 0) & (np.diff(timestamps.astype(precision)) == 0)
+    # Times are stored in order, so they do not tell what float32 seconds have changed.
+    changed = 0 if precision == "int64" else None
     return InteractionLog(
         items=items,
         timestamps=timestamps,
@@ -106,7 +108,12 @@ def load_log(run: pathlib.Path) -> InteractionLog:
             rows=len(items),
             first_time=int(timestamps.min()),
             last_time=int(timestamps.max()),
-            tied_share=float(tied.sum() / max(1, len(tied))),
+            tied_share=float(tied.sum() / len(items)),
+            training_examples=int(np.maximum(counts - 3, 0).sum()),
+            timestamp_precision=precision,
+            reordered_users=changed,
+            changed_valid_targets=changed,
+            changed_test_targets=changed,
         ),
         fingerprint=read_environment(run)["data_fingerprint"],
     )
