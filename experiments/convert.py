@@ -180,7 +180,7 @@ def _require_plausible(config: ModelConfig, state: Mapping[str, np.ndarray]) -> 
     sizes = {name: getattr(config, name) for name in _BOUNDED} | {"expand * d_model": config.expand * config.d_model}
     for name, size in sizes.items():
         most = _LARGEST_SIZE if name in ("chunk_size", "max_len") else min(held, _LARGEST_SIZE)
-        require(size <= most, f"{name}={shown(size)} is at most {most:,} for a checkpoint of {held:,} numbers")
+        require(size <= most, f"{name}={shown(size)} must be at most {most:,} for a checkpoint of {held:,} numbers")
 
 
 def read_model(arguments: Arguments, console: Console) -> tuple[ModelConfig, dict[str, Any], StateDict]:

@@ -358,5 +358,6 @@ def write_state_dict(path: pathlib.Path, arrays: Mapping[str, np.ndarray], items
         ) from None
     state: Any = OrderedDict((name, torch.from_numpy(np.array(array))) for name, array in arrays.items())
     state._metadata = OrderedDict({"": {"version": 1}, _OURS: {"item_ids_sha256": items_digest}})
-    with replacing(path) as temporary:
-        torch.save(state, temporary)
+    # A stream has no name that PyTorch would write into the file: the same parameters give the same bytes.
+    with replacing(path) as temporary, temporary.open("wb") as stream:
+        torch.save(state, stream)
