@@ -344,6 +344,8 @@ def to_checkpoint(run: pathlib.Path, output: pathlib.Path, console: Console) -> 
         output not in (yaml_file, ids_file), f"--output={output.name} is the name of a file beside it; end it in .pth"
     )
     _require_absent(output)
+    if not os.path.isdir(run):
+        raise FileNotFoundError(f"there is no run folder {shortened(str(run), 120)}")
     name, settings = upstream_from_config(read_config(run).model)
     stored = load_model(run)
     ids = _item_ids_of(run, stored.config.model.vocab_size - 1)

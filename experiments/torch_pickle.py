@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable
 from typing import Any, BinaryIO
 
-from tim4rec_jax.checks import require, shown
+from tim4rec_jax.checks import require
 
 # A tensor takes about 35; with Adam's moments that is a model of some 4,000 tensors.
 MOST_OPERATIONS = 500_000
@@ -215,7 +215,7 @@ def read_pickle(stream: BinaryIO, most: int = MOST_OPERATIONS) -> Any:
         for count, (operation, argument, _) in enumerate(pickletools.genops(stream)):
             require(count < most, f"more than {most:,} operations in its pickle")
             if operation.name == "INST":
-                raise CodeRefusedError(shown(argument))
+                raise CodeRefusedError(argument.replace(" ", ".", 1))
             if operation.name != "STOP":
                 machine.step(operation.name, argument)
         return machine._pop()
