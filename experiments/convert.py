@@ -5,10 +5,16 @@
     python -m experiments.convert --run=runs/ml1m_tim4rec --output=model.pth
 
 TiM4Rec, SSD4Rec, Mamba4Rec, EchoMamba4Rec, SASRec and TiSASRec in RecBole's form. The checkpoint is a state dict, or a
-dict with "state_dict"; nothing in it is executed. The settings are the program's YAML file. The log must be the one the
-model was trained on: row i of the item table is the i-th item by first appearance in the cleaned log.
-`experiments.evaluate` and `experiments.recommend` read the folder; `experiments.train --resume` trains on from it.
-The other direction also writes the YAML file, beside the checkpoint. It needs PyTorch: pip install torch
+dict with "state_dict", "model_state_dict" or "model"; nothing in it is executed. The settings are the program's YAML
+file. `experiments.evaluate` and `experiments.recommend` read the folder; `experiments.train --resume` trains on from
+it.
+
+The other direction writes m.yaml and m.item_ids.csv (index, item_id) beside m.pth, which holds the hash of the ids. On
+the way back the ids are found there, and rows and log are brought together by them. For a checkpoint from elsewhere
+--item_ids=FILE names its ids: CSV or Parquet with item_id and index, or text with an id per line. Without them row i of
+the item table is taken to be the i-th item by first appearance in the cleaned log, which must be the one that the model
+was trained on.
+Writing a checkpoint needs PyTorch: pip install torch
 """
 
 import argparse
@@ -17,7 +23,6 @@ import hashlib
 import json
 import os
 import pathlib
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -30,10 +35,13 @@ from rich.console import Console
 
 from experiments.command_line import parse_settings, run_program
 from experiments.configs import load_config
-from experiments.torch_checkpoint_file import read_state_dict, recognise, write_state_dict
+from experiments.item_ids_file import as_csv, beside, digest, find_item_ids, rows_of_log
+from experiments.settings_file import read_settings
+from experiments.torch_checkpoint_file import StateDict, read_state_dict, recognise, write_state_dict
+from tim4rec_jax.checks import listed, require, shortened, shown
 from tim4rec_jax.config import DataConfig, EvalConfig, ExperimentConfig, ModelConfig, TrainConfig
 from tim4rec_jax.data.interactions import InteractionLog, load_log, with_precision
-from tim4rec_jax.files import replacing, write_atomically
+from tim4rec_jax.files import locked, remove_leftovers, replacing_folder, write_atomically
 from tim4rec_jax.interop.settings import (
     UPSTREAM_NAMES,
     config_from_upstream,
@@ -42,7 +50,7 @@ from tim4rec_jax.interop.settings import (
     upstream_from_config,
 )
 from tim4rec_jax.interop.torch_checkpoint import params_from_torch, params_to_torch
-from tim4rec_jax.run_dir import CHECKPOINTS, ENVIRONMENT, create_run, read_environment
+from tim4rec_jax.run_dir import CHECKPOINTS, ENVIRONMENT, create_run, read_config, read_environment, read_items
 from tim4rec_jax.serving.stored_run import load_model
 from tim4rec_jax.training.checkpoint import Checkpointer
 from tim4rec_jax.training.loop import Position
@@ -66,6 +74,18 @@ _UNREAD = {
 }
 
 
+# What describes a checkpoint to read.
+_OF_CHECKPOINTS = ("checkpoint", "settings", "model", "item_ids")
+_BOUNDED = (
+    "d_model", "d_state", "d_conv", "expand", "head_dim", "chunk_size", "attention_heads", "inner_size", "time_span",
+    "max_len",
+)  # fmt: skip
+# Of a file's name, in bytes: those beside it end in ".item_ids.csv", and file systems take 255.
+_LONGEST_NAME = 240
+# Largest setting that no tensor of a checkpoint bounds.
+_LARGEST_SIZE = 2**20
+
+
 @dataclass(frozen=True)
 class Arguments:
     """Options of the program; `data`, `train` and `eval` start from the named experiment.
@@ -78,6 +98,7 @@ class Arguments:
       checkpoint: file that torch.save wrote.
       settings: the original program's YAML file.
       model: the original program; None takes it from the YAML file, or from the names in the checkpoint.
+      item_ids: raw id of every row of the checkpoint's item table; None looks for m.item_ids.csv beside m.pth.
       run: run folder to write as a checkpoint, instead of reading one.
       output: run folder to make, or checkpoint file to write with --run.
     """
@@ -89,6 +110,7 @@ class Arguments:
     checkpoint: pathlib.Path | None = None
     settings: pathlib.Path | None = None
     model: str | None = None
+    item_ids: pathlib.Path | None = None
     run: pathlib.Path | None = None
     output: pathlib.Path | None = None
 
@@ -109,36 +131,19 @@ def parse(argv: Sequence[str]) -> tuple[Arguments, ExperimentConfig | None]:
     needed = {"output": arguments.output}
     if arguments.run is None:
         needed |= {"checkpoint": arguments.checkpoint, "settings": arguments.settings}
-    elif given := [f"--{name}" for name in ("checkpoint", "settings", "model") if getattr(arguments, name) is not None]:
+    elif given := [f"--{name}" for name in _OF_CHECKPOINTS if getattr(arguments, name) is not None]:
         raise ValueError(f"--run writes a checkpoint and {' and '.join(given)} describe one to read; give either")
     if missing := [f"--{name}" for name, value in needed.items() if value is None]:
         raise ValueError(f"give {' and '.join(missing)}: --checkpoint, --settings and --output, or --run and --output")
     return arguments, base
 
 
-def read_settings(path: pathlib.Path) -> dict[str, Any]:
-    """Returns the mapping of a YAML file; tags that would make objects are refused.
-
-    Raises:
-      FileNotFoundError: there is no such file.
-      ValueError: it is not YAML, or holds something other than names and values.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no settings file {path}")
-    try:
-        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not readable as YAML: {error}") from None
-    if not isinstance(settings, dict):
-        raise ValueError(f"{path} holds a {type(settings).__name__} where names and values are expected")
-    return settings
-
-
 def _looks_like(path: pathlib.Path, state: Mapping[str, np.ndarray]) -> str:
     found = recognise(state)
     if found is None:
         raise ValueError(
-            f"{path} looks like none of {', '.join(UPSTREAM_NAMES)}; its parameters: {', '.join(list(state)[:8])}"
+            f"{shortened(str(path), 60)} looks like none of {', '.join(UPSTREAM_NAMES)}; its parameters: "
+            f"{listed(list(state), 100, ', ')}"
         )
     return found
 
@@ -147,7 +152,8 @@ def _named_model(arguments: Arguments, settings: Mapping[str, Any], found: str) 
     """Decides which program the settings are of: what is said goes before what the checkpoint looks like."""
     said = arguments.model or settings.get("model")
     if said is not None:
-        return next((name for name in UPSTREAM_NAMES if name.lower() == str(said).lower()), str(said))
+        require(isinstance(said, str), f"model={shown(said)} in {arguments.settings} is no name of a model")
+        return next((name for name in UPSTREAM_NAMES if name.lower() == said.lower()), said)
     described = models_described_by(settings)
     if found not in described and described:
         raise ValueError(
@@ -158,13 +164,33 @@ def _named_model(arguments: Arguments, settings: Mapping[str, Any], found: str) 
     return "TiM4Rec" if found == "SSD4Rec" and "is_time" in settings else found
 
 
-def read_model(arguments: Arguments, console: Console) -> tuple[ModelConfig, dict[str, Any]]:
+def _require_plausible(config: ModelConfig, state: Mapping[str, np.ndarray]) -> None:
+    """Refuses sizes that a checkpoint cannot have, before anything is built of them."""
+    table = state.get(_TABLE)
+    require(
+        table is not None and table.ndim == 2 and len(table) > 1, f"the checkpoint has no table of items ({_TABLE})"
+    )
+    if config.vocab_size not in (0, len(table)):
+        raise ValueError(
+            f"shape of {_TABLE}: {table.shape}, but n_items={shown(config.vocab_size)} in the settings; give the "
+            "settings that belong to the checkpoint"
+        )
+    require(config.num_layers <= len(state), f"{config.num_layers} layers, but {len(state)} tensors in the checkpoint")
+    held = sum(array.size for array in state.values())
+    sizes = {name: getattr(config, name) for name in _BOUNDED} | {"expand * d_model": config.expand * config.d_model}
+    for name, size in sizes.items():
+        most = _LARGEST_SIZE if name in ("chunk_size", "max_len") else min(held, _LARGEST_SIZE)
+        require(size <= most, f"{name}={shown(size)} must be at most {most:,} for a checkpoint of {held:,} numbers")
+
+
+def read_model(arguments: Arguments, console: Console) -> tuple[ModelConfig, dict[str, Any], StateDict]:
     """Reads settings and parameters and says what was read.
 
     Raises:
       FileNotFoundError, ValueError: for files that cannot be read, or do not fit each other.
     """
-    settings, state = read_settings(arguments.settings), read_state_dict(arguments.checkpoint)
+    settings, stored = read_settings(arguments.settings), read_state_dict(arguments.checkpoint)
+    state = stored.arrays
     found = _looks_like(arguments.checkpoint, state)
     name = _named_model(arguments, settings, found)
     beside = settings_beside_the_model(name, settings)
@@ -176,13 +202,15 @@ def read_model(arguments: Arguments, console: Console) -> tuple[ModelConfig, dic
             f"{arguments.checkpoint} looks like {found}, not {name}{off}; give the settings that belong to the "
             "checkpoint"
         )
+    _require_plausible(config, state)
     params = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params_from_torch(config, state))
     if config.vocab_size == 0:
         config = dataclasses.replace(config, vocab_size=state[_TABLE].shape[0])
     used = params_to_torch(config, params)
     lines = [
         f"{arguments.checkpoint}: {name}, {sum(a.size for a in used.values()):,} parameters in {len(used)} tensors, "
-        f"{config.vocab_size - 1:,} items"
+        f"{config.vocab_size - 1:,} items",
+        *stored.notes,
     ]
     if unused := [key for key in state if key not in used]:
         count = sum(state[key].size for key in unused)
@@ -192,7 +220,7 @@ def read_model(arguments: Arguments, console: Console) -> tuple[ModelConfig, dic
     if beside:
         lines.append(f"{arguments.settings}: not about the model, ignored: {', '.join(beside)}")
     console.print("\n".join(lines), soft_wrap=True, markup=False, highlight=False)
-    return config, params
+    return config, params, stored
 
 
 def require_same_items(config: ModelConfig, log: InteractionLog) -> None:
@@ -221,21 +249,28 @@ def make_run(
       log: the cleaned log.
       source: what environment.json says of the origin, under "converted_from".
     """
-    unfinished = output.with_name(f".{output.name}.{os.getpid()}.unfinished")
-    output.parent.mkdir(parents=True, exist_ok=True)
     key = jax.random.key_data(jax.random.key(config.train.seed, impl="threefry2x32"))
     moments = make_optimizer(config.train, total_steps=1).init(params)
     state = TrainState(jnp.zeros((), jnp.int32), params, moments, key)
-    try:
-        create_run(unfinished, config, log)
-        environment = read_environment(unfinished) | {"converted_from": dict(source)}
-        write_atomically(unfinished / ENVIRONMENT, (json.dumps(environment, indent=2) + "\n").encode())
-        with Checkpointer(unfinished / CHECKPOINTS) as checkpoints:
-            checkpoints.save_best(0, params, {"converted_from": dict(source)})
-            checkpoints.save_latest(0, state, Position().to_dict())
-        os.rename(unfinished, output)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with locked(output):
+        _require_absent(output)
+        with replacing_folder(output) as unfinished:
+            create_run(unfinished, config, log)
+            environment = read_environment(unfinished) | {"converted_from": dict(source)}
+            write_atomically(unfinished / ENVIRONMENT, (json.dumps(environment, indent=2) + "\n").encode())
+            with Checkpointer(unfinished / CHECKPOINTS) as checkpoints:
+                checkpoints.save_best(0, params, {"converted_from": dict(source)})
+                checkpoints.save_latest(0, state, Position().to_dict())
+
+
+def _require_absent(output: pathlib.Path) -> None:
+    name = output.name.encode(errors="surrogateescape")
+    require(
+        len(name) <= _LONGEST_NAME, f"--output has a name of {len(name)} bytes; at most {_LONGEST_NAME} can be used"
+    )
+    if os.path.lexists(output):
+        raise FileExistsError(f"{output} is there already; choose another --output, or remove it")
 
 
 def from_checkpoint(arguments: Arguments, base: ExperimentConfig | None, console: Console) -> None:
@@ -245,24 +280,37 @@ def from_checkpoint(arguments: Arguments, base: ExperimentConfig | None, console
       FileExistsError: the folder is there already.
       FileNotFoundError, ValueError: for files that cannot be read, or do not fit each other or the log.
     """
-    if arguments.output.exists():
-        raise FileExistsError(f"{arguments.output} is there already; choose another --output, or remove it")
-    model, params = read_model(arguments, console)
+    _require_absent(arguments.output)
+    model, params, stored = read_model(arguments, console)
     if base is not None and base.model.name != model.name:
         raise ValueError(
             f"--config={base.name} is an experiment with {base.model.name}, the checkpoint is a {model.name}; name one "
             "on the same data with that model"
         )
+    found = find_item_ids(arguments.checkpoint, arguments.item_ids, model.vocab_size - 1, stored.items_digest)
     log = load_log(arguments.data)
     data = with_precision(arguments.data, log)
-    require_same_items(model, log)
-    digest = hashlib.sha256(arguments.checkpoint.read_bytes()).hexdigest()
-    source = {"checkpoint": arguments.checkpoint.name, "sha256": digest, "settings": arguments.settings.name}
+    with arguments.checkpoint.open("rb") as stream:
+        sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
+    source = {"checkpoint": arguments.checkpoint.name, "sha256": sha256, "settings": arguments.settings.name}
+    if found is None:
+        require_same_items(model, log)
+        identity = (
+            f"{arguments.checkpoint.name} does not say which items its rows are: row i of the item table is taken to "
+            "be the i-th item by first appearance in the cleaned log; --item_ids names them"
+        )
+    else:
+        file, ids = found
+        table = params["item_embedding"]["embedding"]
+        # The run's items are numbered as the log is, so that training on it and loading it anew agree.
+        rows = rows_of_log(ids, log)
+        params = params | {"item_embedding": {"embedding": table[np.concatenate([[0], rows])]}}
+        source |= {"item_ids": file.name, "item_ids_sha256": digest(ids)}
+        identity = f"items: {len(ids):,} raw ids of {file.name}, found in the log"
     config = ExperimentConfig(arguments.output.name, model, data, arguments.train, arguments.eval)
     make_run(arguments.output, config, params, log, source)
     console.print(
-        f"run folder: {arguments.output}; row i of the item table is taken to be the i-th item by first appearance in "
-        f"the cleaned log\n{_said_of_order(data)}now: python -m experiments.evaluate --run={arguments.output}",
+        f"run folder: {arguments.output}; {identity}\n{_said_of_order(data)}now: python -m experiments.evaluate --run={arguments.output}",
         soft_wrap=True, markup=False, highlight=False,
     )  # fmt: skip
 
@@ -276,23 +324,52 @@ def _said_of_order(data: DataConfig) -> str:
     )
 
 
+def _item_ids_of(run: pathlib.Path, count: int) -> list[str]:
+    items = read_items(run).sort("index")
+    if items["index"].to_list() != list(range(1, count + 1)) or items["item_id"].n_unique() != count:
+        raise ValueError(f"{run} does not say one id for each of its {count} items (item_ids.parquet); train it anew")
+    return items["item_id"].to_list()
+
+
+def _write_or_find(file: pathlib.Path, content: bytes) -> None:
+    """Writes a file; one that a convert stopped before its checkpoint was written left with this content may stay."""
+    remove_leftovers(file)
+    if not os.path.lexists(file):
+        write_atomically(file, content)
+    elif not file.is_file() or file.stat().st_size != len(content) or file.read_bytes() != content:
+        raise FileExistsError(f"{file} is there already, with other content; choose another --output, or remove it")
+
+
 def to_checkpoint(run: pathlib.Path, output: pathlib.Path, console: Console) -> None:
-    """Writes a run's best parameters as a state dict, and its settings as a YAML file beside it.
+    """Writes a run's best parameters as a state dict, and its settings and the raw ids of its items beside it.
+
+    The checkpoint appears last: without it the other two mean nothing, and with it all three are there.
 
     Raises:
-      FileNotFoundError, ValueError, CheckpointError: the run cannot be read.
-      FileExistsError: one of the two files is there already.
+      FileNotFoundError, ValueError, CheckpointError: the run cannot be read, or no original program has its model.
+      FileExistsError: one of the three files is there already.
     """
+    yaml_file, ids_file = output.with_suffix(".yaml"), beside(output)
+    require(
+        output not in (yaml_file, ids_file), f"--output={output.name} is the name of a file beside it; end it in .pth"
+    )
+    _require_absent(output)
+    if not os.path.isdir(run):
+        raise FileNotFoundError(f"there is no run folder {shortened(str(run), 120)}")
+    name, settings = upstream_from_config(read_config(run).model)
     stored = load_model(run)
-    name, settings = upstream_from_config(stored.config.model)
-    yaml_file = output.with_suffix(".yaml")
-    if yaml_file.exists():
-        raise FileExistsError(f"{yaml_file} is there already; choose another --output, or remove it")
+    ids = _item_ids_of(run, stored.config.model.vocab_size - 1)
     arrays = params_to_torch(stored.config.model, stored.params)
-    write_state_dict(output, arrays)
-    with replacing(yaml_file) as temporary:
-        temporary.write_text(yaml.safe_dump({"model": name, **settings}, sort_keys=False), encoding="utf-8")
-    console.print(f"{output}, {yaml_file}: {name}, {len(arrays)} tensors", soft_wrap=True, markup=False)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with locked(output):
+        _require_absent(output)
+        _write_or_find(ids_file, as_csv(ids))
+        _write_or_find(yaml_file, yaml.safe_dump({"model": name, **settings}, sort_keys=False).encode())
+        write_state_dict(output, arrays, digest(ids))
+    console.print(
+        f"{output}, {yaml_file.name}, {ids_file.name}: {name}, {len(arrays)} tensors, {len(ids):,} item ids",
+        soft_wrap=True, markup=False, highlight=False,
+    )  # fmt: skip
     if lost := _not_expressible(stored.config.model, config_from_upstream(name, settings)):
         console.print(
             f"warning: {name} has no setting for {', '.join(lost)}; its scores will differ from this run's",

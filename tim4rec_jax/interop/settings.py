@@ -1,9 +1,11 @@
 """Settings of the original PyTorch programs as a `ModelConfig`."""
 
 import difflib
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from tim4rec_jax.checks import listed, shown
 from tim4rec_jax.config import ModelConfig
 
 # Original model -> ours, and what its name alone settles.
@@ -27,9 +29,9 @@ def _flag(value: Any) -> bool:
 
 
 def _number(value: Any) -> float:
-    if isinstance(value, bool):
+    if isinstance(value, bool) or not math.isfinite(number := float(value)):
         raise ValueError("expected a number")
-    return float(value)
+    return number
 
 
 def _whole_number(value: Any) -> int:
@@ -118,8 +120,8 @@ _KINDS: dict[Callable[[Any], Any], str] = {
 def _known_model(model_name: str) -> str:
     key = model_name.lower()
     if key not in _MODELS:
-        near = difflib.get_close_matches(key, _MODELS, n=3, cutoff=0.3) or sorted(_MODELS)
-        raise ValueError(f"model_name={model_name!r} is unknown; nearest: {', '.join(near)}")
+        near = difflib.get_close_matches(key[:100], _MODELS, n=3, cutoff=0.3) or sorted(_MODELS)
+        raise ValueError(f"model_name={shown(model_name)} is unknown; nearest: {', '.join(near)}")
     return key
 
 
@@ -148,7 +150,7 @@ def settings_beside_the_model(model_name: str, settings: Mapping[str, Any]) -> l
     if key == "ssd4rec":
         own |= set(_WITH_TIME)  # The TiM4Rec authors' program with time off.
         if settings.get("is_time", False) is not False:
-            problems.append(f"is_time={settings['is_time']!r}: SSD4Rec has no time branch")
+            problems.append(f"is_time={shown(settings['is_time'])}: SSD4Rec has no time branch")
     for name in settings:
         if name in own:
             continue
@@ -157,10 +159,12 @@ def settings_beside_the_model(model_name: str, settings: Mapping[str, Any]) -> l
         elif name in others:
             problems.append(f"{name}: a setting of {', '.join(others[name])}")
         else:
-            near = difflib.get_close_matches(str(name), [*own, *_NOT_OF_THE_MODEL], n=3, cutoff=0.6)
-            problems.append(f"{name}: unknown" + (f"; nearest: {', '.join(near)}" if near else ""))
+            # Where many are unknown, the nearest of the first ones are looked for: it takes long, and they are shown.
+            known = [*own, *_NOT_OF_THE_MODEL] if len(problems) < 8 else []
+            near = difflib.get_close_matches(str(name)[:100], known, n=1, cutoff=0.6)
+            problems.append(shown(name, 40).strip("'") + ": unknown" + (f" ({near[0]}?)" if near else ""))
     if problems:
-        raise ValueError(f"the settings are not all those of a {model_name}:\n  " + "\n  ".join(problems))
+        raise ValueError(f"the settings are not all those of a {model_name}: {listed(problems)}")
     return beside
 
 
@@ -173,6 +177,11 @@ def upstream_from_config(config: ModelConfig) -> tuple[str, dict[str, Any]]:
       ValueError: for a model that none of the original programs has.
     """
     timeless = config.name == "tim4rec" and not config.use_time
+    if config.name not in _MODELS or (config.name == "tim4rec" and config.use_time and config.time_mode == "causal"):
+        kind = "the causal TiM4Rec (time_mode=causal)" if config.name in _MODELS else f"the model {shown(config.name)}"
+        raise ValueError(
+            f"{kind} has no counterpart among the original programs, which are {', '.join(UPSTREAM_NAMES)}"
+        )
     key = _known_model("ssd4rec" if timeless else config.name)
     name = next(name for name in UPSTREAM_NAMES if name.lower() == key)
     settings = {upstream: getattr(config, field) for upstream, (field, _) in _FIELDS[key].items()}
@@ -200,9 +209,9 @@ def config_from_upstream(model_name: str, settings: Mapping[str, Any]) -> ModelC
     # Time off makes the settings of the time branch irrelevant.
     if settings.get("is_time") is False:
         missing = [name for name in missing if name not in _WITH_TIME]
-    problems = [f"missing: {name}" for name in missing]
+    problems = [f"missing: {listed(missing, 80, ', ')}"] if missing else []
     problems += [
-        f"{name}={settings[name]!r} is not offered, only {fixed!r}"
+        f"{name}={shown(settings[name], 40)} is not offered, only {fixed!r}"
         for name, fixed in _FIXED.items()
         if settings.get(name, fixed) != fixed
     ]
@@ -212,7 +221,7 @@ def config_from_upstream(model_name: str, settings: Mapping[str, Any]) -> ModelC
         try:
             values[field] = convert(settings[name])
         except (TypeError, ValueError, OverflowError):
-            problems.append(f"{name}={settings[name]!r} is not a {_KINDS[convert]}")
+            problems.append(f"{name}={shown(settings[name], 40)} is not a {_KINDS[convert]}")
     if problems:
-        raise ValueError(f"the settings do not describe a {model_name}:\n  " + "\n  ".join(problems))
+        raise ValueError(f"the settings do not describe a {model_name}: {listed(problems)}")
     return ModelConfig(name=ours, **values)

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from tim4rec_jax.checks import listed
 from tim4rec_jax.config import ModelConfig
 from tim4rec_jax.interop.attention_names import sasrec_names, tisasrec_names
 from tim4rec_jax.interop.mamba_names import ECHOMAMBA4REC_UNUSED, echomamba4rec_names, mamba4rec_names
@@ -41,6 +42,11 @@ def _expected_shapes(config: ModelConfig) -> dict[tuple[str, ...], tuple[int, ..
     return {path: leaf.shape for path, leaf in flatten_dict(shapes).items()}
 
 
+def _difference(missing: set[str], unexpected: set[str]) -> list[str]:
+    named = {"missing": sorted(missing), "unexpected": sorted(unexpected)}
+    return [f"{kind}: {listed(names, 75, ', ')}" for kind, names in named.items() if names]
+
+
 def params_from_torch(config: ModelConfig, state_dict: Mapping[str, np.ndarray]) -> dict[str, Any]:
     """Returns the parameter tree that equals a PyTorch state dict.
 
@@ -52,7 +58,7 @@ def params_from_torch(config: ModelConfig, state_dict: Mapping[str, np.ndarray])
       The `params` of `tim4rec_jax.build_model(config)`, in the dtype of the state dict.
 
     Raises:
-      ValueError: listing every missing name, unexpected name and wrong shape at once.
+      ValueError: naming missing names, unexpected names and wrong shapes at once, as many as fit into a line.
     """
     entries = _entries(config)
     unused = _UNUSED.get(config.name)
@@ -62,21 +68,21 @@ def params_from_torch(config: ModelConfig, state_dict: Mapping[str, np.ndarray])
         rows = arrays["item_embedding.weight"].shape[:1] if "item_embedding.weight" in arrays else ()
         config = dataclasses.replace(config, vocab_size=max(2, *rows, 0))
     names = {entry.torch_name for entry in entries}
-    problems = [f"missing: {name}" for name in sorted(names - set(arrays))]
-    problems += [f"unexpected: {name}" for name in sorted(set(arrays) - names)]
+    problems = _difference(names - set(arrays), set(arrays) - names)
     shapes = _expected_shapes(config)
     tree = {}
     for entry in entries:
         if entry.torch_name not in arrays:
             continue
         given = arrays[entry.torch_name]
-        wanted = entry.convert(np.empty(shapes[entry.path])).shape
+        # A view of one number: settings that do not fit may ask for any size.
+        wanted = entry.convert(np.broadcast_to(np.float32(0), shapes[entry.path])).shape
         if given.shape != wanted:
             problems.append(f"shape of {entry.torch_name}: {given.shape}, expected {wanted}")
             continue
         tree[entry.path] = jnp.array(entry.convert(given))
     if problems:
-        raise ValueError(f"the state dict does not fit {config.name}:\n  " + "\n  ".join(problems))
+        raise ValueError(f"the state dict does not fit {config.name}: {listed(problems)}")
     return unflatten_dict(tree)
 
 
@@ -91,10 +97,9 @@ def params_to_torch(config: ModelConfig, params: Mapping[str, Any]) -> dict[str,
     entries = _entries(config)
     flat = flatten_dict(params)
     paths = {entry.path for entry in entries}
-    problems = [f"missing: {'/'.join(path)}" for path in sorted(paths - set(flat))]
-    problems += [f"unexpected: {'/'.join(path)}" for path in sorted(set(flat) - paths)]
+    problems = _difference({"/".join(path) for path in paths - set(flat)}, {"/".join(p) for p in set(flat) - paths})
     if problems:
-        raise ValueError(f"the parameters do not fit {config.name}:\n  " + "\n  ".join(problems))
+        raise ValueError(f"the parameters do not fit {config.name}: {listed(problems)}")
     flat[_ITEMS] = flat[_ITEMS][: config.vocab_size]
     # Copies in C order, for PyTorch warns of arrays that cannot be written to.
     return {e.torch_name: np.array(e.convert(np.asarray(flat[e.path])), order="C") for e in entries}
