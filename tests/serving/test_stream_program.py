@@ -9,33 +9,16 @@ import numpy as np
 import pytest
 
 from experiments import recommend, stream, stream_session
+from tests.serving.streams import event, main, write
 from tim4rec_jax.files import locked
 from tim4rec_jax.serving.durable_log import until_readable
 from tim4rec_jax.serving.user_table import UserTable
 
-START = 978_300_000
-
-
-def _main(capsys, *argv):
-    code = stream.main([str(word) for word in argv])
-    captured = capsys.readouterr()
-    return code, [json.loads(line) for line in captured.out.splitlines()], captured.err
-
-
-def _event(user, item, seconds):
-    return {"user": user, "item": item, "timestamp": START + seconds}
-
-
-def _write(path, lines):
-    path.write_text("".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines))
-    return path
-
-
 # The first part ends inside one user's history; questions stand between events.
 LOG = [
-    _event("a", "i1", 0), _event("b", "i2", 5), _event("a", "i3", 90), {"user": "a", "recommend": 3},
-    _event(7, "i4", 100), _event("b", "i2", 100), _event("a", "i3", 4000),
-    {"user": "b", "recommend": 2, "exclude_seen": True}, _event("b", "i9", 4000), {"user": "a", "recommend": 3},
+    event("a", "i1", 0), event("b", "i2", 5), event("a", "i3", 90), {"user": "a", "recommend": 3},
+    event(7, "i4", 100), event("b", "i2", 100), event("a", "i3", 4000),
+    {"user": "b", "recommend": 2, "exclude_seen": True}, event("b", "i9", 4000), {"user": "a", "recommend": 3},
     {"user": "7", "recommend": 1},
 ]  # fmt: skip
 
@@ -66,8 +49,8 @@ def _assert_answers(found, expected):
 
 
 def test_answers_are_those_of_the_recommender(causal_run, expected, tmp_path, capsys):
-    log = _write(tmp_path / "events.jsonl", LOG)
-    code, answers, err = _main(capsys, f"--run={causal_run}", f"--events={log}", "--batch-events=2")
+    log = write(tmp_path / "events.jsonl", LOG)
+    code, answers, err = main(capsys, f"--run={causal_run}", f"--events={log}", "--batch-events=2")
     assert code == 0
     _assert_answers(answers, expected)
     assert "11 lines: 7 events, 4 answers, 0 bad lines; 3 users of " in err
@@ -112,17 +95,17 @@ def _idle():
 
 def test_stopped_and_started_again(causal_run, causal_recommender, expected, tmp_path, capsys):
     """A kill after a save: lines since then are read again, and every answer stands there once."""
-    log, state, output = _write(tmp_path / "events.jsonl", LOG[:6]), tmp_path / "users.npz", tmp_path / "out.jsonl"
+    log, state, output = write(tmp_path / "events.jsonl", LOG[:6]), tmp_path / "users.npz", tmp_path / "out.jsonl"
     options = (f"--run={causal_run}", f"--events={log}", f"--state={state}", f"--output={output}")
-    code, _, err = _main(capsys, *options)
+    code, _, err = main(capsys, *options)
     assert code == 0 and f"{state} holds 6 lines" in err
     saved = state.read_bytes()
-    _write(log, LOG)
-    assert _main(capsys, *options)[0] == 0
+    write(log, LOG)
+    assert main(capsys, *options)[0] == 0
     once = output.read_bytes()
     state.write_bytes(saved)
     output.write_bytes(once[:-9])
-    _, _, err = _main(capsys, *options)
+    _, _, err = main(capsys, *options)
     assert "5 lines: 2 events, 3 answers" in err and f"{state} holds 11 lines" in err
     assert output.read_bytes() == once
     _assert_answers([json.loads(line) for line in once.splitlines()], expected)
@@ -135,12 +118,12 @@ def test_a_signal_saves_what_was_read(causal_run, expected, tmp_path, capsys, mo
     state = tmp_path / "users.npz"
     handlers = [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)]
     _Input(monkeypatch, [*LOG[:6], lambda: signal.raise_signal(number), *LOG[6:]])
-    code, before, err = _main(capsys, f"--run={causal_run}", f"--state={state}")
+    code, before, err = main(capsys, f"--run={causal_run}", f"--state={state}")
     assert code == 128 + number and f"stopped by {number.name}" in err and f"{state} holds 6 lines" in err
     assert [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)] == handlers
     # Standard input goes on after the lines that the table holds.
     _Input(monkeypatch, LOG[6:])
-    code, after, err = _main(capsys, f"--run={causal_run}", f"--state={state}")
+    code, after, err = main(capsys, f"--run={causal_run}", f"--state={state}")
     assert code == 0 and "holds 6 lines; give those from line 7 on" in err and f"{state} holds 11 lines" in err
     _assert_answers(before + after, expected)
     assert [path.name for path in tmp_path.iterdir()] == ["users.npz"]
@@ -181,7 +164,7 @@ def test_lines_of_standard_input_outlive_a_kill(causal_run, expected, tmp_path, 
     with (tmp_path / "users.npz.journal").open("ab") as file:
         file.write(b'{"user": "z", "it')
     _Input(monkeypatch, LOG[4:])
-    code, [again, *answers], err = _main(capsys, f"--run={causal_run}", f"--state={state}")
+    code, [again, *answers], err = main(capsys, f"--run={causal_run}", f"--state={state}")
     assert code == 0 and f"{state} holds 4 lines; give those from line 5 on" in err
     # Nobody may have read the last answer.
     assert again == first
@@ -195,20 +178,20 @@ def test_lines_of_standard_input_outlive_a_kill(causal_run, expected, tmp_path, 
     ):
         journal.write_bytes(content)
         _Input(monkeypatch, [])
-        code, answers, err = _main(capsys, f"--run={causal_run}", f"--state={state}")
+        code, answers, err = main(capsys, f"--run={causal_run}", f"--state={state}")
         assert (code, answers) == (2, []) and message in err and err.count("\n") == 1
     state.unlink()
-    code, _, err = _main(capsys, f"--run={causal_run}", f"--state={state}")
+    code, _, err = main(capsys, f"--run={causal_run}", f"--state={state}")
     assert code == 2 and "remove the journal as well to begin anew" in err
 
 
 def test_a_journal_is_taken_in_before_a_file(causal_run, expected, tmp_path, capsys, monkeypatch):
-    state, log = tmp_path / "users.npz", _write(tmp_path / "events.jsonl", LOG)
+    state, log = tmp_path / "users.npz", write(tmp_path / "events.jsonl", LOG)
     _Input(monkeypatch, [*LOG[:4], _die])
     with pytest.raises(_Killed):
         stream.main([f"--run={causal_run}", f"--state={state}"])
     capsys.readouterr()
-    code, answers, _ = _main(capsys, f"--run={causal_run}", f"--state={state}", f"--events={log}")
+    code, answers, _ = main(capsys, f"--run={causal_run}", f"--state={state}", f"--events={log}")
     assert code == 0 and not (tmp_path / "users.npz.journal").exists()
     _assert_answers(answers, expected)
 
@@ -221,69 +204,69 @@ def test_a_last_line_without_a_line_break(causal_run, tmp_path, capsys, monkeypa
     log = tmp_path / "events.jsonl"
     log.write_text(f"{lines[0]}\n{last}")
     options = (f"--run={causal_run}", f"--events={log}", f"--state={state}")
-    code, answers, err = _main(capsys, *options)
+    code, answers, err = main(capsys, *options)
     assert (code, answers) == (0, []) and "no line break yet and was not taken" in err and "holds 1 lines" in err
     log.write_text(f"{lines[0]}\n{lines[1]}\n")
-    code, [answer], err = _main(capsys, *options)
+    code, [answer], err = main(capsys, *options)
     assert code == 0 and answer["line"] == 2
     _Input(monkeypatch, [f"{lines[0]}\n{last}".encode()])
-    code, answers, err = _main(capsys, f"--run={causal_run}")
+    code, answers, err = main(capsys, f"--run={causal_run}")
     assert code == 0 and len(answers) == whole and ("was not taken" in err) != whole
 
 
 def test_another_log(causal_run, causal_recommender, tmp_path, capsys):
     state = tmp_path / "users.npz"
     options = (f"--run={causal_run}", f"--state={state}")
-    assert _main(capsys, *options, f"--events={_write(tmp_path / 'one.jsonl', LOG[:3])}")[0] == 0
-    other = _write(tmp_path / "two.jsonl", [_event("a", "i5", 5000), {"user": "a", "recommend": 1}])
-    code, _, err = _main(capsys, *options, f"--events={other}")
+    assert main(capsys, *options, f"--events={write(tmp_path / 'one.jsonl', LOG[:3])}")[0] == 0
+    other = write(tmp_path / "two.jsonl", [event("a", "i5", 5000), {"user": "a", "recommend": 1}])
+    code, _, err = main(capsys, *options, f"--events={other}")
     assert code == 2 and "does not begin with the 3 lines that" in err and "(2 lines were compared)" in err
-    code, [answer], _ = _main(capsys, *options, f"--events={other}", "--new-log")
+    code, [answer], _ = main(capsys, *options, f"--events={other}", "--new-log")
     assert code == 0 and answer["line"] == 2
     # The same command again goes on: nothing is taken twice.
-    code, answers, _ = _main(capsys, *options, f"--events={other}", "--new-log")
+    code, answers, _ = main(capsys, *options, f"--events={other}", "--new-log")
     assert (code, answers) == (0, [])
     table = UserTable.load(state, causal_recommender)
     assert table.notes["lines"]["lines"] == 2 and table.events_of("a") == 3
-    code, _, err = _main(capsys, *options, "--new-log")
+    code, _, err = main(capsys, *options, "--new-log")
     assert code == 2 and "--new_log needs --events=FILE" in err
 
 
 def test_files_of_answers(causal_run, tmp_path, capsys):
     """Only answers that the table knows of are gone on with."""
-    log, state = _write(tmp_path / "events.jsonl", LOG), tmp_path / "users.npz"
+    log, state = write(tmp_path / "events.jsonl", LOG), tmp_path / "users.npz"
     foreign, ours = tmp_path / "foreign.jsonl", tmp_path / "ours.jsonl"
     options = (f"--run={causal_run}", f"--events={log}")
     foreign.write_text('{"line": 4, "user": "a", "items": []}\n')
     for more in ([], [f"--state={state}"]):
-        code, _, err = _main(capsys, *options, f"--output={foreign}", *more)
+        code, _, err = main(capsys, *options, f"--output={foreign}", *more)
         assert code == 2 and f"{foreign} exists already" in err and err.count("\n") == 1
     assert foreign.read_text().count("\n") == 1
     options += (f"--state={state}",)
-    assert _main(capsys, *options, f"--output={ours}")[0] == 0
+    assert main(capsys, *options, f"--output={ours}")[0] == 0
     content = ours.read_bytes()
     for changed in (content.replace(b'"line": 8', b'"line": 7'), content[:-1], content[:50], content + b"notes\n"):
         ours.write_bytes(changed)
-        code, _, err = _main(capsys, *options, f"--output={ours}")
+        code, _, err = main(capsys, *options, f"--output={ours}")
         assert code == 2 and "does not begin with the 4 answers that were given" in err
         assert ours.read_bytes() == changed
     # What was moved away begins anew, and the old file is gone on with afterwards as before.
     ours.write_bytes(content)
-    assert _main(capsys, *options, f"--output={tmp_path / 'more.jsonl'}")[0] == 0
-    assert _main(capsys, *options, f"--output={ours}")[0] == 0
+    assert main(capsys, *options, f"--output={tmp_path / 'more.jsonl'}")[0] == 0
+    assert main(capsys, *options, f"--output={ours}")[0] == 0
     assert ours.read_bytes() == content
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
-    code, _, err = _main(capsys, *options, f"--output={pipe}")
+    code, _, err = main(capsys, *options, f"--output={pipe}")
     assert code == 2 and "is no regular file" in err
 
 
 def test_one_process_at_a_time(causal_run, tmp_path, capsys):
-    log, state, output = _write(tmp_path / "events.jsonl", LOG), tmp_path / "users.npz", tmp_path / "out.jsonl"
+    log, state, output = write(tmp_path / "events.jsonl", LOG), tmp_path / "users.npz", tmp_path / "out.jsonl"
     (tmp_path / "link.npz").symlink_to(state)
     for path in (state, output):
         with locked(path):
-            code, _, err = _main(
+            code, _, err = main(
                 capsys,
                 f"--run={causal_run}",
                 f"--events={log}",
@@ -294,133 +277,30 @@ def test_one_process_at_a_time(causal_run, tmp_path, capsys):
     assert not state.exists() and not output.exists()
 
 
-def _bad(**changes):
-    return json.dumps({"user": "a", "item": "i1", "timestamp": START + 100} | changes)
-
-
-BAD = [
-    ("{", "not JSON"),
-    (b"\xed\xa0\x80", "not JSON in UTF-8 (byte 1: "),
-    (b"\xff\xfe{\x00}\x00", "not JSON in UTF-8"),
-    (b"\xef\xbb\xbf" + _bad().encode(), "not JSON (Unexpected UTF-8 BOM"),
-    (b"\x00" * 40, "not JSON"),
-    ("[" * 5000, "nested too deep"),
-    ('{"a":' * 5000, "nested too deep"),
-    ('{"user": "a", "recommend": ' + "9" * 6000 + "}", "not JSON"),
-    ('{"user": "a", "recommend": 1e999}', "must be a whole number of items"),
-    ('{"user": "a", "recommend": NaN}', "NaN is no JSON number"),
-    ('{"user": "a", "user": "b", "recommend": 1}', '"user" stands there twice'),
-    ("[]", 'must be an object with "user" and either'),
-    ("7", 'must be an object with "user" and either'),
-    ('{"user": "a"}', 'must be an object with "user" and either'),
-    ('{"user": "a", "item": "i1", "recommend": 2}', 'must be an object with "user" and either'),
-    ('{"user": "a", "item": "i1"}', '"timestamp" is missing: seconds since 1970'),
-    ('{"user": "a", "item": "i1", "time": 3}', "unknown keys ['time']; known: ['item', 'timestamp', 'user']"),
-    ('{"user": "a", "recommend": 2, "\\ud800": 3}', "unknown keys"),
-    *((f'{{"user": {value}, "recommend": 2}}', "must be a string or a whole number")
-      for value in ("1.5", "null", "[]", "{}", "true", "1e999", json.dumps(["x" * 9999]))),
-    *((_bad(item=value), "must be a string or a whole number") for value in (None, [], {}, False, 2.0)),
-    (_bad(user="\ud83d"), "half of a surrogate pair"),
-    (_bad(item="\udc00x"), "half of a surrogate pair"),
-    ('{"user": "\\ud83d", "recommend": 2}', "half of a surrogate pair"),
-    (_bad(user="u" * 1001), "has 1001 characters, over 1000"),
-    (_bad(item="i" * 50_000), "unknown item"),
-    (_bad(item="i77"), "user 'a': unknown item 'i77'; nearest known: 'i7'"),
-    (_bad(timestamp=START - 1), "978299999 goes backwards, the user's last event was at 978300000 (2000-12-31)"),
-    (_bad(timestamp=START * 1000), "give seconds since 1970, not milliseconds"),
-    (_bad(timestamp=2_000_000_001), "is over --latest_time=2000000000"),
-    (_bad(timestamp=-1), "must lie in 0 to"),
-    (_bad(timestamp=10**400), "must lie in 0 to"),
-    *((_bad(timestamp=value), "must be a whole number of seconds")
-      for value in (str(START), None, True, START + 0.5, [START], float(START), "9" * 5000)),
-    ('{"user": "nobody", "recommend": 2}', "user 'nobody' has no events; give at least one, or start with --warm"),
-    *((json.dumps({"user": "a", "recommend": k}), message) for k, message in (
-        (31, "k=31 is larger than the catalogue of 30 items"), (10**300, "must be a whole number of items"),
-        (0, "must be at least 1"), (-1, "must be at least 1"), (2.0, "must be a whole number of items"),
-        (True, "must be a whole number of items, not true"), ("3", 'whole number of items, not "3"'),
-        (None, "must be a whole number of items"), ([1], "must be a whole number of items"))),
-    ('{"user": "a", "recommend": 30, "exclude_seen": true}', "k=30, but 29 of 30 items are left for user 'a'"),
-    *((json.dumps({"user": "a", "recommend": 3, "exclude_seen": value}), '"exclude_seen" must be true or false')
-      for value in (1, "true", None, [])),
-    (_bad(user="v" * 70_000), "the line has 70"),
-    ("[" * 70_000, "over --longest_line=65536; passed over"),
-    (b"\r" * 200_000 + b"x", "the line has 200002 bytes"),
-]  # fmt: skip
-
-
-def test_bad_lines_are_answered_and_skipped(causal_run, tmp_path, capsys):
-    """No line ends the program, and every answer is a short JSON line."""
-    ask = {"user": "a", "recommend": 2}
-    lines = [_event("a", "i1", 0), "", ask, *(line for line, _ in BAD), "  \r", _event("a", "i2", 200), ask]
-    log = tmp_path / "events.jsonl"
-    log.write_bytes(
-        b"\r\n".join(
-            line if isinstance(line, bytes) else (line if isinstance(line, str) else json.dumps(line)).encode()
-            for line in lines
-        ) + b"\n"
-    )  # fmt: skip
-    options = (f"--run={causal_run}", f"--events={log}", "--longest-line=65536", "--latest-time=2000000000")
-    state = tmp_path / "users.npz"
-    code, answers, err = _main(capsys, *options, f"--state={state}")
-    assert code == 0 and f"2 events, 2 answers, {len(BAD)} bad lines; 1 users" in err
-    assert [answer["line"] for answer in answers] == [*range(3, len(BAD) + 4), len(lines)]
-    assert answers[0]["items"] != answers[-1]["items"]
-    for answer, (line, message) in zip(answers[1:-1], BAD, strict=True):
-        assert set(answer) == {"line", "error"} and message in answer["error"], line
-        assert len(answer["error"]) < 300, line
-        json.dumps(answer, ensure_ascii=False).encode()
-    # They count and are told apart as others are.
-    code, answers, _ = _main(capsys, *options, f"--state={state}")
-    assert (code, answers) == (0, [])
-    log.write_bytes(log.read_bytes().replace(b"\rx", b"\ry"))
-    code, _, err = _main(capsys, *options, f"--state={state}")
-    assert code == 2 and "does not begin with" in err
-
-
-def test_scores_that_are_not_finite_are_one_users_alone(causal_run, tmp_path, capsys, monkeypatch):
-    broken = UserTable.top_k
-
-    def top_k(self, users, k, *, exclude_seen=False):
-        self.flush()
-        hidden = self._table[1].at[self._rows["b"]].set(np.nan)
-        self._table = (self._table[0], hidden)
-        return broken(self, users, k, exclude_seen=exclude_seen)
-
-    monkeypatch.setattr(UserTable, "top_k", top_k)
-    lines = [_event("a", "i1", 0), _event("b", "i1", 0), *({"user": user, "recommend": 1} for user in "bab")]
-    log, state = _write(tmp_path / "events.jsonl", lines), tmp_path / "users.npz"
-    code, answers, _ = _main(capsys, f"--run={causal_run}", f"--events={log}", f"--state={state}")
-    assert code == 0 and ["error" in answer for answer in answers] == [True, False, True]
-    assert "the scores of user 'b' are not finite" in answers[0]["error"]
-    _write(log, [*lines, {"user": "a", "recommend": 1}])
-    code, [answer], _ = _main(capsys, f"--run={causal_run}", f"--events={log}", f"--state={state}")
-    assert code == 0 and answer["items"] == answers[1]["items"]
-
-
 def test_warm_users(causal_run, causal_recommender, log, tmp_path, capsys):
     lengths = np.diff(log.offsets)
     user = log.user_ids[int(np.flatnonzero(lengths <= causal_recommender.config.model.max_len)[0])]
-    events = _write(tmp_path / "events.jsonl", [{"user": user, "recommend": 4}])
+    events = write(tmp_path / "events.jsonl", [{"user": user, "recommend": 4}])
     state = tmp_path / "users.npz"
     options = (f"--run={causal_run}", f"--events={events}", f"--state={state}")
-    code, [answer], _ = _main(capsys, *options, "--warm")
+    code, [answer], _ = main(capsys, *options, "--warm")
     [expected] = causal_recommender.recommend([causal_recommender.history_of_user(user)], 4)
     assert code == 0 and [i["item"] for i in answer["items"]] == [r.item_id for r in expected]
     assert len(UserTable.load(state, causal_recommender)) == 40
-    code, _, err = _main(capsys, *options)
+    code, _, err = main(capsys, *options)
     assert code == 2 and f"{state} was made with warm=True, not False" in err
-    code, _, err = _main(capsys, *options, "--warm", "--no-keep-items")
+    code, _, err = main(capsys, *options, "--warm", "--no-keep-items")
     assert code == 2 and "was made with keep_items=True, not False" in err
 
 
 def test_only_causal_runs(run, tmp_path, capsys):
-    code, _, err = _main(capsys, f"--run={run}")
+    code, _, err = main(capsys, f"--run={run}")
     assert code == 2 and err.count("\n") == 1
     assert "time_mode='faithful' cannot go on from a state" in err and "ml1m_ssd4rec" in err
 
 
 def test_refusals(causal_run, tmp_path, capsys):
-    log = _write(tmp_path / "events.jsonl", LOG[:1])
+    log = write(tmp_path / "events.jsonl", LOG[:1])
     for argv, message in (
         ([f"--events={tmp_path / 'none.jsonl'}"], "none.jsonl"),
         ([f"--events={log}", f"--output={log}"], "must be different files"),
@@ -431,13 +311,13 @@ def test_refusals(causal_run, tmp_path, capsys):
         (["--save-seconds=nan"], "--save_seconds=nan must be over 0 and finite"),
         (["--latest-time=2147483648"], "--latest_time=2147483648 must be 2147483647 at most"),
     ):
-        code, answers, err = _main(capsys, f"--run={causal_run}", *argv)
+        code, answers, err = main(capsys, f"--run={causal_run}", *argv)
         assert (code, answers) == (2, []) and message in err and err.count("\n") == 1
     assert log.read_text().count("\n") == 1
 
 
 def test_nobody_reads_the_answers(causal_run, causal_recommender, tmp_path, capsys, monkeypatch):
-    log = _write(tmp_path / "events.jsonl", LOG[:4])
+    log = write(tmp_path / "events.jsonl", LOG[:4])
     state = tmp_path / "users.npz"
     reader, writer = os.pipe()
     os.close(reader)

@@ -1,5 +1,6 @@
 """The file of a table of user states: NumPy arrays without pickle, of which nothing is believed unchecked."""
 
+import errno
 import hashlib
 import io
 import json
@@ -59,6 +60,10 @@ def read(path: pathlib.Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
             header = json.loads(contents[_HEADER].tobytes())
             version = header["format"]
         except _DAMAGE as error:
+            raise damaged(path, error) from error
+        except OSError as error:
+            if error.errno != errno.EINVAL:  # A place before the file's beginning.
+                raise
             raise damaged(path, error) from error
         if version != TABLE_FORMAT:
             raise ValueError(
