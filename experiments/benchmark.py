@@ -5,6 +5,7 @@
     python -m experiments.benchmark models --output=models.json --figure=models.png
     python -m experiments.benchmark serving --output=serving.json --figure=serving.png
     python -m experiments.benchmark logs --rows=1e6,5e6,2e7 --output=logs.json
+    python -m experiments.benchmark memory --output=memory.json
     python -m experiments.benchmark gpu --output=gpu.json
     python -m experiments.benchmark predictions --output=predictions.json
     python -m experiments.benchmark scaling --output=scaling.json --markdown=scaling.md
@@ -17,6 +18,7 @@ and a checkout (tests/torch_reference).
 `models` runs training steps and evaluation of the six models at the paper's shapes, in turns, with their memory.
 `serving` goes on from a causal model's state, one event at a time, against reading histories again.
 `logs` makes Parquet logs of several sizes and measures memory and speed from the file to training batches.
+`memory` reads the resident memory and the compiled programs of a serving process over many saves, events and questions.
 `gpu` checks the GPU kernels and times everything that a GPU runs, in one call: --parts, --budget_seconds and --tiny are
 its options, and a wrong result makes the exit code 1 (see experiments/benchmarks/gpu.py). `predictions` counts the
 bytes that the GPU kernels move and compiles them, without a GPU. `scaling` predicts throughput, cost and limits on many
@@ -32,7 +34,19 @@ from collections.abc import Sequence
 
 from rich.console import Console
 
-from experiments.benchmarks import catalogue, gpu, logs, models, ops, predictions, sampled, scaling, serving, train_step
+from experiments.benchmarks import (
+    catalogue,
+    gpu,
+    logs,
+    memory,
+    models,
+    ops,
+    predictions,
+    sampled,
+    scaling,
+    serving,
+    train_step,
+)
 from experiments.command_line import run_program
 from experiments.record import command_without_folders
 from tim4rec_jax.files import write_atomically
@@ -43,6 +57,7 @@ BENCHMARKS = {
     "models": models.run,
     "serving": serving.run,
     "logs": logs.run,
+    "memory": memory.run,
     "gpu": gpu.run,
     "predictions": predictions.run,
     "scaling": scaling.run,

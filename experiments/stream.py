@@ -7,283 +7,147 @@
 A line is {"user": "42", "item": "1193", "timestamp": 978300760}, an event, or {"user": "42", "recommend": 10,
 "exclude_seen": true}, a question (exclude_seen optional), which is answered by one line {"line": .., "user": ..,
 "items": [{"item": .., "score": .., "title": ..}]}. A bad line, and an event that goes back in time, is answered by
-{"line": .., "error": ..} and skipped. Events between two answers are computed together, many users in one call.
+{"line": .., "error": ..} and skipped. Answers depend on the lines alone and on no clock. Events between two answers are
+computed together, many users in one call.
 
-The table of states is saved at the end, every --save-every lines, on Ctrl-C and on SIGTERM, together with the number of
-lines it holds. Started again with the same file, the program skips these lines, after it has made sure that they are
-the same; from standard input it expects the lines after them. Lines that were answered after the last save are then
-answered again, by the same answers under the same numbers. --new-log reads another log from its first line into the
+With --state the program can be killed at any moment and be started again by the same command. The table of states is
+saved at the start and the end, every --save-every lines, every --save-seconds, on Ctrl-C and on SIGTERM, together with
+the number of lines it holds. An answer means that no line before it will be lost:
+  --events=FILE    the file is the record: the lines that the table holds are skipped, after it has been made sure that
+                   they are the same, and those after them are read again. A last line without a line break is still
+                   being written and is not taken.
+  standard input   lines are written to a journal beside the table (users.npz.journal) before an answer that rests on
+                   them. At the start the program says how many lines it holds and expects the lines after them.
+Answers in a file (--output) then stand there once each, as if nothing had happened. On standard output those since the
+last save are given again, under the same numbers (from standard input only the last, which may not have been read).
+Without --state nothing is kept: --output must be a new file. --new-log reads another log from its first line into the
 same table.
 
 New users start empty; with --warm the run's own users start with their stored histories. The model must be causal.
 """
 
 import contextlib
-import hashlib
-import json
+import dataclasses
 import os
 import pathlib
 import signal
 import sys
-import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Any, BinaryIO, TextIO
 
 import tyro
 
 from experiments.command_line import run_program
-from experiments.recommend import load_streamable, raw_id
-from tim4rec_jax.serving.user_table import Event, UserTable
+from experiments.stream_lines import parsed
+from experiments.stream_session import Arguments, Session, Stopped, Stopping, open_table, stopping
+from tim4rec_jax.checks import require
+from tim4rec_jax.files import locked, named_in_errors
+from tim4rec_jax.serving.durable_log import Answers, Chain, Journal, LineReader, hashed
+from tim4rec_jax.serving.user_table import LAST_SECOND
 
 
-@dataclass(frozen=True)
-class Arguments:
-    """Keeps the states of users over a log of events and recommends from them.
-
-    Attributes:
-      run: the run folder of a causal model.
-      events: JSON-lines file, or - for standard input.
-      state: file of the table of states; read at the start if it is there.
-      output: JSON-lines file for the answers, or - for standard output.
-      warm: the run's users start with their stored histories.
-      keep_items: keep every user's items (4 bytes an event), which exclude_seen needs.
-      new_log: the events are another log than the one the table was made from.
-      batch_events: most events that wait to be computed together.
-      save_every: lines between two saves.
-    """
-
-    run: pathlib.Path
-    events: str = "-"
-    state: pathlib.Path | None = None
-    output: str = "-"
-    warm: bool = False
-    keep_items: bool = True
-    new_log: bool = False
-    batch_events: int = 4096
-    save_every: int = 1_000_000
-
-    def __post_init__(self) -> None:
-        for name in ("batch_events", "save_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name}={getattr(self, name)} must be at least 1")
-
-
-class Stopped(Exception):
-    """Somebody asked the program to stop while it waited for input."""
-
-
-@dataclass
-class Stopping:
-    """Whether somebody asked the program to stop.
-
-    Attributes:
-      signal: which signal came, or None.
-      waiting: a signal may break off what the program does, for it only waits for input.
-    """
-
-    signal: int | None = None
-    waiting: bool = False
-
-    def take(self, number: int, _: Any) -> None:
-        """Handles a signal."""
-        self.signal = number
-        if self.waiting:
-            raise Stopped
-
-    def next_line(self, stream: BinaryIO) -> bytes:
-        """Reads a line; empty at the end of the input.
-
-        Raises:
-          Stopped: where a signal came before or comes while it waits.
-        """
-        self.waiting = True
-        try:
-            if self.signal is not None:
-                raise Stopped
-            return stream.readline()
-        finally:
-            self.waiting = False
-
-
-@contextlib.contextmanager
-def stopping() -> Iterator[Stopping]:
-    """Turns Ctrl-C and SIGTERM into a request that is met between two lines."""
-    asked = Stopping()
-    before = {number: signal.signal(number, asked.take) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield asked
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-@dataclass
-class Progress:
-    """How far a log has been read.
-
-    Attributes:
-      lines: lines of the log so far.
-      digest: hash of these lines in hexadecimal, each chained to the one before.
-      first: lines that were there when the program started.
-      answers, errors, events: since then.
-    """
-
-    lines: int = 0
-    digest: str = ""
-    first: int = 0
-    answers: int = 0
-    errors: int = 0
-    events: int = 0
-    began: float = field(default_factory=time.monotonic)
-
-    def count(self, line: bytes) -> None:
-        """Takes in a line."""
-        self.lines += 1
-        self.digest = hashlib.sha256(self.digest.encode() + line.rstrip(b"\r\n")).hexdigest()
-
-
-def open_table(arguments: Arguments) -> tuple[UserTable, Progress]:
-    """Reads the table of states, or makes a new one.
+def check(arguments: Arguments) -> Arguments:
+    """Refuses options that do not go together; returns them with the files that links lead to.
 
     Raises:
-      FileNotFoundError, ValueError, CheckpointError: the run or the table cannot be read or do not fit.
+      ValueError: for a number out of range, files that are the same, or a new log from standard input.
+      FileNotFoundError: the folder of the table or of the answers is missing.
     """
-    if arguments.state is not None and not arguments.state.absolute().parent.is_dir():
-        raise FileNotFoundError(f"there is no folder {arguments.state.absolute().parent} for {arguments.state}")
-    recommender = load_streamable(arguments.run)
-    if arguments.state is None or not arguments.state.exists():
-        table = UserTable(recommender, keep_items=arguments.keep_items)
-        table.notes["warm"] = arguments.warm
-        if arguments.warm:
-            table.add_histories(recommender.stored_histories())
-            table.flush()
-        return table, Progress()
-    table = UserTable.load(arguments.state, recommender)
-    for name, stored in (("warm", table.notes["warm"]), ("keep_items", table.keeps_items)):
-        if stored != getattr(arguments, name):
-            raise ValueError(
-                f"{arguments.state} was made with {name}={stored}, not {getattr(arguments, name)}: start as before, or "
-                "with another table"
-            )
-    if arguments.new_log:
-        return table, Progress()
-    lines, digest = table.notes["lines"], table.notes["digest"]
-    return table, Progress(lines=lines, digest=digest, first=lines)
-
-
-def skip_read_lines(stream: BinaryIO, arguments: Arguments, progress: Progress) -> None:
-    """Passes over the lines that the table holds.
-
-    Raises:
-      ValueError: where they are not the same.
-    """
-    seen = Progress()
-    while seen.lines < progress.lines and (line := stream.readline()):
-        seen.count(line)
-    if seen.digest != progress.digest:
-        raise ValueError(
-            f"{arguments.events} does not begin with the {progress.lines} lines that {arguments.state} holds "
-            f"({seen.lines} lines were compared); give the same log, or --new-log for another one"
-        )
-
-
-def _parsed(line: bytes) -> dict[str, Any]:
-    try:
-        values = json.loads(line)
-    except ValueError as error:
-        raise ValueError(f"not JSON ({error})") from error
-    if not isinstance(values, dict) or "user" not in values or ("item" in values) == ("recommend" in values):
-        raise ValueError('must be an object with "user" and either "item" and "timestamp", or "recommend"')
-    known = {"user", "item", "timestamp"} if "item" in values else {"user", "recommend", "exclude_seen"}
-    if unknown := sorted(set(values) - known):
-        raise ValueError(f"unknown keys {unknown}; known: {sorted(known)}")
-    return values
-
-
-def take_line(table: UserTable, line: bytes) -> dict[str, Any] | None:
-    """Takes in an event, or answers a question.
-
-    Returns:
-      The answer without its line number; None for an event.
-
-    Raises:
-      ValueError: for a line that says neither, or what the table refuses; nothing has changed.
-      FloatingPointError: where scores are not finite.
-    """
-    values = _parsed(line)
-    user = raw_id(values["user"])
-    if "item" in values:
-        if "timestamp" not in values:
-            raise ValueError('"timestamp" is missing: seconds since 1970')
-        table.add([Event(user, raw_id(values["item"]), values["timestamp"])])
-        return None
-    k, exclude_seen = values["recommend"], values.get("exclude_seen", False)
-    if isinstance(k, bool) or not isinstance(k, int):
-        raise ValueError(f'"recommend" must be a whole number of items, not {json.dumps(k)}')
-    if not isinstance(exclude_seen, bool):
-        raise ValueError(f'"exclude_seen" must be true or false, not {json.dumps(exclude_seen)}')
-    [items] = table.recommender.named(*table.top_k([user], k, exclude_seen=exclude_seen))
-    return {"user": user, "items": [{"item": r.item_id, "score": r.score, "title": r.title} for r in items]}
-
-
-def save(table: UserTable, progress: Progress, path: pathlib.Path | None) -> None:
-    """Saves the table with the lines it holds; only computes what waits where no file was asked for."""
-    table.flush()
-    if path is not None:
-        table.notes |= {"lines": progress.lines, "digest": progress.digest}
-        table.save(path)
-
-
-def read_events(
-    stream: BinaryIO, output: TextIO, table: UserTable, progress: Progress, arguments: Arguments, asked: Stopping
-) -> None:
-    """Reads lines until the input ends or somebody asks to stop.
-
-    Raises:
-      Stopped: where somebody asks; everything read has been taken in.
-    """
-    while line := asked.next_line(stream):
-        progress.count(line)
-        if line.strip():
-            try:
-                answer = take_line(table, line)
-            except ValueError as error:
-                answer = {"error": str(error)}
-                progress.errors += 1
-            else:
-                progress.events += answer is None
-                progress.answers += answer is not None
-            if answer is not None:
-                output.write(json.dumps({"line": progress.lines} | answer, ensure_ascii=False) + "\n")
-                output.flush()
-        if table.pending >= arguments.batch_events:
-            table.flush()
-        if progress.lines % arguments.save_every == 0:
-            save(table, progress, arguments.state)
-
-
-def _summary(table: UserTable, progress: Progress, arguments: Arguments) -> str:
-    seconds = time.monotonic() - progress.began
-    held = f"; {arguments.state} holds {progress.lines:,} lines" if arguments.state is not None else ""
-    return (
-        f"{progress.lines - progress.first:,} lines: {progress.events:,} events, {progress.answers:,} answers, "
-        f"{progress.errors:,} bad lines; {len(table):,} users of {table.streamer.state_bytes():,} bytes each; "
-        f"{seconds:.1f} s{held}"
+    for name, least in (("batch_events", 1), ("save_every", 1), ("longest_line", 64), ("latest_time", 0)):
+        value = getattr(arguments, name)
+        require(value >= least, f"--{name}={value} must be at least {least}")
+    require(
+        arguments.latest_time <= LAST_SECOND, f"--latest_time={arguments.latest_time} must be {LAST_SECOND} at most"
     )
+    seconds = arguments.save_seconds
+    require(0 < seconds < float("inf"), f"--save_seconds={seconds} must be over 0 and finite")
+    from_file = arguments.events != "-"
+    require(from_file or not arguments.new_log, "--new_log needs --events=FILE; standard input always goes on")
+    files = {"state": arguments.state} | {
+        name: None if getattr(arguments, name) == "-" else pathlib.Path(getattr(arguments, name))
+        for name in ("events", "output")
+    }
+    named = {name: path.resolve() for name, path in files.items() if path is not None}
+    require(len(set(named.values())) == len(named), f"{' and '.join(f'--{n}' for n in named)} must be different files")
+    for name, path in named.items():
+        if name != "events" and not path.parent.is_dir():
+            raise FileNotFoundError(f"there is no folder {path.parent} for {files[name]}")
+    state, output = named.get("state"), str(named.get("output", "-"))
+    return dataclasses.replace(arguments, state=state, output=output)
+
+
+def _reader(descriptor: int, session: Session, asked: Stopping) -> LineReader:
+    """Passes over the lines of a file that the table holds, or begins another log.
+
+    Raises:
+      ValueError: the lines are not the same, and no other log was announced.
+    """
+    arguments, held, seen = session.arguments, session.lines, Chain()
+    reader = LineReader(descriptor, arguments.longest_line, asked.wait)
+    if arguments.events == "-":
+        reader.copy = session.copy
+        return reader
+    while seen.lines < held.lines and (line := reader.next()):
+        seen.add(line)
+    if seen == held:
+        return reader
+    if not arguments.new_log:
+        raise ValueError(
+            f"{arguments.events} does not begin with the {held.lines} lines that {arguments.state} holds ({seen.lines} "
+            "lines were compared); give the same log, or --new-log for another one"
+        )
+    session.lines, session.first, session.saved_lines = Chain(), 0, 0
+    with named_in_errors(pathlib.Path(arguments.events)):
+        os.lseek(descriptor, 0, os.SEEK_SET)
+    return LineReader(descriptor, arguments.longest_line, asked.wait)
+
+
+def _take_rest(reader: LineReader, session: Session) -> None:
+    """Takes a last line without a line break if it is sure to be whole; says so if it is not."""
+    rest = reader.rest()
+    if rest == b"":
+        return
+    with contextlib.suppress(ValueError):
+        # An object without its last bracket is no JSON: a pipe that was cut off ends in no other line.
+        if session.arguments.events == "-" and rest is not None and parsed(rest):
+            session.copy(rest + b"\n")
+            session.take(hashed(rest))
+            return
+    print("note: the last line has no line break yet and was not taken", file=sys.stderr)
 
 
 @contextlib.contextmanager
-def _opened(arguments: Arguments, goes_on: bool) -> Iterator[tuple[BinaryIO, TextIO]]:
+def _opened(arguments: Arguments) -> Iterator[tuple[int, Session]]:
+    """Yields the input's descriptor and a session that holds every line taken in before."""
     with contextlib.ExitStack() as stack:
-        source: BinaryIO = sys.stdin.buffer
-        if arguments.events != "-":
-            source = stack.enter_context(pathlib.Path(arguments.events).open("rb"))
-        target: TextIO = sys.stdout
-        if arguments.output != "-":
-            mode = "a" if goes_on else "x"
-            target = stack.enter_context(pathlib.Path(arguments.output).open(mode, encoding="utf-8"))
-        yield source, target
+        if arguments.events == "-":
+            require(sys.stdin is not None, "standard input is closed; give --events=FILE")
+            source = sys.stdin
+        else:
+            source = stack.enter_context(pathlib.Path(arguments.events).open("rb", buffering=0))
+        written = [arguments.state] if arguments.state is not None else []
+        written += [pathlib.Path(arguments.output)] if arguments.output != "-" else []
+        for path in written:
+            stack.enter_context(locked(path))
+        session = _begun(arguments, stack)
+        session.start()
+        yield source.fileno(), session
+
+
+def _begun(arguments: Arguments, stack: contextlib.ExitStack) -> Session:
+    """Opens what is kept and what is written."""
+    state = arguments.state
+    journal = None if state is None else Journal(state.with_name(f"{state.name}.journal"))
+    if journal is not None and journal.path.exists() and not state.exists():
+        raise ValueError(
+            f"{journal.path} holds lines that go on from {state}, which is not there; bring it back, or remove the "
+            "journal as well to begin anew"
+        )
+    table, lines, given = open_table(arguments)
+    session = Session(arguments, table, lines, journal=journal, first=lines.lines, saved_lines=lines.lines)
+    if arguments.output != "-":
+        session.answers = Answers(pathlib.Path(arguments.output), given)
+        stack.callback(session.answers.close)
+    return session
 
 
 def run(arguments: Arguments) -> int:
@@ -292,25 +156,27 @@ def run(arguments: Arguments) -> int:
     Raises:
       FileNotFoundError, FileExistsError, ValueError, CheckpointError: the run, the table, the input or the output
         cannot be used.
-      FloatingPointError: the model's scores are not finite; the table is not saved.
+      OSError: a file cannot be written; it is named, and the same command goes on where there is room again.
     """
-    with stopping() as asked:
-        table, progress = open_table(arguments)
-        goes_on = arguments.state is not None and arguments.state.exists()
-        with _opened(arguments, goes_on) as (source, target):
-            if arguments.events != "-":
-                skip_read_lines(source, arguments, progress)
-            try:
-                read_events(source, target, table, progress, arguments, asked)
-            except Stopped:
-                print(f"stopped by {signal.Signals(asked.signal).name}", file=sys.stderr)
-            except BrokenPipeError:
-                # What nobody read counts as unanswered, so the table stays as it was saved last.
-                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-                print(f"error: nobody reads the answers any more, at line {progress.lines}", file=sys.stderr)
-                return 1
-            save(table, progress, arguments.state)
-    print(_summary(table, progress, arguments), file=sys.stderr)
+    arguments = check(arguments)
+    with stopping() as asked, _opened(arguments) as (source, session):
+        if arguments.events == "-" and arguments.state is not None:
+            count = session.lines.lines
+            print(f"{arguments.state} holds {count:,} lines; give those from line {count + 1:,} on", file=sys.stderr)
+        try:
+            reader = _reader(source, session, asked)
+            session.read(reader, asked)
+            _take_rest(reader, session)
+            if session.answers is not None:
+                session.answers.cut()
+        except Stopped:
+            print(f"stopped by {signal.Signals(asked.signal).name}", file=sys.stderr)
+        except BrokenPipeError:
+            # What nobody read counts as unanswered, so the table stays as it was saved last.
+            print(f"error: nobody reads the answers any more, at line {session.lines.lines}", file=sys.stderr)
+            return 1
+        session.end()
+    print(session.summary(), file=sys.stderr)
     return 0 if asked.signal is None else 128 + asked.signal
 
 

@@ -159,9 +159,10 @@ def locked(path: pathlib.Path) -> Iterator[None]:
     file = path.with_name(f"{short}.lock")
     with named_in_errors(file):
         descriptor = _locked_file(path, file)
-        os.ftruncate(descriptor, 0)
-        os.write(descriptor, str(os.getpid()).encode())
     try:
+        with named_in_errors(file):
+            os.ftruncate(descriptor, 0)
+            os.write(descriptor, str(os.getpid()).encode())
         yield
     finally:
         with contextlib.suppress(OSError):

@@ -1,6 +1,5 @@
 """experiments.stream: answers line by line, what it says to bad lines, and going on where it was stopped."""
 
-import io
 import json
 import os
 import signal
@@ -9,32 +8,17 @@ import sys
 import numpy as np
 import pytest
 
-from experiments import recommend, stream
+from experiments import recommend, stream, stream_session
+from tests.serving.streams import event, main, write
+from tim4rec_jax.files import locked
+from tim4rec_jax.serving.durable_log import until_readable
 from tim4rec_jax.serving.user_table import UserTable
-
-START = 978_300_000
-
-
-def _main(capsys, *argv):
-    code = stream.main([str(word) for word in argv])
-    captured = capsys.readouterr()
-    return code, [json.loads(line) for line in captured.out.splitlines()], captured.err
-
-
-def _event(user, item, seconds):
-    return {"user": user, "item": item, "timestamp": START + seconds}
-
-
-def _write(path, lines):
-    path.write_text("".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines))
-    return path
-
 
 # The first part ends inside one user's history; questions stand between events.
 LOG = [
-    _event("a", "i1", 0), _event("b", "i2", 5), _event("a", "i3", 90), {"user": "a", "recommend": 3},
-    _event(7, "i4", 100), _event("b", "i2", 100), _event("a", "i3", 4000),
-    {"user": "b", "recommend": 2, "exclude_seen": True}, _event("b", "i9", 4000), {"user": "a", "recommend": 3},
+    event("a", "i1", 0), event("b", "i2", 5), event("a", "i3", 90), {"user": "a", "recommend": 3},
+    event(7, "i4", 100), event("b", "i2", 100), event("a", "i3", 4000),
+    {"user": "b", "recommend": 2, "exclude_seen": True}, event("b", "i9", 4000), {"user": "a", "recommend": 3},
     {"user": "7", "recommend": 1},
 ]  # fmt: skip
 
@@ -65,170 +49,275 @@ def _assert_answers(found, expected):
 
 
 def test_answers_are_those_of_the_recommender(causal_run, expected, tmp_path, capsys):
-    log = _write(tmp_path / "events.jsonl", LOG)
-    code, answers, err = _main(capsys, f"--run={causal_run}", f"--events={log}", "--batch-events=2")
+    log = write(tmp_path / "events.jsonl", LOG)
+    code, answers, err = main(capsys, f"--run={causal_run}", f"--events={log}", "--batch-events=2")
     assert code == 0
     _assert_answers(answers, expected)
     assert "11 lines: 7 events, 4 answers, 0 bad lines; 3 users of " in err
 
 
+class _Input:
+    """Standard input on which a step happens whenever the program waits: a line comes, or something is called."""
+
+    opened = []
+
+    def __init__(self, monkeypatch, steps):
+        reader, self.writer = os.pipe()
+        self.steps = iter(steps)
+        self.file = os.fdopen(reader, "rb")
+        self.opened.append(self.file)
+        monkeypatch.setattr(sys, "stdin", self.file)
+        monkeypatch.setattr(stream_session, "until_readable", self.wait)
+
+    def wait(self, descriptor, seconds):
+        if descriptor != self.file.fileno():
+            return until_readable(descriptor, seconds)
+        step = next(self.steps, None)
+        if callable(step):
+            return step()
+        if step is None:
+            os.close(self.writer)
+            return True
+        os.write(self.writer, step if isinstance(step, bytes) else json.dumps(step).encode() + b"\n")
+        return True
+
+
+@pytest.fixture(autouse=True)
+def closed_inputs():
+    yield
+    while _Input.opened:
+        _Input.opened.pop().close()
+
+
+def _idle():
+    return False
+
+
 def test_stopped_and_started_again(causal_run, causal_recommender, expected, tmp_path, capsys):
-    """A kill after a save: lines since then are read again and answered as before."""
-    log, state, output = _write(tmp_path / "events.jsonl", LOG[:6]), tmp_path / "users.npz", tmp_path / "out.jsonl"
+    """A kill after a save: lines since then are read again, and every answer stands there once."""
+    log, state, output = write(tmp_path / "events.jsonl", LOG[:6]), tmp_path / "users.npz", tmp_path / "out.jsonl"
     options = (f"--run={causal_run}", f"--events={log}", f"--state={state}", f"--output={output}")
-    code, _, err = _main(capsys, *options)
+    code, _, err = main(capsys, *options)
     assert code == 0 and f"{state} holds 6 lines" in err
     saved = state.read_bytes()
-    _write(log, LOG)
-    assert _main(capsys, *options)[0] == 0
+    write(log, LOG)
+    assert main(capsys, *options)[0] == 0
+    once = output.read_bytes()
     state.write_bytes(saved)
-    _, _, err = _main(capsys, *options)
+    output.write_bytes(once[:-9])
+    _, _, err = main(capsys, *options)
     assert "5 lines: 2 events, 3 answers" in err and f"{state} holds 11 lines" in err
-    answers = [json.loads(line) for line in output.read_text().splitlines()]
-    assert [answer["line"] for answer in answers] == [4, 8, 10, 11, 8, 10, 11]
-    assert answers[1:4] == answers[4:]
-    _assert_answers(answers[:4], expected)
-    assert UserTable.load(state, causal_recommender).notes["lines"] == 11
-
-
-class _Input(io.BytesIO):
-    """Standard input during whose k-th read a signal comes; None waits for it, as nobody types."""
-
-    def __init__(self, lines, at, number):
-        super().__init__("".join(json.dumps(line) + "\n" for line in lines).encode())
-        self.at, self.number = at, number
-
-    def readline(self, *_):
-        self.at -= 1
-        if self.at == 0:
-            signal.raise_signal(self.number)
-        return super().readline()
-
-
-def _stdin(monkeypatch, source):
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BufferedReader(io.BytesIO())))
-    monkeypatch.setattr(sys, "stdin", type("Stdin", (), {"buffer": source})())
+    assert output.read_bytes() == once
+    _assert_answers([json.loads(line) for line in once.splitlines()], expected)
+    assert UserTable.load(state, causal_recommender).notes["lines"]["lines"] == 11
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["events.jsonl", "out.jsonl", "users.npz"]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_what_was_read(causal_run, expected, tmp_path, capsys, monkeypatch, number):
     state = tmp_path / "users.npz"
     handlers = [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)]
-    _stdin(monkeypatch, _Input(LOG, 7, number))
-    code, before, err = _main(capsys, f"--run={causal_run}", f"--state={state}")
+    _Input(monkeypatch, [*LOG[:6], lambda: signal.raise_signal(number), *LOG[6:]])
+    code, before, err = main(capsys, f"--run={causal_run}", f"--state={state}")
     assert code == 128 + number and f"stopped by {number.name}" in err and f"{state} holds 6 lines" in err
     assert [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)] == handlers
     # Standard input goes on after the lines that the table holds.
-    _stdin(monkeypatch, _Input(LOG[6:], -1, number))
-    code, after, err = _main(capsys, f"--run={causal_run}", f"--state={state}")
-    assert code == 0 and f"{state} holds 11 lines" in err
+    _Input(monkeypatch, LOG[6:])
+    code, after, err = main(capsys, f"--run={causal_run}", f"--state={state}")
+    assert code == 0 and "holds 6 lines; give those from line 7 on" in err and f"{state} holds 11 lines" in err
     _assert_answers(before + after, expected)
+    assert [path.name for path in tmp_path.iterdir()] == ["users.npz"]
 
 
-def test_saves_on_the_way(causal_run, causal_recommender, tmp_path, capsys, monkeypatch):
-    """Killed without warning, the table holds the lines of the last save."""
+class _Killed(BaseException):
+    pass
+
+
+def _die():
+    raise _Killed
+
+
+@pytest.mark.parametrize(("steps", "options"), [
+    (LOG[:7], ["--save-every=3"]),
+    ([*LOG[:6], _idle, LOG[6]], ["--save-seconds=1e-9"]),
+], ids=["lines", "seconds"])  # fmt: skip
+def test_saves_on_the_way(causal_run, causal_recommender, tmp_path, monkeypatch, steps, options):
+    """Killed without warning, the table holds the lines of the last save; without input too, it is made."""
     state = tmp_path / "users.npz"
-
-    class Killed(BaseException):
-        pass
-
-    def die(stream):
-        raise Killed
-
-    source = _Input(LOG[:8], -1, signal.SIGTERM)
-    read, lines = source.readline, iter(range(7))
-    source.readline = lambda: read() if next(lines, None) is not None else die(source)
-    _stdin(monkeypatch, source)
-    with pytest.raises(Killed):
-        stream.main([f"--run={causal_run}", f"--state={state}", "--save-every=3"])
+    monkeypatch.setattr(stream_session, "SAVE_SHARE", 0)
+    _Input(monkeypatch, [*steps, _die])
+    with pytest.raises(_Killed):
+        stream.main([f"--run={causal_run}", f"--state={state}", *options])
     table = UserTable.load(state, causal_recommender)
-    assert table.notes["lines"] == 6 and table.events_of("b") == 2 and table.events_of("a") == 2
+    assert table.notes["lines"]["lines"] == (6 if options == ["--save-every=3"] else 7)
+    assert table.events_of("b") == 2 and table.events_of("a") >= 2
+
+
+def test_lines_of_standard_input_outlive_a_kill(causal_run, expected, tmp_path, capsys, monkeypatch):
+    """What an answer rests on is in the journal, although no table was saved since the start."""
+    state = tmp_path / "users.npz"
+    _Input(monkeypatch, [*LOG[:4], _die])
+    with pytest.raises(_Killed):
+        stream.main([f"--run={causal_run}", f"--state={state}"])
+    first = json.loads(capsys.readouterr().out)
+    # A line that was torn by the kill is none.
+    with (tmp_path / "users.npz.journal").open("ab") as file:
+        file.write(b'{"user": "z", "it')
+    _Input(monkeypatch, LOG[4:])
+    code, [again, *answers], err = main(capsys, f"--run={causal_run}", f"--state={state}")
+    assert code == 0 and f"{state} holds 4 lines; give those from line 5 on" in err
+    # Nobody may have read the last answer.
+    assert again == first
+    _assert_answers([first, *answers], expected)
+    # In the table alone, or with a journal of another one, lines would be missing.
+    journal = tmp_path / "users.npz.journal"
+    for content, message in (
+        (b'{"lines": 99, "bytes": 3, "digest": ""}\n', "does not go on from the 11 lines that its table holds"),
+        (b"[" * 3000, "is no journal, or is damaged"),
+        (b"", "is no journal, or is damaged"),
+    ):
+        journal.write_bytes(content)
+        _Input(monkeypatch, [])
+        code, answers, err = main(capsys, f"--run={causal_run}", f"--state={state}")
+        assert (code, answers) == (2, []) and message in err and err.count("\n") == 1
+    state.unlink()
+    code, _, err = main(capsys, f"--run={causal_run}", f"--state={state}")
+    assert code == 2 and "remove the journal as well to begin anew" in err
+
+
+def test_a_journal_is_taken_in_before_a_file(causal_run, expected, tmp_path, capsys, monkeypatch):
+    state, log = tmp_path / "users.npz", write(tmp_path / "events.jsonl", LOG)
+    _Input(monkeypatch, [*LOG[:4], _die])
+    with pytest.raises(_Killed):
+        stream.main([f"--run={causal_run}", f"--state={state}"])
+    capsys.readouterr()
+    code, answers, _ = main(capsys, f"--run={causal_run}", f"--state={state}", f"--events={log}")
+    assert code == 0 and not (tmp_path / "users.npz.journal").exists()
+    _assert_answers(answers, expected)
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_last_line_without_a_line_break(causal_run, tmp_path, capsys, monkeypatch, whole):
+    """In a file it is still being written; from a pipe that ended it is taken if it is whole."""
+    state, lines = tmp_path / "users.npz", [json.dumps(line) for line in (LOG[0], {"user": "a", "recommend": 1})]
+    last = lines[1] if whole else lines[1][:20]
+    log = tmp_path / "events.jsonl"
+    log.write_text(f"{lines[0]}\n{last}")
+    options = (f"--run={causal_run}", f"--events={log}", f"--state={state}")
+    code, answers, err = main(capsys, *options)
+    assert (code, answers) == (0, []) and "no line break yet and was not taken" in err and "holds 1 lines" in err
+    log.write_text(f"{lines[0]}\n{lines[1]}\n")
+    code, [answer], err = main(capsys, *options)
+    assert code == 0 and answer["line"] == 2
+    _Input(monkeypatch, [f"{lines[0]}\n{last}".encode()])
+    code, answers, err = main(capsys, f"--run={causal_run}")
+    assert code == 0 and len(answers) == whole and ("was not taken" in err) != whole
 
 
 def test_another_log(causal_run, causal_recommender, tmp_path, capsys):
     state = tmp_path / "users.npz"
     options = (f"--run={causal_run}", f"--state={state}")
-    assert _main(capsys, *options, f"--events={_write(tmp_path / 'one.jsonl', LOG[:3])}")[0] == 0
-    other = _write(tmp_path / "two.jsonl", [_event("a", "i5", 5000), {"user": "a", "recommend": 1}])
-    code, _, err = _main(capsys, *options, f"--events={other}")
+    assert main(capsys, *options, f"--events={write(tmp_path / 'one.jsonl', LOG[:3])}")[0] == 0
+    other = write(tmp_path / "two.jsonl", [event("a", "i5", 5000), {"user": "a", "recommend": 1}])
+    code, _, err = main(capsys, *options, f"--events={other}")
     assert code == 2 and "does not begin with the 3 lines that" in err and "(2 lines were compared)" in err
-    code, [answer], _ = _main(capsys, *options, f"--events={other}", "--new-log")
+    code, [answer], _ = main(capsys, *options, f"--events={other}", "--new-log")
     assert code == 0 and answer["line"] == 2
+    # The same command again goes on: nothing is taken twice.
+    code, answers, _ = main(capsys, *options, f"--events={other}", "--new-log")
+    assert (code, answers) == (0, [])
     table = UserTable.load(state, causal_recommender)
-    assert table.notes["lines"] == 2 and table.events_of("a") == 3
+    assert table.notes["lines"]["lines"] == 2 and table.events_of("a") == 3
+    code, _, err = main(capsys, *options, "--new-log")
+    assert code == 2 and "--new_log needs --events=FILE" in err
 
 
-BAD = [
-    ("{", "not JSON"),
-    ("\ud800".encode("utf-8", "surrogatepass").decode("latin-1"), "not JSON"),
-    ("[]", 'must be an object with "user" and either'),
-    ('{"user": "a"}', 'must be an object with "user" and either'),
-    ('{"user": "a", "item": "i1", "recommend": 2}', 'must be an object with "user" and either'),
-    ('{"user": "a", "item": "i1"}', '"timestamp" is missing: seconds since 1970'),
-    ('{"user": "a", "item": "i1", "time": 3}', "unknown keys ['time']; known: ['item', 'timestamp', 'user']"),
-    ('{"user": 1.5, "recommend": 2}', "id 1.5 must be a string or a whole number"),
-    ('{"user": "a", "item": "i77", "timestamp": 978300100}', "user 'a': unknown item 'i77'; nearest known: 'i7'"),
-    ('{"user": "a", "item": "i7", "timestamp": 978299999}', "user 'a', item 'i7': timestamp 978299999 goes backwards"),
-    ('{"user": "a", "item": "i7", "timestamp": 978300100000}', "give seconds since 1970, not milliseconds"),
-    ('{"user": "a", "item": "i7", "timestamp": "978300100"}', "must be a whole number of seconds"),
-    ('{"user": "nobody", "recommend": 2}', "user 'nobody' has no events"),
-    ('{"user": "a", "recommend": 31}', "k=31 is larger than the catalogue of 30 items"),
-    ('{"user": "a", "recommend": 30, "exclude_seen": true}', "k=30, but 29 of 30 items are left for user 'a'"),
-    ('{"user": "a", "recommend": "3"}', '"recommend" must be a whole number of items, not "3"'),
-    ('{"user": "a", "recommend": 3, "exclude_seen": 1}', '"exclude_seen" must be true or false, not 1'),
-]
+def test_files_of_answers(causal_run, tmp_path, capsys):
+    """Only answers that the table knows of are gone on with."""
+    log, state = write(tmp_path / "events.jsonl", LOG), tmp_path / "users.npz"
+    foreign, ours = tmp_path / "foreign.jsonl", tmp_path / "ours.jsonl"
+    options = (f"--run={causal_run}", f"--events={log}")
+    foreign.write_text('{"line": 4, "user": "a", "items": []}\n')
+    for more in ([], [f"--state={state}"]):
+        code, _, err = main(capsys, *options, f"--output={foreign}", *more)
+        assert code == 2 and f"{foreign} exists already" in err and err.count("\n") == 1
+    assert foreign.read_text().count("\n") == 1
+    options += (f"--state={state}",)
+    assert main(capsys, *options, f"--output={ours}")[0] == 0
+    content = ours.read_bytes()
+    for changed in (content.replace(b'"line": 8', b'"line": 7'), content[:-1], content[:50], content + b"notes\n"):
+        ours.write_bytes(changed)
+        code, _, err = main(capsys, *options, f"--output={ours}")
+        assert code == 2 and "does not begin with the 4 answers that were given" in err
+        assert ours.read_bytes() == changed
+    # What was moved away begins anew, and the old file is gone on with afterwards as before.
+    ours.write_bytes(content)
+    assert main(capsys, *options, f"--output={tmp_path / 'more.jsonl'}")[0] == 0
+    assert main(capsys, *options, f"--output={ours}")[0] == 0
+    assert ours.read_bytes() == content
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    code, _, err = main(capsys, *options, f"--output={pipe}")
+    assert code == 2 and "is no regular file" in err
 
 
-def test_bad_lines_are_answered_and_skipped(causal_run, tmp_path, capsys):
-    ask = {"user": "a", "recommend": 2}
-    lines = [_event("a", "i1", 0), "", ask, *(line for line, _ in BAD), ask]
-    log = _write(tmp_path / "events.jsonl", lines)
-    code, answers, err = _main(capsys, f"--run={causal_run}", f"--events={log}")
-    assert code == 0 and f"1 events, 2 answers, {len(BAD)} bad lines" in err
-    assert [answer["line"] for answer in answers] == list(range(3, len(lines) + 1))
-    assert answers[0]["items"] == answers[-1]["items"]
-    for answer, (line, message) in zip(answers[1:-1], BAD, strict=True):
-        assert set(answer) == {"line", "error"} and message in answer["error"], line
+def test_one_process_at_a_time(causal_run, tmp_path, capsys):
+    log, state, output = write(tmp_path / "events.jsonl", LOG), tmp_path / "users.npz", tmp_path / "out.jsonl"
+    (tmp_path / "link.npz").symlink_to(state)
+    for path in (state, output):
+        with locked(path):
+            code, _, err = main(
+                capsys,
+                f"--run={causal_run}",
+                f"--events={log}",
+                f"--state={tmp_path / 'link.npz'}",
+                f"--output={output}",
+            )
+            assert code == 2 and f"{path} is being written by another process" in err and err.count("\n") == 1
+    assert not state.exists() and not output.exists()
 
 
 def test_warm_users(causal_run, causal_recommender, log, tmp_path, capsys):
     lengths = np.diff(log.offsets)
     user = log.user_ids[int(np.flatnonzero(lengths <= causal_recommender.config.model.max_len)[0])]
-    events = _write(tmp_path / "events.jsonl", [{"user": user, "recommend": 4}])
+    events = write(tmp_path / "events.jsonl", [{"user": user, "recommend": 4}])
     state = tmp_path / "users.npz"
     options = (f"--run={causal_run}", f"--events={events}", f"--state={state}")
-    code, [answer], _ = _main(capsys, *options, "--warm")
+    code, [answer], _ = main(capsys, *options, "--warm")
     [expected] = causal_recommender.recommend([causal_recommender.history_of_user(user)], 4)
     assert code == 0 and [i["item"] for i in answer["items"]] == [r.item_id for r in expected]
     assert len(UserTable.load(state, causal_recommender)) == 40
-    code, _, err = _main(capsys, *options)
+    code, _, err = main(capsys, *options)
     assert code == 2 and f"{state} was made with warm=True, not False" in err
-    code, _, err = _main(capsys, *options, "--warm", "--no-keep-items")
+    code, _, err = main(capsys, *options, "--warm", "--no-keep-items")
     assert code == 2 and "was made with keep_items=True, not False" in err
 
 
 def test_only_causal_runs(run, tmp_path, capsys):
-    code, _, err = _main(capsys, f"--run={run}", "--events=-")
+    code, _, err = main(capsys, f"--run={run}")
     assert code == 2 and err.count("\n") == 1
     assert "time_mode='faithful' cannot go on from a state" in err and "ml1m_ssd4rec" in err
 
 
 def test_refusals(causal_run, tmp_path, capsys):
-    log = _write(tmp_path / "events.jsonl", LOG[:1])
+    log = write(tmp_path / "events.jsonl", LOG[:1])
     for argv, message in (
         ([f"--events={tmp_path / 'none.jsonl'}"], "none.jsonl"),
-        ([f"--events={log}", f"--output={log}"], "events.jsonl"),
+        ([f"--events={log}", f"--output={log}"], "must be different files"),
+        ([f"--state={log}", f"--output={log}"], "must be different files"),
         ([f"--state={tmp_path / 'no' / 'users.npz'}"], f"there is no folder {tmp_path / 'no'}"),
+        ([f"--output={tmp_path / 'no' / 'out.jsonl'}"], f"there is no folder {tmp_path / 'no'}"),
+        (["--save-every=0"], "--save_every=0 must be at least 1"),
+        (["--save-seconds=nan"], "--save_seconds=nan must be over 0 and finite"),
+        (["--latest-time=2147483648"], "--latest_time=2147483648 must be 2147483647 at most"),
     ):
-        code, answers, err = _main(capsys, f"--run={causal_run}", *argv)
-        assert (code, answers) == (2, []) and message in err
+        code, answers, err = main(capsys, f"--run={causal_run}", *argv)
+        assert (code, answers) == (2, []) and message in err and err.count("\n") == 1
     assert log.read_text().count("\n") == 1
-    with pytest.raises(ValueError, match="--save_every=0 must be at least 1"):
-        stream.Arguments(run=causal_run, save_every=0)
 
 
-def test_nobody_reads_the_answers(causal_run, tmp_path, capsys, monkeypatch):
-    log = _write(tmp_path / "events.jsonl", LOG[:4])
+def test_nobody_reads_the_answers(causal_run, causal_recommender, tmp_path, capsys, monkeypatch):
+    log = write(tmp_path / "events.jsonl", LOG[:4])
     state = tmp_path / "users.npz"
     reader, writer = os.pipe()
     os.close(reader)
@@ -236,7 +325,7 @@ def test_nobody_reads_the_answers(causal_run, tmp_path, capsys, monkeypatch):
         monkeypatch.setattr(sys, "stdout", closed_pipe)
         code = stream.main([f"--run={causal_run}", f"--events={log}", f"--state={state}"])
     assert code == 1 and "nobody reads the answers any more, at line 4" in capsys.readouterr().err
-    assert not state.exists()
+    assert UserTable.load(state, causal_recommender).notes["lines"]["lines"] == 0
 
 
 def test_whole_histories_of_the_recommend_program(causal_run, causal_recommender, run, log, capsys):

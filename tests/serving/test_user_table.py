@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from tim4rec_jax.serving import user_table
+from tim4rec_jax.serving import user_table, user_table_file
 from tim4rec_jax.serving.recommender import History, Recommender
 from tim4rec_jax.serving.user_table import Event, UserTable
 
@@ -206,10 +206,10 @@ def test_other_formats_and_damage_are_refused(table, causal_recommender, tmp_pat
     np.save(tmp_path / "array.npy", np.zeros(3))
     with pytest.raises(ValueError, match="is no table of user states, or is damaged"):
         UserTable.load(tmp_path / "array.npy", causal_recommender)
-    monkeypatch.setattr(user_table, "TABLE_FORMAT", 2)
+    monkeypatch.setattr(user_table_file, "TABLE_FORMAT", 1)
     table.save(path)
     monkeypatch.undo()
-    with pytest.raises(ValueError, match="has format 2, this program reads 1; replay the events"):
+    with pytest.raises(ValueError, match="has format 1, this program reads 2; replay the events"):
         UserTable.load(path, causal_recommender)
 
 
@@ -230,7 +230,7 @@ def test_a_kill_while_saving_leaves_the_old_table(table, causal_recommender, tmp
     assert path.read_bytes() == content and [p.name for p in tmp_path.iterdir()] == ["users.npz"]
     with np.load(path) as file:
         header = json.loads(file["header"].tobytes())
-    assert header["format"] == 1 and len(header["fingerprint"]) == 64
+    assert header["format"] == 2 and len(header["fingerprint"]) == 64
 
 
 def test_only_models_that_go_on(recommender):

@@ -3,9 +3,7 @@
 import dataclasses
 import importlib.metadata
 import json
-import os
 import pathlib
-import shutil
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -17,6 +15,7 @@ import polars as pl
 from jax import export
 
 from tim4rec_jax.evaluation.metrics import check_top_k
+from tim4rec_jax.files import locked, replacing_folder
 from tim4rec_jax.models import build_model
 from tim4rec_jax.serving.recommender import Recommender, best_columns
 
@@ -219,9 +218,7 @@ def export_model(
     config = recommender.config
     time_dtype = jnp.float32 if config.data.timestamp_precision == "float32" else jnp.int32
     model = _portable(recommender.model)
-    temporary = output.with_name(f".{output.name}.{os.getpid()}.tmp")
-    temporary.mkdir()
-    try:
+    with locked(output), replacing_folder(output) as temporary:
         programs = {
             name: _export(name, program, platforms, temporary)
             for name, program in _programs(model, recommender.params, time_dtype, recommender.max_len, k).items()
@@ -239,7 +236,4 @@ def export_model(
             "items": {"file": ITEMS, "columns": ["index", "item_id", "title", "embedding"]}, "programs": programs,
         }  # fmt: skip
         (temporary / DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
-        os.rename(temporary, output)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     return description

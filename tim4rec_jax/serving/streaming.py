@@ -234,6 +234,8 @@ class Streamer:
                     "exclude fewer"
                 )
         tile = 1 << (max(1, SCORE_TILE_BYTES // (4 * (self.num_items + 1))).bit_length() - 1)
+        # Cut and filled on the host: on the device every number of rows would be another program.
+        hidden = np.asarray(hidden)
         parts = [
             self._top_k_tile(hidden[first : first + tile], k, excluded[first : first + tile])
             for first in range(0, len(hidden), tile)
@@ -246,14 +248,14 @@ class Streamer:
             )
         return indices, scores
 
-    def _top_k_tile(self, hidden: jax.Array, k: int, excluded: list[np.ndarray]) -> tuple[np.ndarray, ...]:
+    def _top_k_tile(self, hidden: np.ndarray, k: int, excluded: list[np.ndarray]) -> tuple[np.ndarray, ...]:
         """One device call; sizes are rounded up to powers of two, so that later calls find a compiled program."""
         n, b = len(hidden), next_power_of_two(len(hidden))
         columns = np.zeros((b, next_power_of_two(max(1, *(len(ids) for ids in excluded)))), np.int32)
         for row, ids in enumerate(excluded):
             columns[row, : len(ids)] = ids
         if b != n:
-            hidden = jnp.concatenate([hidden, jnp.zeros((b - n, hidden.shape[1]), hidden.dtype)])
+            hidden = np.concatenate([hidden, np.zeros((b - n, hidden.shape[1]), hidden.dtype)])
         width = min(next_power_of_two(k), self.num_items)
         best, indices, finite = jax.device_get(_top_k(self.params, hidden, columns, model=self.model, k=width))
         return indices[:n, :k], best[:n, :k], finite[:n]

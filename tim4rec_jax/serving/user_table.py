@@ -1,8 +1,8 @@
 """The states of many users by raw id: events in, recommendations out, saved and loaded with their bits."""
 
+import datetime
 import json
 import pathlib
-import zipfile
 from array import array
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
@@ -12,16 +12,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tim4rec_jax.files import replacing
+from tim4rec_jax.serving import user_table_file
 from tim4rec_jax.serving.recommender import History, Recommender, next_power_of_two
 from tim4rec_jax.serving.streaming import Streamer, extend_rows, fingerprint
+from tim4rec_jax.serving.user_table_file import LAST_SECOND
 
-TABLE_FORMAT = 1
 FIRST_CAPACITY = 64
 PIECE_LENGTHS = (1, 4, 16, 64, 256)
 MOST_ROWS = 4**6
 BATCH_TOKENS = 2**15
-LAST_SECOND = np.iinfo(np.int32).max  # models subtract seconds in int32
 
 
 class Event(NamedTuple):
@@ -45,7 +44,7 @@ class UserTable:
     """One row of model state a user; new users begin empty.
 
     Events are checked when they are given and computed when an answer, a save or `flush` needs them, many users in one
-    call. Memory: `streamer.state_bytes()` a user, and 4 bytes an event where items are kept.
+    call. Memory: `streamer.state_bytes()` per user, and 4 bytes per event where items are kept.
 
     Attributes:
       recommender: the run's model, ids and titles.
@@ -206,7 +205,9 @@ class UserTable:
         """
         for user in users:
             if user not in self._rows:
-                raise ValueError(f"user {user!r} has no events; give at least one, or begin from the stored histories")
+                raise ValueError(
+                    f"user {user!r} has no events; give at least one, or start with --warm for the run's own users"
+                )
         if exclude_seen and not self.keeps_items:
             raise ValueError("exclude_seen needs every user's items, which this table does not keep (keep_items)")
         self.flush()
@@ -225,19 +226,32 @@ class UserTable:
         return fingerprint(self.streamer.model, self.streamer.params, self.recommender.item_ids)
 
     def save(self, path: pathlib.Path) -> None:
-        """Writes the table into one file of NumPy arrays without pickle; a kill leaves the old file or the new one."""
-        self.flush()
+        """Writes the table into one file; a kill leaves the old file or the new one.
+
+        Events that wait are saved as they are, so that what is computed together, and with it every bit, does not
+        depend on when a table was saved.
+        """
+        self._grow()
         header = {
-            "format": TABLE_FORMAT, "fingerprint": self._fingerprint, "keeps_items": self.keeps_items,
+            "format": user_table_file.TABLE_FORMAT, "fingerprint": self._fingerprint, "keeps_items": self.keeps_items,
             "notes": self.notes,
         }  # fmt: skip
-        arrays = {"header": _text(json.dumps(header)), "users": _text(json.dumps(self.users))}
+        arrays = {"users": user_table_file.text(json.dumps(self.users))}
         arrays |= {"last_times": np.array(self._last_times), "events": np.array(self._events)}
         if self.keeps_items:
-            arrays["items"] = np.frombuffer(b"".join(items.tobytes() for items in self._items), np.int32)
-        arrays |= {name: _plain(np.asarray(leaf[: len(self)])) for name, leaf in _named(self._table).items()}
-        with replacing(pathlib.Path(path)) as temporary, temporary.open("wb") as file:
-            np.savez(file, **arrays)
+            arrays["items"] = _joined(self._items)
+        waiting = self._waiting.values()
+        lengths = np.array([len(items) for items, _ in waiting], np.int64)
+        parts = (np.array(list(self._waiting), np.int32), lengths, *(_joined(p) for p in _columns(waiting)))
+        arrays |= dict(zip(user_table_file.WAITING, parts, strict=True))
+        # Cut on the host: on the device every number of users would be another program.
+        arrays |= {name: user_table_file.plain(np.asarray(leaf)[: len(self)]) for name, leaf in self._leaves().items()}
+        user_table_file.write(path, header, arrays)
+
+    def _leaves(self) -> dict[str, jax.Array]:
+        """The leaves of the table by their paths."""
+        leaves = jax.tree_util.tree_leaves_with_path(self._table)
+        return {f"table{jax.tree_util.keystr(path)}": leaf for path, leaf in leaves}
 
     @classmethod
     def load(cls, path: pathlib.Path, recommender: Recommender) -> "UserTable":
@@ -247,25 +261,19 @@ class UserTable:
           FileNotFoundError: there is no such file.
           ValueError: the file is damaged, has another format, or belongs to another model.
         """
-        path = pathlib.Path(path)
-        try:
-            with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
-                arrays = {name: file[name] for name in file.files}
-            header = json.loads(arrays["header"].tobytes())
-            users = json.loads(arrays["users"].tobytes())
-        except (zipfile.BadZipFile, KeyError, ValueError, EOFError, TypeError) as error:
-            raise ValueError(f"{path} is no table of user states, or is damaged: {error}") from error
-        if header["format"] != TABLE_FORMAT:
-            raise ValueError(
-                f"{path} has format {header['format']}, this program reads {TABLE_FORMAT}; replay the events"
-            )
-        table = cls(recommender, keep_items=header["keeps_items"])
-        if header["fingerprint"] != table._fingerprint:
+        header, arrays = user_table_file.read(path)
+        table = cls(recommender, keep_items=header.get("keeps_items") is True)
+        if header.get("fingerprint") != table._fingerprint:
             raise ValueError(
                 f"{path} holds the states of another model or of other parameters; states mean nothing to a model that "
                 "did not make them: give the run that made it, or replay the events into a new table"
             )
-        table._take(users, header["notes"], arrays)
+        rows = {name: np.zeros((1, *leaf.shape[1:]), leaf.dtype) for name, leaf in table._leaves().items()}
+        try:
+            user_table_file.check(arrays, header, rows, recommender.num_items)
+        except ValueError as error:
+            raise user_table_file.damaged(path, error) from error
+        table._take(user_table_file.users(arrays["users"]), header["notes"], arrays)
         return table
 
     def _take(self, users: list[str], notes: dict[str, Any], arrays: dict[str, np.ndarray]) -> None:
@@ -274,13 +282,39 @@ class UserTable:
         self._last_times = array("q", arrays["last_times"].tobytes())
         self._events = array("q", arrays["events"].tobytes())
         if self.keeps_items:
-            ends = np.cumsum(arrays["events"])
-            self._items = [array("i", part.tobytes()) for part in np.split(arrays["items"], ends[:-1])][: len(users)]
+            self._items = _parts(arrays["items"], arrays["events"])
+        rows, lengths, items, seconds = (arrays[name] for name in user_table_file.WAITING)
+        columns = zip(_parts(items, lengths), _parts(seconds, lengths), strict=True)
+        self._waiting = dict(zip(rows.tolist(), columns, strict=True))
+        self.pending = int(lengths.sum())
         self._grow()
         leaves, structure = jax.tree.flatten(self._table)
-        stored = [arrays[name].view(leaf.dtype) for name, leaf in zip(_named(self._table), leaves, strict=True)]
-        filled = [leaf.at[: len(users)].set(new) for leaf, new in zip(leaves, stored, strict=True)]
+        filled = []
+        for name, leaf in zip(self._leaves(), leaves, strict=True):
+            rows = np.array(leaf)
+            rows[: len(users)] = arrays[name].view(leaf.dtype)
+            # A copy: the next call takes its memory over.
+            filled.append(jnp.array(rows))
         self._table = jax.tree.unflatten(structure, filled)
+
+
+def _joined(parts: Iterable[array]) -> np.ndarray:
+    return np.frombuffer(b"".join(part.tobytes() for part in parts), np.int32)
+
+
+def _columns(pairs: Iterable[tuple[array, array]]) -> tuple[list[array], list[array]]:
+    pairs = list(pairs)
+    return [first for first, _ in pairs], [second for _, second in pairs]
+
+
+def _parts(values: np.ndarray, lengths: np.ndarray) -> list[array]:
+    """Cuts one array per length out of a column."""
+    ends = np.cumsum(lengths)
+    return [array("i", values[end - n : end].tobytes()) for end, n in zip(ends.tolist(), lengths.tolist(), strict=True)]
+
+
+def _day(second: int) -> str:
+    return datetime.datetime.fromtimestamp(second, datetime.UTC).date().isoformat()
 
 
 def _checked_time(timestamp: Any, last: int | None, label: str) -> int:
@@ -288,26 +322,12 @@ def _checked_time(timestamp: Any, last: int | None, label: str) -> int:
         raise ValueError(f"{label}: timestamp {timestamp!r} must be a whole number of seconds since 1970")
     if not 0 <= timestamp <= LAST_SECOND:
         raise ValueError(
-            f"{label}: timestamp {timestamp} must lie in 0 to {LAST_SECOND} (2038-01-19); give seconds since 1970, not "
-            "milliseconds"
+            f"{label}: timestamp {str(timestamp)[:20]} must lie in 0 to {LAST_SECOND} (2038-01-19); give seconds "
+            "since 1970, not milliseconds"
         )
     if last is not None and timestamp < last:
         raise ValueError(
-            f"{label}: timestamp {timestamp} goes backwards, the user's last event was at {last}; give each user's "
-            "events oldest first"
+            f"{label}: timestamp {timestamp} goes backwards, the user's last event was at {last} "
+            f"({_day(last)}); give each user's events oldest first"
         )
     return int(timestamp)
-
-
-def _text(text: str) -> np.ndarray:
-    return np.frombuffer(text.encode(), np.uint8)
-
-
-def _plain(values: np.ndarray) -> np.ndarray:
-    """The same bits in a type that NumPy itself can store."""
-    return values if values.dtype.kind in "fiu" else values.view(np.uint16)
-
-
-def _named(tree: Any) -> dict[str, jax.Array]:
-    """The leaves of a table by their paths."""
-    return {f"table{jax.tree_util.keystr(path)}": leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
