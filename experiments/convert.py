@@ -310,7 +310,8 @@ def from_checkpoint(arguments: Arguments, base: ExperimentConfig | None, console
     config = ExperimentConfig(arguments.output.name, model, data, arguments.train, arguments.eval)
     make_run(arguments.output, config, params, log, source)
     console.print(
-        f"run folder: {arguments.output}; {identity}\n{_said_of_order(data)}now: python -m experiments.evaluate --run={arguments.output}",
+        f"run folder: {arguments.output}; {identity}\n{_said_of_order(data)}"
+        f"now: python -m experiments.evaluate --run={arguments.output}",
         soft_wrap=True, markup=False, highlight=False,
     )  # fmt: skip
 
