@@ -23,6 +23,7 @@ from tim4rec_jax.data.loader import Loader
 from tim4rec_jax.data.packed_loader import make_loader
 from tim4rec_jax.data.splits import Split, split_log
 from tim4rec_jax.evaluation.full_sort import FullSortEvaluator
+from tim4rec_jax.evaluation.seen_targets import measured
 from tim4rec_jax.models import SequentialModel, build_model
 from tim4rec_jax.run_dir import CHECKPOINTS, write_results, write_test_ranks
 from tim4rec_jax.training.all_positions import require_packable
@@ -170,6 +171,8 @@ class Trainer:
             stops.rest("stopped before training began")
             if self.resume:
                 self._restore()
+            # Known now rather than after training, if nothing is left to test.
+            measured(self.log, self.split.test, self.config.eval)
             validate = FullSortEvaluator(self.model, self.log, self.split.valid, self.config, mesh=self.layout.mesh)
             while not self.position.finished:
                 self._train_epoch()
@@ -350,12 +353,13 @@ class Trainer:
             "valid": info["valid"],
             "test": result.metrics,
         }
+        results |= result.measured.report()
         if self.split.report:
             results["split"] = dataclasses.asdict(self.split.report)
         if not is_main():
             return results
         results |= self._costs()
-        write_test_ranks(self.run_dir, self.log.user_ids[self.split.test.users], result.ranks)
+        write_test_ranks(self.run_dir, self.log.user_ids[result.measured.examples.users], result.ranks)
         write_results(self.run_dir, results)
         return results
 
