@@ -17,6 +17,7 @@ from tim4rec_jax.data.interactions import InteractionLog
 from tim4rec_jax.data.splits import Split, describe, split_log
 from tim4rec_jax.evaluation.baselines import markov_ranks, popularity_counts, popularity_ranks, transition_counts
 from tim4rec_jax.evaluation.metrics import hit, mrr, ndcg, summarise
+from tim4rec_jax.evaluation.seen_targets import describe_seen, measured
 from tim4rec_jax.evaluation.significance import compare_with_best
 from tim4rec_jax.run_dir import read_environment, read_results, read_test_ranks
 from tim4rec_jax.serving.stored_run import load_log
@@ -66,13 +67,13 @@ def _ranks(folder: pathlib.Path, log: InteractionLog, test: Examples, top_k: Seq
     return ranks
 
 
-def _baselines(log: InteractionLog, split: Split, exclude_seen: bool) -> dict[str, np.ndarray]:
+def _baselines(log: InteractionLog, split: Split, test: Examples, exclude_seen: bool) -> dict[str, np.ndarray]:
     """Test ranks [1, targets] of what needs no training."""
     popularity = popularity_counts(log, split.first_held_out)
     transitions = transition_counts(log, split.first_held_out)
     return {
-        "Markov": markov_ranks(log, transitions, popularity, split.test, exclude_seen=exclude_seen)[None],
-        "popularity": popularity_ranks(log, popularity, split.test, exclude_seen=exclude_seen)[None],
+        "Markov": markov_ranks(log, transitions, popularity, test, exclude_seen=exclude_seen)[None],
+        "popularity": popularity_ranks(log, popularity, test, exclude_seen=exclude_seen)[None],
     }
 
 
@@ -142,18 +143,20 @@ def collect(plan: Plan, note: str) -> dict[str, Any]:
     log = load_log(plan.folder(model, seeds[0]))
     data = next(iter(plan.configs.values())).data
     split = split_log(log, data)
+    part = measured(log, split.test, evaluation)
+    test = part.examples
     runs = {m: [_run(plan.folder(m, seed)) for seed in seeds] for m, seeds in finished.items()}
     ranks = {
-        m: np.stack([_ranks(plan.folder(m, s), log, split.test, evaluation.top_k) for s in seeds])
+        m: np.stack([_ranks(plan.folder(m, s), log, test, evaluation.top_k) for s in seeds])
         for m, seeds in finished.items()
-    } | _baselines(log, split, evaluation.exclude_seen)
+    } | _baselines(log, split, test, evaluation.exclude_seen)
     per_seed = {row: [summarise(one, evaluation.top_k) for one in values] for row, values in ranks.items()}
     metrics = list(per_seed[model][0])
     spreads = {row: {m: _spread([one[m] for one in values]) for m in metrics} for row, values in per_seed.items()}
     # Equals stay in the order of the plan.
     order = sorted(spreads, key=lambda row: -spreads[row][plan.metric]["mean"])
     best = {metric: max(spreads, key=lambda row: spreads[row][metric]["mean"]) for metric in metrics}
-    against = {metric: _against_best(ranks, split.test, best[metric], metric) for metric in metrics}
+    against = {metric: _against_best(ranks, test, best[metric], metric) for metric in metrics}
     published = PUBLISHED.get(data.name, []) if data.split == "leave_one_out" else []
     every = [run for of_model in runs.values() for run in of_model]
     return {
@@ -164,7 +167,8 @@ def collect(plan: Plan, note: str) -> dict[str, Any]:
             "fingerprint": log.fingerprint,
         },
         "protocol": f"full ranking of the test part, {describe(data)}, seen items "
-        + ("excluded" if evaluation.exclude_seen else "not excluded"),
+        + describe_seen(evaluation, part.report().get("seen_target_share")),
+        **part.report(),
         "metric": plan.metric,
         "seeds": list(plan.seeds),
         "missing": missing,

@@ -14,8 +14,8 @@ from tim4rec_jax.run_dir import CONFIG, SHOWN_DIFFERENCES, read_config, read_env
 
 # What is measured must be the same for all rows.
 _PROTOCOL = (
-    "eval.top_k", "eval.exclude_seen", "data.split", "data.valid_share", "data.test_share", "data.valid_from",
-    "data.test_from", "data.temporal_targets",
+    "eval.top_k", "eval.exclude_seen", "eval.seen_targets", "data.split", "data.valid_share", "data.test_share",
+    "data.valid_from", "data.test_from", "data.temporal_targets",
 )  # fmt: skip
 
 

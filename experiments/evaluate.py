@@ -20,12 +20,13 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from experiments.command_line import run_program
+from experiments.command_line import run_program, with_flags
 from experiments.record import command_without_folders
 from tim4rec_jax.config import EvalConfig
 from tim4rec_jax.data.splits import describe, split_log
 from tim4rec_jax.evaluation.full_sort import EvaluationResult, evaluate
 from tim4rec_jax.evaluation.metrics import standard_errors
+from tim4rec_jax.evaluation.seen_targets import describe_seen
 from tim4rec_jax.files import write_atomically
 from tim4rec_jax.run_dir import environment, read_config, read_environment, read_results
 from tim4rec_jax.serving.stored_run import load_log, load_model
@@ -39,6 +40,7 @@ class EvalOptions:
       batch_size: users scored at once.
       top_k: list lengths k of hit@k, ndcg@k and mrr@k.
       exclude_seen: leave items of the user's own history out of the ranking (never compare such numbers with others).
+      seen_targets: with exclude_seen, "leave_out" the targets that their user has had before, or "rank" them as if new.
       max_len: events of a history that are read; None is the model's max_len. More than that needs a causal
         state-space model.
     """
@@ -46,6 +48,7 @@ class EvalOptions:
     batch_size: int
     top_k: tuple[int, ...]
     exclude_seen: bool
+    seen_targets: Literal["leave_out", "rank"]
     max_len: int | None
 
 
@@ -76,16 +79,19 @@ def parse(argv: Sequence[str]) -> Arguments:
     finder.add_argument("--run", type=pathlib.Path)
     run = finder.parse_known_args(argv)[0].run
     stored = EvalConfig() if run is None else read_config(run).eval
-    options = EvalOptions(stored.batch_size, tuple(stored.top_k), stored.exclude_seen, stored.max_len)
+    options = EvalOptions(
+        stored.batch_size, tuple(stored.top_k), stored.exclude_seen, stored.seen_targets, stored.max_len
+    )
     default = Arguments(run=tyro.MISSING if run is None else run, eval=options)
-    return tyro.cli(Arguments, args=list(argv), default=default, prog="experiments.evaluate")
+    return tyro.cli(Arguments, args=with_flags(argv, default), default=default, prog="experiments.evaluate")
 
 
 def recorded_metrics(arguments: Arguments) -> Mapping[str, float]:
     """The numbers training wrote for the same measurement; empty where there are none to compare with."""
     stored = read_config(arguments.run).eval
     asked = arguments.eval
-    if arguments.split != "test" or (asked.exclude_seen, asked.max_len) != (stored.exclude_seen, stored.max_len):
+    names = ("exclude_seen", "seen_targets", "max_len")
+    if arguments.split != "test" or any(getattr(asked, name) != getattr(stored, name) for name in names):
         return {}
     try:
         return read_results(arguments.run).get("test", {})
@@ -95,7 +101,7 @@ def recorded_metrics(arguments: Arguments) -> Mapping[str, float]:
 
 def report(arguments: Arguments, result: EvaluationResult, recorded: Mapping[str, float]) -> Table:
     """The metrics with their standard errors, beside what training recorded."""
-    seen = "excluded" if arguments.eval.exclude_seen else "not excluded"
+    seen = describe_seen(arguments.eval, result.measured.report().get("seen_target_share"))
     data = read_config(arguments.run).data
     temporal = data.split == "temporal"
     protocol = f"{describe(data)}, " if temporal else ""
@@ -128,7 +134,7 @@ def run(arguments: Arguments) -> EvaluationResult:
     options = arguments.eval
     settings = EvalConfig(
         batch_size=options.batch_size, top_k=options.top_k, monitor=f"ndcg@{options.top_k[0]}",
-        exclude_seen=options.exclude_seen, max_len=options.max_len,
+        exclude_seen=options.exclude_seen, seen_targets=options.seen_targets, max_len=options.max_len,
     )  # fmt: skip
     examples = getattr(split_log(log, stored.config.data), arguments.split)
     return evaluate(stored.model, stored.params, log, examples, dataclasses.replace(stored.config, eval=settings))
@@ -145,6 +151,7 @@ def evidence(arguments: Arguments, result: EvaluationResult) -> dict[str, Any]:
         "split": arguments.split,
         "eval": dataclasses.asdict(arguments.eval),
         "users": len(result.ranks),
+        **result.measured.report(),
         "metrics": result.metrics,
         "standard_errors": standard_errors(result.ranks, arguments.eval.top_k) if len(result.ranks) > 1 else None,
         "seconds": result.seconds,

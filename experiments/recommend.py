@@ -27,7 +27,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from experiments.command_line import run_program
+from experiments.command_line import run_program, with_flags
 from experiments.configs import config_names, load_config
 from tim4rec_jax.files import replacing
 from tim4rec_jax.models import build_model
@@ -36,7 +36,6 @@ from tim4rec_jax.serving.recommender import History, Recommendation, Recommender
 from tim4rec_jax.serving.streaming import require_streamable
 from tim4rec_jax.serving.user_table import UserTable
 
-SHOWN_BAD_LINES = 5
 HISTORIES_AT_ONCE = 4096
 
 
@@ -52,7 +51,7 @@ class Arguments:
       input: JSON-lines file with a user or a history a line.
       output: Parquet file for the recommendations of --input.
       k: items to recommend.
-      exclude_seen: leave the items of the history out.
+      exclude_seen: leave the items of the history out; lists are shorter where fewer than k are left.
       full_history: read whole histories instead of their last max_len events; for causal models.
     """
 
@@ -80,6 +79,19 @@ def check(arguments: Arguments) -> None:
         raise ValueError(f"--times belongs to --history; got {given[0]}")
     if (arguments.input is None) != (arguments.output is None):
         raise ValueError("--input and --output belong together: a JSON-lines file in, a Parquet file out")
+    if arguments.output is not None and arguments.output.suffix.lower() != ".parquet":
+        raise ValueError(
+            f"--output={_short(str(arguments.output))}: the file is written as Parquet; end it in .parquet"
+        )
+    if arguments.input is not None and arguments.input.suffix.lower() in (".csv", ".tsv", ".parquet"):
+        raise ValueError(
+            f"--input={_short(str(arguments.input))}: a JSON-lines file is read, one object a line, such as "
+            '{"user": "42"}; convert it'
+        )
+
+
+def _short(text: str, most: int = 80) -> str:
+    return text if len(text) <= most else f"{text[: most - 3]}..."
 
 
 class _Line(NamedTuple):
@@ -107,15 +119,19 @@ def _seconds(texts: Sequence[str]) -> list[int]:
 def raw_id(value: Any) -> str:
     """Returns a JSON string or whole number as a raw id; ids that look like numbers are often written as such."""
     if isinstance(value, bool) or not isinstance(value, str | int):
-        raise ValueError(f"id {json.dumps(value)} must be a string or a whole number")
+        raise ValueError(f"id {_short(json.dumps(value))} must be a string or a whole number")
+    try:
+        str(value).encode()  # Text with half a character of UTF-16 can be written nowhere.
+    except ValueError as error:
+        raise ValueError(f"id {_short(ascii(value))} is no text or a number too long for an id") from error
     return str(value)
 
 
 def _parse_line(recommender: Recommender, text: str) -> tuple[str | None, History]:
     try:
         values = json.loads(text)
-    except ValueError as error:
-        raise ValueError(f"not JSON ({error})") from error
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"not JSON ({_short(str(error))})") from error
     if not isinstance(values, dict) or ("user" in values) == ("history" in values):
         raise ValueError('must be an object with either "user" or "history"')
     unknown = sorted(set(values) - ({"user"} if "user" in values else {"history", "times"}))
@@ -126,11 +142,11 @@ def _parse_line(recommender: Recommender, text: str) -> tuple[str | None, Histor
         return user, recommender.history_of_user(user)
     history, times = values["history"], values.get("times")
     if not isinstance(history, list):
-        raise ValueError(f'"history" must be a list of item ids, not {json.dumps(history)}')
+        raise ValueError(f'"history" must be a list of item ids, not {_short(json.dumps(history))}')
     if times is not None and (
         not isinstance(times, list) or any(isinstance(t, bool) or not isinstance(t, int) for t in times)
     ):
-        raise ValueError(f'"times" must be a list of whole seconds since 1970, not {json.dumps(times)}')
+        raise ValueError(f'"times" must be a list of whole seconds since 1970, not {_short(json.dumps(times))}')
     return None, recommender.history_from_ids([raw_id(item) for item in history], times)
 
 
@@ -164,7 +180,7 @@ def top_k(
     k, exclude_seen = arguments.k, arguments.exclude_seen
     if not arguments.full_history:
         return recommender.top_k(histories, k, exclude_seen=exclude_seen)
-    recommender.check(histories, k, exclude_seen)
+    recommender.check(histories, k)
     parts = []
     for first in range(0, len(histories), HISTORIES_AT_ONCE):
         table = UserTable(recommender, keep_items=exclude_seen)
@@ -192,8 +208,8 @@ def read_lines(recommender: Recommender, path: pathlib.Path) -> list[_Line]:
             except ValueError as error:
                 bad.append(f"line {number}: {error}")
     if bad:
-        more = f" (and {len(bad) - SHOWN_BAD_LINES} more bad lines)" if len(bad) > SHOWN_BAD_LINES else ""
-        raise ValueError(f"{path}: {' | '.join(bad[:SHOWN_BAD_LINES])}{more}; nothing was written")
+        more = f" (and {len(bad) - 1} more bad lines)" if len(bad) > 1 else ""
+        raise ValueError(f"{path}: {_short(bad[0], 160)}{more}; nothing was written")
     if not lines:
         raise ValueError(f"{path} holds no lines; write one JSON object a line")
     return lines
@@ -223,8 +239,8 @@ def show(recommendations: Sequence[Recommendation], title: str, caption: str | N
     return table
 
 
-def recommend_file(recommender: Recommender, arguments: Arguments) -> pl.DataFrame:
-    """Recommends for every line of the input file and writes the output file, whole or not at all.
+def recommend_file(recommender: Recommender, arguments: Arguments) -> str:
+    """Recommends for every line of the input file and writes the output file, whole or not at all; says what it did.
 
     Raises:
       FileNotFoundError: the input file or the folder of the output file is missing.
@@ -237,22 +253,28 @@ def recommend_file(recommender: Recommender, arguments: Arguments) -> pl.DataFra
         )
     k = arguments.k
     indices, scores = top_k(recommender, [line.history for line in lines], arguments)
-    flat = indices.reshape(-1) - 1
-    repeat = np.repeat(np.arange(len(lines)), k)
+    # A history that leaves fewer than k items unseen has a shorter list, which goes on with item 0.
+    listed = indices.reshape(-1) > 0
+    flat = indices.reshape(-1)[listed] - 1
+    repeat = np.repeat(np.arange(len(lines)), k)[listed]
     table = pl.DataFrame(
         {
             "line": pl.Series([line.number for line in lines], dtype=pl.Int64).gather(repeat),
             "user": pl.Series([line.user for line in lines], dtype=pl.String).gather(repeat),
-            "rank": np.tile(np.arange(1, k + 1, dtype=np.int32), len(lines)),
+            "rank": np.tile(np.arange(1, k + 1, dtype=np.int32), len(lines))[listed],
             "item_id": pl.Series(recommender.item_ids, dtype=pl.String).gather(flat),
-            "score": scores.reshape(-1),
+            "score": scores.reshape(-1)[listed],
             "title": pl.Series(recommender.titles or [None] * recommender.num_items, dtype=pl.String).gather(flat),
             "assumed_gap": pl.Series([line.history.assumed_gap for line in lines], dtype=pl.Int64).gather(repeat),
         }
     )
     with replacing(arguments.output) as temporary:
         table.write_parquet(temporary)
-    return table
+    assumed = sum(line.history.assumed_gap is not None for line in lines)
+    short = int(np.count_nonzero((indices == 0).any(axis=1)))
+    note = f"; {assumed:,} histories came without times (column assumed_gap)" if assumed else ""
+    note += f"; {short:,} have seen so much that their lists are shorter" if short else ""
+    return f"{arguments.output}: {k} items for each of {len(lines):,} histories{note}"
 
 
 def run(arguments: Arguments, console: Console) -> None:
@@ -268,11 +290,7 @@ def run(arguments: Arguments, console: Console) -> None:
     else:
         recommender = Recommender.from_run(arguments.run, report=lambda line: print(line, file=sys.stderr))
     if arguments.input is not None:
-        table = recommend_file(recommender, arguments)
-        assumed = table.filter((pl.col("rank") == 1) & pl.col("assumed_gap").is_not_null()).height
-        note = f"; {assumed:,} histories came without times (column assumed_gap)" if assumed else ""
-        done = f"{arguments.output}: {arguments.k} items for each of {table.height // arguments.k:,} histories{note}"
-        console.print(Text(done), soft_wrap=True)
+        console.print(Text(recommend_file(recommender, arguments)), soft_wrap=True)
         return
     if arguments.user is not None:
         history = recommender.history_of_user(arguments.user)
@@ -286,7 +304,10 @@ def run(arguments: Arguments, console: Console) -> None:
 
 def program(argv: list[str]) -> int:
     """The program behind `main`."""
-    run(tyro.cli(Arguments, args=argv, prog="experiments.recommend"), Console())
+    run(
+        tyro.cli(Arguments, args=with_flags(argv, Arguments(run=pathlib.Path())), prog="experiments.recommend"),
+        Console(),
+    )
     return 0
 
 

@@ -37,6 +37,7 @@ from tim4rec_jax.data.interactions import InteractionLog, load_log, with_precisi
 from tim4rec_jax.data.splits import describe, split_log
 from tim4rec_jax.evaluation.baselines import popularity_counts, popularity_ranks
 from tim4rec_jax.evaluation.metrics import summarise
+from tim4rec_jax.evaluation.seen_targets import describe_seen, measured
 from tim4rec_jax.files import locked
 from tim4rec_jax.models import build_model
 from tim4rec_jax.run_dir import create_run, discard_run, has_begun, read_config, write_config, write_results
@@ -171,15 +172,16 @@ def only_writer(run_dir: pathlib.Path) -> Iterator[None]:
 def popularity(config: ExperimentConfig, log: InteractionLog) -> dict[str, float]:
     """Test metrics of ranking by popularity in the training part."""
     split = split_log(log, config.data)
-    ranks = popularity_ranks(
-        log, popularity_counts(log, split.first_held_out), split.test, exclude_seen=config.eval.exclude_seen
-    )
+    counts, test = popularity_counts(log, split.first_held_out), measured(log, split.test, config.eval).examples
+    ranks = popularity_ranks(log, counts, test, exclude_seen=config.eval.exclude_seen)
     return summarise(ranks, config.eval.top_k)
 
 
-def final_tables(config: ExperimentConfig, rows: Sequence[tuple[str, Mapping[str, float], str]]) -> list[Table]:
+def final_tables(
+    config: ExperimentConfig, rows: Sequence[tuple[str, Mapping[str, float], str]], seen_target_share: float | None
+) -> list[Table]:
     """Our numbers and published ones side by side, a table for each list length."""
-    seen = "excluded" if config.eval.exclude_seen else "not excluded"
+    seen = describe_seen(config.eval, seen_target_share)
     protocol = f"{describe(config.data)}, " if config.data.split == "temporal" else ""
     tables = []
     for k in config.eval.top_k:
@@ -239,7 +241,7 @@ def _run(
         write_results(run_dir, results | {"baselines": {name: metrics for name, metrics, _ in rows[1:]}})
     if config.data.split == "leave_one_out":  # What is published here belongs to that protocol.
         rows += [(row.model, row.metrics, row.source) for row in PUBLISHED.get(config.data.name, [])]
-    console.print(*final_tables(config, rows))
+    console.print(*final_tables(config, rows, results.get("seen_target_share")))
     console.print(f"run folder: {run_dir}", soft_wrap=True)
 
 

@@ -15,6 +15,7 @@ from tim4rec_jax.parallel_config import ParallelConfig
 
 Dtype = Literal["float32", "bfloat16", "float64"]
 Baseline = Literal["popularity", "time_off"]
+SeenTargets = Literal["leave_out", "rank"]
 TimeMode = Literal["faithful", "causal"]
 Positions = Literal["last", "all"]
 Loss = Literal["ce", "bpr", "sampled_ce"]
@@ -318,6 +319,8 @@ class EvalConfig:
       top_k: list lengths k of hit@k, ndcg@k and mrr@k.
       monitor: the validation metric of early stopping.
       exclude_seen: leave items of the user's own history out of the ranking (the paper: no).
+      seen_targets: what becomes of targets that the user has had before, with exclude_seen: "leave_out" of what is
+        measured, as a recommender that leaves out what was seen can never name them; or "rank" among the unseen items.
       baselines: what is measured beside the model: "popularity" of the training part, and "time_off", the same model
         trained without its time branch.
     """
@@ -327,6 +330,7 @@ class EvalConfig:
     top_k: tuple[int, ...] = (10, 20, 50)
     monitor: str = "ndcg@10"
     exclude_seen: bool = False
+    seen_targets: SeenTargets = "leave_out"
     baselines: tuple[Baseline, ...] = ("popularity",)
 
     def __post_init__(self) -> None:

@@ -136,15 +136,27 @@ def _state_before(plan: Plan, refs: _Refs, at: Place, head: _Head, chunk: Array)
     return load_tile(refs.states, at.row, chunk, head.index, plan.columns(at.split), plan.states, unless=unless)
 
 
-def _flow(plan: Plan, histories: Histories | None, arriving: Array, leaving: Array) -> Array:
+def _onward(flows: Array) -> Array:
+    """Sums flows [c, c], 0 above the diagonal, that leave each position or an earlier one (column) for a later one.
+
+    All of them have passed the decay after the position: what arrives less what leaves, summed up, would be less work
+    but round what passes elsewhere into a position that nothing passes.
+    """
+    from_earlier = jnp.cumsum(flows, axis=1)
+    return jnp.sum(jnp.where(lower_triangle(flows.shape[0], strict=True), from_earlier, 0.0), axis=0)
+
+
+def _flow(plan: Plan, histories: Histories | None, arriving: Array, leaving: Array, onward: Array) -> Array:
     """Sums what flows over each position of a chunk [c], save what passes through the whole chunk.
 
     That is what arrives at it or later from before the chunk, what leaves the chunk from earlier positions, and what
-    goes from earlier positions to it or later; each of it in one history, and nothing over its start.
+    goes onward inside the chunk from the position before it; each of it in one history, and nothing over its start.
     """
     crossing = jnp.where(lower_triangle(plan.chunk), arriving[:, None], leaving[:, None])
     if histories is not None:
         crossing = jnp.where(histories.together(), crossing, 0.0)
+    here = jnp.arange(plan.chunk)
+    crossing += jnp.where(here[:, None] + 1 == here[None, :], onward[:, None], 0.0)
     return jnp.sum(crossing, axis=0)
 
 
@@ -182,7 +194,7 @@ def _walk(plan: Plan, refs: _Refs, at: Place, head: _Head, step: Array, sums: _S
     scores = plan.dot(C, B, trans_b=True)
     d_mixed = reached(plan, plan.dot(dy, scaled(x, delta), trans_b=True) * decays.between, decays.between)
     flows = reached(plan, jnp.where(lower_triangle(plan.chunk, strict=True), d_mixed * scores, 0.0), decays.between)
-    inside = jnp.sum(flows, axis=0) - jnp.sum(flows, axis=1)
+    onward = _onward(flows)
     mixed = reached(plan, scores * decays.between, decays.between)
     du = plan.dot(mixed.astype(narrow), dy, trans_a=True)
     d_scores = d_mixed.astype(narrow)
@@ -197,10 +209,10 @@ def _walk(plan: Plan, refs: _Refs, at: Place, head: _Head, step: Array, sums: _S
     # From the inputs to the state after it.
     after, x, B = sums.state.astype(narrow), values(refs.x), maps(refs.B)
     dB = reached(plan, plan.dot(scaled(x, decays.to_end * delta), after), decays.to_end[:, None])
-    leaving = inside + jnp.sum(dB * B.astype(jnp.float32), axis=1)
+    leaving = jnp.sum(dB * B.astype(jnp.float32), axis=1)
     add_to(refs.dB, dB + plan.dot(d_scores, maps(refs.C), trans_a=True))
 
-    d_log_decay = _flow(plan, histories, arriving, leaving) + through
+    d_log_decay = _flow(plan, histories, arriving, leaving, onward) + through
 
     x, dy = values(refs.x), values(refs.dy)
     from_after = plan.dot(scaled(maps(refs.B), decays.to_end), after, trans_b=True)

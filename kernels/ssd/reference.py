@@ -73,8 +73,7 @@ def dense_mask(delta: Array, A: Array) -> Array:
       [b, h, l, l] with zeros above the diagonal.
     """
     log_decay = jnp.moveaxis(delta * A, 1, 2)
-    cumulative = jnp.cumsum(log_decay, axis=-1)
-    segments = cumulative[..., :, None] - cumulative[..., None, :]
-    causal = jnp.tril(jnp.ones(segments.shape[-2:], bool))
-    # The mask comes before exp: above the diagonal the sums are positive and overflow for strong decay.
-    return jnp.exp(jnp.where(causal, segments, -jnp.inf))
+    later = jnp.tril(jnp.ones((log_decay.shape[-1],) * 2, bool), -1)
+    # Summed from each j on: a difference of two sums would lose small steps beside large ones.
+    segments = jnp.cumsum(jnp.where(later, log_decay[..., :, None], 0), axis=-2)
+    return jnp.where(later | jnp.eye(log_decay.shape[-1], dtype=bool), jnp.exp(segments), 0)

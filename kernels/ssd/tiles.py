@@ -16,8 +16,9 @@ from jax.experimental.pallas import triton as pltriton
 from kernels.ssd.config import SsdConfig
 from kernels.triton_call import Products, power_of_two, tile_dot
 
-# See `kernels.ssd.xla`: sums of multiples of this are exact in float32.
+# See `kernels.ssd.xla_tile`: sums of multiples of 1/64 are exact in float32, and nothing is left after such a decay.
 _COARSE_STEPS = 64.0
+_ENOUGH = -128.0
 
 
 @dataclass(frozen=True)
@@ -297,6 +298,7 @@ def _exp_where(mask: Array | None, log_decay: Array) -> Array:
 
 
 def _split(log_decay: Array, histories: Histories | None) -> tuple[Array, Array]:
+    log_decay = jnp.maximum(log_decay, _ENOUGH)
     if histories is not None:
         return _split_for_exact_sums(log_decay)
     coarse = jnp.floor(log_decay * _COARSE_STEPS) * (1.0 / _COARSE_STEPS)
@@ -312,8 +314,6 @@ def _split_for_exact_sums(log_decay: Array) -> tuple[Array, Array]:
     size = log_decay.shape[0]
     coarse_step = size * 2.0**-16
     fine_step = size * coarse_step * 2.0**-24
-    # Nothing is left of a state after this decay in float32.
-    log_decay = jnp.maximum(log_decay, -128.0)
     coarse = jnp.floor(log_decay * (1.0 / coarse_step)) * coarse_step
     return coarse, jnp.floor((log_decay - coarse) * (1.0 / fine_step) + 0.5) * fine_step
 

@@ -162,8 +162,8 @@ def _carried(whole: Array | None, cut: _Cut) -> Array | None:
 def _forward(cut: _Cut, inputs: Inputs, D: Array, state: Array | None, *, keep: bool) -> tuple[Array | None, ...]:
     """Runs all tiles.
 
-    Returns the output, the final state and, with `keep`, what the gradient reads besides the inputs: the output's part
-    from earlier positions, and the states before each chunk of each tile, if any chunk has something before it.
+    Returns the output, the final state and, with `keep`, what the gradient reads besides the inputs, if any chunk has
+    something before it: the output's part from there, and the states before each chunk of each tile.
     """
     x, groups, wide = inputs.x, D.shape[0], inputs.delta.dtype
     state_shape = _state_shape(inputs, D)
@@ -174,17 +174,17 @@ def _forward(cut: _Cut, inputs: Inputs, D: Array, state: Array | None, *, keep: 
     buffers = (
         _zeros(x.shape, x.dtype, x),
         _zeros(state_shape, wide, x),
-        _zeros(x.shape, wide, x) if keep else None,
+        _zeros(x.shape, wide, x) if keep and chained else None,
         _zeros(by_tile, wide, x) if keep and chained else None,
         _carried(state, cut),
     )
 
     def body(place: _Place, carry: tuple[Array | None, ...]) -> tuple[Array | None, ...]:
-        y_whole, final, earlier_whole, befores, walking = carry
-        outputs = [y_whole, earlier_whole]
+        y_whole, final, from_before_whole, befores, walking = carry
+        outputs = [y_whole, from_before_whole]
         before = _arriving(state, walking, cut, place, place.first) if chained else None
-        y, earlier, after, before = forward_tile(_read(inputs, cut, place, groups), D, before)
-        for index, tile in enumerate((y, earlier)):
+        y, from_before, after, before = forward_tile(_read(inputs, cut, place, groups), D, before)
+        for index, tile in enumerate((y, from_before)):
             if outputs[index] is not None:
                 if place.fresh is not None:
                     done = _by_group(_take(outputs[index], cut, place), groups)
@@ -221,12 +221,12 @@ def _chunked_fwd(cut: _Cut, *arguments: Any) -> tuple[tuple[Array, Array], tuple
     # With symbolic zeros each argument is wrapped, and None is not.
     *inputs, D, state = (None if a is None else a.value for a in arguments)
     inputs = Inputs(*inputs)
-    y, final, earlier, befores = _forward(cut, inputs, D, state, keep=True)
-    return (y, final), (inputs, D, state is None, earlier, befores)
+    y, final, from_before, befores = _forward(cut, inputs, D, state, keep=True)
+    return (y, final), (inputs, D, state is None, from_before, befores)
 
 
 def _chunked_bwd(cut: _Cut, residuals: tuple[Any, ...], cotangents: tuple[Any, Any]) -> tuple[Array | None, ...]:
-    inputs, D, from_nothing, earlier, befores = residuals
+    inputs, D, from_nothing, from_before, befores = residuals
     dy, d_final = cotangents
     x, groups, wide = inputs.x, D.shape[0], inputs.delta.dtype
     state_shape = _state_shape(inputs, D)
@@ -244,14 +244,16 @@ def _chunked_bwd(cut: _Cut, residuals: tuple[Any, ...], cotangents: tuple[Any, A
 
     def body(place: _Place, carry: tuple[Array | None, ...]) -> tuple[Array | None, ...]:
         *gradients, d_initial, walking = carry
-        dy_tile, earlier_tile = (_by_group(_take(a, cut, place), groups) for a in (dy, earlier))
+        dy_tile, from_before_tile = (
+            None if a is None else _by_group(_take(a, cut, place), groups) for a in (dy, from_before)
+        )
         if place.fresh is not None:
             # Gradients at the other positions are written over later.
             dy_tile = jnp.where(place.fresh[..., None], dy_tile, 0)
         before = None if befores is None else jax.lax.dynamic_index_in_dim(befores, place.index, keepdims=False)
         d_after = None if d_final is None else _arriving(d_final, walking, cut, place, place.last)
         tile = _read(inputs, cut, place, groups)
-        tiles, d_state = backward_tile(tile, D, earlier_tile, before, dy_tile, d_after)
+        tiles, d_state = backward_tile(tile, D, from_before_tile, before, dy_tile, d_after)
         gradients = [_put(a, tile, place) for a, tile in zip(gradients, tiles, strict=True)]
         if d_initial is not None:
             d_initial = _put_rows(d_initial, d_state, place.row)

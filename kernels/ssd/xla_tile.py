@@ -18,6 +18,11 @@ from jax import Array
 _COARSE_STEP = 1.0 / 64.0
 
 
+def _enough(log_decay: Array) -> Array:
+    """Cuts log decays where their decay is 0 anyway: sums over one of millions would lose what stands beside it."""
+    return jnp.maximum(log_decay, -1024.0 if log_decay.dtype == jnp.float64 else -128.0)
+
+
 def add_up(a: Array, *, reverse: bool = False, exclusive: bool = False, together: Array | None = None) -> Array:
     """Cumulative sum over the last axis as a product with ones: a few dozen terms, one operation.
 
@@ -83,12 +88,17 @@ def _reached(log_decay: Array, mask: Array | None) -> Array:
 
 def _weigh(decay: Array, product: Array, starts: Array | None) -> Array:
     """Multiplies by decay factors; products across histories may overflow where those inside do not."""
-    weighed = decay * product
+    return _reach(decay, decay * product, starts)
+
+
+def _reach(decay: Array, weighed: Array, starts: Array | None) -> Array:
+    """Among several histories, sets what is weighed to 0 where decay factors are."""
     return weighed if starts is None else jnp.where(decay == 0, 0, weighed)
 
 
 def _cumulative(log_decay: Array, together: Array | None = None) -> tuple[Array, Array]:
     """Sums of log decays [.., c] up to each position, as coarse and fine parts."""
+    log_decay = _enough(log_decay)
     coarse = jnp.round(log_decay / _COARSE_STEP) * _COARSE_STEP
     return add_up(coarse, together=together), add_up(log_decay - coarse, together=together)
 
@@ -170,7 +180,7 @@ class Inputs(NamedTuple):
 def forward_tile(inputs: Inputs, D: Array, state: Array | None) -> tuple[Array, Array, Array, Array | None]:
     """Runs a tile from the state before it, or from nothing.
 
-    Returns the output, the part of it that comes from earlier positions, the final state and those before each chunk.
+    Returns the output, the part of it that comes from before each chunk, the final state and those before each chunk.
     """
     x, delta, log_decay, B, C, starts = inputs
     wide, narrow = delta.dtype, x.dtype
@@ -182,18 +192,28 @@ def forward_tile(inputs: Inputs, D: Array, state: Array | None) -> tuple[Array, 
     y = _beside(dot("bkgrij,bkjgrp->bkgrip", mixing, u))
     added = dot("bkcgn,bkcgrp->bkgnrp", B, (decays.to_end[..., None] * u).astype(narrow))
     if state is None:
-        final, before = added[:, 0], None
+        final, before, from_before = added[:, 0], None, None
     else:
         final, before = _recurrence(state, decays.from_start[:, :, -1], added)
         from_before = _beside(dot("bkcgn,bkgnrp->bkgcrp", C, before.astype(narrow)), 3)
-        y += _weigh(decays.from_start[..., None], from_before, starts)
+        from_before = _weigh(decays.from_start[..., None], from_before, starts)
+        y += from_before
     own = _sum_width(C.astype(wide) * B)[..., None, None]
-    return (y + own * u + D[..., None] * x).astype(narrow), y, final, before
+    return (y + own * u + D[..., None] * x).astype(narrow), from_before, final, before
 
 
-def _inside_backward(
-    inputs: Inputs, y: Array, between: Array, histories: _Histories | None, dy: Array
-) -> tuple[Array, Array, Array, Array]:
+def _crossing(flows: Array) -> Array:
+    """Sums flows [.., j, i] from position j to i over each position t [.., t]: those with j < t <= i.
+
+    Each of them has passed the decay at t. A running sum of what arrives less what leaves would need one sum alone, but
+    rounds all that passes elsewhere into a position that nothing passes.
+    """
+    to_or_beyond = add_up(flows, reverse=True)
+    size = flows.shape[-1]
+    return jnp.sum(jnp.where(jnp.triu(jnp.ones((size, size), bool), 1), to_or_beyond, 0), axis=-2)
+
+
+def _inside_backward(inputs: Inputs, between: Array, dy: Array) -> tuple[Array, Array, Array, Array]:
     """What positions of a chunk give to later ones: gradients of u, the log decays [.., c], B and C [b, k, g, c, n].
 
     Maps between positions are transposed here: what is multiplied from the left has to lie in rows on CPUs.
@@ -201,24 +221,21 @@ def _inside_backward(
     u, (_, delta, _, B, C, starts) = inputs.u(), inputs
     narrow, dy_n = u.dtype, dy.astype(u.dtype)
     dot = partial(jnp.einsum, preferred_element_type=delta.dtype)
-    scores = dot("bkjgn,bkign->bkgji", B, C)
-    d_mixed = dot("bkjgrp,bkigrp->bkgrji", u, dy_n)
-    d_scores = _sum_heads(_weigh(between, d_mixed, starts)).astype(narrow)
-    mixing = _weigh(between, scores[:, :, :, None], starts).astype(narrow)
+    scores = dot("bkjgn,bkign->bkgji", B, C)[:, :, :, None]
+    d_mixed = _weigh(between, dot("bkjgrp,bkigrp->bkgrji", u, dy_n), starts)
+    d_scores = _sum_heads(d_mixed).astype(narrow)
+    mixing = _weigh(between, scores, starts).astype(narrow)
     du = _beside(dot("bkgrji,bkigrp->bkgrjp", mixing, dy_n))
-    # The same rounded u as in y, for these two nearly cancel.
-    flow = jnp.moveaxis(_sum_width(dy * y - du * u), 2, -1)
-    d_log = add_up(flow, reverse=True, together=_sums_together(histories))
+    d_log = _crossing(_reach(between, d_mixed * scores, starts))
     return du, d_log, dot("bkgji,bkign->bkgjn", d_scores, C), dot("bkgji,bkjgn->bkgin", d_scores, B)
 
 
 def _before_backward(
-    inputs: Inputs, decays: _Decays, before: Array, dy: Array, d_after: Array
+    inputs: Inputs, decays: _Decays, from_before: Array, before: Array, dy: Array, d_after: Array
 ) -> tuple[Array, Array, Array, Array]:
     """What states before the chunks give to outputs.
 
-    Returns gradients of the state before the tile, of those after each chunk, of the log decays that these pass through
-    and of C.
+    Returns gradients of the state before the tile, of those after each chunk, of the log decays and of C.
     """
     wide, narrow = inputs.delta.dtype, inputs.x.dtype
     dot = partial(jnp.einsum, preferred_element_type=wide)
@@ -227,7 +244,8 @@ def _before_backward(
     chunk_decay = decays.from_start[:, :, -1]
     d_state, d_after = _recurrence(d_after, chunk_decay, asked, reverse=True)
     through = _weigh(chunk_decay, _sum_width(jnp.swapaxes(_sum_width(d_after * before), 3, 4)), inputs.starts)
-    return d_state, d_after, through[..., None], dot("bkcgrp,bkgnrp->bkgcn", dy_from, before.astype(narrow))
+    arriving = add_up(jnp.moveaxis(_sum_width(dy * from_before), 2, -1), reverse=True)
+    return d_state, d_after, arriving + through[..., None], dot("bkcgrp,bkgnrp->bkgcn", dy_from, before.astype(narrow))
 
 
 def _after_backward(inputs: Inputs, decays: _Decays, d_after: Array) -> tuple[Array, Array, Array]:
@@ -242,17 +260,15 @@ def _after_backward(inputs: Inputs, decays: _Decays, d_after: Array) -> tuple[Ar
 
 
 def backward_tile(
-    inputs: Inputs, D: Array, y: Array, before: Array | None, dy: Array, d_after: Array | None
+    inputs: Inputs, D: Array, from_before: Array | None, before: Array | None, dy: Array, d_after: Array | None
 ) -> tuple[tuple[Array, ...], Array | None]:
     """Gradient of `forward_tile`.
 
-    The gradient of a log decay is all that flows over its position, from before it to it or later. With G = dy u^T and
-    M = L o (C B^T) below the diagonal, the sums over rows and columns of G o M that it needs are dy . y and du . u at
-    each position, so no [c, c] array is reduced for them. The diagonal would cancel there, but under strong decay it is
-    nearly everything and its rounding would bury the rest; so each flow is also summed from the side where it is small.
+    The gradient of a log decay is all that flows over its position, from before it to it or later: sums of what has
+    been decayed there alone, so that after a large step they are as small as they should be.
 
     Args:
-      y, before: the second and last results of `forward_tile`.
+      from_before, before: the second and last results of `forward_tile`.
       dy: gradient of the output.
       d_after: gradient of the final state, or None for zeros where `before` is None.
 
@@ -260,13 +276,12 @@ def backward_tile(
       Gradients of x, delta, log_decay, B, C and, at each position, of D; and of the state before the tile.
     """
     x, delta, log_decay, B, C, starts = inputs
-    histories = _histories(starts)
-    decays = _decays(log_decay, histories, transposed=True)
-    du, d_log, dB, dC = _inside_backward(inputs, y, decays.between, histories, dy)
+    decays = _decays(log_decay, _histories(starts), transposed=True)
+    du, d_log, dB, dC = _inside_backward(inputs, decays.between, dy)
     d_state = None
     if before is not None:
-        d_state, d_after, through, from_before = _before_backward(inputs, decays, before, dy, d_after)
-        d_log, dC = d_log + through, dC + from_before
+        d_state, d_after, d_log_before, dC_before = _before_backward(inputs, decays, from_before, before, dy, d_after)
+        d_log, dC = d_log + d_log_before, dC + dC_before
     elif d_after is not None:
         d_after = d_after[:, None]
     if d_after is not None:

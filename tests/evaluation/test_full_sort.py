@@ -18,7 +18,8 @@ from tim4rec_jax.models import init_params
 
 MAX_LEN, NUM_ITEMS = 20, 37
 CONFIG = ExperimentConfig("toy", ModelConfig(max_len=MAX_LEN), eval=EvalConfig(batch_size=16, top_k=(10, 20)))
-EXCLUDING = dataclasses.replace(CONFIG, eval=dataclasses.replace(CONFIG.eval, exclude_seen=True))
+EXCLUDING = dataclasses.replace(CONFIG, eval=dataclasses.replace(CONFIG.eval, exclude_seen=True, seen_targets="rank"))
+LEAVING_OUT = dataclasses.replace(CONFIG, eval=dataclasses.replace(CONFIG.eval, exclude_seen=True))
 
 
 @pytest.fixture(scope="module")
@@ -77,6 +78,24 @@ def test_equals_row_by_row(log, examples, config, small_limits):
     assert result.metrics["hit@10"] == np.mean(expected <= 10)
     assert result.metrics["mrr@20"] == pytest.approx(np.mean(np.where(expected <= 20, 1 / expected, 0)), rel=1e-12)
     assert result.seconds > 0
+
+
+def test_targets_that_were_seen_are_left_out_and_counted(log, examples):
+    model, params = init_toy(NUM_ITEMS + 1)
+    events = [
+        log.items[log.offsets[u] : log.offsets[u] + end + 1].tolist()
+        for u, end in zip(examples.users, examples.ends, strict=True)
+    ]
+    new = np.array([history[-1] not in history[:-1] for history in events])
+    assert 0 < new.sum() < len(new)
+    result = evaluate(model, params, log, examples, LEAVING_OUT)
+    np.testing.assert_array_equal(result.measured.examples.users, examples.users[new])
+    np.testing.assert_array_equal(result.ranks, evaluate(model, params, log, examples, EXCLUDING).ranks[new])
+    assert result.measured.report() == {"seen_target_share": pytest.approx(1 - new.mean())}
+    assert evaluate(model, params, log, examples, CONFIG).measured.report() == {}
+    repeats = Examples(examples.users[~new], examples.ends[~new])
+    with pytest.raises(ValueError, match=f"all {len(repeats.users)} targets were seen before .* none is left to rank"):
+        evaluate(model, params, log, repeats, LEAVING_OUT)
 
 
 def test_short_rows_of_a_time_aware_model_are_cut_exactly(log, examples, monkeypatch):

@@ -83,6 +83,10 @@ def test_batch(run, recommender, tmp_path, capsys):
         ('{"history": []}', "line 2: the history is empty"),
         ('{"history": ["i1", "i2"], "times": [5, 4]}', "line 2: the history: times go backwards at position 2"),
         ('{"user": 12}', "line 2: unknown user '12'"),
+        ("[" * 200_000, "line 2: not JSON"),
+        ('{"user": "\\ud800"}', "line 2: id '\\ud800' is no text"),
+        ('{"history": ["i1"], "times": [' + "9" * 5000 + "]}", "line 2: not JSON"),
+        ('{"history": "' + "x" * 5000 + '"}', 'line 2: "history" must be a list of item ids'),
     ],
 )
 def test_bad_lines_are_named(recommender, tmp_path, line, message):
@@ -92,14 +96,15 @@ def test_bad_lines_are_named(recommender, tmp_path, line, message):
         recommend.read_lines(recommender, source)
     assert f"{source}: {message}" in str(raised.value)
     assert str(raised.value).endswith("; nothing was written")
+    assert len(str(raised.value).replace(str(source), "")) < 250
 
 
 def test_many_bad_lines_are_counted(run, tmp_path, capsys):
     source, output = tmp_path / "histories.jsonl", tmp_path / "top.parquet"
     source.write_text("".join(json.dumps({"history": [f"x{i}"]}) + "\n" for i in range(8)))
     code, out, err = _main(capsys, f"--run={run}", f"--input={source}", f"--output={output}")
-    assert code == 2 and out == ""
-    assert "line 5: " in err and "line 6: " not in err and "(and 3 more bad lines); nothing was written" in err
+    assert code == 2 and out == "" and err.count("\n") == 1
+    assert "line 1: " in err and "line 2: " not in err and "(and 7 more bad lines); nothing was written" in err
     assert not output.exists()
 
 
@@ -125,6 +130,9 @@ def test_empty_input(recommender, tmp_path):
         (["--user=u1", "--k=31"], "k=31 is larger than the catalogue of 30 items"),
         (["--user=u1", "--k=0"], "k=0 must be at least 1"),
         (["--input=missing.jsonl", "--output=top.parquet"], "missing.jsonl"),
+        (["--input=a.jsonl", "--output=top.csv"], "--output=top.csv: the file is written as Parquet"),
+        (["--input=a.csv", "--output=top.parquet"], "--input=a.csv: a JSON-lines file is read"),
+        (["--user=u1", "--exclude_seen=maybe"], "--exclude_seen=maybe: expected true or false"),
     ],
 )
 def test_refusals_are_one_line(run, capsys, argv, message):
@@ -143,3 +151,16 @@ def test_output_folder_is_missing(run, tmp_path, capsys):
 def test_no_run(tmp_path, capsys):
     code, _, err = _main(capsys, f"--run={tmp_path / 'nowhere'}", "--user=1")
     assert code == 2 and err == f"error: there is no run folder {tmp_path / 'nowhere'}\n"
+
+
+def test_who_has_seen_nearly_all_gets_a_shorter_list(run, tmp_path, capsys):
+    source, output = tmp_path / "in.jsonl", tmp_path / "top.parquet"
+    nearly_all = [f"i{i}" for i in range(1, 29)]
+    source.write_text(json.dumps({"history": nearly_all}) + '\n{"history": ["i3"]}\n')
+    options = [f"--run={run}", f"--input={source}", f"--output={output}", "--k=5", "--exclude_seen=true"]
+    code, out, err = _main(capsys, *options)
+    assert (code, err) == (0, "") and "1 have seen so much that their lists are shorter" in out
+    table = pl.read_parquet(output)
+    first = table.filter(pl.col("line") == 1)
+    assert first["rank"].to_list() == [1, 2] and set(first["item_id"]) == {"i29", "i30"}
+    assert table.filter(pl.col("line") == 2).height == 5

@@ -182,8 +182,14 @@ def test_k_out_of_range(recommender, histories):
 def test_k_beyond_what_is_unseen(recommender):
     history = recommender.history_from_ids(["i1", "i2", "i1"])
     assert len(recommender.recommend([history], 28, exclude_seen=True)[0]) == 28
-    with pytest.raises(ValueError, match="k=29, but the history leaves only 28 of 30 items unseen"):
-        recommender.recommend([history], 29, exclude_seen=True)
+    other = recommender.history_from_ids(["i9"])
+    shorter, whole = recommender.recommend([history, other], 29, exclude_seen=True)
+    assert [item.item_id for item in shorter] == [
+        item.item_id for item in recommender.recommend([history], 28, exclude_seen=True)[0]
+    ]
+    assert len(shorter) == 28 and len(whole) == 29
+    indices, scores = recommender.top_k([history], 30, exclude_seen=True)
+    assert (indices[0, 28:] == 0).all() and (scores[0, 28:] == -np.inf).all() and (indices[0, :28] > 0).all()
 
 
 def test_scores_that_are_not_finite(run, recommender, histories):

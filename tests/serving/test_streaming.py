@@ -120,10 +120,14 @@ def test_top_k_refuses(streamer, encoded):
     hidden = jnp.asarray(encoded[:2, 0])
     with pytest.raises(ValueError, match="k=31 is larger than the catalogue of 30 items"):
         streamer.top_k(hidden, 31)
-    with pytest.raises(ValueError, match="k=29, but 28 of 30 items are left for row 1; lower k or exclude fewer"):
-        streamer.top_k(hidden, 29, [np.array([1]), np.array([1, 2])])
     with pytest.raises(FloatingPointError, match="the scores of you are not finite"):
         streamer.top_k(hidden.at[1].set(jnp.nan), 2, labels=["me", "you"])
+
+
+def test_a_list_ends_where_nothing_is_left(streamer, encoded):
+    indices, scores = streamer.top_k(jnp.asarray(encoded[:2, 0]), 29, [np.array([1]), np.array([1, 2])])
+    assert (indices[0] > 1).all() and (indices[1, :28] > 2).all()
+    assert indices[1, 28] == 0 and scores[1, 28] == -np.inf
 
 
 def test_only_models_that_go_on(recommender):

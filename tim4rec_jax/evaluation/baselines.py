@@ -42,9 +42,11 @@ def _in_training(log: InteractionLog, first_held_out: Examples) -> np.ndarray:
 def popularity_ranks(
     log: InteractionLog, counts: np.ndarray, examples: Examples, *, exclude_seen: bool = False
 ) -> np.ndarray:
-    """Ranks each example's target by popularity: rank = 1 + #{items with a strictly greater count}.
+    """Ranks each example's target by popularity: rank = 1 + #{greater count} + #{other items of equal count} / 2.
 
-    Counts tie often; by the rule of `metrics.rank_of_target` every tie is read in the target's favour.
+    Counts tie often, and nothing says which of the equals comes first: this is the mean rank over all their orders, a
+    multiple of 1/2, and the metrics are those of this rank. (A model's scores do not tie; `metrics.rank_of_target`
+    reads ties in the target's favour.)
 
     Args:
       log: the cleaned log.
@@ -53,17 +55,24 @@ def popularity_ranks(
       exclude_seen: leave the items of the user's events before the target out of the ranking, the target excepted.
 
     Returns:
-      [n] int32 in the order of `examples`.
+      [n] float64 in the order of `examples`.
     """
     targets = log.items[log.offsets[examples.users] + examples.ends]
     ascending = np.sort(counts[1:])
-    ranks = 1 + len(ascending) - np.searchsorted(ascending, counts[targets], side="right")
+    # Greater ones count once, equals half, and the target itself, which is one of the equals, is taken off.
+    less, not_greater = (np.searchsorted(ascending, counts[targets], side=side) for side in ("left", "right"))
+    ranks = 1 + len(ascending) - (less + not_greater + 1) / 2
     if exclude_seen:
         for row, (user, end) in enumerate(zip(examples.users, examples.ends, strict=True)):
-            start = log.offsets[user]
-            seen = np.unique(log.items[start : start + end])
-            ranks[row] -= np.count_nonzero(counts[seen] > counts[targets[row]])
-    return ranks.astype(np.int32)
+            start, target = log.offsets[user], targets[row]
+            seen = np.setdiff1d(log.items[start : start + end], [target])
+            ranks[row] -= _ahead(counts[seen], counts[target])
+    return ranks
+
+
+def _ahead(scores: np.ndarray, target_score: np.integer) -> float:
+    """Counts the items ahead of a target: those with a greater score, and half of those with an equal one."""
+    return np.count_nonzero(scores > target_score) + np.count_nonzero(scores == target_score) / 2
 
 
 class Transitions(NamedTuple):
@@ -117,7 +126,7 @@ def markov_ranks(
 
     With c_ij how often j directly follows i, n_j how often j occurs, N = max_j n_j, and i the item before the target,
     score(j | i) = c_ij + n_j / (1 + N): what followed i, the most frequent first, equals by popularity; then everything
-    else by popularity. The rank is 1 + #{items with a strictly greater score}.
+    else by popularity. The rank is 1 + #{greater score} + #{other items of equal score} / 2, as in `popularity_ranks`.
 
     Args:
       log: the cleaned log.
@@ -127,7 +136,7 @@ def markov_ranks(
       exclude_seen: leave the items of the user's events before the target out of the ranking, the target excepted.
 
     Returns:
-      [n] int32 in the order of `examples`.
+      [n] float64 in the order of `examples`.
     """
     targets = log.items[log.offsets[examples.users] + examples.ends]
     ranks = popularity_ranks(log, popularity, examples)
@@ -140,15 +149,16 @@ def markov_ranks(
         at = np.searchsorted(followers, target)
         if at < len(followers) and followers[at] == target:
             target_score = scores[at]
-            ranks[row] = 1 + np.count_nonzero(scores > target_score)
+            # The target is one of its equals.
+            ranks[row] = 1 / 2 + _ahead(scores, target_score)
         else:
             target_score = popularity[target]
-            # All followers are ahead; those that popularity puts ahead are in its rank already.
-            ranks[row] += np.count_nonzero(popularity[followers] <= target_score)
+            # All followers are ahead; as far as popularity puts them ahead they are in its rank already.
+            ranks[row] += len(followers) - _ahead(popularity[followers], target_score)
         if exclude_seen:
-            seen = np.unique(history)
+            seen = np.setdiff1d(history, [target])
             seen_scores = popularity[seen].astype(np.int64)
             known = np.isin(seen, followers, assume_unique=True)
             seen_scores[known] = scores[np.searchsorted(followers, seen[known])]
-            ranks[row] -= np.count_nonzero(seen_scores > target_score)
+            ranks[row] -= _ahead(seen_scores, target_score)
     return ranks

@@ -25,6 +25,7 @@ from tim4rec_jax.data.length_groups import choose_lengths
 from tim4rec_jax.data.loader import timestamps_for_device
 from tim4rec_jax.evaluation.catalogue_parts import ITEM_TILE, rank_on_parts
 from tim4rec_jax.evaluation.metrics import check_top_k, rank_of_target, summarise
+from tim4rec_jax.evaluation.seen_targets import Measured, measured
 from tim4rec_jax.models.catalogue_shards import (
     MODEL_AXIS,
     TABLE,
@@ -53,12 +54,14 @@ class EvaluationResult:
 
     Attributes:
       metrics: {"hit@10": ...}, means over the examples in float64.
-      ranks: [n] int32 from 1, in the order of the examples.
+      ranks: [n] int32 from 1, in the order of the examples that were measured.
+      measured: which these are.
       seconds: wall time.
     """
 
     metrics: dict[str, float]
     ranks: np.ndarray
+    measured: Measured
     seconds: float
 
 
@@ -230,13 +233,16 @@ class FullSortEvaluator:
             parameters in parts along "model" where that has several devices; None is one device.
 
         Raises:
-          ValueError: without examples, for a k larger than the catalogue, or a timestamp beyond the precision.
+          ValueError: without examples, or without any whose target is new where seen ones are left out, for a k larger
+            than the catalogue, or a timestamp beyond the precision.
         """
         if len(examples.users) == 0:
             raise ValueError("there are 0 examples to evaluate; does the log have users with at least 3 events?")
         check_top_k(config.eval.top_k, log.num_items, "eval.top_k")
         self._max_len = positions_read(model, config)
         self.model, self.config, self._mesh = model, config, mesh
+        self.measured = measured(log, examples, config.eval)
+        examples = self.measured.examples
         self.num_examples = len(examples.users)
         timestamps = timestamps_for_device(log.timestamps, config.data.timestamp_precision)
         columns = np.asarray(log.items, np.int32), timestamps, np.asarray(log.offsets, np.int32)
@@ -308,7 +314,10 @@ class FullSortEvaluator:
                 "the parameters hold NaN or infinity, or overflow: lower the learning rate or set clip_norm"
             )
         return EvaluationResult(
-            metrics=summarise(ranks, self.config.eval.top_k), ranks=ranks, seconds=time.perf_counter() - started
+            metrics=summarise(ranks, self.config.eval.top_k),
+            ranks=ranks,
+            measured=self.measured,
+            seconds=time.perf_counter() - started,
         )
 
 

@@ -2,7 +2,8 @@
 
 The ranking rule: rank = 1 + the number of items whose score is strictly greater than the target's. Items that tie with
 the target do not push it down, so a tie is read in the target's favour. Column 0 of the scores is the padding and never
-counts as an item.
+counts as an item. Counting baselines, whose scores do tie, give the mean rank over the orders of the equals, which may
+end in a half (`evaluation.baselines`); the metrics take it as it is.
 """
 
 from collections.abc import Sequence
@@ -37,7 +38,7 @@ def hit(ranks: np.ndarray, k: int) -> np.ndarray:
     """hit@k = 1 if rank <= k else 0, one float64 a row.
 
     Args:
-      ranks: [n] int, ranks from 1.
+      ranks: [n] ranks from 1, whole or in halves.
       k: length of the list.
     """
     return (np.asarray(ranks) <= k).astype(np.float64)
@@ -47,7 +48,7 @@ def ndcg(ranks: np.ndarray, k: int) -> np.ndarray:
     """ndcg@k = 1 / log2(rank + 1) if rank <= k else 0, one float64 a row (one relevant item: the ideal gain is 1).
 
     Args:
-      ranks: [n] int, ranks from 1.
+      ranks: [n] ranks from 1, whole or in halves.
       k: length of the list.
     """
     ranks = np.asarray(ranks, np.float64)
@@ -58,7 +59,7 @@ def mrr(ranks: np.ndarray, k: int) -> np.ndarray:
     """mrr@k = 1 / rank if rank <= k else 0, one float64 a row.
 
     Args:
-      ranks: [n] int, ranks from 1.
+      ranks: [n] ranks from 1, whole or in halves.
       k: length of the list.
     """
     ranks = np.asarray(ranks, np.float64)
@@ -101,7 +102,7 @@ def summarise(ranks: np.ndarray, top_k: Sequence[int]) -> dict[str, float]:
     """Averages hit, ndcg and mrr over rows, in float64.
 
     Args:
-      ranks: [n] int, ranks from 1.
+      ranks: [n] ranks from 1, whole or in halves.
       top_k: list lengths k.
 
     Returns:
@@ -118,7 +119,7 @@ def standard_errors(ranks: np.ndarray, top_k: Sequence[int]) -> dict[str, float]
     """Standard error of each mean of `summarise`: s / sqrt(n), s^2 the unbiased variance over rows.
 
     Args:
-      ranks: [n] int, ranks from 1.
+      ranks: [n] ranks from 1, whole or in halves.
       top_k: list lengths k.
 
     Raises:

@@ -104,6 +104,11 @@ def best_columns(scores: jax.Array, excluded: jax.Array, k: int) -> tuple[jax.Ar
     return best, indices, finite
 
 
+def items_left(indices: np.ndarray, scores: np.ndarray) -> np.ndarray:
+    """Puts item 0 where `best_columns` had nothing left but what is excluded, whose score is -inf."""
+    return np.where(scores == -np.inf, 0, indices)
+
+
 @functools.partial(jax.jit, static_argnames=("model", "k"))
 def _top_k(
     params: Any,
@@ -281,7 +286,7 @@ class Recommender:
     def recommend(
         self, histories: Sequence[History], k: int, *, exclude_seen: bool = False
     ) -> list[list[Recommendation]]:
-        """The k items that come next most likely, best first, for each history.
+        """The k items that come next most likely, best first, for each history; fewer where fewer are unseen.
 
         Args:
           histories: of any length; the last `max_len` events are read, as in evaluation.
@@ -289,17 +294,18 @@ class Recommender:
           exclude_seen: leave every item of a history out of its list.
 
         Raises:
-          ValueError: for an empty history, a k under 1, or a k over the catalogue or what exclude_seen leaves of it.
+          ValueError: for an empty history, a k under 1, or a k over the catalogue.
           FloatingPointError: where scores are not finite.
         """
         return self.named(*self.top_k(histories, k, exclude_seen=exclude_seen))
 
     def named(self, indices: np.ndarray, scores: np.ndarray) -> list[list[Recommendation]]:
-        """Gives item indices [n, k] from 1 and their scores [n, k] their ids and titles."""
+        """Gives item indices [n, k] from 1 and their scores [n, k] their ids and titles; a list ends at item 0."""
         return [
             [
                 Recommendation(self.item_ids[i - 1], float(score), None if self.titles is None else self.titles[i - 1])
                 for i, score in zip(row, row_scores, strict=True)
+                if i
             ]
             for row, row_scores in zip(indices, scores, strict=True)
         ]
@@ -307,7 +313,7 @@ class Recommender:
     def top_k(
         self, histories: Sequence[History], k: int, *, exclude_seen: bool = False
     ) -> tuple[np.ndarray, np.ndarray]:
-        """As `recommend`, in arrays.
+        """As `recommend`, in arrays: a list that is shorter than k goes on with item 0 of score -inf.
 
         Args:
           histories: n of them, of any length; the last `max_len` events are read, as in evaluation.
@@ -318,10 +324,10 @@ class Recommender:
           Item indices from 1 [n, k] int32 and their scores [n, k] float32, best first; equal scores in order of index.
 
         Raises:
-          ValueError: for an empty history, a k under 1, or a k over the catalogue or what exclude_seen leaves of it.
+          ValueError: for an empty history, a k under 1, or a k over the catalogue.
           FloatingPointError: where scores are not finite.
         """
-        self.check(histories, k, exclude_seen)
+        self.check(histories, k)
         indices = np.zeros((len(histories), k), np.int32)
         scores = np.zeros((len(histories), k), np.float32)
         lengths = np.array([min(len(history.items), self.max_len) for history in histories], np.int32)
@@ -347,18 +353,12 @@ class Recommender:
         rows = min(BATCH_TOKENS // self._static_length(length), SCORE_TILE_BYTES // (4 * (self.num_items + 1)))
         return 1 << (max(1, rows).bit_length() - 1)
 
-    def check(self, histories: Sequence[History], k: int, exclude_seen: bool) -> None:
+    def check(self, histories: Sequence[History], k: int) -> None:
         """Refuses what `top_k` cannot do; raises ValueError as it says."""
         check_top_k((k,), self.num_items)
         for history in histories:
             if len(history.items) == 0:
                 raise ValueError(f"{history.label} is empty; give at least 1 item id")
-            unseen = self.num_items - len(np.unique(history.items)) if exclude_seen else self.num_items
-            if k > unseen:
-                raise ValueError(
-                    f"k={k}, but {history.label} leaves only {unseen} of {self.num_items} items unseen; "
-                    "lower k or do not exclude seen items"
-                )
 
     def _run(
         self, histories: Sequence[History], lengths: np.ndarray, length: int, k: int, exclude_seen: bool
@@ -394,4 +394,4 @@ class Recommender:
                 f"the scores for {histories[int(np.argmin(finite[:n]))].label} are not finite; "
                 "the run's parameters hold NaN or infinity: train again or choose another run"
             )
-        return indices[:n, :k], best[:n, :k]
+        return items_left(indices, best)[:n, :k], best[:n, :k]

@@ -13,7 +13,7 @@ import numpy as np
 
 from tim4rec_jax.data.loader import timestamps_for_device
 from tim4rec_jax.evaluation.metrics import check_top_k
-from tim4rec_jax.serving.recommender import SCORE_TILE_BYTES, best_columns, next_power_of_two
+from tim4rec_jax.serving.recommender import SCORE_TILE_BYTES, best_columns, items_left, next_power_of_two
 
 State = Any
 
@@ -218,21 +218,15 @@ class Streamer:
           labels: how messages call the rows; None counts them from 0.
 
         Returns:
-          Item indices from 1 [b, k] int32 and their scores [b, k], best first; equal scores in order of index.
+          Item indices from 1 [b, k] int32 and their scores [b, k], best first; equal scores in order of index. A list
+          of which `exclude` leaves fewer goes on with item 0 of score -inf.
 
         Raises:
-          ValueError: for a k under 1, or over the catalogue or what `exclude` leaves of it.
+          ValueError: for a k under 1, or over the catalogue.
           FloatingPointError: where scores are not finite.
         """
         check_top_k((k,), self.num_items)
         excluded = [np.unique(row) for row in exclude] if exclude is not None else [np.zeros(0, np.int32)] * len(hidden)
-        for row, ids in enumerate(excluded):
-            left = self.num_items - len(ids)
-            if k > left:
-                raise ValueError(
-                    f"k={k}, but {left} of {self.num_items} items are left for {_label(labels, row)}; lower k or "
-                    "exclude fewer"
-                )
         tile = 1 << (max(1, SCORE_TILE_BYTES // (4 * (self.num_items + 1))).bit_length() - 1)
         # Cut and filled on the host: on the device every number of rows would be another program.
         hidden = np.asarray(hidden)
@@ -258,4 +252,4 @@ class Streamer:
             hidden = np.concatenate([hidden, np.zeros((b - n, hidden.shape[1]), hidden.dtype)])
         width = min(next_power_of_two(k), self.num_items)
         best, indices, finite = jax.device_get(_top_k(self.params, hidden, columns, model=self.model, k=width))
-        return indices[:n, :k], best[:n, :k], finite[:n]
+        return items_left(indices, best)[:n, :k], best[:n, :k], finite[:n]

@@ -23,6 +23,7 @@ from tim4rec_jax.data.loader import Loader
 from tim4rec_jax.data.packed_loader import make_loader
 from tim4rec_jax.data.splits import Split, split_log
 from tim4rec_jax.evaluation.full_sort import FullSortEvaluator
+from tim4rec_jax.evaluation.seen_targets import measured
 from tim4rec_jax.models import SequentialModel, build_model
 from tim4rec_jax.run_dir import CHECKPOINTS, read_environment, withdraw_results, write_results, write_test_ranks
 from tim4rec_jax.run_environment import processors_allowed
@@ -125,6 +126,8 @@ class Trainer:
         self.groups = self._plan_groups()
         self.state: TrainState = self.layout.create(lambda: init_state(self.model, self.optimizer, config.train.seed))
         self.resident = self.layout.replicate(self.loader.resident)
+        # Known now rather than after training, if nothing is left to test.
+        measured(log, self.split.test, config.eval)
         self._validate = FullSortEvaluator(self.model, log, self.split.valid, config, mesh=self.layout.mesh)
         self.position = Position(stop=EarlyStop(config.train.patience))
         self.has_stepped = False
@@ -398,12 +401,13 @@ class Trainer:
             "valid": info["valid"],
             "test": result.metrics,
         }
+        results |= result.measured.report()
         if self.split.report:
             results["split"] = dataclasses.asdict(self.split.report)
         if not is_main():
             return results
         results |= self._costs()
-        write_test_ranks(self.run_dir, self.log.user_ids[self.split.test.users], result.ranks)
+        write_test_ranks(self.run_dir, self.log.user_ids[result.measured.examples.users], result.ranks)
         write_results(self.run_dir, results)
         return results
 
