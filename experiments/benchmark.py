@@ -10,8 +10,7 @@
     python -m experiments.benchmark sampled --items=1e4,1e5,1e6 --output=sampled.json
 
 `train_step` takes the same real batches through our training step in three forms and through a plain PyTorch model.
-`ops` compares the plain-JAX operators with other forms of them, forward and backward. Both need the test dependencies
-and a checkout (tests/torch_reference).
+`ops` compares the plain-JAX operators with other forms of them, forward and backward. Both need PyTorch.
 `models` runs training steps and evaluation of the six models at the paper's shapes, in turns, with their memory.
 `serving` goes on from a causal model's state, one event at a time, against reading histories again.
 `logs` makes Parquet logs of several sizes and measures memory and speed from the file to training batches.

@@ -154,7 +154,7 @@ def torch_form(shape: Shape, precision: str, place: str, batches: list[Batch], s
     """Builds the step of our PyTorch model, with Adam, on a device; `scan` replaces its state space duality."""
     import torch
 
-    from tests.torch_reference.tim4rec import TiM4Rec as Twin
+    from experiments.benchmarks.torch_models.tim4rec import TiM4Rec as Twin
 
     config = shape.config
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision != "float32"

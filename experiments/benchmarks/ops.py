@@ -104,7 +104,7 @@ def torch_ssd(x: Any, dt: Any, A: Any, B: Any, C: Any, D: Any, dt_bias: Any, *, 
     """Chunked PyTorch."""
     import torch
 
-    from tests.torch_reference.ssd import ssd_chunked
+    from experiments.benchmarks.torch_models.ssd import ssd_chunked
 
     delta = torch.nn.functional.softplus(dt + dt_bias)
     return ssd_chunked(x, delta, A, B[:, :, None], C[:, :, None], D=D, chunk_size=chunk_size)[0]
@@ -122,7 +122,7 @@ def torch_scan(x: Any, dt: Any, A: Any, B: Any, C: Any, D: Any, dt_bias: Any) ->
     """A PyTorch step a position."""
     import torch
 
-    from tests.torch_reference.selective_scan import selective_scan_sequential
+    from experiments.benchmarks.torch_models.selective_scan import selective_scan_sequential
 
     delta = torch.nn.functional.softplus(dt + dt_bias)
     return selective_scan_sequential(x, delta, A, B, C, D=D)[0]

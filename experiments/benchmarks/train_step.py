@@ -69,7 +69,7 @@ def pytorch_step(config: ExperimentConfig) -> Step:
     """Returns the same for the PyTorch twin on all cores."""
     import torch
 
-    from tests.torch_reference.tim4rec import TiM4Rec as Twin
+    from experiments.benchmarks.torch_models.tim4rec import TiM4Rec as Twin
 
     torch.manual_seed(config.train.seed)
     model = Twin(config.model).train()
