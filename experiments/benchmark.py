@@ -16,7 +16,7 @@
 `logs` makes Parquet logs of several sizes and measures memory and speed from the file to training batches.
 `gpu` checks the GPU kernels and times everything that a GPU runs, in one call: --parts, --budget_seconds and --tiny are
 its options, and a wrong result makes the exit code 1 (see experiments/benchmarks/gpu.py). `catalogue` asks XLA for the
-memory of a training step with the item embedding whole and in parts, on fake devices. `sampled` takes training steps
+memory of a training step with the item embedding whole and in shards, on fake devices. `sampled` takes training steps
 with the softmax over all items and over a sample, in turns.
 """
 
@@ -28,20 +28,20 @@ from collections.abc import Sequence
 
 from rich.console import Console
 
-from experiments.benchmarks import catalogue, gpu, logs, models, ops, sampled, serving, train_step
+from experiments.benchmarks import catalogue, data, gpu, operator_speed, serving, train_step
 from experiments.command_line import run_program
 from experiments.record import command_without_folders
 from tim4rec_jax.files import write_atomically
 
 BENCHMARKS = {
     "train_step": train_step.run,
-    "ops": ops.run,
-    "models": models.run,
+    "ops": operator_speed.run,
+    "models": train_step.run_models,
     "serving": serving.run,
-    "logs": logs.run,
+    "logs": data.run,
     "gpu": gpu.run,
     "catalogue": catalogue.run,
-    "sampled": sampled.run,
+    "sampled": catalogue.run_sampled,
 }
 
 

@@ -67,7 +67,7 @@ def test_the_library_does_not_import_torch():
 def test_files_and_functions_stay_readable(package):
     for file in _modules(package):
         text = file.read_text(encoding="utf-8")
-        assert len(text.splitlines()) <= 420, file
+        assert len(text.splitlines()) <= 620, file
         for node in ast.walk(ast.parse(text)):
             if isinstance(node, ast.FunctionDef):
                 assert (node.end_lineno or 0) - node.lineno < 70, f"{file}: {node.name}"
