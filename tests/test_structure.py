@@ -25,9 +25,10 @@ def _modules(package: str) -> list[pathlib.Path]:
     return sorted((ROOT / package).rglob("*.py"))
 
 
-def _imports(file: pathlib.Path) -> set[str]:
-    found = set()
-    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+def _imports(file: pathlib.Path, *, when_opened: bool = False) -> set[str]:
+    """Names of the modules that a file imports, everywhere or only those that it imports at once."""
+    tree, found = ast.parse(file.read_text(encoding="utf-8")), set()
+    for node in tree.body if when_opened else ast.walk(tree):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -61,6 +62,23 @@ def test_the_library_does_not_import_torch():
     for package in ("kernels", "tim4rec_jax"):
         for file in _modules(package):
             assert not {"torch", "triton", "jax_triton"} & {name.split(".")[0] for name in _imports(file)}, file
+
+
+def test_programs_open_without_torch():
+    models = ROOT / "experiments" / "benchmarks" / "torch_models"
+    for file in _modules("experiments"):
+        if file.parent != models:
+            names = _imports(file, when_opened=True)
+            assert not {"torch", "triton", "mamba_ssm", "mamba2_jax"} & {name.split(".")[0] for name in names}, file
+            assert not any(name.startswith("experiments.benchmarks.torch_models") for name in names), file
+
+
+def test_opponents_do_not_know_our_operators():
+    benchmarks = ROOT / "experiments" / "benchmarks"
+    for file in (benchmarks / "opponents.py", *(benchmarks / "torch_models").iterdir()):
+        if file.suffix == ".py":
+            names = _imports(file)
+            assert not {name for name in names if name.startswith(("kernels", "experiments.benchmarks.operator"))}, file
 
 
 @pytest.mark.parametrize("package", [*PACKAGES, "tests"])

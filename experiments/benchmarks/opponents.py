@@ -203,7 +203,7 @@ def _leaves(
     inputs: Arrays,
     fixed: Arrays,
     dy: np.ndarray,
-    place: str,
+    device: str,
     narrow: tuple[str, ...] = (),
     turned: tuple[str, ...] = (),
 ) -> tuple[dict[str, Any], dict[str, Any], Any]:
@@ -211,7 +211,7 @@ def _leaves(
     import torch
 
     def tensor(name: str, a: np.ndarray) -> Any:
-        result = torch.from_numpy(np.ascontiguousarray(a)).to(place)
+        result = torch.from_numpy(np.ascontiguousarray(a)).to(device)
         if name in narrow:
             result = result.to(torch.bfloat16)
         if name in turned:
@@ -266,10 +266,10 @@ def _graph(launch: Callable[[], Any]) -> Callable[[], Any]:
     return replay
 
 
-def _wait(place: str, _: Any) -> None:
+def _wait(device: str, _: Any) -> None:
     import torch
 
-    if place == "cuda":
+    if device == "cuda":
         torch.cuda.synchronize()
 
 
@@ -297,9 +297,9 @@ def torch_forms(
     Returns:
       By name and pass the forms; by name y in our order of axes; and why others are missing.
     """
-    place, refusal = torch_device(tiny)
+    device, refusal = torch_device(tiny)
     candidates = _candidates(op, precision)
-    if place is None:
+    if device is None:
         return {}, {}, dict.fromkeys(candidates, refusal)
     import torch
 
@@ -309,7 +309,7 @@ def torch_forms(
         try:
             apply, turned = candidate()
             stored = narrow if precision == "bfloat16" else ()
-            passes = _passes(apply, *_leaves(inputs, fixed, dy, place, stored, turned))
+            passes = _passes(apply, *_leaves(inputs, fixed, dy, device, stored, turned))
             with time_limit(limit), tuning_in_threads():
                 y = passes["forward"]()
                 passes["forward_backward"]()
@@ -317,9 +317,9 @@ def torch_forms(
         except Exception as error:  # Other people's kernels fail in their own ways; ours are timed all the same.
             missing[name] = reason(error)
             continue
-        wait = functools.partial(_wait, place)
+        wait = functools.partial(_wait, device)
         forms[name] = {of: Form(launch, wait) for of, launch in passes.items()}
-        if place == "cuda":
+        if device == "cuda":
             try:
                 forms[f"{name}, graph"] = {of: Form(_graph(launch), wait) for of, launch in passes.items()}
             except Exception as error:
@@ -328,13 +328,13 @@ def torch_forms(
 
 
 def torch_step(
-    config: ExperimentConfig, place: str, *, precision: str = "float32", scan: Apply | None = None
+    config: ExperimentConfig, device: str, *, precision: str = "float32", scan: Apply | None = None
 ) -> tuple[Callable[[tuple[Any, ...]], None], Callable[[Any], tuple[Any, ...]]]:
     """Builds the training step of the PyTorch model, with Adam.
 
     Args:
       config: whose model and learning rate.
-      place: "cpu" or "cuda".
+      device: "cpu" or "cuda".
       precision: float32 products as in the JAX forms, or bfloat16 by autocasting.
       scan: mamba_ssm's state space duality, to take the place of the model's own.
 
@@ -346,17 +346,17 @@ def torch_step(
     from experiments.benchmarks.torch_models.tim4rec import TiM4Rec
 
     torch.manual_seed(config.train.seed)
-    model = TiM4Rec(config.model).to(place).train()
+    model = TiM4Rec(config.model).to(device).train()
     if scan is not None:
         for layer in model.ssd_layers:
             layer.ssd.scan.forward = functools.partial(_mamba_ssd, scan)
-    optimizer = torch.optim.Adam(model.parameters(), lr=config.train.learning_rate, fused=place == "cuda")
-    narrow = torch.autocast(place, torch.bfloat16) if precision == "bfloat16" else contextlib.nullcontext()
+    optimizer = torch.optim.Adam(model.parameters(), lr=config.train.learning_rate, fused=device == "cuda")
+    narrow = torch.autocast(device, torch.bfloat16) if precision == "bfloat16" else contextlib.nullcontext()
 
     def tensors(batch: Any) -> tuple[Any, ...]:
         integers = (batch.items, batch.lengths, batch.targets)
-        items, lengths, targets = (torch.from_numpy(np.asarray(a, np.int64)).to(place) for a in integers)
-        return items, lengths, targets, torch.from_numpy(np.array(batch.timestamps)).to(place)
+        items, lengths, targets = (torch.from_numpy(np.asarray(a, np.int64)).to(device) for a in integers)
+        return items, lengths, targets, torch.from_numpy(np.array(batch.timestamps)).to(device)
 
     def update(batch: tuple[Any, ...]) -> None:
         optimizer.zero_grad()
@@ -375,8 +375,8 @@ def torch_step_forms(
 ) -> tuple[dict[str, Form], dict[str, str]]:
     """Returns the PyTorch steps, plain and on mamba_ssm's kernels, and why one is missing."""
     names = ("PyTorch", "PyTorch on mamba_ssm")
-    place, refusal = torch_device(tiny)
-    if place is None:
+    device, refusal = torch_device(tiny)
+    if device is None:
         return {}, dict.fromkeys(names, refusal)
     import torch
 
@@ -387,7 +387,7 @@ def torch_step_forms(
             scan = None
             if name.endswith("mamba_ssm"):
                 scan = import_from("mamba_ssm", "ops.triton.ssd_combined", "mamba_chunk_scan_combined")
-            update, tensors = torch_step(config, place, precision=precision, scan=scan)
+            update, tensors = torch_step(config, device, precision=precision, scan=scan)
             form = step_form(update, [tensors(batch) for batch in batches])
             with time_limit(_TUNING_SECONDS), tuning_in_threads():
                 form.launch()

@@ -66,6 +66,8 @@ _SWITCHES = {
 }
 # Data set -> rows of its item table, and the mean length of its training rows.
 _DATA = {"ml1m": (3417, 118.0), "beauty": (12_102, 8.4)}
+# Of its batches in the paper, of 2048 rows.
+_PAPER_TOKENS = {"ml1m": 409_600, "beauty": 102_400}
 _TINY = {"max_len": 8, "d_model": 16, "num_layers": 1, "d_state": 4, "head_dim": 16, "inner_size": 32}
 _TINY_DATA = (30, 4.0)
 ROWS = ("full", "real")
@@ -214,20 +216,28 @@ class Shape:
     mean_length: float
 
 
+def sized(name: str, about: tuple[int, float], tokens: int, **sizes: Any) -> Shape:
+    """Returns a named experiment's settings with other sizes.
+
+    Args:
+      name: of the experiment.
+      about: rows of the item table, and the mean length of the training rows.
+      tokens: positions of a batch, padding included.
+      sizes: of the model.
+    """
+    config = load_config(name)
+    model = dataclasses.replace(config.model, vocab_size=about[0], **sizes)
+    train = dataclasses.replace(config.train, batch_size=tokens // model.max_len)
+    return Shape(dataclasses.replace(config, model=model, train=train), about[1])
+
+
 def shapes(tiny: bool) -> tuple[Shape, ...]:
     """Returns the paper's two settings, with the number of items that the data sets have after cleaning."""
-
-    def shape(name: str, vocab_size: int, mean_length: float, batch_size: int = 2048, **model: Any) -> Shape:
-        config = load_config(name)
-        model = dataclasses.replace(config.model, vocab_size=vocab_size, **model)
-        train = dataclasses.replace(config.train, batch_size=batch_size)
-        return Shape(dataclasses.replace(config, model=model, train=train), mean_length)
-
     if tiny:
         small = {"max_len": 8, "d_model": 16, "d_state": 16, "head_dim": 16, "dropout": 0.0}
         small |= {"use_time": False, "use_ffn": False, "d_conv": 2}
-        return (shape("ml1m_tim4rec", 30, 4.0, 4, **small),)
-    return shape("ml1m_tim4rec", 3417, 118.0), shape("beauty_tim4rec", 12_102, 8.4)
+        return (sized("ml1m_tim4rec", _TINY_DATA, 32, **small),)
+    return tuple(sized(f"{data}_tim4rec", about, _PAPER_TOKENS[data]) for data, about in _DATA.items())
 
 
 def draw_lengths(rng: np.random.Generator, mean: float, longest: int, count: int) -> np.ndarray:
@@ -246,10 +256,11 @@ def draw_lengths(rng: np.random.Generator, mean: float, longest: int, count: int
     return np.minimum(rng.geometric(1 - low, count), longest).astype(np.int32)
 
 
-def draw_batch(shape: Shape, rng: np.random.Generator) -> Batch:
-    """Draws rows of random items at random gaps, from minutes to months."""
+def draw_batch(shape: Shape, rng: np.random.Generator, *, full: bool = False) -> Batch:
+    """Draws rows of random items at random gaps, from minutes to months; in full ones every position holds an item."""
     model, rows = shape.config.model, shape.config.train.batch_size
     lengths = draw_lengths(rng, shape.mean_length, model.max_len, rows)
+    lengths = np.full_like(lengths, model.max_len) if full else lengths
     real = np.arange(model.max_len) < lengths[:, None]
     gaps = np.exp(rng.uniform(np.log(60), np.log(1e7), real.shape))
     seconds = 9e8 + np.cumsum(gaps, axis=1)
@@ -412,24 +423,8 @@ def _parse_models(rest: list[str]) -> argparse.Namespace:
 
 def shape_of(data: str, model: str, options: argparse.Namespace) -> Shape:
     """Returns a model's settings on a data set, with the batch that is measured, and the rows' mean length."""
-    vocab_size, mean_length = _TINY_DATA if options.tiny else _DATA[data]
-    config = load_config(f"{data}_{model}")
-    sizes = dataclasses.replace(config.model, vocab_size=vocab_size, **(_TINY if options.tiny else {}))
-    train = dataclasses.replace(config.train, batch_size=options.tokens // sizes.max_len)
-    return Shape(dataclasses.replace(config, model=sizes, train=train), mean_length)
-
-
-def draw_rows(shape: Shape, rows: str, seed: int) -> Batch:
-    """Draws a batch; with "full" rows every position holds an item."""
-    rng = np.random.default_rng(seed)
-    batch = draw_batch(shape, rng)
-    if rows == "real":
-        return batch
-    model = shape.config.model
-    items = rng.integers(1, model.vocab_size, batch.items.shape).astype(np.int32)
-    seconds = 9e8 + np.cumsum(np.exp(rng.uniform(np.log(60), np.log(1e7), items.shape)), axis=1)
-    lengths = np.full_like(batch.lengths, model.max_len)
-    return batch.replace(items=items, lengths=lengths, timestamps=seconds.astype(np.float32))
+    about, sizes = (_TINY_DATA, _TINY) if options.tiny else (_DATA[data], {})
+    return sized(f"{data}_{model}", about, options.tokens, **sizes)
 
 
 @dataclass(frozen=True)
@@ -490,7 +485,8 @@ def compile_work(config: ExperimentConfig, batch: Batch) -> tuple[dict[str, Comp
 def compare_models(data: str, rows: str, options: argparse.Namespace, repeats: int) -> list[dict[str, Any]]:
     """Measures all models at one shape on the same batch; one result per model and work."""
     shapes_of = {model: shape_of(data, model, options) for model in options.models}
-    batch = draw_rows(next(iter(shapes_of.values())), rows, options.seed)
+    rng = np.random.default_rng(options.seed)
+    batch = draw_batch(next(iter(shapes_of.values())), rng, full=rows == "full")
     programs, parameters = {}, {}
     for name, shape in shapes_of.items():
         print(f"compiling {name} at {data}, {rows} rows", file=sys.stderr, flush=True)

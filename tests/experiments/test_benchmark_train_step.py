@@ -109,7 +109,7 @@ def test_the_papers_shapes(data, rows, length, vocab, model):
 
 def test_full_and_real_rows():
     shape = train_step.shape_of("beauty", "sasrec", _options())
-    full, real = train_step.draw_rows(shape, "full", 0), train_step.draw_rows(shape, "real", 0)
+    full, real = (train_step.draw_batch(shape, np.random.default_rng(0), full=full) for full in (True, False))
     assert (full.lengths == 50).all() and (full.items > 0).all() and (np.diff(full.timestamps) >= 0).all()
     assert real.lengths.mean() == pytest.approx(8.4, abs=2)
     np.testing.assert_array_equal((real.items > 0).sum(axis=1), real.lengths)
@@ -118,7 +118,7 @@ def test_full_and_real_rows():
 def test_evaluation_computes_every_row_once():
     """The rows, cut to a few lengths, have the scores of the padded batch."""
     shape = train_step.shape_of("beauty", "sasrec", _options(tiny=True, tokens=200))
-    config, batch = shape.config, train_step.draw_rows(shape, "real", 1)
+    config, batch = shape.config, train_step.draw_batch(shape, np.random.default_rng(1))
     model = build_model(config.model)
     params = jax.jit(functools.partial(init_params, model))(jax.random.key(0))
     lengths = sorted(group.length for group in train_step.groups_of(config, batch.lengths))
