@@ -5,6 +5,7 @@ import json
 import sys
 import types
 
+import numpy as np
 import pytest
 import torch
 
@@ -122,6 +123,22 @@ def test_only_what_is_asked_for(tmp_path):
 def test_bad_options_are_refused(option, capsys):
     assert benchmark.main([*TINY, option]) == 2
     assert option.partition("=")[0] in capsys.readouterr().err
+
+
+def test_mamba2_jax_gets_maps_of_every_head(monkeypatch):
+    def ssd_forward(x, dt, A, B, C, chunk_size, D, dt_bias, dt_min, dt_max):
+        return (B, C, chunk_size, dt_min, dt_max), "the final state"
+
+    module = types.SimpleNamespace(ssd_forward=ssd_forward)
+    monkeypatch.setitem(sys.modules, "mamba2_jax", types.SimpleNamespace(modeling=module))
+    monkeypatch.setitem(sys.modules, "mamba2_jax.modeling", module)
+    case = Case("ssd", {"b": 2, "l": 3, "h": 4, "p": 5, "n": 6})
+    inputs = operators.draw(case, np.random.default_rng(0)).inputs
+    B, C, *rest = opponents.mamba2_jax_ssd(**inputs, chunk_size=16)
+    for maps, name in ((B, "B"), (C, "C")):
+        assert maps.shape == (2, 3, 4, 6)
+        np.testing.assert_array_equal(maps[:, :, 3], inputs[name])
+    assert rest == [16, 0.0, float("inf")]
 
 
 def test_a_package_without_its_extension_gives_its_modules(tmp_path, monkeypatch):
