@@ -7,23 +7,19 @@
     python -m experiments.benchmark logs --rows=1e6,5e6,2e7 --output=logs.json
     python -m experiments.benchmark memory --output=memory.json
     python -m experiments.benchmark gpu --output=gpu.json
-    python -m experiments.benchmark predictions --output=predictions.json
-    python -m experiments.benchmark scaling --output=scaling.json --markdown=scaling.md
     python -m experiments.benchmark catalogue --items=1e6,1e7 --shards=1,8 --output=catalogue.json
     python -m experiments.benchmark sampled --items=1e4,1e5,1e6 --output=sampled.json
 
 `train_step` takes the same real batches through our training step in three forms and through a plain PyTorch model.
-`ops` compares the plain-JAX operators with other forms of them, forward and backward. Both need the test dependencies
-and a checkout (tests/torch_reference).
+`ops` compares the plain-JAX operators with other forms of them, forward and backward. Both need PyTorch.
 `models` runs training steps and evaluation of the six models at the paper's shapes, in turns, with their memory.
 `serving` goes on from a causal model's state, one event at a time, against reading histories again.
 `logs` makes Parquet logs of several sizes and measures memory and speed from the file to training batches.
 `memory` reads the resident memory and the compiled programs of a serving process over many saves, events and questions.
 `gpu` checks the GPU kernels and times everything that a GPU runs, in one call: --parts, --budget_seconds and --tiny are
-its options, and a wrong result makes the exit code 1 (see experiments/benchmarks/gpu.py). `predictions` counts the
-bytes that the GPU kernels move and compiles them, without a GPU. `scaling` predicts throughput, cost and limits on many
-GPUs and for large catalogues. `catalogue` asks XLA for the memory of a training step with the item embedding whole and
-in parts, on fake devices. `sampled` takes training steps with the softmax over all items and over a sample, in turns.
+its options, and a wrong result makes the exit code 1 (see experiments/benchmarks/gpu.py). `catalogue` asks XLA for the
+memory of a training step with the item embedding whole and in shards, on fake devices. `sampled` takes training steps
+with the softmax over all items and over a sample, in turns.
 """
 
 import argparse
@@ -34,35 +30,21 @@ from collections.abc import Sequence
 
 from rich.console import Console
 
-from experiments.benchmarks import (
-    catalogue,
-    gpu,
-    logs,
-    memory,
-    models,
-    ops,
-    predictions,
-    sampled,
-    scaling,
-    serving,
-    train_step,
-)
+from experiments.benchmarks import catalogue, data, gpu, memory, operator_speed, serving, train_step
 from experiments.command_line import run_program
 from experiments.record import command_without_folders
 from tim4rec_jax.files import write_atomically
 
 BENCHMARKS = {
     "train_step": train_step.run,
-    "ops": ops.run,
-    "models": models.run,
+    "ops": operator_speed.run,
+    "models": train_step.run_models,
     "serving": serving.run,
-    "logs": logs.run,
+    "logs": data.run,
     "memory": memory.run,
     "gpu": gpu.run,
-    "predictions": predictions.run,
-    "scaling": scaling.run,
     "catalogue": catalogue.run,
-    "sampled": sampled.run,
+    "sampled": catalogue.run_sampled,
 }
 
 

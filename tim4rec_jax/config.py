@@ -20,7 +20,6 @@ TimeMode = Literal["faithful", "causal"]
 Positions = Literal["last", "all"]
 Loss = Literal["ce", "bpr", "sampled_ce"]
 TableOptimizer = Literal["adam", "lazy_adam"]
-TIME_FEATURES = ("gap", "bins", "scales", "calendar")
 # What no machine trains, or compiles; other whole numbers need only fit into 32 bits.
 LARGEST = {"num_layers": 200, "d_model": 2**16, "expand": 2**10, "d_conv": 2**10, "max_len": 2**20, "inner_size": 2**20}
 LARGEST |= {"first_second": 2**53, "last_second": 2**53}
@@ -64,9 +63,6 @@ class ModelConfig:
       use_time: the time-aware mask; off gives the SSD-only model (SSD4Rec).
       time_mode: "faithful" is the paper's time branch, which mixes positions, so that the model is not causal and its
         length is fixed; "causal" reads gaps up to each position only.
-      time_features: what the causal time branch reads of an event's time, groups joined by "+": "gap" is the logarithm
-        of the gap, "bins" its doubling, "scales" how much of it is forgotten at seven time scales, "calendar" the hour
-        and the day of the week.
       gap_mean, gap_std: of log1p(seconds) over the positive gaps of the training part, which the causal time branch is
         standardised with; training fills them in from the data.
       date_knots: values a channel of a piecewise linear function of the date that the causal model adds to its output;
@@ -103,7 +99,6 @@ class ModelConfig:
     use_ffn: bool = True
     use_time: bool = True
     time_mode: TimeMode = "faithful"
-    time_features: str = "gap"
     gap_mean: float = 0.0
     gap_std: float = 1.0
     date_knots: int = 64
@@ -149,11 +144,6 @@ class ModelConfig:
         _require_rate("attention_dropout", self.attention_dropout)
         require(
             self.time_mode in get_args(TimeMode), f"time_mode={self.time_mode!r} must be one of {get_args(TimeMode)}"
-        )
-        groups = self.time_features.split("+")
-        require(
-            set(groups) <= set(TIME_FEATURES) and len(groups) == len(set(groups)),
-            f"time_features={self.time_features!r} must join different ones of {TIME_FEATURES} by '+'",
         )
         require(self.date_knots != 1 and self.date_knots >= 0, f"date_knots={self.date_knots} must be 0, or at least 2")
         require(
@@ -376,8 +366,19 @@ def _hints(cls: type) -> dict[str, Any]:
     return get_type_hints(cls)
 
 
+# Settings of earlier versions that are gone, and the one value that every run may have had: what is now the only way.
+_RETIRED = {"model.time_features": "gap"}
+
+
 def _from_dict(cls: type, values: Any, path: str) -> Any:
     require(isinstance(values, dict), f"{path or 'the settings'} is {values!r} and must be a mapping of settings")
+    for key, only in _RETIRED.items():
+        if (name := key.removeprefix(path)) in values and "." not in name:
+            require(
+                values[name] == only,
+                f"{key}={values[name]!r} is no longer offered, only {only!r}; use the version that trained this run",
+            )
+            values = {other: value for other, value in values.items() if other != name}
     hints = _hints(cls)
     unknown = sorted(set(values) - set(hints))
     require(not unknown, f"unknown settings {[path + key for key in unknown]}; known: {sorted(hints)}")

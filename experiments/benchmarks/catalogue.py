@@ -1,10 +1,15 @@
-"""Memory a device of a training step, with the item embedding whole on each device and in parts.
+"""The training step with large catalogues: the item embedding in shards, and the softmax over a sample of the items.
 
-The step of an experiment's model over all devices is compiled from shapes alone, and XLA says what it needs: its
-arguments (parameters, Adam's moments, the batch), what it returns beside them, and temporary arrays. Catalogues up to
---run_up_to are trained for a few steps too, from the same initial values on the same random batches, so losses can be
-compared; --run_shards leaves layouts out of that, for 8 whole copies take their time on one processor. Devices are fake
-ones of this processor: bytes are those of XLA's program for it, and seconds tell nothing of real devices.
+`run` (`experiments.benchmark catalogue`) asks for the memory per device, with the item embedding whole on each device
+and in shards. The step of an experiment's model over all devices is compiled from shapes alone, and XLA says what it
+needs: its arguments (parameters, Adam's moments, the batch), what it returns beside them, and temporary arrays.
+Catalogues up to --run_up_to are trained for a few steps too, from the same initial values on the same random batches,
+so losses can be compared; --run_shards leaves layouts out of that, for 8 whole copies take their time on one processor.
+Devices are fake ones of this processor: bytes are those of XLA's program for it, and seconds tell nothing of real ones.
+
+`run_sampled` (`experiments.benchmark sampled`) takes three forms of the step through the same random batches on one
+device: full softmax with Adam, sampled softmax with Adam, which still moves every row of the item table, and sampled
+softmax with lazy Adam, which touches those rows alone that the step reads.
 """
 
 import argparse
@@ -23,6 +28,8 @@ import jax
 import numpy as np
 from rich.table import Table
 
+from experiments.benchmarks.timing import step_form, time_in_turns
+from experiments.benchmarks.train_step import Step, planned_memory
 from experiments.configs import load_config
 from tim4rec_jax.config import ExperimentConfig, ModelConfig, ParallelConfig
 from tim4rec_jax.data.length_groups import plan_packed_rows
@@ -33,25 +40,26 @@ from tim4rec_jax.models.catalogue_shards import shardings
 from tim4rec_jax.run_dir import environment
 from tim4rec_jax.training.catalogue_parallel import choose_optimizer, choose_step
 from tim4rec_jax.training.parallel import make_layout
-from tim4rec_jax.training.step import TrainState, init_state
+from tim4rec_jax.training.step import init_state
 
 _DEVICE_COUNT = "--xla_force_host_platform_device_count"
 _BYTES = {"f64": 8, "s64": 8, "f32": 4, "s32": 4, "u32": 4, "bf16": 2, "f16": 2, "pred": 1, "s8": 1, "u8": 1}
+FORMS = ("full", "sampled", "lazy")
 _TINY = {"d_model": 16, "d_state": 8, "head_dim": 16, "num_layers": 1}
 
 
 class _GivenBatches:
-    """A loader whose payload is the batch; negatives are drawn uniformly."""
+    """A loader that hands batches on; negatives are drawn uniformly."""
 
     resident = ()
 
     def __init__(self, vocab_size: int, num_negatives: int | None) -> None:
         self._proposal, self._num_negatives = Proposal(None, vocab_size), num_negatives
 
-    def batch(self, resident: Any, payload: PackedBatch) -> PackedBatch:
-        return payload
+    def batch(self, _: Any, batch: PackedBatch) -> PackedBatch:
+        return batch
 
-    def negatives(self, resident: Any, key: jax.Array) -> Negatives:
+    def negatives(self, _: Any, key: jax.Array) -> Negatives:
         return draw_negatives(self._proposal, key, self._num_negatives)
 
 
@@ -64,27 +72,39 @@ def model_settings(options: argparse.Namespace, items: int, length: int, **chang
 
 
 def settings_of(options: argparse.Namespace, items: int, shards: int, rows: int, length: int) -> ExperimentConfig:
-    """Returns the experiment's settings for a catalogue in `shards` parts and batches of `rows` by `length`."""
+    """Returns the experiment's settings for a catalogue in `shards` and batches of `rows` by `length`."""
     base = load_config(options.config)
     model = model_settings(options, items, length, vocab_multiple=math.lcm(64, shards))
     train = dataclasses.replace(base.train, batch_size=rows)
     return dataclasses.replace(base, model=model, train=train, parallel=ParallelConfig("sharded", shards))
 
 
-class Step:
-    """The step of one layout; nothing of the size of the catalogue is allocated before `run`."""
+class LayoutStep:
+    """The step of one layout; nothing of the size of the catalogue is allocated before `start`."""
 
     def __init__(self, config: ExperimentConfig) -> None:
+        """Compiles the step from shapes and where they lie."""
         self.config, self.layout = config, make_layout(config.parallel)
-        model = build_model(config.model)
-        self.optimizer = choose_optimizer(config, 1000)
-        self.make_state = functools.partial(init_state, model, self.optimizer, config.train.seed)
+        model, optimizer = build_model(config.model), choose_optimizer(config, 1000)
+        self._make_state = functools.partial(init_state, model, optimizer, config.train.seed)
         groups = plan_packed_rows(
-            config.model.max_len, batch_size=self.layout.rows_per_device(config.train.batch_size),
-            microbatch_tokens=config.train.microbatch_tokens, platform=jax.default_backend(),
-        )  # fmt: skip
+            config.model.max_len,
+            batch_size=self.layout.rows_per_device(config.train.batch_size),
+            microbatch_tokens=config.train.microbatch_tokens,
+            platform=jax.default_backend(),
+        )
         loader = _GivenBatches(config.model.vocab_size, config.train.num_negatives)
-        self.step = functools.partial(choose_step(config), model, self.optimizer, config, groups, loader)
+        step = functools.partial(choose_step(config), model, optimizer, config, groups, loader)
+        self.step = Step(self.layout.wrap(step), self._shapes(), self.batch(0))
+
+    def _shapes(self) -> Any:
+        """Returns the state's shapes, and on several devices how they are sharded."""
+        state, mesh = jax.eval_shape(self._make_state), self.layout.mesh
+        if mesh is None:
+            return state
+        whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+        sharded = shardings(mesh, state) if self.layout.catalogue_shards > 1 else jax.tree.map(lambda _: whole, state)
+        return jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), state, sharded)
 
     def batch(self, seed: int) -> PackedBatch:
         """Returns random packed rows, whose number fills all devices, on the devices."""
@@ -97,33 +117,19 @@ class Step:
         times = np.cumsum(rng.integers(0, 86_400, shape), axis=1).astype(np.int32)
         return self.layout.split(PackedBatch(items, starts, times, targets, np.ones(shape, np.float32)))
 
-    def compiled(self) -> Any:
-        """Compiles the step from shapes and where they lie."""
-        state = jax.eval_shape(self.make_state)
-        if self.layout.mesh is not None:
-            state = jax.tree.map(
-                lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
-                state, shardings(self.layout.mesh, state) if self.layout.catalogue_shards > 1 else self._whole(state),
-            )  # fmt: skip
-        return self.layout.wrap(self.step).lower(state, (), self.batch(0)).compile()
+    def start(self) -> Step:
+        """Returns the step with its initial state, where it lies."""
+        self.step.state = jax.block_until_ready(self.layout.create(self._make_state))
+        return self.step
 
-    def _whole(self, shapes: Any) -> Any:
-        everywhere = jax.sharding.NamedSharding(self.layout.mesh, jax.sharding.PartitionSpec())
-        return jax.tree.map(lambda _: everywhere, shapes)
-
-    def start(self) -> TrainState:
-        """Returns the initial state, where it lies."""
-        return jax.block_until_ready(self.layout.create(self.make_state))
-
-    def run(self, compiled: Any, steps: int) -> dict[str, Any]:
-        """Trains from the initial values; returns losses and seconds a step."""
+    def run(self, steps: int) -> dict[str, Any]:
+        """Trains from the initial values; returns losses and seconds per step."""
         began = time.perf_counter()
-        state = self.start()
+        step = self.start()
         found: dict[str, Any] = {"initial_seconds": time.perf_counter() - began, "losses": [], "seconds": []}
         for number in range(steps):
             batch, began = self.batch(number), time.perf_counter()
-            state, loss = compiled(state, (), batch)
-            found["losses"].append(float(loss))
+            found["losses"].append(step(batch))
             found["seconds"].append(time.perf_counter() - began)
         return found
 
@@ -134,35 +140,28 @@ def largest_array(hlo: str) -> int:
     return max(_BYTES[dtype] * math.prod(map(int, dims.split(","))) for dtype, dims in sizes)
 
 
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
-
-
 def measure(options: argparse.Namespace, items: int, shards: int) -> dict[str, Any]:
     """Compiles the step of one layout, and runs it where it is small enough."""
-    _say(f"{items:,} items in {shards} parts: compiling")
+    print(f"{items:,} items in {shards} shards: compiling", file=sys.stderr, flush=True)
     config = settings_of(options, items, shards, options.batch_rows, options.length)
-    step = Step(config)
-    compiled = step.compiled()
-    memory = compiled.memory_analysis()
+    step = LayoutStep(config)
+    memory = planned_memory(step.step.compiled)
     found = {
         "items": items,
         "shards": shards,
         "devices": step.layout.num_devices,
         "embedding_bytes": 4 * config.model.embedding_rows * config.model.d_model,
-        "argument_bytes": memory.argument_size_in_bytes,
-        # The new state takes the place of the old one.
-        "output_bytes": memory.output_size_in_bytes - memory.alias_size_in_bytes,
-        "temp_bytes": memory.temp_size_in_bytes,
-        "largest_array_bytes": largest_array(compiled.as_text()),
+        "argument_bytes": memory["argument_bytes"],
+        "output_bytes": memory["result_bytes"],
+        "temp_bytes": memory["temporary_bytes"],
+        "largest_array_bytes": largest_array(step.step.compiled.as_text()),
+        "bytes": sum(memory.values()),
     }
-    found["bytes"] = found["argument_bytes"] + found["output_bytes"] + found["temp_bytes"]
     if items <= options.run_up_to and shards in options.run_shards:
         if (options.run_rows, options.run_length) != (options.batch_rows, options.length):
-            step = Step(settings_of(options, items, shards, options.run_rows, options.run_length))
-            compiled = step.compiled()
-        _say(f"{items:,} items in {shards} parts: training")
-        found["run"] = step.run(compiled, options.steps)
+            step = LayoutStep(settings_of(options, items, shards, options.run_rows, options.run_length))
+        print(f"{items:,} items in {shards} shards: training", file=sys.stderr, flush=True)
+        found["run"] = step.run(options.steps)
     return found
 
 
@@ -171,52 +170,63 @@ def sizes(text: str) -> list[int]:
     return [int(float(size)) for size in text.split(",")]
 
 
+def _require_sizes(options: argparse.Namespace, *names: str) -> None:
+    """Checks what both benchmarks ask for.
+
+    Raises:
+      ValueError: for sizes under 1, or an experiment that does not train on all positions.
+    """
+    for name in names:
+        if getattr(options, name) < 1:
+            raise ValueError(f"--{name}={getattr(options, name)} must be at least 1")
+    if min(options.items) < 1:
+        raise ValueError(f"--items={','.join(map(str, options.items))}: expected sizes of at least 1")
+    if load_config(options.config).train.positions != "all":
+        raise ValueError(f"--config={options.config}: choose one with train.positions='all', as ml1m_tim4rec_causal")
+
+
 def _parse(rest: list[str]) -> argparse.Namespace:
     """Reads the options of this benchmark.
 
     Raises:
-      ValueError: for sizes under 1, or parts that do not divide the devices.
+      ValueError: for sizes under 1, shards that do not divide the devices, or an experiment that does not train on all
+        positions.
     """
     parser = argparse.ArgumentParser(prog="experiments.benchmark catalogue", allow_abbrev=False)
     parser.add_argument("--config", default="ml1m_tim4rec_causal", help="experiment whose model is trained")
     parser.add_argument("--items", type=sizes, default="1e6,1e7", help="sizes of the catalogue")
     parser.add_argument("--devices", type=int, default=8, help="fake devices")
-    parser.add_argument("--shards", type=sizes, default="1,8", help="parts of the item embedding; 1 is whole")
+    parser.add_argument("--shards", type=sizes, default="1,8", help="shards of the item embedding; 1 is whole")
     parser.add_argument("--batch_rows", type=int, default=16, help="packed rows of a batch in the compiled step")
     parser.add_argument("--length", type=int, default=200, help="positions of its rows")
     parser.add_argument("--run_up_to", type=float, default=1e6, help="largest catalogue that is trained")
-    parser.add_argument("--run_shards", type=sizes, help="parts with which it is trained; all by default")
+    parser.add_argument("--run_shards", type=sizes, help="shards with which it is trained; all by default")
     parser.add_argument("--run_rows", type=int, default=8, help="packed rows of a batch when training")
     parser.add_argument("--run_length", type=int, default=8, help="positions of its rows")
     parser.add_argument("--steps", type=int, default=2, help="training steps")
     parser.add_argument("--tiny", action="store_true", help="a tiny model, to try the benchmark out")
     options = parser.parse_args(rest)
     options.run_shards = options.run_shards or options.shards
-    for name in ("devices", "batch_rows", "length", "run_rows", "run_length", "steps"):
-        if getattr(options, name) < 1:
-            raise ValueError(f"--{name}={getattr(options, name)} must be at least 1")
-    if min(options.items) < 1:
-        raise ValueError(f"--items={','.join(map(str, options.items))}: expected sizes of at least 1")
+    _require_sizes(options, "devices", "batch_rows", "length", "run_rows", "run_length", "steps")
     for shards in options.shards:
         if shards < 1 or options.devices % shards:
             raise ValueError(f"--shards={shards} must divide --devices={options.devices}")
-    if load_config(options.config).train.positions != "all":
-        raise ValueError(f"--config={options.config}: choose one with train.positions='all', as ml1m_tim4rec_causal")
     return options
 
 
 def report(results: list[dict[str, Any]]) -> Table:
-    """Bytes a device, a row a layout."""
-    table = Table(title="A training step: MB a device (10^6 bytes)", title_justify="left")
-    for column in ("items", "parts", "arguments", "outputs", "temporary", "together", "last loss", "s/step"):
+    """Bytes per device, a row per layout."""
+    table = Table(title="A training step: MB per device (10^6 bytes)", title_justify="left")
+    for column in ("items", "shards", "arguments", "outputs", "temporary", "together", "last loss", "s/step"):
         table.add_column(column, justify="right")
     for one in results:
         ran = one.get("run")
         table.add_row(
-            f"{one['items']:,}", f"{one['shards']} of {one['devices']}",
+            f"{one['items']:,}",
+            f"{one['shards']} of {one['devices']}",
             *(f"{one[name] / 1e6:,.1f}" for name in ("argument_bytes", "output_bytes", "temp_bytes", "bytes")),
             *((f"{ran['losses'][-1]:.6f}", f"{ran['seconds'][-1]:.1f}") if ran else ("not run", "")),
-        )  # fmt: skip
+        )
     return table
 
 
@@ -248,6 +258,83 @@ def _measure_all(options: argparse.Namespace) -> dict[str, Any]:
     about = environment()
     results = [measure(options, items, shards) for items in options.items for shards in options.shards]
     return {"environment": about, "results": results}
+
+
+def sampled_settings(options: argparse.Namespace, items: int, form: str) -> ExperimentConfig:
+    """Returns the experiment's settings for a catalogue and a form of the step."""
+    base = load_config(options.config)
+    model = model_settings(options, items, options.length)
+    sampled = {
+        "loss": "sampled_ce",
+        "num_negatives": options.negatives,
+        "table_optimizer": "lazy_adam" if form == "lazy" else "adam",
+    }
+    changes = {} if form == "full" else sampled
+    train = dataclasses.replace(base.train, batch_size=options.batch_rows, weight_decay=0.0, **changes)
+    return dataclasses.replace(base, model=model, train=train, parallel=ParallelConfig("single"))
+
+
+def measure_sampled(options: argparse.Namespace, items: int, repeats: int) -> list[dict[str, Any]]:
+    """Times the forms of the step for one catalogue."""
+    print(f"{items:,} items", file=sys.stderr, flush=True)
+    names = [name for name in FORMS if name != "full" or items <= options.full_up_to]
+    steps = {name: LayoutStep(sampled_settings(options, items, name)) for name in names}
+    forms = {
+        name: step_form(step.start(), [step.batch(number) for number in range(repeats + 1)])
+        for name, step in steps.items()
+    }
+    readings = time_in_turns(forms, repeats=repeats)
+    return [
+        {
+            "items": items,
+            "form": name,
+            "seconds": readings[name].seconds,
+            "median_seconds": readings[name].median,
+            "temp_bytes": planned_memory(step.step.compiled)["temporary_bytes"],
+        }
+        for name, step in steps.items()
+    ]
+
+
+def _parse_sampled(rest: list[str]) -> argparse.Namespace:
+    """Reads the options of this benchmark.
+
+    Raises:
+      ValueError: for sizes under 1, or an experiment that does not train on all positions.
+    """
+    parser = argparse.ArgumentParser(prog="experiments.benchmark sampled", allow_abbrev=False)
+    parser.add_argument("--config", default="ml1m_tim4rec_causal", help="experiment whose model is trained")
+    parser.add_argument("--items", type=sizes, default="1e4,1e5,1e6", help="sizes of the catalogue")
+    parser.add_argument("--full_up_to", type=float, default=1e6, help="largest catalogue for the full softmax")
+    parser.add_argument("--negatives", type=int, default=8192, help="items drawn per step")
+    parser.add_argument("--batch_rows", type=int, default=4, help="packed rows of a batch")
+    parser.add_argument("--length", type=int, default=200, help="positions of its rows")
+    parser.add_argument("--tiny", action="store_true", help="a tiny model, to try the benchmark out")
+    options = parser.parse_args(rest)
+    _require_sizes(options, "negatives", "batch_rows", "length")
+    return options
+
+
+def report_sampled(results: list[dict[str, Any]]) -> Table:
+    """Milliseconds per step, a row per catalogue, and how much faster the lazy form is than the full one."""
+    table = Table(title="A training step: milliseconds, median", title_justify="left")
+    for column in ("items", *FORMS, "full / lazy"):
+        table.add_column(column, justify="right")
+    for items in dict.fromkeys(one["items"] for one in results):
+        times = {one["form"]: one["median_seconds"] for one in results if one["items"] == items}
+        cells = [f"{1e3 * times[form]:,.0f}" if form in times else "not run" for form in FORMS]
+        ratio = f"{times['full'] / times['lazy']:.1f}" if "full" in times else ""
+        table.add_row(f"{items:,}", *cells, ratio)
+    return table
+
+
+def run_sampled(options: argparse.Namespace, rest: list[str]) -> tuple[dict[str, Any], Table]:
+    """Measures what `rest` asks for; returns the record and its table."""
+    chosen = _parse_sampled(rest)
+    about = environment() | {"command": list(sys.orig_argv)}
+    results = [one for items in chosen.items for one in measure_sampled(chosen, items, options.repeats)]
+    settings = vars(chosen) | {"repeats": options.repeats}
+    return {"environment": about, "settings": settings, "results": results}, report_sampled(results)
 
 
 if __name__ == "__main__":

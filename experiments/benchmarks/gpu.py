@@ -23,16 +23,16 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
-from experiments.benchmarks import gpu_correctness, gpu_operators, gpu_training
-from experiments.benchmarks.gpu_clock import Budget, Settings, reason
+from experiments.benchmarks import operator_speed, operators, train_step
+from experiments.benchmarks.timing import Budget, Part, Settings, reason
 from tim4rec_jax.files import write_atomically
 from tim4rec_jax.run_dir import environment
 
 # Part, share of the budget, and what fills its record.
 _PARTS = {
-    "correctness": (0.3, gpu_correctness.run),
-    "ops": (0.45, gpu_operators.run),
-    "train_step": (0.25, gpu_training.run),
+    "correctness": (0.3, operators.check_all),
+    "ops": (0.45, operator_speed.time_all),
+    "train_step": (0.25, train_step.time_kernels),
 }
 # JAX takes this share of the device's memory at once and leaves the rest to PyTorch.
 _MEMORY_SHARE = "0.6"
@@ -74,19 +74,24 @@ def _versions() -> dict[str, str | None]:
 
 
 def _run_parts(
-    parts: list[str], settings: Settings, rng: np.random.Generator, budget: Budget, record: dict[str, Any],
-    saved: Callable[[str], None],
-) -> None:  # fmt: skip
-    """Runs the parts in their order, each with its share of what time is left."""
-    chosen = [part for part in _PARTS if part in parts]
-    for index, part in enumerate(chosen):
-        record[part] = {}
-        share = _PARTS[part][0] / sum(_PARTS[name][0] for name in chosen[index:])
+    chosen: list[str],
+    settings: Settings,
+    seed: int,
+    budget: Budget,
+    record: dict[str, Any],
+    save: Callable[[str], None],
+) -> None:
+    """Runs the parts, each with its share of what time is left."""
+    rng = np.random.default_rng(seed)
+    for index, name in enumerate(chosen):
+        share, run_part = _PARTS[name]
+        share /= sum(_PARTS[other][0] for other in chosen[index:])
+        record[name] = {}
         try:
-            _PARTS[part][1](settings, rng, budget.share(share), record[part], saved)
+            run_part(Part(settings, rng, budget.share(share), record[name], save))
         except Exception as error:  # The next part may still work.
-            record[part]["error"] = reason(error)
-        saved(f"end of {part}")
+            record[name]["error"] = reason(error)
+        save(f"end of {name}")
 
 
 def run(options: argparse.Namespace, rest: list[str]) -> tuple[dict[str, Any], Table]:
@@ -103,13 +108,13 @@ def run(options: argparse.Namespace, rest: list[str]) -> tuple[dict[str, Any], T
         | {"parts": chosen.parts, "budget_seconds": chosen.budget_seconds, "seed": seed},
     }
 
-    def saved(label: str) -> None:
+    def save(label: str) -> None:
         print(f"{budget.left():6.0f} s left, done: {label}", file=sys.stderr, flush=True)
         if options.output:
             whole = {"benchmark": "gpu", **record}
             write_atomically(options.output, (json.dumps(whole, indent=2) + "\n").encode())
 
-    _run_parts(chosen.parts, settings, np.random.default_rng(seed), budget, record, saved)
+    _run_parts([name for name in _PARTS if name in chosen.parts], settings, seed, budget, record, save)
     correctness = record.get("correctness", {})
     record["failed"] = bool(correctness.get("failed") or correctness.get("error"))
     return record, report(record)
@@ -119,7 +124,7 @@ def _operator_row(result: dict[str, Any], ours: str) -> tuple[str, ...]:
     """One line on an operator: our times, our share of the floor, and what other forms take in ours."""
     seconds = {name: form["median_seconds"] for name, form in result["forms"].items()}
     label = f"{result['op']} {' '.join(f'{axis}{size}' for axis, size in result['sizes'].items())}"
-    own = [seconds.get(f"{ours}: {of}") for of in gpu_operators.PASSES]
+    own = [seconds.get(f"{ours}: {of}") for of in operator_speed.PASSES]
     shown = ["" if s is None else f"{1e6 * s:.0f}" for s in own]
     floor = result["forms"].get(f"{ours}: forward_backward", {}).get("fraction_of_floor")
     others = [

@@ -6,9 +6,9 @@ whole       the whole history is read again, up to --longest events
 table       one event of every user through the table of states by raw id (`UserTable.add` and `flush`)
 answer      ranking the catalogue for every user (`Streamer.top_k`, 10 items)
 
-First one user, whose history grows (--histories): microseconds an event by step, window and whole. Then many users with
-histories of max_len (--users): events a second by step, table and window, and answers a second. Parameters, items and
-gaps are random, which costs what trained ones cost.
+First one user, whose history grows (--histories): microseconds per event by step, window and whole. Then many users
+with histories of max_len (--users): events per second by step, table and window, and answers per second. Parameters,
+items and gaps are random, which costs what trained ones cost.
 """
 
 import argparse
@@ -16,10 +16,7 @@ import dataclasses
 import functools
 import itertools
 import pathlib
-import statistics
 import sys
-import time
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -27,6 +24,7 @@ import numpy as np
 import polars as pl
 from rich.table import Table
 
+from experiments.benchmarks.timing import Form, time_in_turns
 from experiments.configs import load_config
 from experiments.family import exact_order
 from tim4rec_jax.config import ExperimentConfig
@@ -42,8 +40,6 @@ START = 978_300_000
 LISTED = 10
 # Positions of one call that reads histories again.
 WINDOW_TOKENS = 2**15
-
-Form = Callable[[], Any]
 
 
 def _numbers(text: str) -> list[int]:
@@ -64,7 +60,7 @@ def _parse(rest: list[str]) -> argparse.Namespace:
     parser.add_argument("--users", type=_numbers, default="1,64,4096", help="users of a call")
     parser.add_argument("--seconds", type=float, default=0.3, help="least time of a reading")
     parser.add_argument("--seed", type=int, default=0, help="of items, gaps and parameters")
-    parser.add_argument("--figure", type=pathlib.Path, help="PNG of microseconds an event over the history")
+    parser.add_argument("--figure", type=pathlib.Path, help="PNG of microseconds per event over the history")
     parser.add_argument("--tiny", action="store_true", help="sizes at which the program can be tried out")
     options = parser.parse_args(rest)
     for name in ("histories", "users"):
@@ -124,7 +120,7 @@ class Served:
             held[0], hidden = self.streamer.step(held[0], event, last)
             return hidden
 
-        return step
+        return Form(step)
 
     def reading(self, items: np.ndarray, times: np.ndarray, longest: int) -> Form:
         """Makes a form that reads the last `longest` events of every history again, some rows after the other."""
@@ -139,15 +135,13 @@ class Served:
             parts = [slice(first, first + rows) for first in range(0, len(items), rows)]
             return [self._encode(self.params, padded[0][part], lengths[part], padded[1][part]) for part in parts]
 
-        return read
+        return Form(read)
 
     def tabling(self, items: np.ndarray, times: np.ndarray) -> Form:
         """Makes a form that gives one event of every user to a table of states."""
         empty = pl.DataFrame({"user_id": [], "items": [], "timestamps": []})
         ids = [str(i) for i in range(1, self.streamer.num_items + 1)]
-        recommender = Recommender(
-            self.model, self.params, self.config, item_ids=ids, titles=None, histories=empty
-        )  # fmt: skip
+        recommender = Recommender(self.model, self.params, self.config, item_ids=ids, titles=None, histories=empty)
         table = UserTable(recommender, keep_items=False)
         events = [
             Event(f"user {i}", str(item), int(t))
@@ -159,7 +153,7 @@ class Served:
             table.flush()
             return table.hidden
 
-        return add
+        return Form(add)
 
     def answering(self, items: np.ndarray, times: np.ndarray) -> Form:
         """Makes a form that ranks the catalogue for every history."""
@@ -168,25 +162,7 @@ class Served:
         _, hidden = self.streamer.extend(
             self.streamer.init_state(len(items)), items[:, first], lengths, times[:, first]
         )
-        return lambda: self.streamer.top_k(hidden, LISTED)
-
-
-def measure(forms: dict[str, Form], repeats: int, least_seconds: float) -> dict[str, list[float]]:
-    """Runs forms in turns; returns the seconds of one call, a number a reading."""
-    calls = {}
-    for name, form in forms.items():
-        jax.block_until_ready(form())
-        began = time.perf_counter()
-        jax.block_until_ready(form())
-        calls[name] = max(1, round(least_seconds / (time.perf_counter() - began)))
-    seconds: dict[str, list[float]] = {name: [] for name in forms}
-    for _, (name, form) in itertools.product(range(repeats), forms.items()):
-        began = time.perf_counter()
-        for _ in range(calls[name]):
-            result = form()
-        jax.block_until_ready(result)
-        seconds[name].append((time.perf_counter() - began) / calls[name])
-    return seconds
+        return Form(lambda: self.streamer.top_k(hidden, LISTED))
 
 
 def grow(served: Served, options: argparse.Namespace, repeats: int) -> list[dict[str, Any]]:
@@ -199,9 +175,9 @@ def grow(served: Served, options: argparse.Namespace, repeats: int) -> list[dict
         forms["window"] = served.reading(items, times, served.config.model.max_len)
         if length <= options.longest:
             forms["whole"] = served.reading(items, times, length)
-        for name, seconds in measure(forms, repeats, options.seconds).items():
-            median = statistics.median(seconds)
-            results.append({"history": length, "form": name, "seconds": seconds, "microseconds_an_event": 1e6 * median})
+        for name, found in time_in_turns(forms, repeats=repeats, least_seconds=options.seconds).items():
+            times = {"seconds": found.seconds, "microseconds_an_event": 1e6 * found.median}
+            results.append({"history": length, "form": name, **times})
     return results
 
 
@@ -212,24 +188,26 @@ def widen(served: Served, options: argparse.Namespace, repeats: int) -> list[dic
         print(f"{users:,} users", file=sys.stderr, flush=True)
         drawn = draw(served.rng, users, served.config.model.max_len, options.items)
         forms = {
-            "step": served.stepping(*drawn), "table": served.tabling(*drawn), "answer": served.answering(*drawn),
+            "step": served.stepping(*drawn),
+            "table": served.tabling(*drawn),
+            "answer": served.answering(*drawn),
             "window": served.reading(*drawn, served.config.model.max_len),
-        }  # fmt: skip
-        for name, seconds in measure(forms, repeats, options.seconds).items():
-            median = statistics.median(seconds)
-            results.append({"users": users, "form": name, "seconds": seconds, "users_a_second": users / median})
+        }
+        for name, found in time_in_turns(forms, repeats=repeats, least_seconds=options.seconds).items():
+            times = {"seconds": found.seconds, "users_a_second": users / found.median}
+            results.append({"users": users, "form": name, **times})
     return results
 
 
 def report(growing: list[dict[str, Any]], wide: list[dict[str, Any]], state_bytes: int, title: str) -> Table:
     """Both measurements in one table."""
-    table = Table(title=f"{title}: {state_bytes:,} bytes of state a user", title_justify="left")
+    table = Table(title=f"{title}: {state_bytes:,} bytes of state per user", title_justify="left")
     for column in ("", "step", "window", "whole", "table", "answer"):
         table.add_column(column, justify="right")
     names = ("step", "window", "whole", "table", "answer")
     for heading, results, key, value in (
-        ("events of one user: microseconds an event", growing, "history", "microseconds_an_event"),
-        ("users in a call: users a second", wide, "users", "users_a_second"),
+        ("events of one user: microseconds per event", growing, "history", "microseconds_an_event"),
+        ("users in a call: users per second", wide, "users", "users_a_second"),
     ):
         table.add_section()
         table.add_row(heading, style="bold")
@@ -240,7 +218,7 @@ def report(growing: list[dict[str, Any]], wide: list[dict[str, Any]], state_byte
 
 
 def draw_figure(growing: list[dict[str, Any]], title: str, path: pathlib.Path) -> None:
-    """Draws microseconds an event over the length of the history."""
+    """Draws microseconds per event over the length of the history."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6.4, 4), layout="constrained")
@@ -252,7 +230,7 @@ def draw_figure(growing: list[dict[str, Any]], title: str, path: pathlib.Path) -
             [one["history"] for one in chosen], [one["microseconds_an_event"] for one in chosen], "o-", label=label
         )
     axes.set(
-        xscale="log", yscale="log", xlabel="events of the user so far", ylabel="microseconds an event", title=title
+        xscale="log", yscale="log", xlabel="events of the user so far", ylabel="microseconds per event", title=title
     )
     axes.legend()
     figure.savefig(path, dpi=120)
@@ -269,7 +247,11 @@ def run(options: argparse.Namespace, rest: list[str]) -> tuple[dict[str, Any], T
         draw_figure(growing, chosen.config, chosen.figure)
     settings = {name: value for name, value in vars(chosen).items() if name != "figure"} | {"repeats": options.repeats}
     record = {
-        "environment": environment(), "settings": settings, "model": dataclasses.asdict(config.model),
-        "state_bytes": served.streamer.state_bytes(), "history": growing, "users": wide,
-    }  # fmt: skip
+        "environment": environment(),
+        "settings": settings,
+        "model": dataclasses.asdict(config.model),
+        "state_bytes": served.streamer.state_bytes(),
+        "history": growing,
+        "users": wide,
+    }
     return record, report(growing, wide, record["state_bytes"], chosen.config)

@@ -1,19 +1,39 @@
-"""The training step in three forms and in plain PyTorch, in turns over the same real batches.
+"""The training step: its savings one by one, its kernels on and off, six models side by side, and PyTorch's.
 
+`run` (`experiments.benchmark train_step`) takes forms of it through the same real batches:
 padded          every layer at every one of max_len positions
 read_positions  the last layer only where it is read
 grouped         that, and rows of like length together (what training runs)
 pytorch         the PyTorch twin, padded, Adam, the same arithmetic dtype
+
+`time_kernels` (a part of `experiments.benchmark gpu`) switches kernels on and off at the paper's settings, in several
+precisions and groups. Both frameworks find their batches on the device and wait for the loss of every step.
+
+`run_models` (`experiments.benchmark models`) trains and evaluates the six models at the paper's shapes:
+ml1m            200 positions, 3,417 rows of the item table
+beauty          50 positions, 12,102 rows
+full            every row as long as there are positions
+real            lengths with a geometric tail and the mean that the log's training rows have (118.0 and 8.4)
+training        what `experiments.train` runs on one batch: rows of like length together, loss, gradients, Adam
+evaluation      `encode_last` and all scores of one batch, rows of like length together
+
+Items, gaps and targets of the last two are random. A batch of models has --tokens positions, padding included (12,800:
+64 rows of 200 or 256 of 50), so that a CPU is done in minutes; the paper's batches have 2048 rows (--tokens=409600 and
+102400). Memory is what the compiler plans for the program: temporaries beside its arguments (parameters, for training
+also Adam's moments, and the batch) and results; it is not what a process holds.
 """
 
 import argparse
 import dataclasses
 import functools
 import itertools
+import math
+import pathlib
 import resource
-import statistics
+import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -21,11 +41,15 @@ import jax.numpy as jnp
 import numpy as np
 from rich.table import Table
 
+from experiments.benchmarks.operators import PRECISIONS, matmul_precision
+from experiments.benchmarks.opponents import require_torch, torch_step, torch_step_forms
+from experiments.benchmarks.timing import Form, Part, Settings, build_all, over, step_form, time_in_turns
+from experiments.configs import MODEL_NAMES, load_config
 from experiments.train import parse as parse_experiment
-from tim4rec_jax.config import ExperimentConfig
+from tim4rec_jax.config import ExperimentConfig, ModelConfig, TrainConfig
 from tim4rec_jax.data.interactions import InteractionLog, load_log, with_precision
 from tim4rec_jax.data.length_groups import LengthGroup, plan_length_groups
-from tim4rec_jax.data.loader import GrainLoader
+from tim4rec_jax.data.loader import Batch, GrainLoader
 from tim4rec_jax.data.splits import split_log
 from tim4rec_jax.models import build_model
 from tim4rec_jax.models.tim4rec import TiM4Rec
@@ -33,7 +57,72 @@ from tim4rec_jax.run_dir import environment
 from tim4rec_jax.training.step import init_state, make_optimizer, train_step
 from tim4rec_jax.typing import Array
 
-Step = Callable[[Any], None]
+_BATCHES = 4
+# The setting of each operator's backend, and its value without our kernels.
+_SWITCHES = {
+    "ssd": (ModelConfig, "ssd_implementation", "xla"),
+    "conv": (ModelConfig, "conv_implementation", "xla"),
+    "loss": (TrainConfig, "loss_implementation", None),
+}
+# Data set -> rows of its item table, and the mean length of its training rows.
+_DATA = {"ml1m": (3417, 118.0), "beauty": (12_102, 8.4)}
+# Of its batches in the paper, of 2048 rows.
+_PAPER_TOKENS = {"ml1m": 409_600, "beauty": 102_400}
+_TINY = {"max_len": 8, "d_model": 16, "num_layers": 1, "d_state": 4, "head_dim": 16, "inner_size": 32}
+_TINY_DATA = (30, 4.0)
+ROWS = ("full", "real")
+WORK = ("training", "evaluation")
+BASELINE = "sasrec"
+MEMORY = (
+    "planned by the compiler: temporaries, arguments (parameters, Adam's moments, batch) and results of the program"
+)
+
+
+def planned_memory(compiled: Any) -> dict[str, int]:
+    """Returns the bytes that the compiler plans for a program, by kind, see `MEMORY`."""
+    planned = compiled.memory_analysis()
+    return {
+        "temporary_bytes": planned.temp_size_in_bytes,
+        "argument_bytes": planned.argument_size_in_bytes,
+        # What takes the place of a donated argument is counted there.
+        "result_bytes": planned.output_size_in_bytes - planned.alias_size_in_bytes,
+    }
+
+
+class Step:
+    """A compiled training step, with the state that it goes on from.
+
+    Attributes:
+      compiled: the program, which takes its state's buffers for the new state.
+      compile_seconds: how long compiling took.
+      state: at first the one it was compiled for.
+    """
+
+    def __init__(self, jitted: Any, state: Any, batch: Any) -> None:
+        """Compiles (state, (), batch) -> (state, loss) for a batch and a state, or for shapes of these."""
+        began = time.perf_counter()
+        self.compiled = jitted.lower(state, (), batch).compile()
+        self.compile_seconds = time.perf_counter() - began
+        self.state = state
+
+    def __call__(self, batch: Any) -> float:
+        """Makes one update, waits for its loss and returns it.
+
+        Raises:
+          FloatingPointError: the loss is no finite number.
+        """
+        self.state, loss = self.compiled(self.state, (), batch)
+        if not math.isfinite(float(loss)):
+            raise FloatingPointError(f"the loss is {float(loss)}")
+        return float(loss)
+
+
+def compile_step(config: ExperimentConfig, model: Any, loader: Any, groups: tuple[LengthGroup, ...]) -> Step:
+    """Compiles the step of one device for a loader's batches, with its initial state."""
+    optimizer = make_optimizer(config.train, total_steps=1000)
+    step = functools.partial(train_step, model, optimizer, config, groups, loader)
+    state = init_state(model, optimizer, config.train.seed)
+    return Step(jax.jit(step, donate_argnums=0), state, next(iter(loader.epoch(1))))
 
 
 class PaddedTiM4Rec(TiM4Rec):
@@ -45,90 +134,41 @@ class PaddedTiM4Rec(TiM4Rec):
         return jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
 
 
-def our_step(
-    config: ExperimentConfig, model: Any, loader: GrainLoader, groups: tuple[LengthGroup, ...]
-) -> tuple[Step, float]:
-    """Returns a function that makes one update and waits for it, and the seconds its compilation took."""
-    optimizer = make_optimizer(config.train, total_steps=1000)
-    state = init_state(model, optimizer, config.train.seed)
-    began = time.perf_counter()
-    step = functools.partial(train_step, model, optimizer, config, groups, loader)
-    compiled = jax.jit(step, donate_argnums=0).lower(state, (), next(loader.epoch(1))).compile()
-    seconds = time.perf_counter() - began
-    held = [state]
-
-    def update(batch: Any) -> None:
-        held[0], loss = compiled(held[0], (), batch)
-        if not np.isfinite(float(loss)):
-            raise FloatingPointError(f"the loss is {float(loss)}")
-
-    return update, seconds
+def groups_of(config: ExperimentConfig, lengths: np.ndarray, **changes: Any) -> tuple[LengthGroup, ...]:
+    """Plans the groups of rows as training does on this platform, but for what `changes` say."""
+    usual = {
+        "max_groups": config.train.length_groups,
+        "batch_size": config.train.batch_size,
+        "vocab_size": config.model.vocab_size,
+        "microbatch_tokens": config.train.microbatch_tokens,
+        "platform": jax.default_backend(),
+    }
+    return plan_length_groups(lengths, config.model.max_len, **(usual | changes))
 
 
-def pytorch_step(config: ExperimentConfig) -> Step:
-    """Returns the same for the PyTorch twin on all cores."""
-    import torch
-
-    from tests.torch_reference.tim4rec import TiM4Rec as Twin
-
-    torch.manual_seed(config.train.seed)
-    model = Twin(config.model).train()
-    optimizer = torch.optim.Adam(model.parameters(), lr=config.train.learning_rate)
-
-    def update(batch: Any) -> None:
-        items, lengths, targets = (
-            torch.from_numpy(a.astype(np.int64)) for a in (batch.items, batch.lengths, batch.targets)
-        )
-        optimizer.zero_grad()
-        loss = model.loss(items, lengths, targets, torch.from_numpy(batch.timestamps))
-        loss.backward()
-        optimizer.step()
-        if not np.isfinite(loss.item()):
-            raise FloatingPointError(f"the loss is {loss.item()}")
-
-    return update
-
-
-def measure(steps: dict[str, Step], batches: Sequence[Any]) -> dict[str, list[float]]:
-    """Runs all forms in turns over the batches, after one warm-up each; returns seconds a step."""
-    for step in steps.values():
-        step(batches[0])
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for batch, (name, step) in itertools.product(batches, steps.items()):
-        began = time.perf_counter()
-        step(batch)
-        seconds[name].append(time.perf_counter() - began)
-    return seconds
-
-
-def benchmark_train_step(config: ExperimentConfig, log: InteractionLog, repeats: int) -> dict[str, Any]:
+def compare_savings(config: ExperimentConfig, log: InteractionLog, repeats: int) -> dict[str, Any]:
     """Measures the training step in all forms on real batches of the log."""
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=log.num_items + 1))
     train, max_len = config.train, config.model.max_len
     examples = split_log(log, config.data).train
     loader = GrainLoader(
-        log, examples, max_len=max_len, batch_size=train.batch_size, seed=train.seed,
+        log,
+        examples,
+        max_len=max_len,
+        batch_size=train.batch_size,
+        seed=train.seed,
         precision=config.data.timestamp_precision,
-    )  # fmt: skip
+    )
     lengths = np.minimum(examples.ends, max_len)
-    plan = functools.partial(
-        plan_length_groups, lengths, max_len, batch_size=train.batch_size, vocab_size=config.model.vocab_size,
-        platform=jax.default_backend(), microbatch_tokens=train.microbatch_tokens,
-    )  # fmt: skip
-    one, several = plan(max_groups=1), plan(max_groups=train.length_groups)
+    one, several = groups_of(config, lengths, max_groups=1), groups_of(config, lengths)
     batches = list(itertools.islice(loader.epoch(1), repeats))
     model = build_model(config.model)
-    forms = {
-        "padded": (PaddedTiM4Rec(config.model), one),
-        "read_positions": (model, one),
-        "grouped": (model, several),
-    }
-    steps, compile_seconds = {}, {}
-    for name, (module, groups) in forms.items():
-        steps[name], compile_seconds[name] = our_step(config, module, loader, groups)
-    steps["pytorch"] = pytorch_step(config)
-    seconds = measure(steps, batches)
-    medians = {name: statistics.median(times) for name, times in seconds.items()}
+    kinds = {"padded": (PaddedTiM4Rec(config.model), one), "read_positions": (model, one), "grouped": (model, several)}
+    steps = {name: compile_step(config, module, loader, groups) for name, (module, groups) in kinds.items()}
+    update, tensors = torch_step(config, "cpu")
+    forms = {name: step_form(step, batches) for name, step in steps.items()}
+    forms["pytorch"] = step_form(lambda batch: update(tensors(batch)), batches)
+    readings = time_in_turns(forms, repeats=len(batches))
     return {
         "config": config.name,
         "batch_size": train.batch_size,
@@ -136,15 +176,15 @@ def benchmark_train_step(config: ExperimentConfig, log: InteractionLog, repeats:
         "mean_length": float(lengths.mean()),
         "groups": [dataclasses.asdict(group) for group in several],
         "steps_an_epoch": loader.num_batches,
-        "seconds": seconds,
-        "median_seconds": medians,
-        "compile_seconds": compile_seconds,
-        "pytorch_over": {name: medians["pytorch"] / medians[name] for name in forms},
+        "seconds": {name: of_form.seconds for name, of_form in readings.items()},
+        "median_seconds": {name: of_form.median for name, of_form in readings.items()},
+        "compile_seconds": {name: step.compile_seconds for name, step in steps.items()},
+        "pytorch_over": {name: over(readings, "pytorch", name) for name in steps},
         "peak_resident_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
     }
 
 
-def report(result: dict[str, Any]) -> Table:
+def report_savings(result: dict[str, Any]) -> Table:
     """The medians and their ratios."""
     table = Table(title=f"{result['config']}: training step, batch {result['batch_size']}, median")
     for column in ("form", "seconds", "PyTorch / this"):
@@ -157,7 +197,382 @@ def report(result: dict[str, Any]) -> Table:
 def run(options: argparse.Namespace, rest: list[str]) -> tuple[dict[str, Any], Table]:
     """Reads the config of `experiments.train` from `rest`; returns the record and its table."""
     config, _, _ = parse_experiment(rest)
+    require_torch()
     log = load_log(config.data)
     config = dataclasses.replace(config, data=with_precision(config.data, log))
-    result = benchmark_train_step(config, log, options.repeats)
-    return {"environment": environment(log.fingerprint), **result}, report(result)
+    result = compare_savings(config, log, options.repeats)
+    return {"environment": environment(log.fingerprint), **result}, report_savings(result)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a training step's cost depends on.
+
+    Attributes:
+      config: of a named experiment.
+      mean_length: of the training rows, cut to max_len.
+    """
+
+    config: ExperimentConfig
+    mean_length: float
+
+
+def sized(name: str, about: tuple[int, float], tokens: int, **sizes: Any) -> Shape:
+    """Returns a named experiment's settings with other sizes.
+
+    Args:
+      name: of the experiment.
+      about: rows of the item table, and the mean length of the training rows.
+      tokens: positions of a batch, padding included.
+      sizes: of the model.
+    """
+    config = load_config(name)
+    model = dataclasses.replace(config.model, vocab_size=about[0], **sizes)
+    train = dataclasses.replace(config.train, batch_size=tokens // model.max_len)
+    return Shape(dataclasses.replace(config, model=model, train=train), about[1])
+
+
+def shapes(tiny: bool) -> tuple[Shape, ...]:
+    """Returns the paper's two settings, with the number of items that the data sets have after cleaning."""
+    if tiny:
+        small = {"max_len": 8, "d_model": 16, "d_state": 16, "head_dim": 16, "dropout": 0.0}
+        small |= {"use_time": False, "use_ffn": False, "d_conv": 2}
+        return (sized("ml1m_tim4rec", _TINY_DATA, 32, **small),)
+    return tuple(sized(f"{data}_tim4rec", about, _PAPER_TOKENS[data]) for data, about in _DATA.items())
+
+
+def draw_lengths(rng: np.random.Generator, mean: float, longest: int, count: int) -> np.ndarray:
+    """Draws lengths with a geometric tail, cut at `longest`, whose mean after the cut is `mean`.
+
+    Raises:
+      ValueError: for a mean that is not between 1 and longest.
+    """
+    if not 1 < mean < longest:
+        raise ValueError(f"mean={mean} must lie between 1 and longest={longest}")
+    # A length is over k with probability ratio^k, so the mean is the sum of these up to longest - 1.
+    low, high = 0.0, 1.0
+    for _ in range(60):
+        ratio = (low + high) / 2
+        low, high = (ratio, high) if np.sum(ratio ** np.arange(longest)) < mean else (low, ratio)
+    return np.minimum(rng.geometric(1 - low, count), longest).astype(np.int32)
+
+
+def draw_batch(shape: Shape, rng: np.random.Generator, *, full: bool = False) -> Batch:
+    """Draws rows of random items at random gaps, from minutes to months; in full ones every position holds an item."""
+    model, rows = shape.config.model, shape.config.train.batch_size
+    lengths = draw_lengths(rng, shape.mean_length, model.max_len, rows)
+    lengths = np.full_like(lengths, model.max_len) if full else lengths
+    real = np.arange(model.max_len) < lengths[:, None]
+    gaps = np.exp(rng.uniform(np.log(60), np.log(1e7), real.shape))
+    seconds = 9e8 + np.cumsum(gaps, axis=1)
+    return Batch(
+        items=np.where(real, rng.integers(1, model.vocab_size, real.shape), 0).astype(np.int32),
+        lengths=lengths,
+        timestamps=np.where(real, seconds, 0).astype(np.float32),
+        targets=rng.integers(1, model.vocab_size, rows).astype(np.int32),
+        weights=np.ones(rows, np.float32),
+    )
+
+
+@dataclass(frozen=True)
+class ResidentBatches:
+    """A loader whose batches lie on the device."""
+
+    batches: list[Batch]
+
+    def epoch(self, _: int) -> Iterator[Batch]:
+        """Yields all batches."""
+        return iter(self.batches)
+
+    def batch(self, _: tuple[()], batch: Batch) -> Batch:
+        """Returns the batch, for it is all that a step gets."""
+        return batch
+
+
+def with_kernels(config: ExperimentConfig, kernels: tuple[str, ...], implementation: str) -> ExperimentConfig:
+    """Returns the settings with the named operators on our kernels and the others in plain JAX.
+
+    Args:
+      config: settings.
+      kernels: of "ssd", "conv" and "loss".
+      implementation: the kernels' name.
+    """
+    parts = {ModelConfig: config.model, TrainConfig: config.train}
+    for op, (owner, name, off) in _SWITCHES.items():
+        value = implementation if op in kernels else off
+        parts[owner] = dataclasses.replace(parts[owner], **{name: value})
+    return dataclasses.replace(config, model=parts[ModelConfig], train=parts[TrainConfig])
+
+
+def our_form(config: ExperimentConfig, precision: str, groups: tuple[LengthGroup, ...], batches: list[Batch]) -> Form:
+    """Compiles our step; its optimiser state lives on in the form."""
+    dtype = "bfloat16" if precision == "bfloat16" else "float32"
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, dtype=dtype))
+    # The context belongs to a thread.
+    with matmul_precision(precision):
+        step = compile_step(config, build_model(config.model), ResidentBatches(batches), groups)
+    return step_form(step, batches)
+
+
+def compare_kernels(
+    shape: Shape, precision: str, settings: Settings, batches: list[Batch], lengths: np.ndarray
+) -> dict:
+    """Times the step with kernels on and off, and PyTorch's, in turns; every row at full length."""
+    choices = {"kernels off": (), "kernels on": tuple(_SWITCHES)}
+    if precision == "tfloat32" and not settings.tiny:
+        choices |= {"kernel of ssd": ("ssd",), "kernels of ssd and conv": ("ssd", "conv")}
+    groups = groups_of(shape.config, lengths, max_groups=1, microbatch_tokens=None, platform="gpu")
+    builders = {
+        name: functools.partial(
+            our_form, with_kernels(shape.config, kernels, settings.implementation), precision, groups, batches
+        )
+        for name, kernels in choices.items()
+    }
+    forms, failed = build_all(builders)
+    others, missing = torch_step_forms(shape.config, precision, batches, settings.tiny)
+    times, untimed = settings.time(forms | others)
+    ratios = {
+        f"{other} over {name}": times[other]["median_seconds"] / times[name]["median_seconds"]
+        for name in forms.keys() & times.keys()
+        for other in others.keys() & times.keys()
+    }
+    record = _about(shape, precision, lengths)
+    return record | {"forms": times, "ratios": ratios, "missing": failed | missing | untimed}
+
+
+def _about(shape: Shape, precision: str, lengths: np.ndarray) -> dict[str, Any]:
+    config = shape.config
+    return {
+        "config": config.name,
+        "precision": precision,
+        "batch_size": config.train.batch_size,
+        "max_len": config.model.max_len,
+        "vocab_size": config.model.vocab_size,
+        "mean_length": float(lengths.mean()),
+    }
+
+
+def sweep_groups(shape: Shape, precision: str, settings: Settings, batches: list[Batch], lengths: np.ndarray) -> dict:
+    """Times our step with kernels on for several numbers of length groups and sizes of microbatches."""
+    tokens = shape.config.train.batch_size * shape.config.model.max_len
+    tried = [(1, None), (2, tokens // 2), (4, tokens // 4), (6, tokens // 8), (6, tokens // 16)]
+    if settings.tiny:
+        tried = [(1, tokens // 2)]
+    config = with_kernels(shape.config, tuple(_SWITCHES), settings.implementation)
+    plans = {
+        f"length_groups={g}, microbatch_tokens={t}": groups_of(
+            config, lengths, max_groups=g, microbatch_tokens=t, platform="gpu"
+        )
+        for g, t in tried
+    }
+    builders = {name: functools.partial(our_form, config, precision, groups, batches) for name, groups in plans.items()}
+    forms, failed = build_all(builders)
+    times, untimed = settings.time(forms)
+    record = _about(shape, precision, lengths)
+    groups = {name: [dataclasses.asdict(group) for group in chosen] for name, chosen in plans.items()}
+    best = min(times, key=lambda name: times[name]["median_seconds"], default=None)
+    return record | {"groups": groups, "forms": times, "best": best, "missing": failed | untimed}
+
+
+def time_kernels(part: Part) -> None:
+    """Measures comparisons and sweeps of the paper's settings."""
+    settings, record = part.settings, part.record
+    record.update({"comparisons": [], "sweep": []})
+    prepared = []
+    for shape in shapes(settings.tiny):
+        batches = [draw_batch(shape, part.rng) for _ in range(_BATCHES)]
+        lengths = np.concatenate([batch.lengths for batch in batches])
+        prepared.append((shape, jax.device_put(batches), lengths))
+    usual, *rest = PRECISIONS
+    order = [("comparisons", compare_kernels, usual), ("sweep", sweep_groups, usual)]
+    order += [("comparisons", compare_kernels, precision) for precision in ([] if settings.tiny else rest)]
+
+    def measure(kind: str, how: Callable[..., dict[str, Any]], precision: str, *inputs: Any) -> None:
+        shape, batches, lengths = inputs
+        record[kind].append(how(shape, precision, settings, batches, lengths))
+
+    part.do_all(
+        (f"{kind}: {inputs[0].config.name} {precision}", functools.partial(measure, kind, how, precision, *inputs))
+        for (kind, how, precision), inputs in itertools.product(order, prepared)
+    )
+
+
+def _parse_models(rest: list[str]) -> argparse.Namespace:
+    """Reads the options of this benchmark.
+
+    Raises:
+      ValueError: for an unknown model, data set or kind of rows, or a batch without rows.
+    """
+    parser = argparse.ArgumentParser(prog="experiments.benchmark models", allow_abbrev=False)
+    parser.add_argument("--models", default=",".join(MODEL_NAMES), help="which models, with commas between them")
+    parser.add_argument("--data", default=",".join(_DATA), help="at which shapes")
+    parser.add_argument("--rows", default=",".join(ROWS), help="of which lengths")
+    parser.add_argument("--tokens", type=int, default=12_800, help="positions of a batch, padding included")
+    parser.add_argument("--seed", type=int, default=0, help="of the batch")
+    parser.add_argument("--figure", type=pathlib.Path, help="PNG of the ratios")
+    parser.add_argument("--tiny", action="store_true", help="sizes at which the program can be tried out")
+    options = parser.parse_args(rest)
+    for name, known in (("models", MODEL_NAMES), ("data", tuple(_DATA)), ("rows", ROWS)):
+        chosen = getattr(options, name).split(",")
+        if unknown := [value for value in chosen if value not in known]:
+            raise ValueError(f"--{name}={','.join(unknown)}: expected some of {','.join(known)}")
+        setattr(options, name, [value for value in known if value in chosen])
+    if options.tokens < 200:
+        raise ValueError(f"--tokens={options.tokens} must be at least 200, one row of the longest shape")
+    return options
+
+
+def shape_of(data: str, model: str, options: argparse.Namespace) -> Shape:
+    """Returns a model's settings on a data set, with the batch that is measured, and the rows' mean length."""
+    about, sizes = (_TINY_DATA, _TINY) if options.tiny else (_DATA[data], {})
+    return sized(f"{data}_{model}", about, options.tokens, **sizes)
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """One program of a model.
+
+    Attributes:
+      form: does the work once.
+      compile_seconds: how long compiling took.
+      memory: bytes by kind, see `MEMORY`.
+    """
+
+    form: Form
+    compile_seconds: float
+    memory: dict[str, int]
+
+
+def _shortened(batch: Batch, groups: tuple[LengthGroup, ...]) -> list[Batch]:
+    """Cuts each row to the shortest static length that holds it; timestamps stay, as models ask."""
+    lengths = np.array(sorted(group.length for group in groups))
+    index = np.searchsorted(lengths, batch.lengths)
+    chosen = [(length, np.flatnonzero(index == k)) for k, length in enumerate(lengths)]
+    return [
+        jax.tree.map(lambda a, rows=rows: a[rows], batch).replace(items=batch.items[rows][:, :length])
+        for length, rows in chosen
+        if len(rows)
+    ]
+
+
+def evaluation(config: ExperimentConfig, params: Any, batch: Batch) -> Compiled:
+    """Compiles the scores of one batch."""
+    model = build_model(config.model)
+    pieces = jax.device_put(_shortened(batch, groups_of(config, batch.lengths)))
+
+    def score(params: Any, pieces: list[Batch]) -> jax.Array:
+        encode = functools.partial(model.apply, {"params": params}, deterministic=True, method="encode_last")
+        hidden = [encode(rows.items, rows.lengths, rows.timestamps) for rows in pieces]
+        return model.apply({"params": params}, jnp.concatenate(hidden), method="score")
+
+    began = time.perf_counter()
+    compiled = jax.jit(score).lower(params, pieces).compile()
+    seconds = time.perf_counter() - began
+    return Compiled(Form(functools.partial(compiled, params, pieces)), seconds, planned_memory(compiled))
+
+
+def compile_work(config: ExperimentConfig, batch: Batch) -> tuple[dict[str, Compiled], int]:
+    """Compiles training and evaluation of a model; returns them and the number of its parameters."""
+    resident = [jax.device_put(batch)]
+    groups = groups_of(config, batch.lengths)
+    step = compile_step(config, build_model(config.model), ResidentBatches(resident), groups)
+    training = Compiled(step_form(step, resident), step.compile_seconds, planned_memory(step.compiled))
+    # A copy, for the step takes the state's buffers for its result.
+    params = jax.tree.map(jnp.copy, step.state.params)
+    size = sum(leaf.size for leaf in jax.tree.leaves(params))
+    return {"training": training, "evaluation": evaluation(config, params, batch)}, size
+
+
+def compare_models(data: str, rows: str, options: argparse.Namespace, repeats: int) -> list[dict[str, Any]]:
+    """Measures all models at one shape on the same batch; one result per model and work."""
+    shapes_of = {model: shape_of(data, model, options) for model in options.models}
+    rng = np.random.default_rng(options.seed)
+    batch = draw_batch(next(iter(shapes_of.values())), rng, full=rows == "full")
+    programs, parameters = {}, {}
+    for name, shape in shapes_of.items():
+        print(f"compiling {name} at {data}, {rows} rows", file=sys.stderr, flush=True)
+        works, parameters[name] = compile_work(shape.config, batch)
+        programs |= {(name, work): program for work, program in works.items()}
+    readings = time_in_turns({key: program.form for key, program in programs.items()}, repeats=repeats)
+    results = []
+    for (name, work), program in programs.items():
+        config = shapes_of[name].config
+        results.append(
+            {
+                "data": data,
+                "rows": rows,
+                "model": name,
+                "work": work,
+                "parameters": parameters[name],
+                "seconds": readings[name, work].seconds,
+                "median_seconds": readings[name, work].median,
+                f"over_{BASELINE}": over(readings, (name, work), (BASELINE, work)),
+                "compile_seconds": program.compile_seconds,
+                "memory": program.memory,
+                "batch_size": config.train.batch_size,
+                "max_len": config.model.max_len,
+                "vocab_size": config.model.vocab_size,
+                "mean_length": float(batch.lengths.mean()),
+                "groups": [dataclasses.asdict(group) for group in groups_of(config, batch.lengths)],
+            }
+        )
+    return results
+
+
+def report_models(results: list[dict[str, Any]]) -> Table:
+    """The medians, their ratios and the memory, a block per shape."""
+    table = Table(title="median seconds of a batch; memory as planned by the compiler", title_justify="left")
+    for column in ("model", "work", "seconds", f"/ {BASELINE}", "MB", "parameters"):
+        table.add_column(column, justify="left" if column in ("model", "work") else "right")
+    for (data, rows), block in itertools.groupby(results, key=lambda one: (one["data"], one["rows"])):
+        block = list(block)
+        table.add_section()
+        size = f"{block[0]['batch_size']} x {block[0]['max_len']}"
+        table.add_row(f"{data}, {rows}", size, f"mean {block[0]['mean_length']:.1f}", style="bold")
+        for one in block:
+            ratio = one[f"over_{BASELINE}"]
+            table.add_row(
+                one["model"],
+                one["work"],
+                f"{one['median_seconds']:.3g}",
+                "–" if ratio is None else f"{ratio:.2f}",
+                f"{sum(one['memory'].values()) / 1e6:.1f}",
+                f"{one['parameters']:,}",
+            )
+    return table
+
+
+def draw_figure(results: list[dict[str, Any]], path: pathlib.Path) -> None:
+    """Draws the seconds of all models, a panel per shape and work."""
+    from matplotlib.figure import Figure
+
+    data = list(dict.fromkeys(one["data"] for one in results))
+    figure = Figure(figsize=(9, 3.2 * len(data)), layout="constrained")
+    for axes, (name, work) in zip(
+        figure.subplots(len(data), len(WORK), squeeze=False).flat, itertools.product(data, WORK), strict=True
+    ):
+        for offset, rows in enumerate(dict.fromkeys(one["rows"] for one in results)):
+            chosen = [one for one in results if (one["data"], one["work"], one["rows"]) == (name, work, rows)]
+            heights = [k + 0.4 * offset for k in range(len(chosen))]
+            axes.barh(heights, [one["median_seconds"] for one in chosen], height=0.38, label=f"{rows} rows")
+            axes.set_yticks(heights, [one["model"] for one in chosen])
+        axes.invert_yaxis()
+        axes.set(title=f"{name}, {work}", xlabel="seconds per batch")
+        axes.legend()
+    figure.savefig(path, dpi=120)
+
+
+def run_models(options: argparse.Namespace, rest: list[str]) -> tuple[dict[str, Any], Table]:
+    """Measures what `rest` asks for; returns the record and its table."""
+    chosen = _parse_models(rest)
+    results = [
+        result
+        for data, rows in itertools.product(chosen.data, chosen.rows)
+        for result in compare_models(data, rows, chosen, options.repeats)
+    ]
+    if chosen.figure:
+        draw_figure(results, chosen.figure)
+    settings = {"tokens": chosen.tokens, "seed": chosen.seed, "repeats": options.repeats, "tiny": chosen.tiny}
+    return {"environment": environment(), "settings": settings, "memory": MEMORY, "results": results}, report_models(
+        results
+    )

@@ -8,7 +8,7 @@ import polars as pl
 import pytest
 
 from experiments import benchmark
-from experiments.benchmarks import logs
+from experiments.benchmarks import data
 from tim4rec_jax.config import DataConfig
 from tim4rec_jax.data import cache, cleaning, readers
 from tim4rec_jax.data.interactions import clean, load_log
@@ -155,7 +155,7 @@ def test_the_order_of_an_epoch_is_numpys_permutation():
 
 
 def test_a_log_has_the_users_and_items_asked_for(tmp_path):
-    logs.write_log(tmp_path / "log.parquet", 5000, 0, num_users=7, num_items=11)
+    data.write_log(tmp_path / "log.parquet", 5000, 0, num_users=7, num_items=11)
     frame = pl.read_parquet(tmp_path / "log.parquet")
     assert (frame.height, frame["user"].n_unique(), frame["item"].n_unique()) == (5000, 7, 11)
 
@@ -181,7 +181,7 @@ def test_memory_is_bounded_by_the_rows(tmp_path, capsys):
     assert "peak MB" in capsys.readouterr().out
     # The files are gone; the same rows, cleaned here, are what the process found.
     assert list(tmp_path.iterdir()) == [output]
-    logs.write_log(tmp_path / "log.parquet", ROWS, 0)
+    data.write_log(tmp_path / "log.parquet", ROWS, 0)
     frame = pl.read_parquet(tmp_path / "log.parquet")
     log = clean(frame, k_core=5, timestamp_precision="int64", fingerprint="of the same rows")
     assert_same(log, frame, 5, "int64")

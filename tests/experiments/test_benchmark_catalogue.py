@@ -1,4 +1,4 @@
-"""experiments.benchmark catalogue: a tiny run."""
+"""experiments.benchmark catalogue and sampled: tiny runs, and options that do not fit."""
 
 import json
 
@@ -8,11 +8,12 @@ import pytest
 from experiments import benchmark
 from experiments.benchmarks.catalogue import largest_array
 
+SAMPLED = ["sampled", "--tiny", "--batch_rows=2", "--length=8", "--negatives=16", "--repeats=2"]
 TINY = ["catalogue", "--tiny", "--devices=2", "--batch_rows=2", "--length=8", "--run_rows=2", "--run_length=8"]
 
 
 @pytest.mark.slow
-def test_a_tiny_run(tmp_path, capsys):
+def test_bytes_and_losses_of_a_tiny_catalogue(tmp_path, capsys):
     output = tmp_path / "catalogue.json"
     options = ["--items=5003", "--shards=2", "--run_up_to=5003", "--steps=2"]
     assert benchmark.main([*TINY, *options, f"--output={output}"]) == 0
@@ -30,6 +31,17 @@ def test_a_tiny_run(tmp_path, capsys):
     assert "2 of 2" in capsys.readouterr().out
 
 
+@pytest.mark.slow
+def test_a_tiny_run_over_samples(tmp_path, capsys):
+    output = tmp_path / "sampled.json"
+    assert benchmark.main([*SAMPLED, "--items=50", "--full_up_to=10", f"--output={output}"]) == 0
+    record = json.loads(output.read_text())
+    assert [(one["items"], one["form"]) for one in record["results"]] == [(50, "sampled"), (50, "lazy")]
+    assert all(len(one["seconds"]) == 2 and one["median_seconds"] > 0 for one in record["results"])
+    assert record["settings"]["repeats"] == 2
+    assert "not run" in capsys.readouterr().out
+
+
 def test_the_largest_array():
     assert largest_array("f32[3,4]{1,0} add(bf16[10,2]{1,0} a, pred[50]{0} b)") == 50
     assert largest_array("(f32[3,4], s64[2]) tuple()") == 48
@@ -38,12 +50,18 @@ def test_the_largest_array():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--shards=3"], "--shards=3 must divide --devices=2"),
-        (["--steps=0"], "--steps=0 must be at least 1"),
-        (["--items=0"], "--items=0: expected sizes of at least 1"),
-        (["--config=ml1m_tim4rec", "--shards=1"], "--config=ml1m_tim4rec: choose one with train.positions='all'"),
+        ([*TINY, "--shards=3"], "--shards=3 must divide --devices=2"),
+        ([*TINY, "--steps=0"], "--steps=0 must be at least 1"),
+        ([*TINY, "--items=0"], "--items=0: expected sizes of at least 1"),
+        (
+            [*TINY, "--config=ml1m_tim4rec", "--shards=1"],
+            "--config=ml1m_tim4rec: choose one with train.positions='all'",
+        ),
+        ([*SAMPLED, "--negatives=0"], "--negatives=0 must be at least 1"),
+        ([*SAMPLED, "--items=0"], "--items=0: expected sizes of at least 1"),
+        ([*SAMPLED, "--config=ml1m_tim4rec"], "--config=ml1m_tim4rec: choose one with train.positions='all'"),
     ],
 )
 def test_options_that_do_not_fit(capsys, options, message):
-    assert benchmark.main([*TINY, *options]) == 2
+    assert benchmark.main(options) == 2
     assert message in capsys.readouterr().err

@@ -20,9 +20,16 @@ def test_a_tiny_run(tmp_path, capsys):
     record = json.loads(output.read_text())
     assert record["benchmark"] == "serving" and record["environment"]["backend"] == "cpu"
     settings = {
-        "config": "ml1m_ssd4rec", "items": 30, "histories": [10, 1500], "longest": 50, "users": [1, 5],
-        "seconds": 1e-3, "seed": 0, "tiny": True, "repeats": 2,
-    }  # fmt: skip
+        "config": "ml1m_ssd4rec",
+        "items": 30,
+        "histories": [10, 1500],
+        "longest": 50,
+        "users": [1, 5],
+        "seconds": 1e-3,
+        "seed": 0,
+        "tiny": True,
+        "repeats": 2,
+    }
     assert record["settings"] == settings and record["model"]["use_time"] is False
     growing = {(one["history"], one["form"]): one for one in record["history"]}
     assert set(growing) == {(10, "step"), (10, "window"), (10, "whole"), (1500, "step"), (1500, "window")}
@@ -33,43 +40,42 @@ def test_a_tiny_run(tmp_path, capsys):
     for (users, _), one in wide.items():
         assert one["users_a_second"] == pytest.approx(2 * users / sum(one["seconds"]))
     shown = capsys.readouterr().out
-    assert f"ml1m_ssd4rec: {record['state_bytes']:,} bytes of state a user" in shown and "1,500" in shown
+    assert f"ml1m_ssd4rec: {record['state_bytes']:,} bytes of state per user" in shown and "1,500" in shown
     assert figure.read_bytes().startswith(b"\x89PNG")
 
 
-def _options(**changes):
-    return argparse.Namespace(**{"config": "ml1m_ssd4rec", "items": 30, "tiny": True, **changes})
+@pytest.fixture(scope="module")
+def served():
+    options = argparse.Namespace(config="ml1m_ssd4rec", items=30, tiny=True)
+    return serving.Served(serving.settings_of(options), 0)
 
 
-def test_forms_read_what_they_say():
+def test_forms_read_what_they_say(served):
     """Going on from the state gives what reading the history with one more event gives."""
-    served = serving.Served(serving.settings_of(_options()), 0)
     items, times = serving.draw(served.rng, 3, 7, 30)
-    hidden = served.stepping(items, times)()
+    hidden = served.stepping(items, times).launch()
     again = np.concatenate([items, items[:, :1]], axis=1), np.concatenate([times, times[:, -1:]], axis=1)
     for longest in (8, 20):
-        [read] = served.reading(*again, longest)()
+        [read] = served.reading(*again, longest).launch()
         np.testing.assert_allclose(hidden, read, atol=1e-5)
     # Untrained states forget all but the last few events.
-    [window] = served.reading(*again, 1)()
+    [window] = served.reading(*again, 1).launch()
     assert np.abs(np.asarray(window) - np.asarray(hidden)).max() > 1e-4
-    assert np.asarray(served.tabling(items, times)())[:3].any(axis=1).all()
-    indices, _ = served.answering(items, times)()
+    assert np.asarray(served.tabling(items, times).launch())[:3].any(axis=1).all()
+    indices, _ = served.answering(items, times).launch()
     assert indices.shape == (3, serving.LISTED)
 
 
-def test_rows_are_read_in_parts(monkeypatch):
-    served = serving.Served(serving.settings_of(_options()), 0)
+def test_rows_are_read_in_parts(served, monkeypatch):
     items, times = serving.draw(served.rng, 5, 8, 30)
-    [whole] = served.reading(items, times, 8)()
+    [whole] = served.reading(items, times, 8).launch()
     monkeypatch.setattr(serving, "WINDOW_TOKENS", 16)
-    parts = served.reading(items, times, 8)()
+    parts = served.reading(items, times, 8).launch()
     assert [len(part) for part in parts] == [2, 2, 1]
     np.testing.assert_allclose(np.concatenate(parts), whole, atol=1e-5)
 
 
-def test_the_state_is_that_of_one_pass(monkeypatch):
-    served = serving.Served(serving.settings_of(_options()), 0)
+def test_the_state_is_that_of_one_pass(served, monkeypatch):
     items, times = serving.draw(served.rng, 2, 7, 30)
     whole = served.state_after(items, times)
     monkeypatch.setattr(serving, "_PIECE", 3)

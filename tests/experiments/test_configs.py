@@ -217,3 +217,13 @@ def test_unknown_stored_setting_is_named():
     with pytest.raises(ValueError, match=r"unknown settings \['train.lerning_rate'\]"):
         experiment_from_dict(values)
     assert isinstance(experiment_from_dict(load_config("quickstart").to_dict()), ExperimentConfig)
+
+
+def test_a_setting_that_is_gone_is_read_where_it_said_what_is_now_the_only_way():
+    config = load_config("quickstart")
+    values = config.to_dict()
+    values["model"]["time_features"] = "gap"
+    assert experiment_from_dict(values) == config
+    values["model"]["time_features"] = "gap+bins"
+    with pytest.raises(ValueError, match=r"model.time_features='gap\+bins' is no longer offered, only 'gap'"):
+        experiment_from_dict(values)

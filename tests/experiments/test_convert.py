@@ -16,9 +16,9 @@ import torch
 import yaml
 
 from experiments import convert, evaluate, recommend, train
+from experiments.benchmarks.torch_models import echomamba4rec, mamba4rec, sasrec, tim4rec, tisasrec
 from tests.edited_runs import reseal
 from tests.evaluation.logs import random_log
-from tests.torch_reference import echomamba4rec, mamba4rec, sasrec, tim4rec, tisasrec
 from tim4rec_jax.config import ModelConfig
 from tim4rec_jax.data.examples import gather_windows
 from tim4rec_jax.interop import params_from_torch

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.torch_reference import tim4rec as pytorch
+from experiments.benchmarks.torch_models import tim4rec as pytorch
 from tim4rec_jax import ModelConfig, build_model, interop
 
 # The TiM4Rec authors' names; every value differs from our default, and numbers come as YAML may read them.

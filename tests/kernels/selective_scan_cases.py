@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from tests.torch_reference.selective_scan import selective_scan_sequential
+from experiments.benchmarks.torch_models.selective_scan import selective_scan_sequential
 
 BATCH, WIDTH, STATE = 3, 10, 5
 

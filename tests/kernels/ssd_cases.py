@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from tests.torch_reference.ssd import ssd_sequential
+from experiments.benchmarks.torch_models.ssd import ssd_sequential
 
 BATCH, HEADS, WIDTH, STATE = 3, 4, 8, 5
 

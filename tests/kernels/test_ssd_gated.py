@@ -10,10 +10,10 @@ import pytest
 import torch
 from jax.sharding import PartitionSpec as P
 
+from experiments.benchmarks.torch_models.ssd import ssd_sequential
 from kernels.ssd import IMPLEMENTATIONS, SsdConfig, ssd_gated
 from tests.kernels.packed import marked
 from tests.kernels.ssd_cases import assert_near
-from tests.torch_reference.ssd import ssd_sequential
 
 FORMS = ("reference", "xla", "pallas_triton_interpreted")
 KERNELS = "pallas_triton_interpreted"

@@ -11,14 +11,14 @@ import numpy as np
 import pytest
 import torch
 
-from tests.torch_reference import sasrec as pytorch
+from experiments.benchmarks.torch_models import sasrec as pytorch
+from experiments.benchmarks.torch_models.tisasrec import TiSASRec as PyTorchTiSASRec
 from tests.torch_reference.test_tim4rec_goldens import (
     assert_close_to_maximum,
     load_case,
     record_hidden_states,
     section,
 )
-from tests.torch_reference.tisasrec import TiSASRec as PyTorchTiSASRec
 from tim4rec_jax import ModelConfig, build_model, interop
 from tim4rec_jax.config import TrainConfig
 from tim4rec_jax.training.losses import cross_entropy

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from tim4rec_jax import ModelConfig, build_model
-from tim4rec_jax.layers.causal_time import DateOffset, calendar, gap_bins, gap_scales
+from tim4rec_jax.layers.causal_time import DateOffset, gap_features
 from tim4rec_jax.models import init_params
 from tim4rec_jax.models.causal_tim4rec import CausalTiM4Rec
 
@@ -21,7 +21,6 @@ CAUSAL = ModelConfig(
 SETTINGS = {
     "time": CAUSAL,
     "time off": dataclasses.replace(CAUSAL, use_time=False),
-    "all features": dataclasses.replace(CAUSAL, time_features="calendar+scales+gap+bins", num_layers=1),
     "one layer, no date": dataclasses.replace(CAUSAL, num_layers=1, use_ffn=False, date_knots=0),
 }
 
@@ -90,25 +89,11 @@ def test_without_a_date_time_matters_only_by_its_gaps():
 
 
 def test_features_of_an_events_time():
-    gaps, firsts = jnp.array([[9, 0, 1, 3, 4, 86_400, 2**31 - 1]]), jnp.array([[True] + [False] * 6])
-    bins = gap_bins(gaps, firsts, dtype=jnp.float64)[0]
-    expected = np.zeros((7, 31))
-    # 2^16 <= 86,400 < 2^17
-    expected[[2, 3, 4, 5, 6], [0, 1, 2, 16, 30]] = 1
-    np.testing.assert_array_equal(bins, expected)
-    scales = gap_scales(gaps, firsts, dtype=jnp.float64)[0]
-    np.testing.assert_array_equal(scales[:2], [[0] * 7, [1] * 7])
-    np.testing.assert_allclose(scales[5, [3, 4]], np.exp([-1, -1 / 7]), rtol=1e-15)
-    # Monday 2000-01-03 00:00, and three and a half days and six hours later: the week's middle and a quarter of a day.
-    monday = 946_857_600
-    cycles = calendar(jnp.array([[monday, monday + 4 * 86_400 - 43_200 + 21_600]], jnp.int32), dtype=jnp.float64)[0]
-    np.testing.assert_allclose(cycles[0], [0, 1, 0, 1], rtol=0, atol=1e-12)
-    np.testing.assert_allclose(
-        cycles[1], [-1, 0, np.sin(3.75 * 2 * np.pi / 7), np.cos(3.75 * 2 * np.pi / 7)], atol=1e-12
-    )
-    for wrong in ("gaps", "gap+gap", ""):
-        with pytest.raises(ValueError, match=r"time_features='.*' must join different ones of \('gap', 'bins'"):
-            dataclasses.replace(CAUSAL, time_features=wrong)
+    gaps, firsts = jnp.array([[9, 0, 1, 86_400, 2**31 - 1]]), jnp.array([[True] + [False] * 4])
+    features = gap_features(gaps, firsts, mean=2.0, std=4.0, dtype=jnp.float64)[0]
+    scaled = [0, 0, *(np.log1p([1, 86_400, 2**31 - 1]) - 2) / 4]
+    np.testing.assert_allclose(features[:, 0], scaled, rtol=1e-15)
+    np.testing.assert_array_equal(features[:, 1:], [[0, 1], [1, 0], [0, 0], [0, 0], [0, 0]])
 
 
 def test_the_date_shifts_the_output_along_straight_lines():

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from experiments.benchmarks.torch_models import echomamba4rec as pytorch
 from tests.models.attention_cases import (
     LENGTHS,
     batch,
@@ -27,7 +28,6 @@ from tests.models.test_mamba4rec import (
     check_too_many_positions,
     registered,  # noqa: F401
 )
-from tests.torch_reference import echomamba4rec as pytorch
 from tests.torch_reference.test_tim4rec_goldens import load_case, section
 from tim4rec_jax import build_model, interop
 from tim4rec_jax.interop.mamba_names import ECHOMAMBA4REC_UNUSED

@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 import torch
 
+from experiments.benchmarks.torch_models import mamba4rec as pytorch
+from experiments.benchmarks.torch_models.echomamba4rec import EchoMamba4Rec as PyTorchEchoMamba4Rec
 from tests.models import attention_cases
 from tests.models.attention_cases import (
     LENGTHS,
@@ -30,8 +32,6 @@ from tests.models.attention_cases import (
     value_and_grad,
 )
 from tests.models.packing_cases import check_packing
-from tests.torch_reference import mamba4rec as pytorch
-from tests.torch_reference.echomamba4rec import EchoMamba4Rec as PyTorchEchoMamba4Rec
 from tests.torch_reference.test_tim4rec_goldens import (
     assert_close_to_maximum,
     load_case,

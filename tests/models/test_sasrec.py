@@ -5,6 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
+from experiments.benchmarks.torch_models import sasrec as pytorch
 from tests.models.attention_cases import (
     LENGTHS,
     SMALL,
@@ -25,7 +26,6 @@ from tests.models.attention_cases import (
     spread,
 )
 from tests.models.packing_cases import check_packing
-from tests.torch_reference import sasrec as pytorch
 from tim4rec_jax import build_model, interop
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.torch_reference import tim4rec as pytorch
+from experiments.benchmarks.torch_models import tim4rec as pytorch
 from tests.torch_reference.perturbed import perturbed
 from tim4rec_jax import ModelConfig, build_model, interop
 from tim4rec_jax.training.losses import cross_entropy

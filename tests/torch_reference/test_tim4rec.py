@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 
+from experiments.benchmarks.torch_models.ssd import ssd_chunked, ssd_sequential
+from experiments.benchmarks.torch_models.tim4rec import TiM4Rec
 from tests.torch_reference.perturbed import perturbed
-from tests.torch_reference.ssd import ssd_chunked, ssd_sequential
-from tests.torch_reference.tim4rec import TiM4Rec
 from tim4rec_jax.config import ModelConfig
 
 SMALL = ModelConfig(vocab_size=40, max_len=12, d_model=16, head_dim=8, d_state=4, chunk_size=5, dropout=0.0)

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 
+from experiments.benchmarks.torch_models.ssd import ssd_chunked, ssd_sequential
+from experiments.benchmarks.torch_models.tim4rec import TiM4Rec
 from tests.torch_reference.perturbed import perturbed
-from tests.torch_reference.ssd import ssd_chunked, ssd_sequential
-from tests.torch_reference.tim4rec import TiM4Rec
 from tim4rec_jax.config import ModelConfig
 
 CASES = ("tim4rec_small", "tim4rec_beauty", "tim4rec_notime", "tim4rec_ml1m", "ssd4rec")

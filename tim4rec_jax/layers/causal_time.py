@@ -1,7 +1,5 @@
 """A causal time branch: gaps up to each position become a factor on the SSD step, and its date shifts the output."""
 
-import math
-
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
@@ -12,13 +10,6 @@ from tim4rec_jax.layers.convolution import CausalConv
 from tim4rec_jax.layers.dense import Linear, layer_norm, wide
 from tim4rec_jax.layers.dropout import Dropout
 
-_HOUR, _DAY = 3600, 86_400
-# Gaps of 1 s to 2^30 s (34 years), a bin for each doubling.
-_BINS = 31
-# A minute, ten minutes, an hour, a day, a week, a month, a year.
-_SCALES = (60, 600, _HOUR, _DAY, 7 * _DAY, 30 * _DAY, 365 * _DAY)
-# 1970 began on a Thursday; weeks are counted from Monday.
-_WEEK_SHIFT = 3 * _DAY
 _INNER = 4
 _NORM_EPS = 1e-5
 _DATE_STD = 1e-3
@@ -44,77 +35,6 @@ def gap_features(gaps: Array, firsts: Array, *, mean: float, std: float, dtype: 
     scaled = (jnp.log1p(jnp.maximum(gaps, 0).astype(dtype)) - mean) / std
     features = jnp.where(gaps > 0, scaled, 0), (gaps == 0) & ~firsts, firsts
     return jnp.stack([feature.astype(dtype) for feature in features], axis=-1)
-
-
-def gap_bins(gaps: Array, firsts: Array, *, dtype: jnp.dtype) -> Array:
-    """Marks the doubling in which each gap lies: place k is 1 where 2^k <= gap < 2^(k + 1).
-
-    Args:
-      gaps: int [b, l] seconds; those under 1 and those where `firsts` have no bin.
-      firsts: bool [b, l].
-      dtype: of the result.
-
-    Returns:
-      [b, l, 31]; the last bin takes all longer gaps.
-    """
-    edges = jnp.asarray([2**k for k in range(_BINS)], gaps.dtype)
-    reached = (gaps[..., None] >= edges) & ~firsts[..., None]
-    above = jnp.concatenate([reached[..., 1:], jnp.zeros_like(reached[..., :1])], axis=-1)
-    return (reached & ~above).astype(dtype)
-
-
-def gap_scales(gaps: Array, firsts: Array, *, dtype: jnp.dtype) -> Array:
-    """Forgets each gap at several time scales: f_s = exp(-gap / s), from a minute to a year.
-
-    Args:
-      gaps: [b, l] seconds; below 0 counts as 0.
-      firsts: bool [b, l], where all are 0, as after an endless gap.
-      dtype: of the result.
-
-    Returns:
-      [b, l, 7].
-    """
-    passed = jnp.maximum(gaps, 0).astype(dtype)[..., None] / jnp.asarray(_SCALES, dtype)
-    return jnp.where(firsts[..., None], 0, jnp.exp(-passed))
-
-
-def calendar(timestamps: Array, *, dtype: jnp.dtype) -> Array:
-    """Returns sine and cosine of the hour of the day and of the day of the week, UTC.
-
-    Args:
-      timestamps: int [b, l] seconds since 1970.
-      dtype: of the result.
-
-    Returns:
-      [b, l, 4].
-    """
-    angles = [
-        2 * math.pi / period * (jnp.mod(timestamps, period) + shift).astype(dtype)
-        for period, shift in ((_DAY, 0), (7 * _DAY, _WEEK_SHIFT))
-    ]
-    return jnp.stack([f(angle) for angle in angles for f in (jnp.sin, jnp.cos)], axis=-1)
-
-
-def time_features(timestamps: Array, previous: Array, firsts: Array, config: ModelConfig) -> Array:
-    """Describes when each event happened, by the groups that `config.time_features` names.
-
-    Args:
-      timestamps: int [b, l] seconds.
-      previous: int [b, l] seconds of the events before; not read where `firsts`.
-      firsts: bool [b, l], no event before it is known.
-      config: reads time_features, gap_mean, gap_std and dtype.
-
-    Returns:
-      [b, l, f] in float32 or wider: `gap_features`, `gap_bins`, `gap_scales` and `calendar`, in the order named.
-    """
-    gaps, dtype = timestamps - previous, wide(config.dtype)
-    groups = {
-        "gap": lambda: gap_features(gaps, firsts, mean=config.gap_mean, std=config.gap_std, dtype=dtype),
-        "bins": lambda: gap_bins(gaps, firsts, dtype=dtype),
-        "scales": lambda: gap_scales(gaps, firsts, dtype=dtype),
-        "calendar": lambda: calendar(timestamps, dtype=dtype),
-    }
-    return jnp.concatenate([groups[name]() for name in config.time_features.split("+")], axis=-1)
 
 
 class CausalTimeChannel(nn.Module):

@@ -7,7 +7,7 @@ import numpy as np
 from flax import linen as nn
 
 from tim4rec_jax.config import ModelConfig
-from tim4rec_jax.layers.causal_time import DateOffset, time_features
+from tim4rec_jax.layers.causal_time import DateOffset, gap_features
 from tim4rec_jax.layers.dense import Linear, layer_norm, wide
 from tim4rec_jax.layers.dropout import Dropout
 from tim4rec_jax.layers.item_embedding import item_embedding, table_rows, tied_scores
@@ -33,7 +33,7 @@ class StreamState(NamedTuple):
 class CausalTiM4Rec(nn.Module):
     """Time-aware state space duality in which no position reads a later one.
 
-      x_0 = LayerNorm(Dropout(E[items])),    T_0 = W time_features + b,    x_i, T_i = layer_i(x_{i-1}, T_{i-1})
+      x_0 = LayerNorm(Dropout(E[items])),    T_0 = W gap_features + b,    x_i, T_i = layer_i(x_{i-1}, T_{i-1})
       hidden = x + date_offset(timestamp),    score = E hidden
 
     With `use_time` off this is SSD4Rec as the TiM4Rec authors replicate it. No parameter depends on the length. See
@@ -70,7 +70,9 @@ class CausalTiM4Rec(nn.Module):
 
     def _channel(self, timestamps: Array, previous: Array, firsts: Array) -> Array:
         """Returns T_0 [b, l, h]; `previous` are the timestamps of the events before."""
-        return self.time_in(time_features(timestamps, previous, firsts, self.config))
+        config = self.config
+        gaps, dtype = timestamps - previous, wide(config.dtype)
+        return self.time_in(gap_features(gaps, firsts, mean=config.gap_mean, std=config.gap_std, dtype=dtype))
 
     def _dated(self, x: Array, timestamps: Array | np.ndarray | None) -> Array:
         """Adds the date's offset to x [..., d]."""

@@ -7,7 +7,7 @@ program's checkpoints, but for the attention block that the original makes and n
 import torch
 from torch import nn
 
-from tests.torch_reference.mamba4rec import Mamba, Mamba4Rec
+from experiments.benchmarks.torch_models.mamba4rec import Mamba, Mamba4Rec
 from tim4rec_jax.config import ModelConfig
 
 _DIRECTION_NORM_EPS = 1e-5

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from tests.torch_reference.ssd import ssd_chunked
+from experiments.benchmarks.torch_models.ssd import ssd_chunked
 from tim4rec_jax.config import ModelConfig
 
 _INITIAL_STD = 0.02

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from tests.torch_reference.selective_scan import selective_scan_sequential
+from experiments.benchmarks.torch_models.selective_scan import selective_scan_sequential
 from tim4rec_jax.config import ModelConfig
 
 _INITIAL_STD = 0.02

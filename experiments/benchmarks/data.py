@@ -1,7 +1,7 @@
-"""From a Parquet log to training batches: memory, time and rows a second, at several sizes of the log.
+"""From a Parquet log to training batches: memory, time and rows per second, at several sizes of the log.
 
 A log is made for each size: ids are text, events are in order of time with users mixed, item popularity falls off, and
-users and items grow with the log (20 events a user on average) unless --users and --items say how many there are. A
+users and items grow with the log (20 events per user on average) unless --users and --items say how many there are. A
 fresh process reads, cleans and caches it; another one opens the cached log, splits it and takes batches of the Grain
 loader through one shuffled epoch, at least --seconds and two batches. Each says its peak resident memory (VmHWM),
 imports included, which "start" gives alone. CPU seconds are those of all threads: on a busy machine they tell the cost
@@ -26,8 +26,8 @@ from tim4rec_jax.data.interactions import load_log
 from tim4rec_jax.data.loader import GrainLoader
 from tim4rec_jax.data.splits import leave_one_out
 
-EVENTS_A_USER = 20
-ROWS_AN_ITEM = 50
+EVENTS_PER_USER = 20
+ROWS_PER_ITEM = 50
 MOST_ITEMS = 100_000
 START = 978_300_000
 YEARS = 5 * 365 * 86_400
@@ -39,8 +39,8 @@ def write_log(
 ) -> None:
     """Writes a synthetic log of `num_rows` rows: user (text), item (text), timestamp (seconds, ascending)."""
     rng = np.random.default_rng(seed)
-    num_users = num_users or max(1, num_rows // EVENTS_A_USER)
-    num_items = num_items or min(MOST_ITEMS, max(1, num_rows // ROWS_AN_ITEM))
+    num_users = num_users or max(1, num_rows // EVENTS_PER_USER)
+    num_items = num_items or min(MOST_ITEMS, max(1, num_rows // ROWS_PER_ITEM))
     first, frames = 0, []
     while first < num_rows:
         size = min(_PIECE, num_rows - first)
@@ -70,10 +70,16 @@ def ingest(path: str, cache: str) -> dict[str, Any]:
     start_bytes, began, cpu = peak_bytes(), time.perf_counter(), time.process_time()
     log = load_log(_settings(path, cache))
     return {
-        "start_bytes": start_bytes, "peak_bytes": peak_bytes(), "seconds": time.perf_counter() - began,
-        "cpu_seconds": time.process_time() - cpu, "rows_read": log.statistics.rows_read, "rows": log.num_rows,
-        "users": log.num_users, "items": log.num_items, "fingerprint": log.fingerprint,
-    }  # fmt: skip
+        "start_bytes": start_bytes,
+        "peak_bytes": peak_bytes(),
+        "seconds": time.perf_counter() - began,
+        "cpu_seconds": time.process_time() - cpu,
+        "rows_read": log.statistics.rows_read,
+        "rows": log.num_rows,
+        "users": log.num_users,
+        "items": log.num_items,
+        "fingerprint": log.fingerprint,
+    }
 
 
 def load_batches(path: str, cache: str, batch_size: str, max_len: str, seconds: str) -> dict[str, Any]:
@@ -81,9 +87,7 @@ def load_batches(path: str, cache: str, batch_size: str, max_len: str, seconds: 
     start_bytes, began = peak_bytes(), time.perf_counter()
     log = load_log(_settings(path, cache))
     examples = leave_one_out(log).train
-    loader = GrainLoader(
-        log, examples, max_len=int(max_len), batch_size=int(batch_size), seed=0, precision="int64"
-    )  # fmt: skip
+    loader = GrainLoader(log, examples, max_len=int(max_len), batch_size=int(batch_size), seed=0, precision="int64")
     batches = loader.epoch(1)
     next(batches)
     ready = time.perf_counter()
@@ -94,11 +98,15 @@ def load_batches(path: str, cache: str, batch_size: str, max_len: str, seconds: 
             break
     batches.close()
     return {
-        "start_bytes": start_bytes, "peak_bytes": peak_bytes(), "seconds_to_first_batch": ready - began,
-        "batches": taken, "batches_a_second": taken / (time.perf_counter() - ready),
-        "cpu_seconds_a_batch": (time.process_time() - cpu) / max(taken, 1), "examples": len(examples),
+        "start_bytes": start_bytes,
+        "peak_bytes": peak_bytes(),
+        "seconds_to_first_batch": ready - began,
+        "batches": taken,
+        "batches_a_second": taken / (time.perf_counter() - ready),
+        "cpu_seconds_a_batch": (time.process_time() - cpu) / max(taken, 1),
+        "examples": len(examples),
         "mapped": not log.items.flags.owndata,
-    }  # fmt: skip
+    }
 
 
 TASKS = {"ingest": ingest, "load_batches": load_batches}
@@ -110,7 +118,7 @@ def in_fresh_process(task: str, *arguments: str) -> dict[str, Any]:
     Raises:
       ValueError: if the process failed; the message is its last line.
     """
-    command = [sys.executable, "-m", "experiments.benchmarks.logs", task, *arguments]
+    command = [sys.executable, "-m", "experiments.benchmarks.data", task, *arguments]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise ValueError(f"{task} failed: {(done.stderr.strip() or 'no message').splitlines()[-1]}")
@@ -129,10 +137,13 @@ def measure(num_rows: int, options: argparse.Namespace) -> dict[str, Any]:
         shape = (options.batch_size, options.max_len, options.seconds)
         batches = in_fresh_process("load_batches", path, cache, *map(str, shape))
         return {
-            "rows": num_rows, "parquet_bytes": pathlib.Path(path).stat().st_size,
-            "rows_a_second": num_rows / read["seconds"], "cpu_microseconds_a_row": 1e6 * read["cpu_seconds"] / num_rows,
-            "ingest": read, "loader": batches,
-        }  # fmt: skip
+            "rows": num_rows,
+            "parquet_bytes": pathlib.Path(path).stat().st_size,
+            "rows_a_second": num_rows / read["seconds"],
+            "cpu_microseconds_a_row": 1e6 * read["cpu_seconds"] / num_rows,
+            "ingest": read,
+            "loader": batches,
+        }
 
 
 def _sizes(text: str) -> list[int]:
@@ -165,18 +176,22 @@ def _parse(rest: list[str]) -> argparse.Namespace:
 
 
 def report(results: list[dict[str, Any]]) -> Table:
-    """Peaks and speeds, a row a size."""
+    """Peaks and speeds, a row per size."""
     table = Table(title="Parquet to ready, then batches of the Grain loader", title_justify="left")
     for column in ("rows", "start MB", "peak MB", "rows/s", "CPU us/row", "loader peak MB", "batches/s", "mapped"):
         table.add_column(column, justify="right")
     for one in results:
         read, batches = one["ingest"], one["loader"]
         table.add_row(
-            f"{one['rows']:,}", f"{read['start_bytes'] / 1e6:,.0f}", f"{read['peak_bytes'] / 1e6:,.0f}",
-            f"{one['rows_a_second']:,.0f}", f"{one['cpu_microseconds_a_row']:.2f}",
-            f"{batches['peak_bytes'] / 1e6:,.0f}", f"{batches['batches_a_second']:.1f}",
+            f"{one['rows']:,}",
+            f"{read['start_bytes'] / 1e6:,.0f}",
+            f"{read['peak_bytes'] / 1e6:,.0f}",
+            f"{one['rows_a_second']:,.0f}",
+            f"{one['cpu_microseconds_a_row']:.2f}",
+            f"{batches['peak_bytes'] / 1e6:,.0f}",
+            f"{batches['batches_a_second']:.1f}",
             "yes" if batches["mapped"] else "no",
-        )  # fmt: skip
+        )
     return table
 
 

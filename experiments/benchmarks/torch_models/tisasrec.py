@@ -5,7 +5,7 @@ Names of the parameters are those of the original program's checkpoints.
 
 from torch import nn
 
-from tests.torch_reference.sasrec import SASRec
+from experiments.benchmarks.torch_models.sasrec import SASRec
 
 
 class TiSASRec(SASRec):

@@ -1,5 +1,10 @@
-"""The operators, sizes and inputs that are checked and timed on a GPU."""
+"""The operators against their definitions in float64: cases, random inputs, values and every gradient on this device.
 
+The definition (`implementation="reference"`) runs on the same device in blocks of rows that fit into memory; gradients
+of parameters are added up over the blocks, so that every row counts.
+"""
+
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -8,16 +13,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from experiments.benchmarks.timing import Part, build_all, reason
 from kernels.causal_conv1d import causal_conv1d
-from kernels.gated_rms_norm import gated_rms_norm, project_normed
 from kernels.selective_scan import selective_scan
 from kernels.softmax_cross_entropy import softmax_cross_entropy
-from kernels.ssd import ssd, ssd_gated
+from kernels.ssd import ssd
 
 Sizes = dict[str, int]
 Arrays = dict[str, Any]
+Apply = Callable[[Arrays, Arrays], jax.Array]
 TAPS = 4
-_NORM_EPS = 1e-5
 # How float32 numbers are multiplied, or bfloat16 storage with float32 sums.
 PRECISIONS = ("tfloat32", "bfloat16", "float32")
 
@@ -101,38 +106,6 @@ def _draw_ssd(sizes: Sizes, rng: np.random.Generator, ragged: bool) -> Values:
     return Values(inputs, _row_lengths(sizes, rng, ragged), _normal(rng, b, l, h, p))
 
 
-def _draw_mixer_end(sizes: Sizes, rng: np.random.Generator, ragged: bool) -> Values:
-    b, l, h, p, d = (sizes[axis] for axis in "blhpd")  # noqa: E741
-    values = _draw_ssd(sizes, rng, ragged)
-    inputs = {"z": _normal(rng, b, l, h, p), "scale": 1 + _normal(rng, h * p)}
-    inputs["weight"] = (h * p) ** -0.5 * _normal(rng, h * p, d)
-    return Values(values.inputs | inputs, values.fixed, _normal(rng, b, l, d))
-
-
-def mixer_end(
-    *, x: jax.Array, z: jax.Array, scale: jax.Array, weight: jax.Array, implementation: str, apart: bool = False,
-    **options: Any,
-) -> jax.Array:  # fmt: skip
-    """Runs a Mamba-2 mixer from its SSD on: gate, norm and projection, at once by the kernels or one by one.
-
-    Args:
-      x, options: as in `kernels.ssd.ssd`.
-      z: [b, l, h, p] gate.
-      scale: [e] gain of the norm, e = h p.
-      weight: [e, d] of the projection.
-      implementation: as in `kernels.ssd.ssd`; other than kernels go one by one.
-      apart: kernels do so too.
-    """
-    options |= {"implementation": implementation}
-    flat = (*x.shape[:2], -1)
-    if apart or not implementation.startswith("pallas_triton"):
-        y = gated_rms_norm(ssd(x, **options).reshape(flat), z.reshape(flat), scale, eps=_NORM_EPS)
-        return y @ weight.astype(y.dtype)
-    u, squares = ssd_gated(x, z=z, **options)
-    norm = {"sum_squares": jnp.sum(squares, axis=-1), "scale": scale, "eps": _NORM_EPS}
-    return project_normed(u.reshape(flat), weight.astype(u.dtype), **norm)
-
-
 def _draw_scan(sizes: Sizes, rng: np.random.Generator, ragged: bool) -> Values:
     b, l, e, n = (sizes[axis] for axis in "blen")  # noqa: E741
     inputs = {
@@ -165,19 +138,10 @@ def _draw_loss(sizes: Sizes, rng: np.random.Generator, ragged: bool) -> Values:
 
 OPERATORS = {
     "ssd": Operator(ssd, _draw_ssd, ("x", "B", "C"), ("A", "D", "dt_bias"), True),
-    "mixer_end": Operator(
-        mixer_end, _draw_mixer_end, ("x", "B", "C", "z"), ("A", "D", "dt_bias", "scale", "weight"), True
-    ),
-    "causal_conv1d": Operator(
-        causal_conv1d, _draw_conv, ("x",), ("weight", "bias"), False, {"activation": "silu"}
-    ),
-    "selective_scan": Operator(
-        selective_scan, _draw_scan, ("x", "dt", "B", "C"), ("A", "D", "dt_bias"), False
-    ),
-    "softmax_cross_entropy": Operator(
-        softmax_cross_entropy, _draw_loss, ("hidden", "embedding"), ("embedding",), True
-    ),
-}  # fmt: skip
+    "causal_conv1d": Operator(causal_conv1d, _draw_conv, ("x",), ("weight", "bias"), False, {"activation": "silu"}),
+    "selective_scan": Operator(selective_scan, _draw_scan, ("x", "dt", "B", "C"), ("A", "D", "dt_bias"), False),
+    "softmax_cross_entropy": Operator(softmax_cross_entropy, _draw_loss, ("hidden", "embedding"), ("embedding",), True),
+}
 
 _SSD, _SSD_WIDE = {"h": 4, "p": 32, "n": 32}, {"h": 4, "p": 128, "n": 64}
 _SCAN, _CHANNELS = {"e": 128, "n": 32}, {"c": 192}
@@ -187,9 +151,6 @@ PAPER_CASES = (
     Case("ssd", _BEAUTY | _SSD),
     Case("ssd", _ML_1M | _SSD),
     Case("ssd", {"b": 256, "l": 200} | _SSD_WIDE),
-    Case("mixer_end", _BEAUTY | _SSD | {"d": 64}),
-    Case("mixer_end", _ML_1M | _SSD | {"d": 64}),
-    Case("mixer_end", {"b": 256, "l": 200} | _SSD_WIDE | {"d": 256}),
     Case("causal_conv1d", _BEAUTY | _CHANNELS),
     Case("causal_conv1d", _ML_1M | _CHANNELS),
     Case("selective_scan", {"b": 512, "l": 200} | _SCAN),
@@ -210,8 +171,6 @@ ODD_CASES = (
     Case("ssd", {"b": 64, "l": 33} | _SSD_WIDE, ragged=True),
     # Few long rows are cut into segments.
     Case("ssd", {"b": 2, "l": 4099} | _SSD, ragged=True),
-    Case("mixer_end", {"b": 64, "l": 17} | _SSD | {"d": 64}, ragged=True),
-    Case("mixer_end", {"b": 2, "l": 4099} | _SSD | {"d": 64}, ragged=True),
     Case("causal_conv1d", {"b": 64, "l": 1} | _CHANNELS),
     Case("causal_conv1d", {"b": 33, "l": 17, "c": 100}),
     Case("causal_conv1d", {"b": 2, "l": 4099} | _CHANNELS),
@@ -223,7 +182,6 @@ ODD_CASES = (
 TINY_CASES = (
     Case("ssd", {"b": 2, "l": 17, "h": 2, "p": 16, "n": 16}, ragged=True),
     Case("causal_conv1d", {"b": 2, "l": 5, "c": 16}),
-    Case("mixer_end", {"b": 2, "l": 17, "h": 2, "p": 16, "n": 16, "d": 16}),
     Case("selective_scan", {"b": 2, "l": 4, "e": 8, "n": 4}),
     Case("softmax_cross_entropy", {"t": 16, "v": 40, "d": 16}, ragged=True),
 )
@@ -255,7 +213,7 @@ def matmul_precision(precision: str) -> Any:
     return jax.default_matmul_precision("highest" if precision == "float32" else "default")
 
 
-def forward(case: Case, implementation: str, precision: str, **options: Any) -> Callable[..., jax.Array]:
+def forward(case: Case, implementation: str, precision: str, **options: Any) -> Apply:
     """Returns (inputs, fixed) -> y by an implementation of the operator."""
     operator = OPERATORS[case.op]
     arguments = operator.options | options | {"implementation": implementation}
@@ -269,7 +227,7 @@ def forward(case: Case, implementation: str, precision: str, **options: Any) -> 
     return apply
 
 
-def both(apply: Callable[..., jax.Array]) -> Callable[..., tuple[jax.Array, Arrays]]:
+def both(apply: Apply) -> Callable[..., tuple[jax.Array, Arrays]]:
     """Returns (inputs, fixed, dy) -> y and the gradients of all inputs."""
 
     def run(inputs: Arrays, fixed: Arrays, dy: jax.Array) -> tuple[jax.Array, Arrays]:
@@ -277,3 +235,147 @@ def both(apply: Callable[..., jax.Array]) -> Callable[..., tuple[jax.Array, Arra
         return y, pull(dy.astype(y.dtype))[0]
 
     return run
+
+
+# Largest errors of y and of a gradient, relative in the norm, and over the largest magnitude. TF32 was seen to reach
+# 6e-3 at single places of gradients behind a norm, where float32 kept to 1e-6.
+LIMITS = {"float32": (2e-5, 1e-4), "tfloat32": (5e-3, 1e-2), "bfloat16": (2e-2, 2e-2)}
+# A recurrence keeps a few states per position for its gradient.
+_BLOCK_BYTES = 2**30
+# At least so many blocks, where there are rows enough: their gradients of a parameter say how large its addends are.
+_LEAST_BLOCKS = 16
+
+
+def rows_of_a_block(case: Case) -> int:
+    """Returns how many rows the definition takes at once: a divisor of b that keeps its states in memory."""
+    if case.op == "softmax_cross_entropy":
+        return case.sizes["t"]
+    rows = case.sizes["b"]
+    numbers = int(np.prod(list(case.sizes.values()))) // rows
+    limit = max(1, min(_BLOCK_BYTES // (8 * numbers), rows // _LEAST_BLOCKS))
+    return max(size for size in range(1, limit + 1) if rows % size == 0)
+
+
+def definition(
+    case: Case, run: Callable[..., tuple[jax.Array, Arrays]], values: Values
+) -> tuple[jax.Array, Arrays, Arrays]:
+    """Computes y and all gradients in blocks of rows; call it in 64-bit mode.
+
+    Args:
+      case: which operator.
+      run: (inputs, fixed, dy) -> y and gradients by the definition.
+      values: float64 inputs and dy.
+
+    Returns:
+      y, the gradients, and of each parameter's gradient the root of the sum of squares over the blocks.
+    """
+    parameters = OPERATORS[case.op].parameters
+    rows, size = values.dy.shape[0], rows_of_a_block(case)
+    blocks = []
+    for start in range(0, rows, size):
+        block = slice(start, start + size)
+        inputs = {name: a if name in parameters else a[block] for name, a in values.inputs.items()}
+        blocks.append(run(inputs, {name: a[block] for name, a in values.fixed.items()}, values.dy[block]))
+    y = jnp.concatenate([y for y, _ in blocks])
+    gradients = {
+        name: sum(g[name] for _, g in blocks) if name in parameters else jnp.concatenate([g[name] for _, g in blocks])
+        for name in values.inputs
+    }
+    spreads = {name: jnp.sqrt(sum(g[name] ** 2 for _, g in blocks)) for name in parameters}
+    return y, gradients, spreads
+
+
+def _errors(out: np.ndarray, expected: np.ndarray, spread: np.ndarray | None) -> tuple[float, float]:
+    """Error in the norm and at the worst place, over the expected array's own; absolute where that is 0.
+
+    A sum over rows may by chance lie near 0, while its rounding goes with its addends: `spread` is then the measure.
+    """
+    difference = (out.astype(np.float64) - expected).ravel()
+    measures = [expected] if spread is None else [expected, spread]
+    norm = max(np.linalg.norm(measure.ravel()) for measure in measures)
+    largest = max(np.max(np.abs(measure)) for measure in measures)
+    return np.linalg.norm(difference) / (norm or 1.0), np.max(np.abs(difference)) / (largest or 1.0)
+
+
+def _same_bits(first: Any, second: Any) -> bool:
+    pairs = zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True)
+    return all(a.tobytes() == b.tobytes() for a, b in pairs)
+
+
+def judge(results: tuple[Any, Arrays], expected: tuple[Any, Arrays, Arrays], precision: str) -> dict[str, Any]:
+    """Compares y and gradients with the definition's; NaN never passes."""
+    value_limit, gradient_limit = LIMITS[precision]
+    pairs = {"y": (results[0], expected[0], value_limit)}
+    pairs |= {f"d {name}": (g, expected[1][name], gradient_limit) for name, g in results[1].items()}
+    errors, ok = {}, True
+    for name, (out, wanted, limit) in pairs.items():
+        norm, largest = _errors(out, wanted, expected[2].get(name.removeprefix("d ")) if name != "y" else None)
+        good = bool(norm <= limit and largest <= limit)
+        ok = ok and good
+        # JSON has no NaN.
+        errors[name] = {"norm": _finite(norm), "largest": _finite(largest), "limit": limit, "ok": good}
+    return {"errors": errors, "ok": ok}
+
+
+def _finite(number: float) -> float | str:
+    return float(number) if np.isfinite(number) else str(number)
+
+
+def _check_precision(case: Case, values: Values, precision: str, run: Any, expected: Any) -> dict[str, Any]:
+    first, second = (jax.device_get(run(values.inputs, values.fixed, values.dy)) for _ in range(2))
+    record = judge(first, expected, precision)
+    record["same_bits"] = _same_bits(first, second)
+    record["ok"] = record["ok"] and record["same_bits"]
+    return record
+
+
+def check(case: Case, implementation: str, wanted: tuple[str, ...], rng: np.random.Generator) -> list[dict[str, Any]]:
+    """Checks one case in all precisions; whatever goes wrong is in the records."""
+    drawn = draw(case, rng)
+    names = precisions(case, wanted)
+    values = {name: stored(case, drawn, name) for name in names}
+
+    def build(name: str) -> Any:
+        run = jax.jit(both(forward(case, implementation, name)))
+        return run.lower(values[name].inputs, values[name].fixed, values[name].dy).compile()
+
+    runs, failed = build_all({name: functools.partial(build, name) for name in names})
+    define = jax.jit(both(forward(case, "reference", "float32")))
+    records, expected = [], {}
+    for name in names:
+        record = {"op": case.op, "sizes": case.sizes, "ragged": case.ragged, "precision": name}
+        if name in failed:
+            records.append(record | {"ok": False, "error": failed[name]})
+            continue
+        try:
+            # Numbers rounded to bfloat16 are another input.
+            storage = "bfloat16" if name == "bfloat16" else "float32"
+            if storage not in expected:
+                with jax.enable_x64(True):
+                    wide = jax.tree.map(lambda a: a.astype(np.float64), (values[name].inputs, values[name].dy))
+                    wide = Values(wide[0], values[name].fixed, wide[1])
+                    expected[storage] = jax.device_get(definition(case, define, wide))
+            record |= {"rows_of_a_block": rows_of_a_block(case)}
+            record |= _check_precision(case, values[name], name, runs[name], expected[storage])
+        except Exception as error:  # One broken kernel must not hide the others.
+            record |= {"ok": False, "error": reason(error)}
+        records.append(record)
+    return records
+
+
+def check_all(part: Part) -> None:
+    """Checks all cases."""
+    checks, failed = [], []
+    part.record.update({"checks": checks, "failed": failed})
+    settings = part.settings
+
+    def check_case(case: Case) -> None:
+        try:
+            records = check(case, settings.implementation, PRECISIONS[:1] if settings.tiny else PRECISIONS, part.rng)
+        except Exception as error:  # An operator that is broken as a whole has failed, too.
+            records = [{"op": case.op, "sizes": case.sizes, "precision": "", "ok": False, "error": reason(error)}]
+        checks.extend(records)
+        failed.extend(f"{case.label} {record['precision']}" for record in records if not record["ok"])
+
+    cases = TINY_CASES if settings.tiny else (*PAPER_CASES, *ODD_CASES)
+    part.do_all((f"check of {case.label}", functools.partial(check_case, case)) for case in cases)
