@@ -29,6 +29,7 @@ from rich.text import Text
 
 from experiments.command_line import run_program, with_flags
 from experiments.configs import config_names, load_config
+from tim4rec_jax.checks import listed, shortened, shown
 from tim4rec_jax.files import replacing
 from tim4rec_jax.models import build_model
 from tim4rec_jax.run_dir import read_config
@@ -81,17 +82,13 @@ def check(arguments: Arguments) -> None:
         raise ValueError("--input and --output belong together: a JSON-lines file in, a Parquet file out")
     if arguments.output is not None and arguments.output.suffix.lower() != ".parquet":
         raise ValueError(
-            f"--output={_short(str(arguments.output))}: the file is written as Parquet; end it in .parquet"
+            f"--output={shortened(str(arguments.output), 80)}: the file is written as Parquet; end it in .parquet"
         )
     if arguments.input is not None and arguments.input.suffix.lower() in (".csv", ".tsv", ".parquet"):
         raise ValueError(
-            f"--input={_short(str(arguments.input))}: a JSON-lines file is read, one object a line, such as "
+            f"--input={shortened(str(arguments.input), 80)}: a JSON-lines file is read, one object a line, such as "
             '{"user": "42"}; convert it'
         )
-
-
-def _short(text: str, most: int = 80) -> str:
-    return text if len(text) <= most else f"{text[: most - 3]}..."
 
 
 class _Line(NamedTuple):
@@ -119,11 +116,13 @@ def _seconds(texts: Sequence[str]) -> list[int]:
 def raw_id(value: Any) -> str:
     """Returns a JSON string or whole number as a raw id; ids that look like numbers are often written as such."""
     if isinstance(value, bool) or not isinstance(value, str | int):
-        raise ValueError(f"id {_short(json.dumps(value))} must be a string or a whole number")
+        raise ValueError(f"id {shortened(json.dumps(value), 80)} must be a string or a whole number")
     try:
         str(value).encode()  # Text with half a character of UTF-16 can be written nowhere.
+    except UnicodeEncodeError as error:
+        raise ValueError(f"id {shown(value)} has half of a surrogate pair, which is no character") from error
     except ValueError as error:
-        raise ValueError(f"id {_short(ascii(value))} is no text or a number too long for an id") from error
+        raise ValueError(f"id {shown(value)} is a number too long for an id") from error
     return str(value)
 
 
@@ -131,7 +130,7 @@ def _parse_line(recommender: Recommender, text: str) -> tuple[str | None, Histor
     try:
         values = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"not JSON ({_short(str(error))})") from error
+        raise ValueError(f"not JSON ({shortened(str(error), 80)})") from error
     if not isinstance(values, dict) or ("user" in values) == ("history" in values):
         raise ValueError('must be an object with either "user" or "history"')
     unknown = sorted(set(values) - ({"user"} if "user" in values else {"history", "times"}))
@@ -142,11 +141,11 @@ def _parse_line(recommender: Recommender, text: str) -> tuple[str | None, Histor
         return user, recommender.history_of_user(user)
     history, times = values["history"], values.get("times")
     if not isinstance(history, list):
-        raise ValueError(f'"history" must be a list of item ids, not {_short(json.dumps(history))}')
+        raise ValueError(f'"history" must be a list of item ids, not {shortened(json.dumps(history), 80)}')
     if times is not None and (
         not isinstance(times, list) or any(isinstance(t, bool) or not isinstance(t, int) for t in times)
     ):
-        raise ValueError(f'"times" must be a list of whole seconds since 1970, not {_short(json.dumps(times))}')
+        raise ValueError(f'"times" must be a list of whole seconds since 1970, not {shortened(json.dumps(times), 80)}')
     return None, recommender.history_from_ids([raw_id(item) for item in history], times)
 
 
@@ -169,7 +168,7 @@ def load_streamable(run: pathlib.Path) -> Recommender:
     try:
         require_streamable(build_model(read_config(run).model))
     except ValueError as error:
-        raise ValueError(f"{run}: {error} (--config={', '.join(streamable_configs())})") from error
+        raise ValueError(f"{run}: {error} (--config={listed(streamable_configs(), 60, ', ')})") from error
     return Recommender.from_run(run, report=lambda line: print(line, file=sys.stderr))
 
 
@@ -209,7 +208,7 @@ def read_lines(recommender: Recommender, path: pathlib.Path) -> list[_Line]:
                 bad.append(f"line {number}: {error}")
     if bad:
         more = f" (and {len(bad) - 1} more bad lines)" if len(bad) > 1 else ""
-        raise ValueError(f"{path}: {_short(bad[0], 160)}{more}; nothing was written")
+        raise ValueError(f"{path}: {shortened(bad[0], 160, 80)}{more}; nothing was written")
     if not lines:
         raise ValueError(f"{path} holds no lines; write one JSON object a line")
     return lines

@@ -16,6 +16,7 @@ from typing import Any, Literal
 from experiments.command_line import parse_settings
 from experiments.comparison_plan import flat, parse_seeds, require_one_process
 from experiments.configs import config_names, load_config
+from tim4rec_jax.checks import listed
 from tim4rec_jax.config import DataConfig, EvalConfig, ExperimentConfig, ModelConfig, ParallelConfig, TrainConfig
 from tim4rec_jax.files import write_atomically
 from tim4rec_jax.run_dir import CHANGEABLE_ON_RESUME
@@ -297,7 +298,7 @@ def record_plan(plan: Plan, fingerprint: str) -> None:
       fingerprint: of the cleaned log.
 
     Raises:
-      ValueError: the folder holds another sweep; every difference is listed.
+      ValueError: the folder holds another sweep; the first differences are listed.
     """
     file, new = plan.folder / PLAN, _recorded(plan, fingerprint) | {"format_version": FORMAT_VERSION}
     if not file.exists():
@@ -316,8 +317,8 @@ def record_plan(plan: Plan, fingerprint: str) -> None:
     ]
     if differences:
         raise ValueError(
-            f"{plan.folder} holds another sweep:\n  " + "\n  ".join(differences) + "\nchoose another --folder, or give "
-            "the settings of that sweep"
+            f"{plan.folder} holds another sweep: {listed(differences, 130)}; choose another --folder, or give the "
+            "settings of that sweep"
         )
 
 

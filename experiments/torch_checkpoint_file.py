@@ -113,9 +113,9 @@ def read_state_dict(path: pathlib.Path) -> StateDict:
 
 
 def _refusal(path: pathlib.Path, refused: str) -> str:
-    name = shortened(str(path), 60)
+    name = shortened(path.name, 30)
     code = shown(refused, 60)[1:-1]
-    reason = f"{name} is refused: reading it would import and could execute {code}; nothing of it was executed"
+    reason = f"reading {name} would import and could execute {code}; nothing of it was executed"
     if not refused.startswith("recbole."):
         return f"{reason}. Only tensors, numbers, strings and their containers are read"
     file = shortened(path.name, 30)

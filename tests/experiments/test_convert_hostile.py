@@ -259,7 +259,7 @@ def test_settings_that_no_program_writes(folder, honest, capsys, text, message):
     [
         ("hidden_size", 10**300, "hidden_size"),
         ("hidden_size", 10**8, "d_model=100000000 must be at most"),
-        ("n_layers", 10**6, "1000000 layers, but"),
+        ("n_layers", 10**6, "num_layers=1000000 must be at most 200"),
         ("n_items", 10**9, "n_items=1000000000"),
         ("MAX_ITEM_LIST_LENGTH", 10**9, "max_len=1000000000 must be at most"),
         ("inner_size", 10**12, "inner_size=1000000000000 must be at most"),

@@ -118,7 +118,7 @@ def test_a_trial_that_fails_is_kept_and_the_others_go_on(tmp_path, capsys, train
 
 def test_nothing_worked(tmp_path, capsys, trained):
     code, _, err = _main(capsys, tmp_path / "g", "--grid", "model.dropout=0.5,1.5")
-    assert code == 2 and "every trial failed:\n  trial 1: the loss is nan at step 3\n  trial 2: the settings" in err
+    assert code == 2 and "every trial failed: trial 1: the loss is nan at step 3; trial 2: the settings" in err
 
 
 SPACE = ["--space", "train.learning_rate=log:1e-4:1e-2", "model.dropout=0.0:0.3", "train.loss=ce|bpr"]
@@ -180,8 +180,8 @@ def test_an_interrupted_grid_goes_on(tmp_path, capsys, trained):
         ([*GRID, "--train.epochs=2"], ["settings.train.epochs: 1 there, 2 asked for"]),
         ([*GRID, "--seeds=7,"], ["seeds: [2020] there, [7] asked for"]),
         (["--grid", "train.learning_rate=1e-3,3e-3"], ["grid.model.dropout: [0.1, 0.2] there, 'absent' asked for"]),
-        ([*GRID, "--data.synthetic.seed=8"], ["data_fingerprint: ", "settings.data.synthetic.seed: 7 there, 8"]),
-        ([*SPACE, "--trials=3"], ["grid.model.dropout: [0.1, 0.2] there", "space.model.dropout.high: 'absent'"]),
+        ([*GRID, "--data.synthetic.seed=8"], ["data_fingerprint: ", "and 1 more; choose another --folder"]),
+        ([*SPACE, "--trials=3"], ["grid.model.dropout: [0.1, 0.2] there", " more; choose another --folder"]),
     ],
 )  # fmt: skip
 def test_a_folder_of_another_sweep_is_refused(tmp_path, capsys, trained, argv, lines):
