@@ -11,7 +11,7 @@ import pytest
 from experiments import benchmark
 from experiments.benchmarks import models
 from experiments.configs import MODEL_NAMES
-from tim4rec_jax.models import build_model, init_params
+from tim4rec_jax.models import build_model, init_params, last_hidden
 
 
 def test_a_tiny_run(tmp_path, capsys):
@@ -70,7 +70,7 @@ def test_evaluation_computes_every_row_once():
     found = models.evaluation(config, params, batch).run()
 
     def padded(params, items, lengths, timestamps):
-        hidden = model.apply({"params": params}, items, lengths, timestamps, deterministic=True, method="encode_last")
+        hidden = last_hidden(model, {"params": params}, items, lengths, timestamps)
         return model.apply({"params": params}, hidden, method="score")
 
     expected = jax.jit(padded)(params, batch.items, batch.lengths, batch.timestamps)
