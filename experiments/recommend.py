@@ -154,7 +154,7 @@ def streamable_configs() -> list[str]:
     names = []
     for name in config_names():
         model = build_model(dataclasses.replace(load_config(name).model, vocab_size=2))
-        names += [name] if hasattr(model, "extend") else []
+        names += [name] if model.streamable else []
     return names
 
 
@@ -208,7 +208,7 @@ def read_lines(recommender: Recommender, path: pathlib.Path) -> list[_Line]:
                 bad.append(f"line {number}: {error}")
     if bad:
         more = f" (and {len(bad) - 1} more bad lines)" if len(bad) > 1 else ""
-        raise ValueError(f"{path}: {shortened(bad[0], 160, 80)}{more}; nothing was written")
+        raise ValueError(f"{path}: {shortened(bad[0], 160)}{more}; nothing was written")
     if not lines:
         raise ValueError(f"{path} holds no lines; write one JSON object a line")
     return lines

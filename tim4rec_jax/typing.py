@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Int, Key, Shaped
 Items: TypeAlias = Int[Array | np.ndarray, "b l"]
 Lengths: TypeAlias = Int[Array | np.ndarray, " b"]
 Timestamps: TypeAlias = Shaped[Array | np.ndarray, "b t"]
-Hidden: TypeAlias = Float[Array, "b l d"]
+Hidden: TypeAlias = Float[Array, "b _ d"]
 LastHidden: TypeAlias = Float[Array, "b d"]
 Scores: TypeAlias = Float[Array, "b v"]
 Params: TypeAlias = Mapping[str, Any]

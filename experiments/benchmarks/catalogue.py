@@ -115,7 +115,8 @@ class LayoutStep:
         starts = rng.random(shape) < 0.05
         starts[:, 0] = True
         times = np.cumsum(rng.integers(0, 86_400, shape), axis=1).astype(np.int32)
-        return self.layout.split(PackedBatch(items, starts, times, targets, np.ones(shape, np.float32)))
+        segment_ids = np.cumsum(starts, axis=1, dtype=np.int32)
+        return self.layout.split(PackedBatch(items, segment_ids, times, targets, np.ones(shape, np.float32)))
 
     def start(self) -> Step:
         """Returns the step with its initial state, where it lies."""

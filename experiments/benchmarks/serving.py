@@ -1,7 +1,7 @@
 """Serving a causal model from its state against reading histories again, at a configuration's shapes.
 
 step        one event of every user: the state goes on (`Streamer.step`, checks of the input included)
-window      the last max_len events are read again (`encode_last`, at the static length the recommender takes)
+window      the last max_len events are read again (`last_hidden`, at the static length the recommender takes)
 whole       the whole history is read again, up to --longest events
 table       one event of every user through the table of states by raw id (`UserTable.add` and `flush`)
 answer      ranking the catalogue for every user (`Streamer.top_k`, 10 items)
@@ -28,7 +28,7 @@ from experiments.benchmarks.timing import Form, time_in_turns
 from experiments.configs import load_config
 from experiments.family import exact_order
 from tim4rec_jax.config import ExperimentConfig
-from tim4rec_jax.models import build_model, init_params
+from tim4rec_jax.models import build_model, init_params, last_hidden
 from tim4rec_jax.run_dir import environment
 from tim4rec_jax.serving.recommender import SHORTEST_LENGTH, Recommender, next_power_of_two
 from tim4rec_jax.serving.streaming import Streamer, require_streamable
@@ -99,9 +99,7 @@ class Served:
         self.params = jax.jit(functools.partial(init_params, self.model))(jax.random.key(seed))
         self.streamer = Streamer(self.model, self.params)
         self.rng = np.random.default_rng(seed)
-        self._encode = jax.jit(
-            lambda params, *a: self.model.apply({"params": params}, *a, deterministic=True, method="encode_last")
-        )
+        self._encode = jax.jit(lambda params, *a: last_hidden(self.model, {"params": params}, *a))
 
     def state_after(self, items: np.ndarray, times: np.ndarray) -> Any:
         """Returns the state after histories [users, length]."""

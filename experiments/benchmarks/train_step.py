@@ -15,7 +15,7 @@ beauty          50 positions, 12,102 rows
 full            every row as long as there are positions
 real            lengths with a geometric tail and the mean that the log's training rows have (118.0 and 8.4)
 training        what `experiments.train` runs on one batch: rows of like length together, loss, gradients, Adam
-evaluation      `encode_last` and all scores of one batch, rows of like length together
+evaluation      `last_hidden` and all scores of one batch, rows of like length together
 
 Items, gaps and targets of the last two are random. A batch of models has --tokens positions, padding included (12,800:
 64 rows of 200 or 256 of 50), so that a CPU is done in minutes; the paper's batches have 2048 rows (--tokens=409600 and
@@ -51,7 +51,8 @@ from tim4rec_jax.data.interactions import InteractionLog, load_log, with_precisi
 from tim4rec_jax.data.length_groups import LengthGroup, plan_length_groups
 from tim4rec_jax.data.loader import Batch, GrainLoader
 from tim4rec_jax.data.splits import split_log
-from tim4rec_jax.models import build_model
+from tim4rec_jax.layers.rows import Rows
+from tim4rec_jax.models import Cache, build_model, last_hidden
 from tim4rec_jax.models.tim4rec import TiM4Rec
 from tim4rec_jax.run_dir import environment
 from tim4rec_jax.training.step import init_state, make_optimizer, train_step
@@ -128,10 +129,11 @@ def compile_step(config: ExperimentConfig, model: Any, loader: Any, groups: tupl
 class PaddedTiM4Rec(TiM4Rec):
     """The same model without the exact savings: everything at every position, then read at the last one."""
 
-    def encode_last(self, items: Array, lengths: Array, timestamps: Array | None, **options: Any) -> Array:
-        """Returns `encode` at position length - 1."""
-        hidden = self.encode(items, lengths, timestamps, **options)
-        return jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
+    def forward(
+        self, items: Array, timestamps: Array | None, rows: Rows, cache: Cache | None
+    ) -> tuple[Array, Cache | None]:
+        hidden, cache = super().forward(items, timestamps, rows._replace(positions=None), cache)
+        return rows.at(hidden), cache
 
 
 def groups_of(config: ExperimentConfig, lengths: np.ndarray, **changes: Any) -> tuple[LengthGroup, ...]:
@@ -461,8 +463,8 @@ def evaluation(config: ExperimentConfig, params: Any, batch: Batch) -> Compiled:
     pieces = jax.device_put(_shortened(batch, groups_of(config, batch.lengths)))
 
     def score(params: Any, pieces: list[Batch]) -> jax.Array:
-        encode = functools.partial(model.apply, {"params": params}, deterministic=True, method="encode_last")
-        hidden = [encode(rows.items, rows.lengths, rows.timestamps) for rows in pieces]
+        variables = {"params": params}
+        hidden = [last_hidden(model, variables, rows.items, rows.lengths, rows.timestamps) for rows in pieces]
         return model.apply({"params": params}, jnp.concatenate(hidden), method="score")
 
     began = time.perf_counter()

@@ -46,9 +46,9 @@ def test_both_give_the_same_batches_in_the_same_order(log, precision, dtype):
 
 
 def histories(batch):
-    """The pieces between starts as (items, timestamps, targets, weights)."""
+    """The histories as (items, timestamps, targets, weights), and the padding."""
     for row in range(len(batch.items)):
-        cuts = np.flatnonzero(batch.starts[row])
+        cuts = np.flatnonzero(np.diff(batch.segment_ids[row], prepend=-1))
         columns = (batch.items, batch.timestamps, batch.targets, batch.weights)
         yield from zip(*(np.split(column[row], cuts[1:]) for column in columns), strict=True)
 
@@ -85,7 +85,7 @@ def test_rows_that_only_fill_the_last_batch_come_last_without_weight(log, name):
     real = batches[-1].weights.any(axis=1)
     assert 0 < real.sum() < BATCH_SIZE and not real[real.sum() :].any()
     assert not batches[-1].items[~real].any()
-    assert batches[-1].starts[~real].tolist() == [[True] + [False] * (MAX_LEN - 1)] * int((~real).sum())
+    assert not batches[-1].segment_ids[~real].any()
 
 
 @pytest.mark.parametrize("name", PACKED_LOADERS)

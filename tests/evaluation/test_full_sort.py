@@ -14,7 +14,7 @@ from tim4rec_jax.config import DataConfig, EvalConfig, ExperimentConfig, ModelCo
 from tim4rec_jax.data.examples import Examples
 from tim4rec_jax.evaluation import full_sort
 from tim4rec_jax.evaluation.full_sort import FullSortEvaluator, evaluate
-from tim4rec_jax.models import init_params
+from tim4rec_jax.models import init_params, last_hidden
 
 MAX_LEN, NUM_ITEMS = 20, 37
 CONFIG = ExperimentConfig("toy", ModelConfig(max_len=MAX_LEN), eval=EvalConfig(batch_size=16, top_k=(10, 20)))
@@ -38,7 +38,7 @@ def _row_by_row(model, params, log, examples, exclude_seen):
 
     @jax.jit
     def score(items, length, stamps):
-        hidden = model.apply({"params": params}, items, length, stamps, deterministic=True, method="encode_last")
+        hidden = last_hidden(model, {"params": params}, items, length, stamps)
         return model.apply({"params": params}, hidden, method="score")
 
     ranks = []
@@ -102,14 +102,7 @@ def test_short_rows_of_a_time_aware_model_are_cut_exactly(log, examples, monkeyp
     monkeypatch.setattr(full_sort, "GROUP_PENALTY_TOKENS", {"cpu": 100})
     settings = ModelConfig(vocab_size=NUM_ITEMS + 1, max_len=MAX_LEN, d_model=16, d_state=8, head_dim=16, num_layers=1)
     model = build_model(settings)
-    variables = model.init(
-        jax.random.key(0),
-        jnp.ones((1, MAX_LEN), jnp.int32),
-        jnp.full(1, MAX_LEN),
-        jnp.zeros((1, MAX_LEN)),
-        deterministic=True,
-        method="encode_last",
-    )
+    variables = {"params": init_params(model, jax.random.key(0))}
     evaluator = FullSortEvaluator(model, log, examples, CONFIG)
     assert [batch.length for batch in evaluator._batches][0] < MAX_LEN
     expected = _row_by_row(model, variables["params"], log, examples, exclude_seen=False)
@@ -241,7 +234,7 @@ def test_fewer_events_than_a_fixed_length_holds(log, examples, model):
 
     @jax.jit
     def scores_of(items, lengths, times):
-        last = built.apply({"params": params}, items, lengths, times, deterministic=True, method="encode_last")
+        last = last_hidden(built, {"params": params}, items, lengths, times)
         return built.apply({"params": params}, last, method="score")
 
     for i in (0, len(examples) // 2, len(examples) - 1):

@@ -1,4 +1,4 @@
-"""A model small enough to be worked out row by row, with the methods that evaluation and serving call."""
+"""A model small enough to be worked out row by row, with what evaluation and serving call."""
 
 import flax.linen as nn
 import jax
@@ -15,13 +15,14 @@ class ToyModel(nn.Module):
 
     vocab_size: int
     d_model: int = 8
+    packable = streamable = False
 
     def setup(self) -> None:
         self.item_embedding = self.param("item_embedding", nn.initializers.normal(1.0), (self.vocab_size, self.d_model))
         self.time_shift = self.param("time_shift", nn.initializers.normal(1.0), (self.d_model,))
 
-    def encode_last(self, items, lengths, timestamps, *, deterministic):
-        assert deterministic
+    def __call__(self, items, timestamps, *, segment_ids=None, positions=None):
+        lengths = positions[:, 0] + 1
         position = jnp.arange(items.shape[1])
         age = lengths[:, None] - 1 - position
         weights = jnp.where(age >= 0, 0.8 ** age.astype(jnp.float32), 0.0)
@@ -29,18 +30,16 @@ class ToyModel(nn.Module):
         before = jnp.take_along_axis(timestamps, jnp.maximum(lengths[:, None] - 2, 0), axis=1)[:, 0]
         gap = (last - before).astype(jnp.float32) / 86_400.0
         embedded = self.item_embedding[items]
-        return jnp.einsum("bl,bld->bd", weights, embedded) + jnp.tanh(gap)[:, None] * self.time_shift
+        hidden = jnp.einsum("bl,bld->bd", weights, embedded) + jnp.tanh(gap)[:, None] * self.time_shift
+        return hidden[:, None], None
 
     def score(self, hidden):
         return hidden @ self.item_embedding.T
-
-    def __call__(self, items, lengths, timestamps):
-        return self.score(self.encode_last(items, lengths, timestamps, deterministic=True))
 
 
 def init_toy(vocab_size: int, seed: int = 0):
     """The model and its parameters."""
     model = ToyModel(vocab_size)
     items = jnp.ones((1, 4), jnp.int32)
-    variables = model.init(jax.random.key(seed), items, jnp.ones(1, jnp.int32), jnp.zeros((1, 4)))
+    variables = model.init(jax.random.key(seed), items, jnp.zeros((1, 4)), positions=jnp.zeros((1, 1), jnp.int32))
     return model, variables["params"]

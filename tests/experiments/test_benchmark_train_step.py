@@ -12,7 +12,7 @@ import torch
 from experiments import benchmark
 from experiments.benchmarks import train_step
 from experiments.configs import MODEL_NAMES
-from tim4rec_jax.models import build_model, init_params
+from tim4rec_jax.models import build_model, init_params, last_hidden
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -127,7 +127,7 @@ def test_evaluation_computes_every_row_once():
     found = train_step.evaluation(config, params, batch).form.launch()
 
     def padded(params, items, lengths, timestamps):
-        hidden = model.apply({"params": params}, items, lengths, timestamps, deterministic=True, method="encode_last")
+        hidden = last_hidden(model, {"params": params}, items, lengths, timestamps)
         return model.apply({"params": params}, hidden, method="score")
 
     expected = jax.jit(padded)(params, batch.items, batch.lengths, batch.timestamps)

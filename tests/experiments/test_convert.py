@@ -23,6 +23,7 @@ from tim4rec_jax.config import ModelConfig
 from tim4rec_jax.data.examples import gather_windows
 from tim4rec_jax.interop import params_from_torch
 from tim4rec_jax.interop.settings import upstream_from_config
+from tim4rec_jax.models import last_hidden
 from tim4rec_jax.run_dir import read_config, read_environment
 from tim4rec_jax.serving.stored_run import load_log, load_model
 from tim4rec_jax.training.logging import read_metrics
@@ -82,7 +83,7 @@ def _main(capsys, *argv):
 
 def _scores(stored, *inputs):
     def score(params, *inputs):
-        hidden = stored.model.apply({"params": params}, *inputs, deterministic=True, method="encode_last")
+        hidden = last_hidden(stored.model, {"params": params}, *inputs)
         return stored.model.apply({"params": params}, hidden, method="score")
 
     return np.asarray(jax.jit(score)(stored.params, *inputs))

@@ -1,6 +1,7 @@
 """Settings and parameters of the original programs, to ours and back."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ import torch
 
 from experiments.benchmarks.torch_models import tim4rec as pytorch
 from tim4rec_jax import ModelConfig, build_model, interop
+from tim4rec_jax.models import init_params
 
 # The TiM4Rec authors' names; every value differs from our default, and numbers come as YAML may read them.
 UPSTREAM = {
@@ -140,10 +142,7 @@ def state_dict(config):
 
 
 def shapes_of(config):
-    items = jnp.zeros((1, config.max_len), jnp.int32)
-    given = items, jnp.ones(1, jnp.int32), items
-    model = build_model(config)
-    return jax.eval_shape(lambda key: model.init(key, *given, deterministic=True, method="encode"), jax.random.key(0))
+    return {"params": jax.eval_shape(functools.partial(init_params, build_model(config)), jax.random.key(0))}
 
 
 @by_config

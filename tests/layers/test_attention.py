@@ -16,6 +16,7 @@ from tim4rec_jax.layers.attention import (
     interval_scores,
     interval_values,
 )
+from tim4rec_jax.layers.rows import Rows
 
 B, L, H, P, SPAN = 3, 7, 2, 5, 11
 
@@ -82,12 +83,12 @@ def test_no_array_has_a_value_for_every_pair_and_channel():
 
     def apply(params, table, **rngs):
         intervals = Intervals(jnp.zeros((b, length)), table, table)
-        return encoder.apply(params, embedded, real, intervals, ids, deterministic=False, **rngs)
+        return encoder.apply(params, embedded, Rows(real, None, ids, deterministic=False), intervals, **rngs)
 
-    params = jax.eval_shape(
-        lambda key: encoder.init(key, embedded, real, Intervals(real * 1.0, table, table), ids, deterministic=True),
-        jax.random.key(0),
-    )
+    def init(key):
+        return encoder.init(key, embedded, Rows(real, None, ids, True), Intervals(real * 1.0, table, table))
+
+    params = jax.eval_shape(init, jax.random.key(0))
 
     def loss(params, table):
         return jnp.sum(apply(params, table, rngs={"dropout": jax.random.key(0)}) ** 2)
@@ -126,7 +127,8 @@ def test_weights_are_dropped_by_example_head_and_pair():
     @functools.partial(jax.jit, static_argnums=2)
     def drop(positions, ids, length):
         bound = attention.bind({}, rngs={"dropout": jax.random.key(3)})
-        return bound._dropped(jnp.ones((len(ids), 4, positions.shape[1], length)), positions, ids, False)
+        rows = Rows(jnp.ones((len(ids), length), bool), None, ids, deterministic=False)
+        return bound._dropped(jnp.ones((len(ids), 4, positions.shape[1], length)), positions, rows)
 
     ids = np.array([4, 9])
     full = np.asarray(drop(np.tile(np.arange(40), (2, 1)), ids, 40))
@@ -150,10 +152,8 @@ def test_what_attends_to_what():
     same = zero | {"kernel": jnp.eye(length)}
     params = {"query": zero, "key": zero, "value": same, "out": same}
     real = np.arange(length) < np.array([[4], [16]])
-    positions = np.tile(np.arange(length), (2, 1))
-    weights = CausalAttention(config).apply(
-        {"params": params}, x, x, positions, real, None, np.arange(2), deterministic=True
-    )
+    rows = Rows(jnp.asarray(real), None, jnp.arange(2), deterministic=True)
+    weights = CausalAttention(config).apply({"params": params}, x, rows, None)
     seen = np.tril(np.ones((length, length))) * real[:, None]
     np.testing.assert_allclose(weights, seen / seen.sum(-1, keepdims=True), rtol=1e-6)
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from tim4rec_jax.config import ModelConfig
+from tim4rec_jax.layers.rows import Rows
 from tim4rec_jax.layers.ssd_mixer import SSDMixer
 
 SIZES = {"vocab_size": 10, "max_len": 20, "d_model": 16, "head_dim": 16, "d_state": 16, "use_time": False}
@@ -19,22 +20,22 @@ def mixer(**changes):
 def variables_and_input():
     rng = np.random.default_rng(0)
     u = jnp.asarray(rng.normal(size=(2, 20, 16)), jnp.float32)
-    options = {"channel": None, "example_ids": jnp.arange(2), "deterministic": True}
-    params = mixer().init(jax.random.key(0), u, **options)["params"]
+    rows = Rows(jnp.ones((2, 20), bool), None, jnp.arange(2), deterministic=True)
+    params = mixer().init(jax.random.key(0), u, None, rows)["params"]
     # Gains of 1 and biases of 0 would hide where they are applied.
     params["norm_scale"] = jnp.asarray(rng.normal(size=params["norm_scale"].shape), jnp.float32)
     params["out_proj"]["bias"] = jnp.asarray(rng.normal(size=16), jnp.float32)
     params["out_proj"]["kernel"] *= 50
-    return params, u, options
+    return params, u, rows
 
 
 def run(changes, starts=None):
     """Output, gradients by parameters and input, and what was left for looking at."""
-    params, u, options = variables_and_input()
-    options["starts"] = starts
+    params, u, rows = variables_and_input()
+    rows = rows._replace(starts=starts)
 
     def apply(params, u):
-        (out, _), seen = mixer(**changes).apply({"params": params}, u, **options, mutable=["intermediates"])
+        (out, _, _), seen = mixer(**changes).apply({"params": params}, u, None, rows, mutable=["intermediates"])
         return jnp.sum(jnp.square(out.astype(jnp.float32))), (out, seen["intermediates"])
 
     (_, (out, seen)), gradients = jax.jit(jax.value_and_grad(apply, argnums=(0, 1), has_aux=True))(params, u)
@@ -76,12 +77,14 @@ def test_steps_and_the_output_of_the_ssd_can_be_looked_at():
 
 @pytest.mark.parametrize("changes", [{}, KERNELS])
 def test_the_last_position_alone_equals_the_last_of_all(changes):
-    params, u, options = variables_and_input()
-    del options["channel"]
-    model, lengths = mixer(**changes), jnp.array([20, 7])
+    params, u, rows = variables_and_input()
+    model, ends = mixer(**changes), jnp.array([19, 6])
 
-    def apply(method, **given):
-        return jax.jit(lambda p, u: model.apply({"params": p}, u, None, **options, **given, method=method))(params, u)
+    def apply(positions):
+        given = rows._replace(positions=positions)
+        return jax.jit(lambda p, u: model.apply({"params": p}, u, None, given)[0])(params, u)
 
-    last, (full, _) = apply("last", lengths=lengths), apply("__call__")
-    np.testing.assert_allclose(last, full[jnp.arange(2), lengths - 1], rtol=1e-5, atol=1e-5)
+    full, last = apply(None), apply(ends[:, None])
+    np.testing.assert_allclose(last[:, 0], full[jnp.arange(2), ends], rtol=1e-5, atol=1e-5)
+    several = apply(jnp.array([[3, 19], [0, 6]]))
+    np.testing.assert_allclose(several[:, 1], last[:, 0], rtol=1e-5, atol=1e-5)

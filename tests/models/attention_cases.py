@@ -13,6 +13,7 @@ import torch
 
 from experiments.benchmarks.torch_models import sasrec as pytorch
 from experiments.benchmarks.torch_models.tisasrec import TiSASRec as PyTorchTiSASRec
+from tests.models.calls import call, program
 from tests.torch_reference.test_tim4rec_goldens import (
     assert_close_to_maximum,
     load_case,
@@ -21,6 +22,7 @@ from tests.torch_reference.test_tim4rec_goldens import (
 )
 from tim4rec_jax import ModelConfig, build_model, interop
 from tim4rec_jax.config import TrainConfig
+from tim4rec_jax.models import init_params
 from tim4rec_jax.training.losses import cross_entropy
 from tim4rec_jax.training.step import make_optimizer
 
@@ -47,8 +49,7 @@ def value_and_grad(config):
     model = build_model(config)
 
     def loss(params, items, lengths, timestamps, targets):
-        given = items, lengths, timestamps
-        hidden = model.apply({"params": params}, *given, deterministic=True, method="encode_last")
+        hidden = call(model, params, items, lengths, timestamps, "last")
         logits = model.apply({"params": params}, hidden, method="score")
         return cross_entropy(logits, targets).mean(), (hidden, logits)
 
@@ -62,10 +63,7 @@ def hidden_states(config):
 
     @jax.jit
     def run(params, items, lengths, timestamps):
-        _, seen = model.apply(
-            {"params": params}, items, lengths, timestamps, deterministic=True, method="encode",
-            capture_intermediates=True,
-        )  # fmt: skip
+        _, seen = call(model, params, items, lengths, timestamps, capture_intermediates=True)
         seen = seen["intermediates"]["encoder"]
         found = {"LayerNorm": seen["norm"]["__call__"][0]}
         for i in range(config.num_layers):
@@ -223,7 +221,7 @@ def check_twin_on_settings(config):
     params = interop.params_from_torch(config, twin.state_dict())
     run = value_and_grad(config)
     (our_loss, (last, _)), gradients = run(params, items, LENGTHS, timestamps, jnp.asarray(targets))
-    full = program(config, "encode")(params, items, LENGTHS, timestamps)
+    full = program(config, "all")(params, items, LENGTHS, timestamps)
     np.testing.assert_allclose(last, hidden.detach().numpy(), rtol=0, atol=1e-10)
     np.testing.assert_allclose(full[np.arange(4), LENGTHS - 1], last, rtol=0, atol=1e-12)
     np.testing.assert_allclose(our_loss, loss.item(), rtol=0, atol=1e-10)
@@ -253,9 +251,7 @@ def check_round_trip(config):
 
 
 def init(config, key):
-    items = jnp.zeros((1, config.max_len), jnp.int32)
-    given = items, jnp.ones(1, jnp.int32), items
-    return build_model(config).init(key, *given, deterministic=True, method="encode")["params"]
+    return init_params(build_model(config), key)
 
 
 def shapes_of(config):
@@ -270,24 +266,10 @@ def spread(config, seed=0):
     return jax.tree.unflatten(tree, [draw.astype(np.float32) for draw in draws])
 
 
-@functools.cache
-def program(config, method, deterministic=True):
-    model = build_model(config)
-
-    @jax.jit
-    def run(params, items, lengths, timestamps, example_ids=None, seed=0):
-        return model.apply(
-            {"params": params}, items, lengths, timestamps, deterministic=deterministic, example_ids=example_ids,
-            rngs={"dropout": jax.random.key(seed)}, method=method,
-        )  # fmt: skip
-
-    return run
-
-
 def check_causality(config):
     """Items (and times) of the future change nothing before them, at any length."""
     assert build_model(config).causal
-    run, params = program(config, "encode"), spread(config)
+    run, params = program(config, "all"), spread(config)
     items, timestamps = batch(config)
     before = np.asarray(run(params, items, LENGTHS, timestamps))
     for start in (1, 7, 11):
@@ -302,10 +284,10 @@ def check_causality(config):
 
 def check_padding_and_batch(config):
     """The last state does not depend on what lies beyond the length, on a shorter cut, or on the rows beside it."""
-    run, params = program(config, "encode_last"), spread(config)
+    run, params = program(config, "last"), spread(config)
     items, timestamps = batch(config)
     before = np.asarray(run(params, items, LENGTHS, timestamps))
-    full = np.asarray(program(config, "encode")(params, items, LENGTHS, timestamps))
+    full = np.asarray(program(config, "all")(params, items, LENGTHS, timestamps))
     np.testing.assert_allclose(full[np.arange(4), LENGTHS - 1], before, rtol=0, atol=1e-5)
     padded = np.arange(12) >= LENGTHS[:, None]
     junk = np.where(padded, 9, items), LENGTHS, np.where(padded, 1003, timestamps)
@@ -319,7 +301,7 @@ def check_padding_and_batch(config):
 
 def check_dropout(config):
     """Masks follow the example, the positions and the seed, not the layout of the batch."""
-    run, params = program(config, "encode_last", deterministic=False), spread(config)
+    run, params = program(config, "last", deterministic=False), spread(config)
     items, timestamps = batch(config)
     ids = np.arange(4)
     before = np.asarray(run(params, items, LENGTHS, timestamps, ids))
@@ -329,7 +311,7 @@ def check_dropout(config):
     np.testing.assert_array_equal(run(params, items, LENGTHS, timestamps, ids), before)
     assert (np.abs(run(params, items, LENGTHS, timestamps, ids + 4) - before).max(axis=1) > 1e-2).all()
     assert (np.abs(run(params, items, LENGTHS, timestamps, ids, 1) - before).max(axis=1) > 1e-2).all()
-    full = np.asarray(program(config, "encode", deterministic=False)(params, items, LENGTHS, timestamps))
+    full = np.asarray(program(config, "all", deterministic=False)(params, items, LENGTHS, timestamps))
     np.testing.assert_allclose(full[ids, LENGTHS - 1], before, rtol=1e-5, atol=1e-5)
 
 
@@ -356,14 +338,12 @@ def check_bfloat16(config):
     assert {leaf.dtype for leaf in jax.tree.leaves(shapes_of(low))} == {jnp.dtype("float32")}
     items, timestamps = batch(config)
     given = items, LENGTHS, timestamps
-    traced = program(low, "encode").trace(params, *given)
+    traced = program(low, "all").trace(params, *given)
     sensitive = [line for line in str(traced.jaxpr).splitlines() if " = exp " in line or " = rsqrt " in line]
     assert len(sensitive) == 2 + 5
     assert all(":f32[" in line and "bf16" not in line for line in sensitive)
-    full = program(low, "encode")(params, *given)
+    full = program(low, "all")(params, *given)
     assert full.dtype == jnp.bfloat16
-    np.testing.assert_allclose(
-        np.asarray(full, np.float32), program(config, "encode")(params, *given), rtol=0, atol=0.1
-    )
+    np.testing.assert_allclose(np.asarray(full, np.float32), program(config, "all")(params, *given), rtol=0, atol=0.1)
     scores = build_model(low).apply({"params": params}, full[:, 0], method="score")
     assert scores.dtype == jnp.float32

@@ -40,14 +40,13 @@ def check_packing(config):
     )
     items, timestamps, starts, histories = packed_rows(config)
 
-    def encode(params, items, timestamps, starts=None):
-        lengths = np.full(len(items), config.max_len)
-        return model.apply(
-            {"params": params}, items, lengths, timestamps, deterministic=True, starts=starts, method="encode"
-        )
+    segment_ids = np.cumsum(starts, axis=1) * (items != 0)
+
+    def encode(params, items, timestamps, segment_ids=None):
+        return model.apply({"params": params}, items, timestamps, segment_ids=segment_ids)[0]
 
     run = jax.jit(encode)
-    hidden = np.asarray(run(params, items, timestamps, starts))
+    hidden = np.asarray(run(params, items, timestamps, segment_ids))
     assert hidden.dtype == np.float64 and np.isfinite(hidden).all()
     alone, times = np.zeros((len(histories), 12), np.int32), np.zeros((len(histories), 12), np.int32)
     for i, (row, first, end) in enumerate(histories):
@@ -64,7 +63,7 @@ def check_packing(config):
     @jax.grad
     def gradient(params, first, end):
         inside = (jnp.arange(12) >= first) & (jnp.arange(12) < end)
-        return jnp.sum(jnp.sin(encode(params, items, timestamps, starts)[0]) * inside[:, None])
+        return jnp.sum(jnp.sin(encode(params, items, timestamps, segment_ids)[0]) * inside[:, None])
 
     for row, first, end in histories[:3]:
         moved = np.flatnonzero(np.asarray(gradient(params, first, end)["item_embedding"]["embedding"]).any(axis=1))

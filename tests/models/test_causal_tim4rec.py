@@ -8,9 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.models.calls import program
 from tim4rec_jax import ModelConfig, build_model
 from tim4rec_jax.layers.causal_time import DateOffset, gap_features
-from tim4rec_jax.models import init_params
+from tim4rec_jax.models import init_params, one_segment
 from tim4rec_jax.models.causal_tim4rec import CausalTiM4Rec
 
 CAUSAL = ModelConfig(
@@ -46,15 +47,17 @@ def history(length, seed=2, rows=3):
 
 
 @functools.cache
-def program(config, method):
+def called(config):
     model = build_model(config)
-    fixed = {} if method == "extend" else {"deterministic": True}
-    return jax.jit(lambda params, *a, **k: model.apply({"params": params}, *a, **fixed, **k, method=method))
+    return jax.jit(lambda params, *a, **k: model.apply({"params": params}, *a, **k))
 
 
 def encode(config, params, items, timestamps, **options):
-    lengths = jnp.full(items.shape[0], items.shape[1], jnp.int32)
-    return program(config, "encode")(params, items, lengths, timestamps, **options)
+    return called(config)(params, items, timestamps, **options)[0]
+
+
+def empty_cache(config, params, rows):
+    return build_model(config).apply({"params": params}, rows, method="init_cache")
 
 
 @pytest.mark.parametrize("name", SETTINGS)
@@ -119,7 +122,7 @@ def test_the_last_position_alone(name):
     inside = jnp.arange(9) < lengths[:, None]
     items, timestamps = jnp.where(inside, items, 0), jnp.where(inside, timestamps, 0)
     every = encode(config, params, items, timestamps)
-    last = program(config, "encode_last")(params, items, lengths, timestamps)
+    last = program(config, "last")(params, items, lengths, timestamps)
     np.testing.assert_allclose(last, every[jnp.arange(3), lengths - 1], rtol=0, atol=1e-10)
 
 
@@ -130,48 +133,49 @@ def test_packed_histories_know_nothing_of_each_other(name):
     items, timestamps = history(11, rows=2)
     starts = np.zeros((2, 11), bool)
     starts[0, [0, 4, 5]] = starts[1, [0, 7]] = True
-    packed = encode(config, params, items, timestamps, starts=jnp.asarray(starts))
+    segment_ids = jnp.cumsum(starts, axis=1)
+    packed = encode(config, params, items, timestamps, segment_ids=segment_ids)
     for row, first, end in ((0, 0, 4), (0, 4, 5), (0, 5, 11), (1, 0, 7), (1, 7, 11)):
         alone = encode(config, params, items[row : row + 1, first:end], timestamps[row : row + 1, first:end])
         np.testing.assert_allclose(packed[row, first:end], alone[0], rtol=0, atol=1e-11)
-    other = encode(config, params, items.at[0, :4].set(1), timestamps.at[0, :4].set(5), starts=jnp.asarray(starts))
+    changed = items.at[0, :4].set(1), timestamps.at[0, :4].set(5)
+    other = encode(config, params, *changed, segment_ids=segment_ids)
     np.testing.assert_array_equal(other[0, 4:], packed[0, 4:])
 
 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_pieces_of_any_size_give_what_one_pass_gives(name):
     config = SETTINGS[name]
-    params, model = perturbed(config), build_model(config)
+    params = perturbed(config)
     items, timestamps = history(23)
     whole = encode(config, params, items, timestamps)
     final = None
     for sizes in ([23], [1] * 23, [7, 1, 2, 13]):
-        state, parts, at = model.apply({"params": params}, 3, method="init_state"), [], 0
+        cache, parts, at = empty_cache(config, params, 3), [], 0
         for size in sizes:
             columns = slice(at, at + size)
-            lengths = jnp.full(3, size, jnp.int32)
-            state, hidden = program(config, "extend")(params, state, items[:, columns], lengths, timestamps[:, columns])
+            hidden, cache = called(config)(params, items[:, columns], timestamps[:, columns], cache=cache)
             parts.append(hidden)
             at += size
         np.testing.assert_allclose(jnp.concatenate(parts, axis=1), whole, rtol=0, atol=1e-10)
-        final = state if final is None else final
-        for a, b in zip(jax.tree.leaves(state), jax.tree.leaves(final), strict=True):
+        final = cache if final is None else final
+        for a, b in zip(jax.tree.leaves(cache), jax.tree.leaves(final), strict=True):
             np.testing.assert_allclose(a, b, rtol=0, atol=1e-10)
     np.testing.assert_array_equal(final.events, 23)
 
 
 def test_ragged_pieces_leave_what_is_padded_alone():
-    params, model = perturbed(CAUSAL), build_model(CAUSAL)
+    params = perturbed(CAUSAL)
     items, timestamps = history(6)
-    empty = model.apply({"params": params}, 3, method="init_state")
-    lengths = jnp.array([0, 2, 6], jnp.int32)
-    state, _ = program(CAUSAL, "extend")(params, empty, items, lengths, timestamps)
-    for leaf, start in zip(jax.tree.leaves(state), jax.tree.leaves(empty), strict=True):
+    empty = empty_cache(CAUSAL, params, 3)
+    options = {"segment_ids": one_segment(jnp.array([0, 2, 6]), 6), "cache": empty}
+    _, cache = called(CAUSAL)(params, items, timestamps, **options)
+    for leaf, start in zip(jax.tree.leaves(cache), jax.tree.leaves(empty), strict=True):
         np.testing.assert_array_equal(leaf[0], start[0])
     junk_items, junk_times = items.at[1, 2:].set(7), timestamps.at[1, 2:].set(1)
-    other, _ = program(CAUSAL, "extend")(params, empty, junk_items, lengths, junk_times)
-    jax.tree.map(np.testing.assert_array_equal, state, other)
-    assert state.events.tolist() == [0, 2, 6]
+    _, other = called(CAUSAL)(params, junk_items, junk_times, **options)
+    jax.tree.map(np.testing.assert_array_equal, cache, other)
+    assert cache.events.tolist() == [0, 2, 6]
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float64", 1e-12), ("float32", 1e-5)])
@@ -185,17 +189,17 @@ def test_ten_thousand_events_one_by_one(dtype, tolerance):
     )
     timestamps = jnp.cumsum(jnp.abs(timestamps) % 1000, axis=1).astype(jnp.int32)
     whole = encode(config, params, items, timestamps)
-    start = model.apply({"params": params}, 1, method="init_state")
+    one = jnp.ones((1, 1), jnp.int32)
 
-    def step(state, event):
+    def step(cache, event):
         item, second = event
-        one = jnp.ones(1, jnp.int32)
-        state, hidden = model.apply(
-            {"params": params}, state, item[None, None], one, second[None, None], method="extend"
-        )
-        return state, hidden[0, 0]
+        given = item[None, None], second[None, None]
+        # Item 0 is drawn here too, and would else be padding.
+        hidden, cache = model.apply({"params": params}, *given, segment_ids=one, cache=cache)
+        return cache, hidden[0, 0]
 
-    _, stepped = jax.jit(lambda state: jax.lax.scan(step, state, (items[0], timestamps[0])))(start)
+    start = empty_cache(config, params, 1)
+    _, stepped = jax.jit(lambda cache: jax.lax.scan(step, cache, (items[0], timestamps[0])))(start)
     np.testing.assert_allclose(stepped, whole[0], rtol=0, atol=tolerance * float(jnp.abs(whole).max()))
 
 

@@ -71,7 +71,7 @@ def test_state_dicts_round_trip(layers):
 def test_the_model_is_not_causal():
     model = build_model(SMALL)
     assert not model.causal and not model.uses_time
-    run, params = program(SMALL, "encode"), spread(SMALL)
+    run, params = program(SMALL, "all"), spread(SMALL)
     items, _ = batch()
     before = np.asarray(run(params, items, LENGTHS, None))
     changed = items.copy()
@@ -80,15 +80,15 @@ def test_the_model_is_not_causal():
 
 
 def test_a_cut_is_padded_back_and_the_batch_does_not_matter():
-    run, params = program(SMALL, "encode_last"), spread(SMALL)
+    run, params = program(SMALL, "last"), spread(SMALL)
     items, _ = batch()
     before = np.asarray(run(params, items, LENGTHS, None))
-    full = np.asarray(program(SMALL, "encode")(params, items, LENGTHS, None))
+    full = np.asarray(program(SMALL, "all")(params, items, LENGTHS, None))
     np.testing.assert_allclose(full[np.arange(4), LENGTHS - 1], before, rtol=0, atol=1e-5)
     order = np.array([3, 1, 2])
     given = params, items[order, :8], LENGTHS[order], None
     np.testing.assert_allclose(run(*given), before[order], rtol=0, atol=1e-5)
-    np.testing.assert_allclose(program(SMALL, "encode")(*given), full[order, :8], rtol=0, atol=1e-5)
+    np.testing.assert_allclose(program(SMALL, "all")(*given), full[order, :8], rtol=0, atol=1e-5)
     assert np.isfinite(np.asarray(run(params, np.zeros_like(items), np.ones(4, int), None))).all()
 
 
@@ -112,11 +112,11 @@ def test_the_last_unit_is_computed_where_it_is_read():
     """The gated linear unit of the last block runs at one position a row."""
     items, _ = batch()
     shapes = {}
-    for method in ("encode", "encode_last"):
+    for method in ("all", "last"):
         jaxpr = program(SMALL, method).trace(spread(SMALL), items, LENGTHS, None).jaxpr
         lines = [line for line in str(jaxpr).splitlines() if " logistic " in line]
         shapes[method] = [sum(f"f32[4,{m},16]" in line for line in lines) for m in (12, 1)]
-    assert shapes == {"encode": [1, 0], "encode_last": [0, 1]}
+    assert shapes == {"all": [1, 0], "last": [0, 1]}
 
 
 @pytest.mark.parametrize("length", [7, 8])

@@ -31,6 +31,7 @@ from tests.models.attention_cases import (
     spread,
     value_and_grad,
 )
+from tests.models.calls import call
 from tests.models.packing_cases import check_packing
 from tests.torch_reference.test_tim4rec_goldens import (
     assert_close_to_maximum,
@@ -84,9 +85,7 @@ def hidden_states(config):
 
     @jax.jit
     def run(params, items, lengths):
-        _, seen = model.apply(
-            {"params": params}, items, lengths, None, deterministic=True, method="encode", capture_intermediates=True
-        )
+        _, seen = call(model, params, items, lengths, None, capture_intermediates=True)
         seen = seen["intermediates"]
         found = {"LayerNorm": seen["embedding_norm"]}
         for i in range(config.num_layers):
@@ -101,7 +100,9 @@ def hidden_states(config):
                 for way in ("forward", "backward"):
                     found[f"{theirs}.mamba_{way}s.{j}"] = block[f"steps_{j}"][f"{way}_mixer"]
                     found[f"{theirs}.norms_{way}.{j}"] = block[f"steps_{j}"][f"{way}_norm"]
-        return {name: module["__call__"][0] for name, module in found.items()}
+        returned = {name: module["__call__"][0] for name, module in found.items()}
+        # Mixers and blocks also return the time channel and the cache.
+        return {name: value[0] if isinstance(value, tuple) else value for name, value in returned.items()}
 
     return run
 
@@ -230,12 +231,12 @@ def check_bfloat16(config):
     params = jax.jit(functools.partial(init, config))(jax.random.key(0))
     assert {leaf.dtype for leaf in jax.tree.leaves(shapes_of(low))} == {jnp.dtype("float32")}
     items, _ = batch(config)
-    traced = program(low, "encode").trace(params, items, LENGTHS, None)
+    traced = program(low, "all").trace(params, items, LENGTHS, None)
     sensitive = [line for line in str(traced.jaxpr).splitlines() if " = exp " in line or " = rsqrt " in line]
     assert sensitive and all(":f32[" in line and "bf16" not in line for line in sensitive)
-    full = program(low, "encode")(params, items, LENGTHS, None)
+    full = program(low, "all")(params, items, LENGTHS, None)
     assert full.dtype == jnp.bfloat16
-    exact = program(config, "encode")(params, items, LENGTHS, None)
+    exact = program(config, "all")(params, items, LENGTHS, None)
     np.testing.assert_allclose(np.asarray(full, np.float32), exact, rtol=0, atol=0.1)
     scores = build_model(low).apply({"params": params}, full[:, 0], method="score")
     assert scores.dtype == jnp.float32
@@ -245,17 +246,17 @@ def check_implementations(config):
     """The named backends of scan and convolution run, and agree."""
     items, _ = batch(config)
     params = spread(config)
-    expected = program(config, "encode_last")(params, items, LENGTHS, None)
+    expected = program(config, "last")(params, items, LENGTHS, None)
     named = dataclasses.replace(config, scan_implementation="reference", conv_implementation="reference")
-    np.testing.assert_allclose(program(named, "encode_last")(params, items, LENGTHS, None), expected, rtol=0, atol=1e-4)
+    np.testing.assert_allclose(program(named, "last")(params, items, LENGTHS, None), expected, rtol=0, atol=1e-4)
     for field in ("scan_implementation", "conv_implementation"):
         wrong = dataclasses.replace(config, **{field: "fortran"})
         with pytest.raises(ValueError, match="implementation='fortran' must be one of"):
-            program(wrong, "encode").trace(params, items, LENGTHS, None)
+            program(wrong, "all").trace(params, items, LENGTHS, None)
 
 
 def check_too_many_positions(config):
-    for method in ("encode", "encode_last"):
+    for method in ("all", "last"):
         with pytest.raises(ValueError, match="items have 13 positions, more than max_len=12"):
             program(config, method).trace(spread(config), np.ones((4, 13), np.int32), LENGTHS, None)
 
@@ -295,10 +296,10 @@ def test_packed_histories_are_as_if_alone(layers, x64):
 def test_any_length_is_read():
     """More positions than the model was trained with: no parameter depends on the length."""
     items = np.random.default_rng(0).integers(1, SMALL.vocab_size, (4, 40))
-    long = program(SMALL, "encode")(spread(SMALL), items, LENGTHS, None)
-    short = program(SMALL, "encode")(spread(SMALL), items[:, :12], LENGTHS, None)
+    long = program(SMALL, "all")(spread(SMALL), items, LENGTHS, None)
+    short = program(SMALL, "all")(spread(SMALL), items[:, :12], LENGTHS, None)
     np.testing.assert_allclose(long[:, :12], short, rtol=0, atol=1e-5)
-    last = program(SMALL, "encode_last")(spread(SMALL), items, np.full(4, 40), None)
+    last = program(SMALL, "last")(spread(SMALL), items, np.full(4, 40), None)
     np.testing.assert_allclose(last, long[:, -1], rtol=0, atol=1e-5)
 
 
@@ -326,11 +327,11 @@ def test_the_last_layer_is_computed_where_it_is_read():
     """Its feed-forward runs at one position a row."""
     items, _ = batch()
     widths = {}
-    for method in ("encode", "encode_last"):
+    for method in ("all", "last"):
         jaxpr = program(SMALL, method).trace(spread(SMALL), items, LENGTHS, None).jaxpr
         lines = [line for line in str(jaxpr).splitlines() if " erf" in line]
         widths[method] = [next(m for m in (12, 1) if f"[4,{m},64]" in line) for line in lines]
-    assert widths == {"encode": [12, 12], "encode_last": [12, 1]}
+    assert widths == {"all": [12, 12], "last": [12, 1]}
 
 
 def test_bad_input():

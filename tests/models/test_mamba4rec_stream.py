@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from tim4rec_jax import ModelConfig, build_model
-from tim4rec_jax.models import init_params
+from tim4rec_jax.models import init_params, one_segment
 
 TINY = ModelConfig(
     name="mamba4rec", vocab_size=40, max_len=12, d_model=16, d_state=4, dropout=0.0, norm_eps=1e-6, dtype="float64"
@@ -28,9 +28,15 @@ def programs(config):
     rng = np.random.default_rng(1)
     drawn = init_params(model, jax.random.key(0))
     params = jax.tree.map(lambda p: jnp.asarray(p + 0.2 * rng.normal(size=p.shape), p.dtype), drawn)
-    encode = jax.jit(lambda *a: model.apply({"params": params}, *a, None, deterministic=True, method="encode"))
-    extend = jax.jit(lambda *a: model.apply({"params": params}, *a, None, method="extend"))
-    return model.apply({"params": params}, 3, method="init_state"), encode, extend
+    encode = jax.jit(lambda items: model.apply({"params": params}, items)[0])
+
+    @jax.jit
+    def extend(cache, items, lengths):
+        segment_ids = one_segment(lengths, items.shape[1])
+        hidden, cache = model.apply({"params": params}, items, segment_ids=segment_ids, cache=cache)
+        return cache, hidden
+
+    return model.apply({"params": params}, 3, method="init_cache"), encode, extend
 
 
 ITEMS = jnp.asarray(np.random.default_rng(2).integers(1, 40, (3, 17)), jnp.int32)
@@ -39,7 +45,7 @@ ITEMS = jnp.asarray(np.random.default_rng(2).integers(1, 40, (3, 17)), jnp.int32
 @pytest.mark.parametrize("name", SETTINGS)
 def test_pieces_of_any_size_give_what_one_pass_gives(name):
     empty, encode, extend = programs(SETTINGS[name])
-    whole = encode(ITEMS, jnp.full(3, 17, jnp.int32))
+    whole = encode(ITEMS)
     final = None
     for sizes in ([17], [1] * 17, [7, 1, 9]):
         state, parts, at = empty, [], 0

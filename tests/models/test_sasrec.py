@@ -80,17 +80,17 @@ def test_bfloat16_is_close_and_keeps_sensitive_parts_in_float32():
 def test_the_last_layer_is_computed_where_it_is_read():
     """Its feed-forward runs at one position a row."""
     items, _ = batch()
-    widths = {method: [] for method in ("encode", "encode_last")}
+    widths = {method: [] for method in ("all", "last")}
     for method, found in widths.items():
         jaxpr = program(SMALL, method).trace(spread(SMALL), items, LENGTHS, None).jaxpr
         found += [line for line in str(jaxpr).splitlines() if " erf" in line]
-    assert [line.count(f"[4,12,{SMALL.inner_size}]") for line in widths["encode"]] == [1, 1]
-    assert [line.count(f"[4,1,{SMALL.inner_size}]") for line in widths["encode_last"]] == [0, 1]
+    assert [line.count(f"[4,12,{SMALL.inner_size}]") for line in widths["all"]] == [1, 1]
+    assert [line.count(f"[4,1,{SMALL.inner_size}]") for line in widths["last"]] == [0, 1]
 
 
 def test_bad_input():
     items, _ = batch()
-    for method in ("encode", "encode_last"):
+    for method in ("all", "last"):
         with pytest.raises(ValueError, match="items have 13 positions, more than max_len=12"):
             program(SMALL, method).trace(spread(SMALL), np.ones((4, 13), np.int32), LENGTHS, None)
     with pytest.raises(ValueError, match=r"attention_heads=3 must divide d_model=16; choose one of \[1, 2, 4, 8, 16\]"):

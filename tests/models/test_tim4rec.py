@@ -9,7 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.models.calls import call, program
 from tim4rec_jax import ModelConfig, build_model
+from tim4rec_jax.models import init_params
 
 SMALL = ModelConfig(
     vocab_size=23, max_len=12, d_model=16, head_dim=8, d_state=4, chunk_size=5, dropout=0.3, time_dropout=0.3,
@@ -20,8 +22,7 @@ LENGTHS = np.array([12, 1, 3, 8])
 
 
 def init(config, key):
-    items = jnp.zeros((1, config.max_len), jnp.int32)
-    return build_model(config).init(key, items, jnp.ones(1, jnp.int32), items, deterministic=True, method="encode")
+    return {"params": init_params(build_model(config), key)}
 
 
 def shapes_of(config):
@@ -47,20 +48,6 @@ def batch(seed=0):
     items = rng.integers(1, SMALL.vocab_size, inside.shape) * inside
     timestamps = np.cumsum(rng.integers(0, 10_000, inside.shape), axis=1) * inside
     return items, timestamps.astype(np.float32)
-
-
-@functools.cache
-def program(config, method, deterministic=True):
-    model = build_model(config)
-
-    @jax.jit
-    def run(params, items, lengths, timestamps, example_ids=None, seed=0):
-        return model.apply(
-            {"params": params}, items, lengths, timestamps, deterministic=deterministic, example_ids=example_ids,
-            rngs={"dropout": jax.random.key(seed)}, method=method,
-        )  # fmt: skip
-
-    return run
 
 
 KUAIRAND = {"vocab_size": 7112, "kaiming_init": False}
@@ -118,7 +105,7 @@ def test_layers_start_apart():
 def test_without_time_the_model_is_causal():
     model = build_model(TIME_OFF)
     assert model.causal and not model.uses_time
-    run, params = program(TIME_OFF, "encode"), spread(TIME_OFF)
+    run, params = program(TIME_OFF, "all"), spread(TIME_OFF)
     items, _ = batch()
     before, full = run(params, items, LENGTHS, None), np.full(4, 12)
     changed = items.copy()
@@ -132,7 +119,7 @@ def test_without_time_the_model_is_causal():
 def test_with_time_it_is_not_for_times_but_still_for_items():
     model = build_model(SMALL)
     assert model.uses_time and not model.causal
-    run, params = program(SMALL, "encode"), spread(SMALL)
+    run, params = program(SMALL, "all"), spread(SMALL)
     items, timestamps = batch()
     before = run(params, items, LENGTHS, timestamps)
     changed = items.copy()
@@ -149,7 +136,7 @@ def test_with_time_it_is_not_for_times_but_still_for_items():
 def test_padding_beyond_the_length(masked):
     """Items there never matter to the last state; timestamps only through the first padded gap, unless it is masked."""
     config = dataclasses.replace(SMALL, mask_padded_time=masked)
-    run, params = program(config, "encode_last"), spread(config)
+    run, params = program(config, "last"), spread(config)
     items, timestamps = batch()
     before = run(params, items, LENGTHS, timestamps)
     padded = np.arange(12) >= LENGTHS[:, None]
@@ -161,7 +148,7 @@ def test_padding_beyond_the_length(masked):
 def test_integer_times_are_subtracted_exactly():
     """Float32 seconds of today step by 64; the gaps of integers do not depend on when they began."""
     config = dataclasses.replace(SMALL, mask_padded_time=True)
-    run, params = program(config, "encode_last"), spread(config)
+    run, params = program(config, "last"), spread(config)
     items, timestamps = batch()
     near = timestamps.astype(np.int32)
     far = (near + 978_000_001) * (np.arange(12) < LENGTHS[:, None])
@@ -172,7 +159,7 @@ def test_integer_times_are_subtracted_exactly():
 
 
 def test_dropout_follows_the_example_id_and_not_the_batch():
-    run, params = program(SMALL, "encode_last", deterministic=False), spread(SMALL)
+    run, params = program(SMALL, "last", deterministic=False), spread(SMALL)
     items, timestamps = batch()
     ids = np.arange(4)
     before = np.asarray(run(params, items, LENGTHS, timestamps, ids))
@@ -182,7 +169,7 @@ def test_dropout_follows_the_example_id_and_not_the_batch():
     np.testing.assert_array_equal(run(params, items, LENGTHS, timestamps, ids), before)
     assert (np.abs(run(params, items, LENGTHS, timestamps, ids + 4) - before).max(axis=1) > 1e-2).all()
     assert (np.abs(run(params, items, LENGTHS, timestamps, ids, 1) - before).max(axis=1) > 1e-2).all()
-    full = np.asarray(program(SMALL, "encode", deterministic=False)(params, items, LENGTHS, timestamps))
+    full = np.asarray(program(SMALL, "all", deterministic=False)(params, items, LENGTHS, timestamps))
     np.testing.assert_allclose(full[ids, LENGTHS - 1], before, rtol=1e-5, atol=1e-5)
 
 
@@ -204,9 +191,8 @@ def test_bfloat16_is_close_and_keeps_sensitive_parts_in_float32():
     items, timestamps = batch()
 
     def run(params):
-        given = items, LENGTHS, timestamps
-        hidden = model.apply({"params": params}, *given, deterministic=True, method="encode_last")
-        full = model.apply({"params": params}, *given, deterministic=True, method="encode")
+        given = params, items, LENGTHS, timestamps
+        hidden, full = (call(model, *given, where) for where in ("last", "all"))
         return hidden, model.apply({"params": params}, hidden, method="score"), full
 
     traced = jax.jit(run).trace(params)
@@ -218,7 +204,7 @@ def test_bfloat16_is_close_and_keeps_sensitive_parts_in_float32():
         assert (name, jnp.dtype("float32")) in found, name
     hidden, scores, full = traced.lower().compile()(params)
     assert (hidden.dtype, full.dtype, scores.dtype) == (jnp.bfloat16, jnp.bfloat16, jnp.float32)
-    expected = np.asarray(program(SMALL, "encode")(params, items, LENGTHS, timestamps))
+    expected = np.asarray(program(SMALL, "all")(params, items, LENGTHS, timestamps))
     last = expected[np.arange(4), LENGTHS - 1]
     np.testing.assert_allclose(np.asarray(full, np.float32), expected, rtol=0, atol=0.1)
     np.testing.assert_allclose(np.asarray(hidden, np.float32), last, rtol=0, atol=0.1)
@@ -230,13 +216,11 @@ def test_bad_input():
     items, timestamps = batch()
     model = build_model(SMALL)
 
-    def encode(method="encode", **changed):
+    def encode(where, **changed):
         given = {"items": items, "lengths": LENGTHS, "timestamps": timestamps} | changed
-        return jax.eval_shape(
-            lambda: model.apply({"params": spread(SMALL)}, **given, deterministic=True, method=method)
-        )
+        return jax.eval_shape(lambda: call(model, spread(SMALL), **given, where=where))
 
-    for method in ("encode", "encode_last"):
+    for method in ("all", "last"):
         with pytest.raises(ValueError, match=r"timestamps have shape None, expected \(b, max_len\)=\(4, 12\)"):
             encode(method, timestamps=None)
         with pytest.raises(ValueError, match=r"timestamps have shape \(4, 8\), expected \(b, max_len\)=\(4, 12\)"):

@@ -14,6 +14,7 @@ from tests.torch_reference.perturbed import perturbed
 from tests.torch_reference.test_tim4rec_goldens import CASES, assert_close_to_maximum, load_case, section
 from tim4rec_jax import build_model, interop
 from tim4rec_jax.config import TrainConfig
+from tim4rec_jax.models import last_hidden, one_segment
 from tim4rec_jax.training.losses import cross_entropy
 from tim4rec_jax.training.step import make_optimizer
 
@@ -21,17 +22,15 @@ CUT = 33
 
 
 @functools.cache
-def program(config, method, gradients=True):
+def program(config, where, gradients=True):
     """Jitted (params, inputs) -> (loss, (hidden at the last items, logits, what the modules return)), gradients."""
     model = build_model(config)
 
     def loss(params, items, lengths, timestamps, targets):
-        hidden, seen = model.apply(
-            {"params": params}, items, lengths, timestamps, deterministic=True, method=method,
-            capture_intermediates=True,
-        )  # fmt: skip
-        if method == "encode":
-            hidden = hidden[jnp.arange(len(lengths)), lengths - 1]
+        options = {"segment_ids": None if model.packable else one_segment(lengths, items.shape[1])}
+        options["positions"] = lengths[:, None] - 1 if where == "last" else None
+        (hidden, _), seen = model.apply({"params": params}, items, timestamps, **options, capture_intermediates=True)
+        hidden = hidden[:, 0] if where == "last" else hidden[jnp.arange(len(lengths)), lengths - 1]
         logits = model.apply({"params": params}, hidden, method="score")
         return cross_entropy(logits, targets).mean(), (hidden, logits, seen["intermediates"])
 
@@ -62,7 +61,7 @@ def hidden_states(seen):
         found["layer_norm_time"] = seen["time_norm"]["__call__"][0][:, 0]
     for i in range(sum(name.startswith("layers_") for name in seen)):
         layer, theirs = seen[f"layers_{i}"], f"ssd_layers.{i}"
-        for name, (hidden, channel) in {
+        for name, (hidden, channel, _) in {
             f"{theirs}.ssd": layer["mixer"]["__call__"][0],
             theirs: layer["__call__"][0],
         }.items():
@@ -89,7 +88,7 @@ def assert_outputs_agree(arrays, loss, hidden, logits):
 
 def test_outputs_and_hidden_states_at_every_position_agree(case):
     arrays, config, params = case
-    loss, (hidden, logits, seen) = program(config, "encode", gradients=False)(params, *inputs_of(config, arrays))
+    loss, (hidden, logits, seen) = program(config, "all", gradients=False)(params, *inputs_of(config, arrays))
     assert_outputs_agree(arrays, loss, hidden, logits)
     expected, found = section(arrays, "hid"), hidden_states(seen)
     assert len(expected) >= 11
@@ -100,7 +99,7 @@ def test_outputs_and_hidden_states_at_every_position_agree(case):
 
 def test_outputs_and_gradients_at_the_last_position_agree(case):
     arrays, config, params = case
-    (loss, (hidden, logits, _)), gradients = program(config, "encode_last")(params, *inputs_of(config, arrays))
+    (loss, (hidden, logits, _)), gradients = program(config, "last")(params, *inputs_of(config, arrays))
     assert_outputs_agree(arrays, loss, hidden, logits)
     actual, expected = interop.params_to_torch(config, gradients), section(arrays, "grad")
     assert set(actual) == set(expected)
@@ -118,9 +117,9 @@ def test_items_cut_to_the_longest_row_give_the_same(case):
     rows = np.flatnonzero(lengths <= CUT)
     assert len(rows) >= 1
     model = build_model(config)
-    encode_last = jax.jit(functools.partial(model.apply, deterministic=True, method="encode_last"))
     timestamps = None if timestamps is None else timestamps[rows]
-    cut = encode_last({"params": params}, items[rows, :CUT], lengths[rows], timestamps)
+    last = jax.jit(functools.partial(last_hidden, model))
+    cut = last({"params": params}, items[rows, :CUT], lengths[rows], timestamps)
     np.testing.assert_allclose(cut, arrays["out/seq_output"][rows], rtol=0, atol=2e-5)
 
 
@@ -128,7 +127,7 @@ def test_five_adam_steps_agree(case):
     arrays, config, params = case
     optimizer = make_optimizer(TrainConfig(learning_rate=1e-3), total_steps=5)
     update = jax.jit(optimizer.update)
-    value_and_grad, inputs = program(config, "encode_last"), inputs_of(config, arrays)
+    value_and_grad, inputs = program(config, "last"), inputs_of(config, arrays)
     state = optimizer.init(params)
     losses = []
     for _ in range(5):
@@ -144,19 +143,19 @@ def test_five_adam_steps_agree(case):
     assert np.mean(gap <= 1e-5) >= 0.999
 
 
-@pytest.mark.parametrize("method", ["encode", "encode_last"])
+@pytest.mark.parametrize("where", ["all", "last"])
 @pytest.mark.parametrize("name", CASES)
-def test_perturbed_parameters_agree_in_float64(golden_dir, name, method, x64):
+def test_perturbed_parameters_agree_in_float64(golden_dir, name, where, x64):
     initial = section(load_case(golden_dir, name), "param")
     arrays = load_case(golden_dir, f"{name}_pert_f64")
     config = dataclasses.replace(config_of(name, arrays), dtype="float64")
     moved = perturbed({key: torch.from_numpy(value) for key, value in initial.items()})
     params = interop.params_from_torch(config, moved)
-    (loss, (hidden, logits, seen)), gradients = program(config, method)(params, *inputs_of(config, arrays))
+    (loss, (hidden, logits, seen)), gradients = program(config, where)(params, *inputs_of(config, arrays))
     actual = {"out/seq_output": hidden, "out/logits": logits, "out/loss": loss}
     actual |= {f"grad/{key}": value for key, value in interop.params_to_torch(config, gradients).items()}
     compared = ("out", "grad")
-    if method == "encode":
+    if where == "all":
         actual |= {f"hid/{key}": value for key, value in hidden_states(seen).items()}
         compared += ("hid",)
     expected = {key: value for key, value in arrays.items() if key.split("/")[0] in compared}

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from experiments.benchmarks.torch_models import tim4rec as pytorch
+from tests.models.calls import call
 from tests.torch_reference.perturbed import perturbed
 from tim4rec_jax import ModelConfig, build_model, interop
 from tim4rec_jax.training.losses import cross_entropy
@@ -62,12 +63,11 @@ def test_outputs_and_gradients_agree(config, x64):
     @jax.jit
     def run(params):
         def value(params):
-            last = model.apply({"params": params}, items, LENGTHS, timestamps, deterministic=True, method="encode_last")
+            last = call(model, params, items, LENGTHS, timestamps, "last")
             scores = model.apply({"params": params}, last, method="score")
             return cross_entropy(scores, jnp.asarray(targets)).mean(), last
 
-        full = model.apply({"params": params}, items, LENGTHS, timestamps, deterministic=True, method="encode")
-        return jax.value_and_grad(value, has_aux=True)(params), full
+        return jax.value_and_grad(value, has_aux=True)(params), call(model, params, items, LENGTHS, timestamps)
 
     params = interop.params_from_torch(config, twin.state_dict())
     ((our_loss, last), gradients), full = run(params)

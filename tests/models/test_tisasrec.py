@@ -26,6 +26,7 @@ from tests.models.attention_cases import (
 )
 from tests.models.attention_cases import SMALL as SASREC
 from tim4rec_jax import build_model
+from tim4rec_jax.layers.rows import Rows
 
 SMALL = dataclasses.replace(SASREC, name="tisasrec", time_span=30)
 PLAIN = dataclasses.replace(SMALL, dropout=0.0, attention_dropout=0.0)
@@ -76,7 +77,7 @@ def test_bfloat16_is_close_and_keeps_sensitive_parts_in_float32():
 
 
 def test_only_whole_seconds_up_to_the_span_between_events_count():
-    run, params = program(PLAIN, "encode_last"), spread(PLAIN)
+    run, params = program(PLAIN, "last"), spread(PLAIN)
     items, timestamps = batch()
     before = np.asarray(run(params, items, LENGTHS, timestamps))
     inside = np.arange(12) < LENGTHS[:, None]
@@ -95,7 +96,7 @@ def test_only_whole_seconds_up_to_the_span_between_events_count():
 
 
 def test_float32_seconds_of_today_blur_what_integers_tell_apart():
-    run, params = program(PLAIN, "encode_last"), spread(PLAIN)
+    run, params = program(PLAIN, "last"), spread(PLAIN)
     items, timestamps = batch()
     today = (timestamps + 978_000_001) * (np.arange(12) < LENGTHS[:, None])
     exact = np.asarray(run(params, items, LENGTHS, today))
@@ -110,7 +111,7 @@ def test_without_time_it_is_sasrec():
     assert jax.tree.structure(params) == jax.tree.structure(shapes_of(same))
     items, _ = batch()
     given = params, items, LENGTHS, None
-    np.testing.assert_array_equal(program(config, "encode")(*given), program(same, "encode")(*given))
+    np.testing.assert_array_equal(program(config, "all")(*given), program(same, "all")(*given))
 
 
 def test_examples_drop_values_of_the_interval_tables():
@@ -121,7 +122,8 @@ def test_examples_drop_values_of_the_interval_tables():
 
     def tables(params, example_ids):
         bound = model.bind({"params": params}, rngs={"dropout": jax.random.key(0)})
-        return bound._intervals(items, timestamps, example_ids, deterministic=False)
+        rows = Rows(items != 0, None, example_ids, deterministic=False)
+        return bound._intervals(items, timestamps, rows)
 
     found = jax.jit(tables)(params, np.array([5, 6, 7, 5]))
     kept = []
@@ -138,7 +140,7 @@ def test_examples_drop_values_of_the_interval_tables():
 def test_bad_input():
     items, timestamps = batch()
     params = spread(SMALL)
-    for method in ("encode", "encode_last"):
+    for method in ("all", "last"):
         run = program(SMALL, method)
         with pytest.raises(ValueError, match=r"timestamps have shape None, expected \(b, max_len\)=\(4, 12\)"):
             run.trace(params, items, LENGTHS, None)

@@ -12,6 +12,7 @@ import pytest
 
 from experiments import export as program
 from tests.serving.tiny_run import MAX_LEN, NUM_ITEMS, make_causal_config, make_config, make_log, make_run
+from tim4rec_jax.models import last_hidden
 from tim4rec_jax.serving.export import export_model, flat_arrays
 from tim4rec_jax.serving.recommender import Recommender
 from tim4rec_jax.serving.streaming import Streamer
@@ -111,7 +112,7 @@ def test_the_exported_program_is_the_model(exported, name):
     @jax.jit
     def score(params, items, lengths, timestamps):
         variables = {"params": params}
-        hidden = model.apply(variables, items, lengths, timestamps, deterministic=True, method="encode_last")
+        hidden = last_hidden(model, variables, items, lengths, timestamps)
         return model.apply(variables, hidden, method="score")
 
     scores = np.asarray(score(params, given["items"], given["lengths"], given["timestamps"]))

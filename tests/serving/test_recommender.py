@@ -11,7 +11,7 @@ import pytest
 
 from tests.edited_runs import make_old
 from tests.serving.tiny_run import MAX_LEN, NUM_ITEMS
-from tim4rec_jax.models import build_model, init_params
+from tim4rec_jax.models import build_model, init_params, last_hidden
 from tim4rec_jax.serving import recommender as recommender_module
 from tim4rec_jax.serving.recommender import History, Recommender
 
@@ -28,7 +28,7 @@ def all_scores(recommender, histories):
 
     @jax.jit
     def score(items, lengths, timestamps):
-        hidden = model.apply(variables, items, lengths, timestamps, deterministic=True, method="encode")
+        hidden, _ = model.apply(variables, items, timestamps)
         last = jnp.take_along_axis(hidden, lengths[:, None, None] - 1, axis=1)[:, 0]
         return model.apply(variables, last, method="score")
 
@@ -58,10 +58,8 @@ def test_padding_is_never_recommended(recommender):
     table = favourite["item_embedding"]["embedding"]
     history = recommender.history_from_ids(["i1"])
     model, config = recommender.model, recommender.config
-    hidden = model.apply(
-        {"params": favourite}, np.array([[1] + [0] * (MAX_LEN - 1)]), np.ones(1, np.int32),
-        np.zeros((1, MAX_LEN), np.float32), deterministic=True, method="encode_last",
-    )  # fmt: skip
+    items, times = np.array([[1] + [0] * (MAX_LEN - 1)]), np.zeros((1, MAX_LEN), np.float32)
+    hidden = last_hidden(model, {"params": favourite}, items, np.ones(1, np.int32), times)
     favourite = {**favourite, "item_embedding": {"embedding": table.at[0].set(1e3 * hidden[0])}}
     biased = Recommender(
         model, favourite, config, item_ids=recommender.item_ids, titles=None, histories=recommender._histories

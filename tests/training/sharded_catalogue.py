@@ -22,6 +22,7 @@ from tim4rec_jax.data.length_groups import LengthGroup
 from tim4rec_jax.data.packed_loader import make_loader
 from tim4rec_jax.data.splits import leave_one_out
 from tim4rec_jax.evaluation.full_sort import FullSortEvaluator
+from tim4rec_jax.models import last_hidden
 from tim4rec_jax.serving.recommender import best_columns
 from tim4rec_jax.serving.sharded_top_k import sharded_top_k
 from tim4rec_jax.training.catalogue_parallel import catalogue_train_step, make_sharded_optimizer, require_shardable
@@ -102,7 +103,7 @@ class Training:
             options = self.model, params, self.layout.mesh, items, lengths, timestamps, items
             return [a.tolist() for a in sharded_top_k(*options, 9, tile=4)]
         variables, inputs = {"params": params}, (items, lengths, timestamps)
-        hidden = self.model.apply(variables, *inputs, deterministic=True, method="encode_last")
+        hidden = last_hidden(self.model, variables, *inputs)
         return [a.tolist() for a in best_columns(self.model.apply(variables, hidden, method="score"), items, 9)]
 
 

@@ -17,6 +17,7 @@ from tim4rec_jax.data.examples import gather_windows
 from tim4rec_jax.data.length_groups import LengthGroup
 from tim4rec_jax.data.packed_loader import make_loader
 from tim4rec_jax.data.splits import leave_one_out
+from tim4rec_jax.models import last_hidden
 from tim4rec_jax.training import all_positions
 from tim4rec_jax.training.all_positions import require_packable, weighted_cross_entropy
 from tim4rec_jax.training.step import TrainState, init_state, make_optimizer, train_step
@@ -91,7 +92,7 @@ def prefix_loss(model_config):
     @jax.value_and_grad
     def mean_loss(params):
         given = windows.items, windows.lengths, windows.timestamps.astype(np.int32)
-        hidden = model.apply({"params": params}, *given, deterministic=True, method="encode_last")
+        hidden = last_hidden(model, {"params": params}, *given)
         scores = model.apply({"params": params}, hidden, method="score")
         return optax.softmax_cross_entropy_with_integer_labels(scores, windows.targets).mean()
 

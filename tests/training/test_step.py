@@ -13,6 +13,7 @@ import torch
 from tim4rec_jax import ExperimentConfig, ModelConfig, TrainConfig, build_model
 from tim4rec_jax.data.length_groups import LengthGroup
 from tim4rec_jax.data.loader import Batch
+from tim4rec_jax.models import init_params
 from tim4rec_jax.training.step import TrainState, init_state, learning_rate_schedule, make_optimizer, train_step
 
 ROWS, MAX_LEN = 10, 12
@@ -74,10 +75,8 @@ def adam():
 @functools.cache
 def start(model_config):
     """A state of random parameters, far from the initial values, where some gradients are next to nothing."""
-    items = jnp.zeros((1, MAX_LEN), jnp.int32)
-    given, model = (items, jnp.ones(1, jnp.int32), items), build_model(model_config)
-    shapes = jax.eval_shape(lambda key: model.init(key, *given, deterministic=True, method="encode"), jax.random.key(0))
-    leaves, tree = jax.tree.flatten(shapes["params"])
+    shapes = jax.eval_shape(functools.partial(init_params, build_model(model_config)), jax.random.key(0))
+    leaves, tree = jax.tree.flatten(shapes)
     rng = np.random.default_rng(0)
     params = tree.unflatten([jnp.asarray(0.4 * rng.normal(size=leaf.shape), leaf.dtype) for leaf in leaves])
     return TrainState(jnp.int32(0), params, reveal_gradients().init(params), jnp.array([1, 2], jnp.uint32))
@@ -120,9 +119,7 @@ def test_it_is_the_gradient_of_the_mean_loss_of_rows_with_weight():
     @jax.jit
     @jax.value_and_grad
     def mean_loss(params):
-        hidden = model.apply(
-            {"params": params}, batch.items, batch.lengths, batch.timestamps, deterministic=True, method="encode"
-        )
+        hidden, _ = model.apply({"params": params}, batch.items, batch.timestamps)
         last = hidden[np.arange(ROWS), batch.lengths - 1]
         scores = model.apply({"params": params}, last, method="score")
         return optax.softmax_cross_entropy_with_integer_labels(scores[real], batch.targets[real]).mean()

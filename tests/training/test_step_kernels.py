@@ -96,7 +96,8 @@ def packed_batches():
         starts, inside = (position == 0) | (position == second) | (position == end), position < end
         items, targets = ((rng.integers(1, VOCAB, inside.shape) * inside).astype(np.int32) for _ in range(2))
         times = (np.cumsum(rng.integers(0, 10_000, inside.shape), axis=1) * inside).astype(np.int32)
-        batch = PackedBatch(items, starts, times, targets, inside.astype(np.float32))
+        segment_ids = (np.cumsum(starts, axis=1) * inside).astype(np.int32)
+        batch = PackedBatch(items, segment_ids, times, targets, inside.astype(np.float32))
         yield jax.tree.map(jnp.asarray, batch)
 
 

@@ -34,14 +34,14 @@ class PackedBatch:
 
     Attributes:
       items: int32 [b, l], padded on the right with 0.
-      starts: bool [b, l], true where a history begins anew, and where the padding after the last one does.
+      segment_ids: int32 [b, l], 1, 2, ... by the history of its row that a position belongs to, 0 in the padding.
       timestamps: float32 or int32 [b, l] seconds, padded with 0.
       targets: int32 [b, l], the item after each position's, 0 in the padding.
       weights: float32 [b, l]; 0 marks padding and what is read only as context. Rows without any weight come last.
     """
 
     items: Array
-    starts: Array
+    segment_ids: Array
     timestamps: Array
     targets: Array
     weights: Array
@@ -62,7 +62,7 @@ def gather_positions(
     rows = xp.where(real, positions.rows, 0)
     return PackedBatch(
         items=xp.where(real, log_items[rows], 0),
-        starts=positions.starts,
+        segment_ids=xp.where(real, xp.cumsum(positions.starts, axis=1, dtype=np.int32), 0),
         timestamps=xp.where(real, log_timestamps[rows], 0),
         targets=xp.where(real, log_items[rows + real], 0),
         weights=positions.trained.astype(np.float32),

@@ -26,6 +26,7 @@ from tim4rec_jax.data.loader import timestamps_for_device
 from tim4rec_jax.evaluation.catalogue_parts import ITEM_TILE, rank_on_parts
 from tim4rec_jax.evaluation.metrics import check_top_k, rank_of_target, summarise
 from tim4rec_jax.evaluation.seen_targets import Measured, measured
+from tim4rec_jax.models import last_hidden
 from tim4rec_jax.models.catalogue_shards import (
     MODEL_AXIS,
     TABLE,
@@ -137,7 +138,7 @@ def _rank_rows(
     # Models of fixed length ask for all their timestamps, also where fewer events are read.
     timestamps = jnp.pad(windows.timestamps, ((0, 0), (0, time_len - max_len)))
     inputs = windows.items[:, :length], windows.lengths, timestamps
-    hidden = model.apply(variables, *inputs, deterministic=True, method="encode_last")
+    hidden = last_hidden(model, variables, *inputs)
 
     def rank_tile(rows: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
         hidden, targets, users, ends = rows
@@ -173,8 +174,7 @@ def _rank_rows_on_parts(
     small, small_params = on_working_table(model, params, fetch_rows(shard, ids))
     timestamps = jnp.pad(windows.timestamps, ((0, 0), (0, time_len - max_len)))
     inputs = items, windows.lengths, timestamps
-    hidden = small.apply({"params": small_params}, *inputs, deterministic=True, method="encode_last")
-    hidden = hidden.astype(model.config.dtype)
+    hidden = last_hidden(small, {"params": small_params}, *inputs).astype(model.config.dtype)
 
     def rank_tile(rows: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
         hidden, targets, users, ends = rows
@@ -200,7 +200,7 @@ def positions_read(model: nn.Module, config: ExperimentConfig) -> int:
       ValueError: more are asked for than the model can read.
     """
     trained, asked = config.model.max_len, config.eval.max_len
-    if asked is not None and asked > trained and not getattr(model, "any_length", False):
+    if asked is not None and asked > trained and not model.streamable:
         raise ValueError(
             f"eval.max_len={asked} is over the model's max_len={trained}, and {config.model.name} reads no more: train "
             "with a larger model.max_len, or take a causal state-space model (model.time_mode=causal or use_time=false)"

@@ -12,7 +12,7 @@ from tim4rec_jax.config import ModelConfig
 from tim4rec_jax.layers.dense import Linear, layer_norm, wide
 from tim4rec_jax.layers.dropout import Dropout
 from tim4rec_jax.layers.item_embedding import embedding_table
-from tim4rec_jax.layers.ssd_mixer import take_at
+from tim4rec_jax.layers.rows import Rows
 
 # Added to a score rather than put in its place: a row that may look at nothing (all of it padding) stays finite.
 MASKED_SCORE = -10000.0
@@ -110,26 +110,23 @@ class CausalAttention(nn.Module):
         self.query, self.key, self.value, self.out = (Linear(config.d_model, config.dtype) for _ in range(4))
         self.weight_dropout = Dropout(config.attention_dropout)
 
-    def __call__(
-        self, x: Array, queries: Array, positions: Array, real: Array, intervals: Intervals | None,
-        example_ids: Array, *, deterministic: bool, firsts: Array | None = None,
-    ) -> Array:  # fmt: skip
-        """Attends from some positions to all.
+    def __call__(self, x: Array, rows: Rows, intervals: Intervals | None, firsts: Array | None = None) -> Array:
+        """Attends from the positions that are wanted to all.
 
         Args:
-          x: [b, L, d], L <= max_len.
-          queries: [b, m, d], x at `positions`.
-          positions: int [b, m].
-          real: bool [b, L], false for padding.
+          x: [b, l, d], l <= max_len.
+          rows: of x.
           intervals: time between events, or None to attend without it.
-          example_ids: int [b].
-          deterministic: no dropout.
-          firsts: int [b, m], where the history of each query begins, or None for 0.
+          firsts: int [b, l], where the history of each position begins, or None for 0.
 
         Returns:
-          [b, m, d].
+          [b, l, d], or [b, m, d] at `rows.positions`.
         """
         dtype = wide(self.config.dtype)
+        queries, length = rows.at(x), x.shape[1]
+        positions = rows.positions
+        if positions is None:
+            positions = jnp.broadcast_to(jnp.arange(length), rows.real.shape)
         q, k, v = (
             projected.reshape(*projected.shape[:2], self.config.attention_heads, -1)
             for projected in (self.query(queries), self.key(x), self.value(x))
@@ -138,25 +135,26 @@ class CausalAttention(nn.Module):
         if intervals is not None:
             between = intervals.between(positions)
             scores += interval_scores(q, intervals.keys, between)
-        seen = (jnp.arange(x.shape[1]) <= positions[:, :, None]) & real[:, None]
+        seen = (jnp.arange(length) <= positions[:, :, None]) & rows.real[:, None]
         if firsts is not None:
-            seen &= jnp.arange(x.shape[1]) >= firsts[:, :, None]
+            own = jnp.take_along_axis(firsts, positions, axis=1)
+            seen &= jnp.arange(length) >= own[:, :, None]
         mask = jnp.where(seen, jnp.zeros((), dtype), jnp.asarray(MASKED_SCORE, dtype))
         weights = jax.nn.softmax(scores / math.sqrt(q.shape[-1]) + mask[:, None], axis=-1)
-        weights = self._dropped(weights, positions, example_ids, deterministic)
+        weights = self._dropped(weights, positions, rows)
         mixed = jnp.einsum("bhml,blhp->bmhp", weights.astype(v.dtype), v)
         if intervals is not None:
             mixed += interval_values(weights, intervals.values, between)
         return self.out(mixed.reshape(queries.shape))
 
-    def _dropped(self, weights: Array, positions: Array, example_ids: Array, deterministic: bool) -> Array:
-        """Drops weights [b, h, m, L] by their two positions, whatever the length that the rows are cut to."""
-        if deterministic or self.weight_dropout.rate == 0:
+    def _dropped(self, weights: Array, positions: Array, rows: Rows) -> Array:
+        """Drops weights [b, h, m, l] by their two positions, whatever the length that the rows are cut to."""
+        if rows.deterministic or self.weight_dropout.rate == 0:
             return weights
         b, h, m, length = weights.shape
         pairs = positions[:, :, None] * self.config.max_len + jnp.arange(length)
         flat = jnp.moveaxis(weights, 1, 3).reshape(b, m * length, h)
-        flat = self.weight_dropout(flat, example_ids, deterministic=False, positions=pairs.reshape(b, -1))
+        flat = self.weight_dropout(flat, rows.example_ids, deterministic=False, positions=pairs.reshape(b, -1))
         return jnp.moveaxis(flat.reshape(b, m, length, h), 3, 1)
 
 
@@ -179,20 +177,12 @@ class AttentionLayer(nn.Module):
         self.ffn_dropout = Dropout(config.dropout)
         self.ffn_norm = layer_norm(config.norm_eps, config.dtype)
 
-    def __call__(
-        self, x: Array, real: Array, intervals: Intervals | None, example_ids: Array, *, deterministic: bool,
-        positions: Array | None = None, firsts: Array | None = None,
-    ) -> Array:  # fmt: skip
-        """Returns the layer's output at positions [b, m] (None: at all); see `CausalAttention` for the arguments."""
-        u = x if positions is None else take_at(x, positions)
-        positions = jnp.broadcast_to(jnp.arange(x.shape[1]), real.shape) if positions is None else positions
-        drop = {"deterministic": deterministic, "positions": positions}
-        mixed = self.attention(
-            x, u, positions, real, intervals, example_ids, deterministic=deterministic, firsts=firsts
-        )
-        h = self.attention_norm(self.attention_dropout(mixed, example_ids, **drop) + u)
+    def __call__(self, x: Array, rows: Rows, intervals: Intervals | None, firsts: Array | None = None) -> Array:
+        """Returns the layer's output at `rows.positions`; see `CausalAttention` for the arguments."""
+        mixed = self.attention(x, rows, intervals, firsts)
+        h = self.attention_norm(self.attention_dropout(mixed, rows.example_ids, **rows.drop) + rows.at(x))
         inner = nn.gelu(self.fc1(h), approximate=False)
-        return self.ffn_norm(self.ffn_dropout(self.fc2(inner), example_ids, **drop) + h)
+        return self.ffn_norm(self.ffn_dropout(self.fc2(inner), rows.example_ids, **rows.drop) + h)
 
 
 class AttentionEncoder(nn.Module):
@@ -211,24 +201,16 @@ class AttentionEncoder(nn.Module):
         self.dropout = Dropout(config.dropout)
         self.layers = [AttentionLayer(config) for _ in range(config.num_layers)]
 
-    def __call__(
-        self, embedded: Array, real: Array, intervals: Intervals | None, example_ids: Array, *, deterministic: bool,
-        read: Array | None = None, starts: Array | None = None,
-    ) -> Array:  # fmt: skip
-        """Returns the hidden states at positions `read` [b, m] (None: at all), without computing what is not read.
+    def __call__(self, embedded: Array, rows: Rows, intervals: Intervals | None) -> Array:
+        """Returns the hidden states at `rows.positions`, without computing what is not read.
 
         Args:
-          embedded: E[items], [b, L, d].
-          real: bool [b, L], false for padding.
+          embedded: E[items], [b, l, d].
+          rows: of them; positions count from the start of each history.
           intervals: time between events, or None to attend without it.
-          example_ids: int [b].
-          deterministic: no dropout.
-          read: int [b, m] or None.
-          starts: bool [b, L], true where a row's history begins anew; what lies before has no effect from there on,
-            and positions count from there. None is one history a row. Not together with `read`.
 
         Returns:
-          [b, m, d], or [b, L, d].
+          [b, l, d] or [b, m, d].
 
         Raises:
           ValueError: for more positions than max_len.
@@ -236,11 +218,11 @@ class AttentionEncoder(nn.Module):
         length = embedded.shape[1]
         if length > self.config.max_len:
             raise ValueError(f"items have {length} positions, more than max_len={self.config.max_len}")
-        firsts = None if starts is None else first_positions(starts)
+        firsts = None if rows.starts is None else first_positions(rows.starts)
         positions = jnp.arange(length) if firsts is None else jnp.arange(length) - firsts
         x = self.norm(embedded + self.position_embedding(positions))
-        x = self.dropout(x, example_ids, deterministic=deterministic)
-        options = {"deterministic": deterministic, "firsts": firsts}
+        x = self.dropout(x, rows.example_ids, deterministic=rows.deterministic)
+        everywhere = rows._replace(positions=None)
         for layer in self.layers[:-1]:
-            x = layer(x, real, intervals, example_ids, **options)
-        return self.layers[-1](x, real, intervals, example_ids, **options, positions=read)
+            x = layer(x, everywhere, intervals, firsts)
+        return self.layers[-1](x, rows, intervals, firsts)

@@ -9,12 +9,13 @@ from tim4rec_jax.config import ModelConfig
 from tim4rec_jax.layers.convolution import CausalConv
 from tim4rec_jax.layers.dense import Linear, layer_norm, wide
 from tim4rec_jax.layers.dropout import Dropout
+from tim4rec_jax.layers.rows import Rows
 
 _INNER = 4
 _NORM_EPS = 1e-5
 _DATE_STD = 1e-3
 
-Tails = tuple[Array, Array]
+TimeCache = tuple[Array, Array]
 
 
 def gap_features(gaps: Array, firsts: Array, *, mean: float, std: float, dtype: jnp.dtype) -> Array:
@@ -67,30 +68,25 @@ class CausalTimeChannel(nn.Module):
         self.residual_gate = Linear(heads, dtype)
         self.norm = layer_norm(_NORM_EPS, dtype)
 
-    def _scaled(self, channel: Array, example_ids: Array, deterministic: bool) -> Array:
-        dropped = self.scale_dropout(channel, example_ids, deterministic=deterministic)
-        return channel * self.scale_out(nn.silu(self.scale_in(dropped)))
+    def factor(self, channel: Array, rows: Rows, cache: TimeCache | None = None) -> tuple[Array, TimeCache | None]:
+        """Returns 1 + g [b, l, h] from the channel T [b, l, h], and what the convolutions saw last where asked."""
+        dropped = self.scale_dropout(channel, rows.example_ids, deterministic=rows.deterministic)
+        scaled = channel * self.scale_out(nn.silu(self.scale_in(dropped)))
+        if cache is None:
+            first, _ = self.conv_1(scaled, starts=rows.starts)
+            return 1 + self.conv_2(first, starts=rows.starts)[0], None
+        first, cache_1 = self.conv_1(scaled, cache=cache[0], lengths=rows.lengths)
+        second, cache_2 = self.conv_2(first, cache=cache[1], lengths=rows.lengths)
+        return 1 + second, (cache_1, cache_2)
 
-    def factor(self, channel: Array, example_ids: Array, *, deterministic: bool, starts: Array | None = None) -> Array:
-        """Returns 1 + g [b, l, h] from the channel T [b, l, h]."""
-        scaled = self._scaled(channel, example_ids, deterministic)
-        return 1 + self.conv_2(self.conv_1(scaled, starts=starts), starts=starts)
-
-    def extend(self, channel: Array, tails: Tails, lengths: Array) -> tuple[Array, Tails]:
-        """Returns `factor` of further positions, given what the convolutions saw last, and the next tails."""
-        scaled = self._scaled(channel, jnp.arange(channel.shape[0]), True)
-        first, tail_1 = self.conv_1.extend(scaled, tails[0], lengths)
-        second, tail_2 = self.conv_2.extend(first, tails[1], lengths)
-        return 1 + second, (tail_1, tail_2)
-
-    def init_tails(self, batch: int) -> Tails:
-        """Returns the tails before the first event."""
+    def init_cache(self, batch: int) -> TimeCache:
+        """Returns the convolutions' inputs before the first event."""
         zeros = jnp.zeros((batch, self.config.d_conv - 1, self.config.num_heads), wide(self.config.dtype))
         return zeros, zeros
 
-    def carry(self, channel: Array, factor: Array, example_ids: Array, *, deterministic: bool) -> Array:
+    def carry(self, channel: Array, factor: Array, rows: Rows) -> Array:
         """Returns the next layer's channel T' [b, l, h]."""
-        dropped = self.gate_dropout(channel, example_ids, deterministic=deterministic)
+        dropped = self.gate_dropout(channel, rows.example_ids, deterministic=rows.deterministic)
         gate = jax.nn.sigmoid(self.residual_gate(dropped))
         return self.norm(gate * channel + (1 - gate) * (factor - 1))
 

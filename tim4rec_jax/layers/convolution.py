@@ -41,24 +41,34 @@ class CausalConv(nn.Module):
         self.kernel = self.param("kernel", weight_init, (self.taps, self.channels), dtype)
         self.bias = self.param("bias", bias_init, (self.channels,), dtype)
 
-    def __call__(self, x: Array, channels: slice = slice(None), *, starts: Array | None = None) -> Array:
-        """Convolves x [b, l, c], which holds the given channels only; `starts` [b, l] mark where histories begin."""
-        return causal_conv1d(
-            x, self.kernel[:, channels], self.bias[channels], activation=self.activation, starts=starts,
-            implementation=self.implementation,
-        )  # fmt: skip
-
-    def extend(self, x: Array, tail: Array, lengths: Array) -> tuple[Array, Array]:
-        """Goes on after the inputs `tail` [b, K - 1, c]; returns the outputs [b, l, c] and the next tail.
+    def __call__(
+        self,
+        x: Array,
+        channels: slice = slice(None),
+        *,
+        starts: Array | None = None,
+        cache: Array | None = None,
+        lengths: Array | None = None,
+    ) -> tuple[Array, Array | None]:
+        """Convolves x [b, l, c], which holds the given channels only.
 
         Args:
-          x: [b, l, c] further inputs.
-          tail: [b, K - 1, c] inputs before them, 0 where there are none.
-          lengths: int [b] real positions of x, 0 to l.
+          x: [b, l, c].
+          channels: those of x.
+          starts: bool [b, l], true where a history begins, or None.
+          cache: [b, K - 1, c] inputs before x, 0 where there are none; or None. Not together with `starts`.
+          lengths: int [b] real positions of x, which the next cache ends with; read with `cache` alone.
+
+        Returns:
+          [b, l, c], and the next cache or None.
         """
-        tail = tail.astype(x.dtype)
-        y = causal_conv1d(x, self.kernel, self.bias, activation=self.activation, initial=tail)
-        return y, causal_conv1d_tail(x, self.taps, lengths, tail)
+        kernel, bias = self.kernel[:, channels], self.bias[channels]
+        if cache is None:
+            options = {"starts": starts, "implementation": self.implementation}
+            return causal_conv1d(x, kernel, bias, activation=self.activation, **options), None
+        cache = cache.astype(x.dtype)
+        y = causal_conv1d(x, kernel, bias, activation=self.activation, initial=cache)
+        return y, causal_conv1d_tail(x, self.taps, lengths, cache)
 
     def last(self, window: Array, channels: slice = slice(None)) -> Array:
         """Returns the output [b, c] at one position from its window [b, K, c] of inputs (0 before the first)."""

@@ -1,23 +1,28 @@
 """Position-wise feed-forward block with residual and norm."""
 
+from collections.abc import Callable
+
 from flax import linen as nn
 from jax import Array
 
 from tim4rec_jax.config import ModelConfig
 from tim4rec_jax.layers.dense import Linear, layer_norm
 from tim4rec_jax.layers.dropout import Dropout
+from tim4rec_jax.layers.rows import Rows
 
 FEED_FORWARD_EPS = 1e-12
 
 
 class FeedForward(nn.Module):
-    """out = LayerNorm(Dropout(fc2(Dropout(hard_swish(fc1 h)))) + h), inner width 4d, eps 1e-12 in every setting.
+    """out = LayerNorm(Dropout(fc2(Dropout(act(fc1 h)))) + h), inner width 4d, eps 1e-12 in every setting.
 
     Attributes:
       config: the model's settings.
+      activation: act.
     """
 
     config: ModelConfig
+    activation: Callable[[Array], Array]
 
     def setup(self) -> None:
         config = self.config
@@ -27,8 +32,7 @@ class FeedForward(nn.Module):
         self.outer_dropout = Dropout(config.dropout)
         self.norm = layer_norm(FEED_FORWARD_EPS, config.dtype)
 
-    def __call__(self, h: Array, example_ids: Array, *, deterministic: bool, positions: Array | None = None) -> Array:
-        """Maps h [b, m, d] to [b, m, d]; `positions` [b, m] are those of the rows' entries (None: 0, 1, ...)."""
-        drop = {"deterministic": deterministic, "positions": positions}
-        inner = self.inner_dropout(nn.hard_swish(self.fc1(h)), example_ids, **drop)
-        return self.norm(self.outer_dropout(self.fc2(inner), example_ids, **drop) + h)
+    def __call__(self, h: Array, rows: Rows) -> Array:
+        """Maps h [b, m, d] at `rows.positions` (None: all) to [b, m, d]."""
+        inner = self.inner_dropout(self.activation(self.fc1(h)), rows.example_ids, **rows.drop)
+        return self.norm(self.outer_dropout(self.fc2(inner), rows.example_ids, **rows.drop) + h)

@@ -8,6 +8,7 @@ from jax import Array
 from tim4rec_jax.config import ModelConfig
 from tim4rec_jax.layers.dense import Linear, layer_norm
 from tim4rec_jax.layers.dropout import Dropout
+from tim4rec_jax.layers.rows import Rows
 
 GATED_LINEAR_UNIT_EPS = 1e-12
 
@@ -30,8 +31,8 @@ class GatedLinearUnit(nn.Module):
         self.dropout = Dropout(config.dropout)
         self.norm = layer_norm(GATED_LINEAR_UNIT_EPS, config.dtype)
 
-    def __call__(self, x: Array, example_ids: Array, *, deterministic: bool, positions: Array | None = None) -> Array:
-        """Maps x [b, m, d] to [b, m, d]; `positions` [b, m] are those of the rows' entries (None: 0, 1, ...)."""
+    def __call__(self, x: Array, rows: Rows) -> Array:
+        """Maps x [b, m, d] at `rows.positions` (None: all) to [b, m, d]."""
         value, gate = jnp.split(self.fc1(x), 2, axis=-1)
         out = self.fc2(value * jax.nn.sigmoid(gate))
-        return self.norm(self.dropout(out, example_ids, deterministic=deterministic, positions=positions) + x)
+        return self.norm(self.dropout(out, rows.example_ids, **rows.drop) + x)

@@ -40,8 +40,8 @@ def table_rows(items: ItemEmbedding) -> Array:
 
 
 def tied_scores(hidden: Array, items: ItemEmbedding) -> Array:
-    """Returns hidden E^T for hidden [b, d] over all rows of the catalogue, [b, v], float32 or wider."""
+    """Returns hidden E^T for hidden [.., d] over all rows of the catalogue, [.., v], float32 or wider."""
     return jnp.einsum(
-        "bd,vd->bv", hidden.astype(items.dtype), table_rows(items),
+        "...d,vd->...v", hidden.astype(items.dtype), table_rows(items),
         preferred_element_type=jnp.promote_types(items.dtype, jnp.float32),
     )  # fmt: skip

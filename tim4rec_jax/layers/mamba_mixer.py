@@ -11,7 +11,7 @@ from kernels.selective_scan import selective_scan
 from tim4rec_jax.config import ModelConfig
 from tim4rec_jax.layers.convolution import CausalConv
 from tim4rec_jax.layers.dense import Linear, wide
-from tim4rec_jax.layers.ssd_mixer import take_at
+from tim4rec_jax.layers.rows import Rows
 
 _WIDTH_A_RANK = 16
 
@@ -68,56 +68,42 @@ class MambaMixer(nn.Module):
         self.D = self.param("D", nn.initializers.ones_init(), (inner,), dtype)
         self.out_proj = Linear(config.d_model, config.dtype, use_bias=False)
 
-    def __call__(self, u: Array, read: Array | None = None, starts: Array | None = None) -> Array:
-        """Mixes u [b, L, d].
+    def __call__(
+        self, u: Array, channel: None, rows: Rows, cache: MambaState | None = None
+    ) -> tuple[Array, None, MambaState | None]:
+        """Mixes u [b, l, d].
 
         Args:
-          u: [b, L, d].
-          read: int [b, m] positions whose output is wanted, or None for all; gate and output map run there alone.
-          starts: bool [b, L], true where a row's history begins anew: what lies before has no effect from there on.
-            None is one history a row.
+          u: [b, l, d].
+          channel: handed on; this mixer reads no time.
+          rows: of u; gate and output map run at `rows.positions` alone.
+          cache: of the positions before, or None.
 
         Returns:
-          [b, L, d], or [b, m, d].
+          [b, l, d] or [b, m, d] at `rows.positions`, the channel, and the cache behind these positions (None without
+          one).
         """
         config = self.config
         inner, state, rank = config.d_inner, config.d_state, dt_rank(config)
-        x = self.conv(self.in_proj(u, [slice(0, inner)]), starts=starts)
+        conv_cache, before = (None, None) if cache is None else cache
+        lengths = None if cache is None else rows.lengths
+        x = self.in_proj(u, [slice(0, inner)])
+        x, conv_cache = self.conv(x, starts=rows.starts, cache=conv_cache, lengths=lengths)
         r, B, C = jnp.split(self.x_proj(x), [rank, rank + state], axis=-1)
-        y = selective_scan(
-            x, self.dt_proj(r), -jnp.exp(self.A_log), B, C, D=self.D, dt_bias=self.dt_bias,
-            starts=starts, implementation=config.scan_implementation,
+        scanned = selective_scan(
+            x, self.dt_proj(r), -jnp.exp(self.A_log), B, C, D=self.D, dt_bias=self.dt_bias, initial_state=before,
+            return_final_state=cache is not None, lengths=lengths, starts=rows.starts,
+            implementation=config.scan_implementation,
         )  # fmt: skip
-        if read is not None:
-            y, u = take_at(y, read), take_at(u, read)
-        return self.out_proj(y * jax.nn.silu(self.in_proj(u, [slice(inner, None)])))
+        y, after = (scanned, None) if cache is None else scanned
+        z = self.in_proj(rows.at(u), [slice(inner, None)])
+        out = self.out_proj(rows.at(y) * jax.nn.silu(z))
+        return out, channel, None if cache is None else MambaState(conv_cache, after)
 
-    def init_state(self, batch: int) -> MambaState:
-        """Returns the state before the first event of `batch` histories."""
+    def init_cache(self, batch: int) -> MambaState:
+        """Returns the cache before the first event of `batch` histories."""
         config = self.config
         return MambaState(
             jnp.zeros((batch, config.d_conv - 1, config.d_inner), config.dtype),
             jnp.zeros((batch, config.d_inner, config.d_state), wide(config.dtype)),
         )
-
-    def extend(self, u: Array, state: MambaState, lengths: Array) -> tuple[Array, MambaState]:
-        """Goes on with histories where `state` left them.
-
-        Args:
-          u: [b, L, d] at their next positions.
-          state: of the positions before.
-          lengths: int [b] real positions of u, 0 to L; later ones leave the state as it is.
-
-        Returns:
-          [b, L, d] as `__call__`, and the next state.
-        """
-        config = self.config
-        width, rank = config.d_state, dt_rank(config)
-        x, z = jnp.split(self.in_proj(u), 2, axis=-1)
-        x, tail = self.conv.extend(x, state.conv, lengths)
-        r, B, C = jnp.split(self.x_proj(x), [rank, rank + width], axis=-1)
-        y, ssm = selective_scan(
-            x, self.dt_proj(r), -jnp.exp(self.A_log), B, C, D=self.D, dt_bias=self.dt_bias, initial_state=state.ssm,
-            return_final_state=True, lengths=lengths, implementation=config.scan_implementation,
-        )  # fmt: skip
-        return self.out_proj(y * jax.nn.silu(z)), MambaState(tail, ssm)

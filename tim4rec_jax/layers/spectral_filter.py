@@ -8,6 +8,7 @@ from jax import Array
 from tim4rec_jax.config import ModelConfig
 from tim4rec_jax.layers.dense import INIT_STD, layer_norm, wide
 from tim4rec_jax.layers.dropout import Dropout
+from tim4rec_jax.layers.rows import Rows
 
 
 def spectral_filter(x: Array, weight: Array) -> Array:
@@ -49,7 +50,7 @@ class SpectralFilter(nn.Module):
         self.dropout = Dropout(config.dropout)
         self.norm = layer_norm(config.norm_eps, config.dtype)
 
-    def __call__(self, x: Array, example_ids: Array, *, deterministic: bool) -> Array:
+    def __call__(self, x: Array, rows: Rows) -> Array:
         """Maps x [b, max_len, d] to [b, max_len, d]; the transform runs in float32 or wider."""
         filtered = spectral_filter(x.astype(self.weight.dtype), self.weight).astype(x.dtype)
-        return self.norm(self.dropout(filtered, example_ids, deterministic=deterministic) + x)
+        return self.norm(self.dropout(filtered, rows.example_ids, deterministic=rows.deterministic) + x)

@@ -11,9 +11,10 @@ from jax import Array
 from kernels.gated_rms_norm import gated_rms_norm
 from kernels.ssd import ssd, ssd_last, ssd_step, step_size
 from tim4rec_jax.config import ModelConfig
-from tim4rec_jax.layers.causal_time import CausalTimeChannel, Tails
+from tim4rec_jax.layers.causal_time import CausalTimeChannel, TimeCache
 from tim4rec_jax.layers.convolution import CausalConv
 from tim4rec_jax.layers.dense import Linear, wide
+from tim4rec_jax.layers.rows import Rows, take_at
 from tim4rec_jax.layers.time_channel import TimeChannel
 
 STEP_RANGE = (1e-3, 1e-1)
@@ -32,11 +33,6 @@ def _decay_init(key: Array, shape: tuple[int, ...], dtype: jnp.dtype) -> Array:
     return jnp.log(jax.random.uniform(key, shape, dtype, *DECAY_RANGE))
 
 
-def take_at(x: Array, positions: Array) -> Array:
-    """Returns x [b, l, d] at positions [b, m] as [b, m, d]."""
-    return jnp.take_along_axis(x, positions[..., None], axis=1)
-
-
 class MixerState(NamedTuple):
     """What a mixer keeps of a history: constant in its length.
 
@@ -48,7 +44,7 @@ class MixerState(NamedTuple):
 
     conv: Array
     ssm: Array
-    time: Tails | None
+    time: TimeCache | None
 
 
 class SSDMixer(nn.Module):
@@ -83,41 +79,51 @@ class SSDMixer(nn.Module):
             self.time = CausalTimeChannel(config) if config.time_mode == "causal" else TimeChannel(config)
 
     def __call__(
-        self, u: Array, channel: Array | None, example_ids: Array, *, deterministic: bool, starts: Array | None = None
-    ) -> tuple[Array, Array | None]:
-        """Mixes u [b, L, d].
+        self, u: Array, channel: Array | None, rows: Rows, cache: MixerState | None = None
+    ) -> tuple[Array, Array | None, MixerState | None]:
+        """Mixes u [b, l, d].
 
         Args:
-          u: [b, L, d].
-          channel: T, [b, h or 1, max_len] in the paper's time branch and [b, L, h] in the causal one; None with time
+          u: [b, l, d].
+          channel: T, [b, h or 1, max_len] in the paper's time branch and [b, l, h] in the causal one; None with time
             off.
-          example_ids: int [b].
-          deterministic: no dropout.
-          starts: bool [b, L], true where a row's history begins anew; not with the paper's time branch.
+          rows: of u; several histories in one not with the paper's time branch.
+          cache: of the positions before, or None; not with the paper's time branch.
 
         Returns:
-          [b, L, d] and the next layer's channel (None with time off).
+          [b, l, d] or [b, m, d] at `rows.positions`, the next layer's channel (None with time off, and at single
+          positions), and the cache behind these positions (None without one).
         """
+        if cache is None and rows.starts is None and rows.positions is not None and rows.positions.shape[1] == 1:
+            return self._at_one_position(u, channel, rows), None, None
         config = self.config
         inner, state = config.d_inner, config.d_state
+        conv_cache, state_before, time_cache = (None, None, None) if cache is None else cache
         z, conv_in, dt = jnp.split(self.in_proj(u), [inner, 2 * inner + 2 * state], axis=-1)
-        x, B, C = jnp.split(self.conv(conv_in, starts=starts), [inner, inner + state], axis=-1)
-        options = {} if starts is None else {"starts": starts}
-        dt, channel = self._timed_steps(dt, channel, example_ids, deterministic=deterministic, carry=True, **options)
+        lengths = None if cache is None else rows.lengths
+        mixed, conv_cache = self.conv(conv_in, starts=rows.starts, cache=conv_cache, lengths=lengths)
+        x, B, C = jnp.split(mixed, [inner, inner + state], axis=-1)
+        dt, factor, time_cache = self._timed_steps(dt, channel, rows, time_cache)
+        if channel is not None:
+            channel = self.time.carry(channel, factor, rows)
         x = x.reshape(*x.shape[:2], config.num_heads, config.head_dim)
+        A, options = -jnp.exp(self.A_log), {"D": self.D, "dt_bias": self.dt_bias, "lengths": lengths}
         self.sow("intermediates", "step_size", step_size(dt, self.dt_bias))
-        y = ssd(
-            x, dt, -jnp.exp(self.A_log), B, C, D=self.D, dt_bias=self.dt_bias, starts=starts,
-            chunk_size=config.chunk_size, implementation=config.ssd_implementation,
-        )  # fmt: skip
+        options |= {"chunk_size": config.chunk_size, "implementation": config.ssd_implementation}
+        if cache is None:
+            y, after = ssd(x, dt, A, B, C, **options, starts=rows.starts), None
+        elif u.shape[1] == 1:
+            y, after = ssd_step(x, dt, A, B, C, state_before, D=self.D, dt_bias=self.dt_bias, lengths=lengths)
+        else:
+            options |= {"starts": rows.starts, "initial_state": state_before}
+            y, after = ssd(x, dt, A, B, C, **options, return_final_state=True)
         self.sow("intermediates", "scan", y)
-        y = gated_rms_norm(y.reshape(z.shape), z, self.norm_scale, eps=config.norm_eps)
-        return self.out_proj(y), channel
+        y = gated_rms_norm(rows.at(y.reshape(z.shape)), rows.at(z), self.norm_scale, eps=config.norm_eps)
+        cache = None if cache is None else MixerState(conv_cache, after, time_cache)
+        return self.out_proj(y), channel, cache
 
-    def last(
-        self, u: Array, channel: Array | None, lengths: Array, example_ids: Array, *, deterministic: bool
-    ) -> Array:
-        """Returns the first output of `__call__` at each row's last real position only, [b, d].
+    def _at_one_position(self, u: Array, channel: Array | None, rows: Rows) -> Array:
+        """Returns the output [b, 1, d] at one position per row.
 
         What reads one position is computed there alone: the gate z, the output map C, norm and output projection.
         """
@@ -129,79 +135,35 @@ class SSDMixer(nn.Module):
             slice(2 * inner + state, -config.num_heads),
         )
         conv_in, dt = jnp.split(self.in_proj(u, [x_B, slice(-config.num_heads, None)]), [inner + state], axis=-1)
-        x, B = jnp.split(self.conv(conv_in, slice(0, inner + state)), [inner], axis=-1)
-        dt, _ = self._timed_steps(dt, channel, example_ids, deterministic=deterministic, carry=False)
+        x, B = jnp.split(self.conv(conv_in, slice(0, inner + state))[0], [inner], axis=-1)
+        dt, _, _ = self._timed_steps(dt, channel, rows, None)
 
-        window = lengths[:, None] - taps + jnp.arange(taps)
+        window = rows.positions + 1 - taps + jnp.arange(taps)
         u_window = take_at(u, jnp.maximum(window, 0))
         C_window = jnp.where((window >= 0)[..., None], self.in_proj(u_window, [C_columns]), jnp.zeros((), u.dtype))
         C_last = self.conv.last(C_window, slice(inner + state, None))
         z = self.in_proj(u_window[:, -1], [z_columns])
         x = x.reshape(*x.shape[:2], config.num_heads, config.head_dim)
+        lengths = rows.positions[:, 0] + 1
         y = ssd_last(x, dt, -jnp.exp(self.A_log), B, C_last, lengths, D=self.D, dt_bias=self.dt_bias)
         y = gated_rms_norm(y.reshape(z.shape), z, self.norm_scale, eps=config.norm_eps)
-        return self.out_proj(y)
+        return self.out_proj(y)[:, None]
 
-    def init_state(self, batch: int) -> MixerState:
-        """Returns the state before the first event of `batch` histories; with the causal time branch or none."""
+    def _timed_steps(
+        self, dt: Array, channel: Array | None, rows: Rows, cache: TimeCache | None
+    ) -> tuple[Array, Array | None, TimeCache | None]:
+        """Returns dt times the time factor in float32 or wider, the factor, and the time branch's next cache."""
+        dt = dt.astype(wide(self.config.dtype))
+        if channel is None:
+            return dt, None, None
+        factor, cache = self.time.factor(channel, rows, cache)
+        return dt * factor[:, : dt.shape[1]], factor, cache
+
+    def init_cache(self, batch: int) -> MixerState:
+        """Returns the cache before the first event of `batch` histories; with the causal time branch or none."""
         config = self.config
         return MixerState(
             jnp.zeros((batch, config.d_conv - 1, config.d_inner + 2 * config.d_state), config.dtype),
             jnp.zeros((batch, config.num_heads, config.head_dim, config.d_state), wide(config.dtype)),
-            self.time.init_tails(batch) if config.use_time else None,
+            self.time.init_cache(batch) if config.use_time else None,
         )
-
-    def extend(
-        self, u: Array, channel: Array | None, state: MixerState, lengths: Array
-    ) -> tuple[Array, Array | None, MixerState]:
-        """Goes on with histories where `state` left them, without dropout.
-
-        Args:
-          u: [b, L, d] at their next positions.
-          channel: T [b, L, h] there, or None with time off.
-          state: of the positions before.
-          lengths: int [b] real positions of u, 0 to L; later ones leave the state as it is.
-
-        Returns:
-          As `__call__`, and the next state.
-        """
-        config = self.config
-        inner, width = config.d_inner, config.d_state
-        z, conv_in, dt = jnp.split(self.in_proj(u), [inner, 2 * inner + 2 * width], axis=-1)
-        mixed, conv_tail = self.conv.extend(conv_in, state.conv, lengths)
-        x, B, C = jnp.split(mixed, [inner, inner + width], axis=-1)
-        dt, time_tails = dt.astype(wide(config.dtype)), None
-        if channel is not None:
-            factor, time_tails = self.time.extend(channel, state.time, lengths)
-            dt = dt * factor
-            channel = self.time.carry(channel, factor, jnp.arange(u.shape[0]), deterministic=True)
-        x = x.reshape(*x.shape[:2], config.num_heads, config.head_dim)
-        A, options = -jnp.exp(self.A_log), {"D": self.D, "dt_bias": self.dt_bias, "lengths": lengths}
-        if u.shape[1] == 1:
-            y, ssm = ssd_step(x, dt, A, B, C, state.ssm, **options)
-        else:
-            y, ssm = ssd(
-                x, dt, A, B, C, **options, initial_state=state.ssm, return_final_state=True,
-                chunk_size=config.chunk_size, implementation=config.ssd_implementation,
-            )  # fmt: skip
-        y = gated_rms_norm(y.reshape(z.shape), z, self.norm_scale, eps=config.norm_eps)
-        return self.out_proj(y), channel, MixerState(conv_tail, ssm, time_tails)
-
-    def _timed_steps(
-        self,
-        dt: Array,
-        channel: Array | None,
-        example_ids: Array,
-        *,
-        deterministic: bool,
-        carry: bool,
-        **options: Array,
-    ) -> tuple[Array, Array | None]:
-        """Returns dt times the time factor in float32 or wider, and the next channel if it is wanted."""
-        dt = dt.astype(wide(self.config.dtype))
-        if channel is None:
-            return dt, None
-        factor = self.time.factor(channel, example_ids, deterministic=deterministic, **options)
-        if carry:
-            channel = self.time.carry(channel, factor, example_ids, deterministic=deterministic)
-        return dt * factor[:, : dt.shape[1]], channel

@@ -9,6 +9,7 @@ from tim4rec_jax.config import ModelConfig
 from tim4rec_jax.layers.convolution import CausalConv
 from tim4rec_jax.layers.dense import Linear, layer_norm, wide
 from tim4rec_jax.layers.dropout import Dropout
+from tim4rec_jax.layers.rows import Rows
 
 
 def time_gaps(timestamps: Array, lengths: Array, *, mask_padded: bool, log: bool, dtype: jnp.dtype) -> Array:
@@ -66,22 +67,22 @@ class TimeChannel(nn.Module):
         self.residual_gate = Linear(config.max_len if config.time_gate_per_position else 1, dtype)
         self.norm = layer_norm(config.norm_eps, dtype)
 
-    def _dropped(self, dropout: Dropout, channel: Array, example_ids: Array, deterministic: bool) -> Array:
+    def _dropped(self, dropout: Dropout, channel: Array, rows: Rows) -> Array:
         """Heads that share one channel drop different values of it, so they are told apart here and not before."""
-        if not deterministic and dropout.rate > 0:
+        if not rows.deterministic and dropout.rate > 0:
             channel = jnp.broadcast_to(channel, (channel.shape[0], self.config.num_heads, channel.shape[2]))
-        return dropout(channel, example_ids, deterministic=deterministic)
+        return dropout(channel, rows.example_ids, deterministic=rows.deterministic)
 
-    def factor(self, channel: Array, example_ids: Array, *, deterministic: bool) -> Array:
+    def factor(self, channel: Array, rows: Rows, cache: None = None) -> tuple[Array, None]:
         """Returns g [b, l, h] from the channel T [b, h, l], or [b, 1, l] where all heads still share it."""
-        dropped = self._dropped(self.scale_dropout, channel, example_ids, deterministic)
+        dropped = self._dropped(self.scale_dropout, channel, rows)
         scale = self.scale_out(nn.silu(self.scale_in(dropped)))
         scaled = jnp.swapaxes(channel * scale, 1, 2)
         scaled = jnp.broadcast_to(scaled, (*scaled.shape[:2], self.config.num_heads))
-        return self.conv_2(self.conv_1(scaled))
+        return self.conv_2(self.conv_1(scaled)[0])[0], None
 
-    def carry(self, channel: Array, factor: Array, example_ids: Array, *, deterministic: bool) -> Array:
+    def carry(self, channel: Array, factor: Array, rows: Rows) -> Array:
         """Returns the next layer's channel T' [b, h, l]."""
-        dropped = self._dropped(self.gate_dropout, channel, example_ids, deterministic)
+        dropped = self._dropped(self.gate_dropout, channel, rows)
         gate = jax.nn.sigmoid(self.residual_gate(dropped))
         return self.norm(gate * channel + (1 - gate) * jnp.swapaxes(factor, 1, 2))

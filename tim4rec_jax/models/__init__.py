@@ -8,10 +8,11 @@ import jax.numpy as jnp
 from jax import Array
 
 from tim4rec_jax.config import ModelConfig
-from tim4rec_jax.models.base import SequentialModel
+from tim4rec_jax.layers.rows import one_segment
 from tim4rec_jax.models.causal_tim4rec import CausalTiM4Rec
 from tim4rec_jax.models.echomamba4rec import EchoMamba4Rec
 from tim4rec_jax.models.mamba4rec import Mamba4Rec
+from tim4rec_jax.models.recommender import Cache, SequentialModel, StateSpaceModel, last_hidden
 from tim4rec_jax.models.sasrec import SASRec
 from tim4rec_jax.models.tim4rec import TiM4Rec
 from tim4rec_jax.models.tisasrec import TiSASRec
@@ -51,9 +52,10 @@ def init_params(model: SequentialModel, key: Array) -> dict[str, Any]:
       key: typed PRNG key.
     """
     items = jnp.ones((1, model.config.max_len), jnp.int32)
-    timestamps = jnp.zeros((1, model.config.max_len), jnp.int32)
-    lengths = jnp.ones(1, jnp.int32)
-    return model.init(key, items, lengths, timestamps, deterministic=True, method="encode")["params"]
+    return model.init(key, items, jnp.zeros_like(items))["params"]
 
 
-__all__ = ["MODELS", "SequentialModel", "build_model", "init_params"]
+__all__ = [
+    "MODELS", "Cache", "SequentialModel", "StateSpaceModel", "build_model", "init_params", "last_hidden",
+    "one_segment",
+]  # fmt: skip

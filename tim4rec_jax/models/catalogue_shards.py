@@ -12,7 +12,7 @@ from jax import Array
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from tim4rec_jax.models.base import SequentialModel
+from tim4rec_jax.models.recommender import SequentialModel
 
 PyTree = Any
 DATA_AXIS, MODEL_AXIS = "data", "model"

@@ -8,11 +8,11 @@ from tim4rec_jax.config import ModelConfig
 from tim4rec_jax.layers.dense import layer_norm
 from tim4rec_jax.layers.dropout import Dropout
 from tim4rec_jax.layers.gated_linear_unit import GatedLinearUnit
-from tim4rec_jax.layers.item_embedding import item_embedding, table_rows, tied_scores
 from tim4rec_jax.layers.mamba_mixer import MambaMixer
+from tim4rec_jax.layers.rows import Rows
 from tim4rec_jax.layers.spectral_filter import SpectralFilter
-from tim4rec_jax.layers.ssd_mixer import take_at
-from tim4rec_jax.typing import Array, Hidden, Int, Items, LastHidden, Lengths, Scores, Timestamps
+from tim4rec_jax.models.recommender import Cache, SequentialModel
+from tim4rec_jax.typing import Array
 
 DIRECTION_EPS = 1e-5
 
@@ -35,17 +35,18 @@ class BidirectionalMamba(nn.Module):
         self.forward_norm = layer_norm(DIRECTION_EPS, config.dtype)
         self.backward_norm = layer_norm(DIRECTION_EPS, config.dtype)
 
-    def __call__(self, x: Array, example_ids: Array, *, deterministic: bool, read: Array | None = None) -> Array:
-        """Maps x [b, max_len, d] to [b, max_len, d], or to [b, m, d] at the positions `read` [b, m]."""
-        drop = {"deterministic": deterministic, "positions": read}
-        ahead = self.forward_mixer(x, read)
-        if read is None:
-            back = self.backward_mixer(x[:, ::-1])[:, ::-1]
+    def __call__(self, x: Array, rows: Rows) -> Array:
+        """Maps x [b, max_len, d] to [b, max_len, d], or to [b, m, d] at `rows.positions`."""
+        ahead, _, _ = self.forward_mixer(x, None, rows)
+        if rows.positions is None:
+            back, _, _ = self.backward_mixer(x[:, ::-1], None, rows)
+            back = back[:, ::-1]
         else:
-            back = self.backward_mixer(x[:, ::-1], x.shape[1] - 1 - read)
-            x = take_at(x, read)
-        ahead = self.forward_norm(self.forward_dropout(ahead, example_ids, **drop) + x)
-        return ahead + self.backward_norm(self.backward_dropout(back, example_ids, **drop) + x)
+            turned = rows._replace(positions=x.shape[1] - 1 - rows.positions)
+            back, _, _ = self.backward_mixer(x[:, ::-1], None, turned)
+        x = rows.at(x)
+        ahead = self.forward_norm(self.forward_dropout(ahead, rows.example_ids, **rows.drop) + x)
+        return ahead + self.backward_norm(self.backward_dropout(back, rows.example_ids, **rows.drop) + x)
 
 
 class EchoMamba4RecBlock(nn.Module):
@@ -63,90 +64,44 @@ class EchoMamba4RecBlock(nn.Module):
         self.steps = [BidirectionalMamba(config) for _ in range(config.num_layers)]
         self.glu = GatedLinearUnit(config)
 
-    def __call__(self, x: Array, example_ids: Array, *, deterministic: bool, read: Array | None = None) -> Array:
-        """Maps x [b, max_len, d] to [b, max_len, d], or to [b, m, d] at the positions `read` [b, m]."""
-        x = self.filter(x, example_ids, deterministic=deterministic)
+    def __call__(self, x: Array, rows: Rows) -> Array:
+        """Maps x [b, max_len, d] to [b, max_len, d], or to [b, m, d] at `rows.positions`."""
+        everywhere = rows._replace(positions=None)
+        x = self.filter(x, everywhere)
         for step in self.steps[:-1]:
-            x = step(x, example_ids, deterministic=deterministic)
-        x = self.steps[-1](x, example_ids, deterministic=deterministic, read=read)
-        return self.glu(x, example_ids, deterministic=deterministic, positions=read)
+            x = step(x, everywhere)
+        return self.glu(self.steps[-1](x, rows), rows)
 
 
-class EchoMamba4Rec(nn.Module):
+class EchoMamba4Rec(SequentialModel):
     """Bidirectional Mamba with spectral filtering for sequential recommendation (Wang et al. 2024, arXiv 2406.02638).
 
       x_0 = LayerNorm(Dropout(E[items])),    x_i = block_i(x_{i-1}),    score = E x_last
 
     `num_layers` counts the blocks and the bidirectional steps in each, so n layers hold n^2 pairs of mixers. The
-    Fourier transform and the flip read the padding, so a row is always computed at max_len positions. See
-    `models.base.SequentialModel`.
-
-    Attributes:
-      config: the model's settings.
+    Fourier transform and the flip read the padding, so a row is always computed at max_len positions.
     """
 
-    config: ModelConfig
-
-    causal = False
-    uses_time = False
-
     def setup(self) -> None:
+        super().setup()
         config = self.config
-        self.item_embedding = item_embedding(config)
         self.embedding_dropout = Dropout(config.dropout)
         self.embedding_norm = layer_norm(config.norm_eps, config.dtype)
         self.blocks = [EchoMamba4RecBlock(config) for _ in range(config.num_layers)]
 
-    def encode(
-        self, items: Items, lengths: Lengths, timestamps: Timestamps | None, *, deterministic: bool,
-        example_ids: Int[Array, " b"] | None = None,
-    ) -> Hidden:  # fmt: skip
-        """Returns the hidden state at every position.
-
-        Args:
-          items: int [b, l], padded on the right with 0; fewer than max_len positions are padded further.
-          lengths: int [b]; not read, for item 0 tells the padding.
-          timestamps: not read.
-          deterministic: no dropout.
-          example_ids: int [b] names of the rows for their dropout masks; None counts from 0.
-
-        Returns:
-          [b, l, d].
-
-        Raises:
-          ValueError: for more positions than max_len.
-        """
-        return self._encode(items, deterministic, example_ids, None)[:, : items.shape[1]]
-
-    def encode_last(
-        self, items: Items, lengths: Lengths, timestamps: Timestamps | None, *, deterministic: bool,
-        example_ids: Int[Array, " b"] | None = None,
-    ) -> LastHidden:  # fmt: skip
-        """Returns `encode` at position length - 1 as [b, d]; what follows the last scans runs there alone.
-
-        `items` may be cut to any static length that holds the longest row: they are padded back to max_len.
-        """
-        return self._encode(items, deterministic, example_ids, jnp.asarray(lengths)[:, None] - 1)[:, 0]
-
-    def _encode(self, items: Items, deterministic: bool, example_ids: Array | None, read: Array | None) -> Array:
-        missing = self.config.max_len - items.shape[1]
+    def forward(self, items: Array, timestamps: Array | None, rows: Rows, cache: Cache | None) -> tuple[Array, None]:
+        length = items.shape[1]
+        missing = self.config.max_len - length
         if missing < 0:
-            raise ValueError(f"items have {items.shape[1]} positions, more than max_len={self.config.max_len}")
+            raise ValueError(f"items have {length} positions, more than max_len={self.config.max_len}")
         items = jnp.pad(items, ((0, 0), (0, missing)))
-        example_ids = jnp.arange(items.shape[0]) if example_ids is None else example_ids
-        drop = {"deterministic": deterministic}
         embedded = self.item_embedding(items)
         # Padding is read, but its row learns as a candidate only: PyTorch's `padding_idx` keeps gradients from it.
         embedded = jnp.where(items[..., None] == 0, jax.lax.stop_gradient(embedded), embedded)
-        x = self.embedding_norm(self.embedding_dropout(embedded, example_ids, **drop))
+        everywhere = rows._replace(real=items != 0, positions=None)
+        x = self.embedding_dropout(embedded, rows.example_ids, deterministic=rows.deterministic)
+        x = self.embedding_norm(x)
         for block in self.blocks[:-1]:
-            x = block(x, example_ids, **drop)
-        return self.blocks[-1](x, example_ids, **drop, read=read)
-
-    def item_table(self) -> Array:
-        """Returns E, [v, d] in the arithmetic's dtype."""
-        return table_rows(self.item_embedding)
-
-    def score(self, hidden: LastHidden) -> Scores:
-        """Returns hidden E^T over all rows of the embedding, [b, v], float32 or wider."""
-        return tied_scores(hidden, self.item_embedding)
+            x = block(x, everywhere)
+        x = self.blocks[-1](x, everywhere._replace(positions=rows.positions))
+        return (x[:, :length] if rows.positions is None else x), None

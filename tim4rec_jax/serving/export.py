@@ -16,7 +16,7 @@ from jax import export
 
 from tim4rec_jax.evaluation.metrics import check_top_k
 from tim4rec_jax.files import locked, replacing_folder
-from tim4rec_jax.models import build_model
+from tim4rec_jax.models import build_model, last_hidden
 from tim4rec_jax.serving.recommender import Recommender, best_columns
 
 EXPORT_FORMAT = 1
@@ -89,8 +89,7 @@ def _programs(model: nn.Module, params: Any, time_dtype: Any, max_len: int, k: i
 
     def recommend(parameters: Any, items: Any, lengths: Any, *rest: Any) -> tuple[jax.Array, jax.Array]:
         def encode(items: Any, lengths: Any, timestamps: Any = None) -> jax.Array:
-            arguments = (items, lengths, timestamps)
-            return model.apply(variables(parameters), *arguments, deterministic=True, method="encode_last")
+            return last_hidden(model, variables(parameters), items, lengths, timestamps)
 
         return rank(parameters, _row_by_row(encode)(items, lengths, *rest[:-1]), rest[-1])
 
@@ -100,18 +99,20 @@ def _programs(model: nn.Module, params: Any, time_dtype: Any, max_len: int, k: i
     time = {"timestamps": shape(b, columns, dtype=time_dtype)} if model.uses_time else {}
     history = {"items": shape(b, max_len), "lengths": shape(b), **time, "excluded": shape(b, s)}
     programs = {"recommend": _Program(recommend, {"parameters": parameters, **history}, ("best", "scores"))}
-    if not hasattr(model, "extend"):
+    if not model.streamable:
         return programs
 
-    empty = jax.eval_shape(lambda p: model.apply({"params": p}, 1, method="init_state"), params)
+    empty = jax.eval_shape(lambda p: model.apply({"params": p}, 1, method="init_cache"), params)
     state_structure, state_names = jax.tree.structure(empty), list(flat_arrays(empty))
 
     def step(parameters: Any, state: Any, item: Any, *timestamp: Any) -> tuple[Any, jax.Array]:
         def extend(state: Any, item: Any, *timestamp: Any) -> tuple[Any, jax.Array]:
             before = jax.tree.unflatten(state_structure, [state[name] for name in state_names])
             seconds = timestamp[0][:, None] if timestamp else None
-            arguments = (before, item[:, None], jnp.ones(1, jnp.int32), seconds)
-            after, hidden = model.apply(variables(parameters), *arguments, method="extend")
+            segments = jnp.ones((1, 1), jnp.int32)
+            hidden, after = model.apply(
+                variables(parameters), item[:, None], seconds, segment_ids=segments, cache=before
+            )
             return flat_arrays(after), hidden[:, 0]
 
         return _row_by_row(extend)(state, item, *timestamp)

@@ -18,6 +18,7 @@ from tim4rec_jax.config import ExperimentConfig
 from tim4rec_jax.data.loader import timestamps_for_device
 from tim4rec_jax.evaluation.full_sort import positions_read
 from tim4rec_jax.evaluation.metrics import check_top_k
+from tim4rec_jax.models import last_hidden
 from tim4rec_jax.run_dir import read_histories, read_items
 from tim4rec_jax.serving.stored_run import load_model
 
@@ -122,7 +123,7 @@ def _top_k(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The k best items after each history, see `best_columns`."""
     variables = {"params": params}
-    hidden = model.apply(variables, items, lengths, timestamps, deterministic=True, method="encode_last")
+    hidden = last_hidden(model, variables, items, lengths, timestamps)
     return best_columns(model.apply(variables, hidden, method="score"), excluded, k)
 
 

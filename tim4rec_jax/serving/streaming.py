@@ -13,6 +13,7 @@ import numpy as np
 
 from tim4rec_jax.data.loader import timestamps_for_device
 from tim4rec_jax.evaluation.metrics import check_top_k
+from tim4rec_jax.models import one_segment
 from tim4rec_jax.serving.recommender import SCORE_TILE_BYTES, best_columns, items_left, next_power_of_two
 
 State = Any
@@ -24,7 +25,7 @@ def require_streamable(model: nn.Module) -> None:
     Raises:
       ValueError: with what to train instead.
     """
-    if not hasattr(model, "extend"):
+    if not model.streamable:
         config = model.config
         form = f" with time_mode={config.time_mode!r}" if config.name == "tim4rec" else ""
         raise ValueError(
@@ -45,7 +46,7 @@ def fingerprint(model: nn.Module, params: Any, item_ids: Sequence[str]) -> str:
 
 @functools.partial(jax.jit, static_argnames=("model", "batch"))
 def _init_state(params: Any, *, model: nn.Module, batch: int) -> State:
-    return model.apply({"params": params}, batch, method="init_state")
+    return model.apply({"params": params}, batch, method="init_cache")
 
 
 @functools.partial(jax.jit, static_argnames="model", donate_argnames="state")
@@ -53,7 +54,8 @@ def _extend(
     params: Any, state: State, items: jax.Array, lengths: jax.Array, timestamps: jax.Array, *, model: nn.Module
 ) -> tuple[State, jax.Array]:
     """The next state, and the hidden state after the last event of each row [b, d]."""
-    state, hidden = model.apply({"params": params}, state, items, lengths, timestamps, method="extend")
+    segments = one_segment(lengths, items.shape[1])
+    hidden, state = model.apply({"params": params}, items, timestamps, segment_ids=segments, cache=state)
     return state, hidden[jnp.arange(items.shape[0]), jnp.maximum(lengths, 1) - 1]
 
 
@@ -80,7 +82,8 @@ def extend_rows(
       model: the module.
     """
     before = jax.tree.map(lambda leaf: leaf.at[rows].get(mode="clip"), table[0])
-    state, hidden = model.apply({"params": params}, before, items, lengths, timestamps, method="extend")
+    segments = one_segment(lengths, items.shape[1])
+    hidden, state = model.apply({"params": params}, items, timestamps, segment_ids=segments, cache=before)
     last = hidden[jnp.arange(items.shape[0]), jnp.maximum(lengths, 1) - 1]
     return jax.tree.map(lambda leaf, new: leaf.at[rows].set(new, mode="drop"), table, (state, last))
 
@@ -125,7 +128,7 @@ class Streamer:
     def state_bytes(self) -> int:
         """Returns the bytes of one history's state, of its hidden state and nothing else."""
         shapes = jax.eval_shape(
-            lambda params: self.model.apply({"params": params}, 1, method="init_state"), self.params
+            lambda params: self.model.apply({"params": params}, 1, method="init_cache"), self.params
         )
         hidden = self.model.config.d_model * jnp.dtype(self.model.config.dtype).itemsize
         return hidden + sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes))

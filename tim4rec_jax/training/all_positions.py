@@ -22,7 +22,7 @@ _SCORE_BYTES = 16 * 2**20
 
 def require_packable(config: ExperimentConfig, model: SequentialModel) -> None:
     """Raises ValueError where `train.positions="all"` is asked of a model that cannot be trained so."""
-    if config.train.positions == "last" or getattr(model, "packable", False):
+    if config.train.positions == "last" or model.packable:
         return
     raise ValueError(
         "train.positions='all' needs a causal model that can start anew inside a row, which "
@@ -104,9 +104,9 @@ def _of_rows(
     num_rows, length = rows.items.shape
 
     def encode(params: Any) -> tuple[Array, Array]:
-        hidden = model.apply(
-            {"params": params}, rows.items, jnp.full(num_rows, length, jnp.int32), rows.timestamps,
-            deterministic=False, example_ids=example_ids, starts=rows.starts, rngs={"dropout": key}, method="encode",
+        hidden, _ = model.apply(
+            {"params": params}, rows.items, rows.timestamps, segment_ids=rows.segment_ids, deterministic=False,
+            example_ids=example_ids, rngs={"dropout": key},
         )  # fmt: skip
         return hidden.reshape(num_rows * length, -1), model.apply({"params": params}, method="item_table")
 

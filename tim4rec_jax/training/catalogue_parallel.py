@@ -20,7 +20,7 @@ from tim4rec_jax.config import ExperimentConfig, TrainConfig
 from tim4rec_jax.data.length_groups import LengthGroup
 from tim4rec_jax.data.loader import Batch, Loader
 from tim4rec_jax.data.packed_loader import PackedBatch
-from tim4rec_jax.models import SequentialModel
+from tim4rec_jax.models import SequentialModel, last_hidden
 from tim4rec_jax.models.catalogue_shards import (
     DATA_AXIS,
     MODEL_AXIS,
@@ -184,10 +184,9 @@ def _encoder(model: SequentialModel, key: Array, first_id: Array) -> Encode:
     def encode(params: PyTree, rows: Rows, places: Array) -> Array:
         options = {"deterministic": False, "example_ids": first_id + places, "rngs": {"dropout": key}}
         if isinstance(rows, Batch):
-            inputs = rows.items, rows.lengths, rows.timestamps
-            return model.apply({"params": params}, *inputs, **options, method="encode_last")
-        inputs = rows.items, jnp.full(len(places), rows.items.shape[1], jnp.int32), rows.timestamps
-        return model.apply({"params": params}, *inputs, **options, starts=rows.starts, method="encode")
+            return last_hidden(model, {"params": params}, rows.items, rows.lengths, rows.timestamps, **options)
+        options |= {"segment_ids": rows.segment_ids}
+        return model.apply({"params": params}, rows.items, rows.timestamps, **options)[0]
 
     return encode
 

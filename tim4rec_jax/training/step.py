@@ -16,7 +16,7 @@ from tim4rec_jax.data.length_groups import LengthGroup
 from tim4rec_jax.data.loader import Batch, Loader
 from tim4rec_jax.data.negatives import Negatives
 from tim4rec_jax.data.packed_loader import PackedBatch
-from tim4rec_jax.models import SequentialModel, init_params
+from tim4rec_jax.models import SequentialModel, init_params, last_hidden
 from tim4rec_jax.training.all_positions import packed_value_and_grad
 from tim4rec_jax.training.lazy_table import Axis, update_from_touched
 from tim4rec_jax.training.losses import bpr, cross_entropy, sample_negative, sampled_cross_entropy
@@ -76,9 +76,9 @@ def _loss_sum(
 ) -> Array:  # fmt: skip
     """Returns the weighted sum of the rows' losses; a row's value depends on its id, not on the rows beside it."""
     dropout_key, negative_key = jax.random.split(key)
-    hidden = model.apply(
-        {"params": params}, rows.items, rows.lengths, rows.timestamps, deterministic=False, example_ids=example_ids,
-        rngs={"dropout": dropout_key}, method="encode_last",
+    hidden = last_hidden(
+        model, {"params": params}, rows.items, rows.lengths, rows.timestamps, deterministic=False,
+        example_ids=example_ids, rngs={"dropout": dropout_key},
     )  # fmt: skip
     if negatives is not None:
         table = model.apply({"params": params}, method="item_table")

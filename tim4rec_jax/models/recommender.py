@@ -1,0 +1,221 @@
+"""What all models share: one call for training, packed rows, single positions and streaming; embedding and scores."""
+
+from typing import Any, ClassVar, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+from tim4rec_jax.config import ModelConfig
+from tim4rec_jax.layers.dense import layer_norm
+from tim4rec_jax.layers.dropout import Dropout
+from tim4rec_jax.layers.item_embedding import item_embedding, table_rows, tied_scores
+from tim4rec_jax.layers.residual_block import ResidualBlock
+from tim4rec_jax.layers.rows import Rows, one_segment, rows_of
+from tim4rec_jax.typing import Array, Float, Hidden, Int, Items, Lengths, Timestamps
+
+
+class Cache(NamedTuple):
+    """All that a model keeps of `b` histories; its size does not depend on their length.
+
+    Attributes:
+      timestamps: int32 [b] seconds of the last event; 0 before the first, and in models that read no times.
+      events: int32 [b] events so far.
+      layers: one per layer.
+    """
+
+    timestamps: Array
+    events: Array
+    layers: tuple[Any, ...]
+
+
+class SequentialModel(nn.Module):
+    """A recommender that reads a history of items and scores the catalogue; the base of every model.
+
+    Item 0 is padding, and rows are padded on the right. Dropout draws from the "dropout" key under each row's
+    `example_ids`, so a row's mask does not depend on the batch it is computed in. A model says in `setup` what it is
+    made of and in `forward` how it reads rows. Sharding and lazy updates look for the embedding's name,
+    `item_embedding`.
+
+    Attributes:
+      config: settings the module was built from.
+      causal: output i depends on inputs up to i only; such a model may be trained on all positions at once.
+      packable: a row may hold several histories, told apart by `segment_ids`.
+      streamable: `cache` is offered, no parameter depends on the length, and rows of any length are read.
+      uses_time: timestamps change the output.
+    """
+
+    config: ModelConfig
+
+    causal: ClassVar[bool] = False
+    packable: ClassVar[bool] = False
+    streamable: ClassVar[bool] = False
+    uses_time: ClassVar[bool] = False
+
+    def setup(self) -> None:
+        self.item_embedding = item_embedding(self.config)
+
+    def __call__(
+        self,
+        items: Items,
+        timestamps: Timestamps | None = None,
+        *,
+        segment_ids: Int[Array | np.ndarray, "b l"] | None = None,
+        positions: Int[Array | np.ndarray, "b m"] | None = None,
+        cache: Cache | None = None,
+        deterministic: bool = True,
+        example_ids: Int[Array | np.ndarray, " b"] | None = None,
+    ) -> tuple[Hidden, Cache | None]:
+        """Returns hidden states, and the cache behind these items: pieces of any size give what one pass gives.
+
+        Args:
+          items: int [b, l], padded on the right with 0.
+          timestamps: [b, l or more] seconds, padded with 0; the paper's time branch and TiSASRec want max_len columns
+            whatever l is, the causal time branch whole seconds. May be None where the model reads none.
+          segment_ids: int [b, l], which history a position belongs to, 0 for padding; with a cache, or in a model that
+            is not packable, 1 or 0. None takes every item but 0 as of one history.
+          positions: int [b, m], the only places whose outputs are wanted, and computed where the model can; None is
+            all l.
+          cache: of the events before, from `init_cache` or an earlier call; a row of padding leaves its own as it is.
+          deterministic: no dropout.
+          example_ids: int [b] names of the rows for their dropout masks; None counts from 0.
+
+        Returns:
+          Hidden states [b, l, d], or [b, m, d] at `positions`; the next cache, or None where none was given.
+
+        Raises:
+          ValueError: for shapes or dtypes that do not fit, several histories in a row of a model that is not packable,
+            or a cache for one that is not streamable.
+        """
+        self._check(segment_ids, cache)
+        items, rows = rows_of(items, segment_ids, example_ids, deterministic)
+        # Where a row is one history, segment ids are a mask.
+        starts = rows.starts if self.packable and cache is None else None
+        rows = rows._replace(starts=starts, positions=None if positions is None else jnp.asarray(positions))
+        return self.forward(items, None if timestamps is None else jnp.asarray(timestamps), rows, cache)
+
+    def _check(self, segment_ids: Any, cache: Cache | None) -> None:
+        name = type(self).__name__
+        if cache is not None and not self.streamable:
+            raise ValueError(f"{name} is not streamable: it has no cache; give whole histories")
+        if self.packable and cache is None or segment_ids is None or isinstance(segment_ids, jax.core.Tracer):
+            return
+        most = int(np.max(segment_ids, initial=0))
+        if most > 1:
+            what = "is not packable" if not self.packable else "goes on from a cache"
+            raise ValueError(
+                f"{name} {what}: segment_ids go up to {most}, but each row is one history (1; 0 for padding)"
+            )
+
+    def forward(
+        self, items: Array, timestamps: Array | None, rows: Rows, cache: Cache | None
+    ) -> tuple[Array, Cache | None]:
+        """What `__call__` returns, from items that are 0 where there is padding."""
+        raise NotImplementedError(f"{type(self).__name__} has no forward: say there how it reads rows")
+
+    def init_cache(self, batch: int) -> Cache:
+        """Returns the cache before the first event of `batch` histories.
+
+        Raises:
+          ValueError: the model is not streamable.
+        """
+        raise ValueError(f"{type(self).__name__} is not streamable: it has no cache")
+
+    def item_table(self) -> Float[Array, "v d"]:
+        """Returns E, [v, d] in the arithmetic's dtype."""
+        return table_rows(self.item_embedding)
+
+    def score(self, hidden: Float[Array, "*b d"]) -> Float[Array, "*b v"]:
+        """Returns hidden E^T for hidden [.., d] over all v rows, padding included, [.., v], float32 or wider."""
+        return tied_scores(hidden, self.item_embedding)
+
+    def full_timestamps(self, timestamps: Array | None, items: Array) -> Array:
+        """Returns timestamps [b, max_len], as models want them whose parameters depend on the length.
+
+        Raises:
+          ValueError: for another shape, or none.
+        """
+        expected = (items.shape[0], self.config.max_len)
+        if timestamps is None or timestamps.shape != expected:
+            given = None if timestamps is None else timestamps.shape
+            raise ValueError(f"timestamps have shape {given}, expected (b, max_len)={expected}")
+        return timestamps
+
+
+class StateSpaceModel(SequentialModel):
+    """x_0 = LayerNorm(Dropout(E[items])), x_i = block_i(x_{i-1}); a model is a config and a block."""
+
+    def setup(self) -> None:
+        config = self.config
+        super().setup()
+        self.embedding_dropout = Dropout(config.dropout)
+        self.embedding_norm = layer_norm(config.norm_eps, config.dtype)
+        self.layers = [self.block() for _ in range(config.num_layers)]
+
+    def block(self) -> ResidualBlock:
+        """Returns a new block; it is called as `layers.residual_block.ResidualBlock` is."""
+        raise NotImplementedError(f"{type(self).__name__} has no block: return a module there")
+
+    def time_channel(self, timestamps: Array | None, rows: Rows, cache: Cache | None) -> Array | None:
+        """Returns what the first block reads of time, or None."""
+        return None
+
+    def finish(self, x: Array, timestamps: Array | None, rows: Rows) -> Array:
+        """Returns the hidden states from the last block's output at `rows.positions`."""
+        return x
+
+    def embed(self, items: Array, rows: Rows) -> Array:
+        """Returns x_0, [b, l, d]."""
+        embedded = self.item_embedding(items)
+        return self.embedding_norm(self.embedding_dropout(embedded, rows.example_ids, deterministic=rows.deterministic))
+
+    def forward(
+        self, items: Array, timestamps: Array | None, rows: Rows, cache: Cache | None
+    ) -> tuple[Array, Cache | None]:
+        everywhere = rows._replace(positions=None)
+        x, channel = self.embed(items, everywhere), self.time_channel(timestamps, everywhere, cache)
+        caches = []
+        for i, layer in enumerate(self.layers):
+            own = rows if i == len(self.layers) - 1 else everywhere
+            x, channel, kept = layer(x, channel, own, None if cache is None else cache.layers[i])
+            caches.append(kept)
+        x = self.finish(x, timestamps, rows)
+        return x, None if cache is None else self._next_cache(cache, tuple(caches), timestamps, rows)
+
+    def _next_cache(self, cache: Cache, layers: tuple[Any, ...], timestamps: Array | None, rows: Rows) -> Cache:
+        last, lengths = cache.timestamps, rows.lengths
+        if self.uses_time:
+            ends = jnp.take_along_axis(timestamps, jnp.maximum(lengths - 1, 0)[:, None], axis=1)[:, 0]
+            last = jnp.where(lengths > 0, ends, last)
+        return Cache(last, cache.events + lengths, layers)
+
+    def init_cache(self, batch: int) -> Cache:
+        if not self.streamable:
+            return super().init_cache(batch)
+        zeros = jnp.zeros(batch, jnp.int32)
+        return Cache(zeros, zeros, tuple(layer.init_cache(batch) for layer in self.layers))
+
+
+def last_hidden(
+    model: SequentialModel,
+    variables: Any,
+    items: Items,
+    lengths: Lengths,
+    timestamps: Timestamps | None,
+    **options: Any,
+) -> Float[Array, "b d"]:
+    """Returns the hidden state [b, d] at each row's last real position, without computing what is not read.
+
+    Args:
+      model: any.
+      variables: of `model.apply`.
+      items: int [b, l], cut to any static length that holds the longest row.
+      lengths: int [b], 1 to l.
+      timestamps: as the model wants them.
+      options: of the call, and `rngs` of `model.apply`.
+    """
+    positions = jnp.asarray(lengths)[:, None] - 1
+    if not model.packable:  # What lies behind the last position may matter to them.
+        options["segment_ids"] = one_segment(lengths, items.shape[1])
+    return model.apply(variables, items, timestamps, positions=positions, **options)[0][:, 0]
