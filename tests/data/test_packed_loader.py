@@ -41,7 +41,7 @@ def test_both_give_the_same_batches_in_the_same_order(log, precision, dtype):
         assert len(batches) == device.num_batches
         assert_same_batches(epoch_of(grain, epoch), batches)
         types = [leaf.dtype for leaf in jax.tree.leaves(batches[0])]
-        assert types == [np.int32, np.bool_, dtype, np.int32, np.float32]
+        assert types == [np.int32, np.int32, dtype, np.int32, np.float32]
         assert {leaf.shape for batch in batches for leaf in jax.tree.leaves(batch)} == {(BATCH_SIZE, MAX_LEN)}
 
 

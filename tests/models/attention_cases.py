@@ -271,15 +271,16 @@ def check_causality(config):
     assert build_model(config).causal
     run, params = program(config, "all"), spread(config)
     items, timestamps = batch(config)
-    before = np.asarray(run(params, items, LENGTHS, timestamps))
+    full = np.full(4, 12)
+    before = np.asarray(run(params, items, full, timestamps))
     for start in (1, 7, 11):
         changed, later = items.copy(), timestamps.copy()
         changed[:, start:] = 1 + (changed[:, start:] + 5) % 22
         later[:, start:] += 3
-        after = np.asarray(run(params, changed, LENGTHS, later))
+        after = np.asarray(run(params, changed, full, later))
         np.testing.assert_array_equal(after[:, :start], before[:, :start])
         assert (np.abs(after[:, start:] - before[:, start:]).max(axis=(1, 2)) > 1e-2).all()
-    np.testing.assert_array_equal(run(params, items, np.full(4, 12), timestamps), before)
+    np.testing.assert_array_equal(run(params, items, LENGTHS, timestamps), before)
 
 
 def check_padding_and_batch(config):

@@ -185,17 +185,15 @@ def test_ten_thousand_events_one_by_one(dtype, tolerance):
     model = build_model(config)
     params = init_params(model, jax.random.key(3))
     items, timestamps = (
-        column[:, :10_000] % 30 if i == 0 else column for i, column in enumerate(history(10_000, rows=1))
+        1 + column[:, :10_000] % 29 if i == 0 else column for i, column in enumerate(history(10_000, rows=1))
     )
     timestamps = jnp.cumsum(jnp.abs(timestamps) % 1000, axis=1).astype(jnp.int32)
     whole = encode(config, params, items, timestamps)
-    one = jnp.ones((1, 1), jnp.int32)
 
     def step(cache, event):
         item, second = event
         given = item[None, None], second[None, None]
-        # Item 0 is drawn here too, and would else be padding.
-        hidden, cache = model.apply({"params": params}, *given, segment_ids=one, cache=cache)
+        hidden, cache = model.apply({"params": params}, *given, cache=cache)
         return cache, hidden[0, 0]
 
     start = empty_cache(config, params, 1)

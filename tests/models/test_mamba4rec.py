@@ -340,7 +340,9 @@ def test_bad_input():
     given["time"] = given.pop("LayerNorm.bias")
     with pytest.raises(ValueError) as raised:
         interop.params_from_torch(SMALL, given)
-    assert str(raised.value).splitlines()[1:] == [
-        "  missing: LayerNorm.bias", "  unexpected: time",
-        "  shape of mamba_layers.0.mamba.A_log: (8, 32), expected (32, 8)",
-    ]  # fmt: skip
+    for part in (
+        "missing: LayerNorm.bias",
+        "unexpected: time",
+        "mamba_layers.0.mamba.A_log: (8, 32), expected (32, 8)",
+    ):
+        assert part in str(raised.value)

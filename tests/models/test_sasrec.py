@@ -99,4 +99,5 @@ def test_bad_input():
     given["time_matrix_K_emb.weight"] = given.pop("LayerNorm.bias")
     with pytest.raises(ValueError) as raised:
         interop.params_from_torch(SMALL, given)
-    assert str(raised.value).splitlines()[1:] == ["  missing: LayerNorm.bias", "  unexpected: time_matrix_K_emb.weight"]
+    for part in ("missing: LayerNorm.bias", "unexpected: time_matrix_K_emb.weight"):
+        assert part in str(raised.value)

@@ -3,6 +3,7 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -122,8 +123,8 @@ def test_examples_drop_values_of_the_interval_tables():
 
     def tables(params, example_ids):
         bound = model.bind({"params": params}, rngs={"dropout": jax.random.key(0)})
-        rows = Rows(items != 0, None, example_ids, deterministic=False)
-        return bound._intervals(items, timestamps, rows)
+        rows = Rows(jnp.asarray(items != 0), None, example_ids, deterministic=False)
+        return bound._intervals(jnp.asarray(items), jnp.asarray(timestamps), rows)
 
     found = jax.jit(tables)(params, np.array([5, 6, 7, 5]))
     kept = []

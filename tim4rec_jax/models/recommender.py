@@ -61,7 +61,7 @@ class SequentialModel(nn.Module):
         items: Items,
         timestamps: Timestamps | None = None,
         *,
-        segment_ids: Int[Array | np.ndarray, "b l"] | None = None,
+        segment_ids: Array | np.ndarray | None = None,
         positions: Int[Array | np.ndarray, "b m"] | None = None,
         cache: Cache | None = None,
         deterministic: bool = True,
@@ -198,7 +198,7 @@ class StateSpaceModel(SequentialModel):
 
 
 def last_hidden(
-    model: SequentialModel,
+    model: nn.Module,
     variables: Any,
     items: Items,
     lengths: Lengths,
@@ -208,7 +208,7 @@ def last_hidden(
     """Returns the hidden state [b, d] at each row's last real position, without computing what is not read.
 
     Args:
-      model: any.
+      model: a `SequentialModel`, or what is called like one.
       variables: of `model.apply`.
       items: int [b, l], cut to any static length that holds the longest row.
       lengths: int [b], 1 to l.
