@@ -1,5 +1,8 @@
 """TiM4Rec and its family: state-space sequential recommenders in JAX."""
 
+import importlib
+from typing import Any
+
 from tim4rec_jax import interop
 from tim4rec_jax.config import DataConfig, EvalConfig, ExperimentConfig, ModelConfig, TrainConfig
 from tim4rec_jax.data_config import SyntheticConfig
@@ -8,6 +11,15 @@ from tim4rec_jax.models import MODELS, build_model
 __version__ = "0.1.0"
 
 __all__ = [
-    "MODELS", "DataConfig", "EvalConfig", "ExperimentConfig", "ModelConfig", "SyntheticConfig", "TrainConfig",
-    "build_model", "interop",
+    "MODELS", "DataConfig", "EvalConfig", "ExperimentConfig", "ModelConfig", "Recommender", "SyntheticConfig",
+    "TrainConfig", "build_model", "interop", "load_log",
 ]  # fmt: skip
+
+# What reads logs and checkpoints is imported when it is asked for: it takes longer than all the rest.
+_LAZY = {"Recommender": "tim4rec_jax.serving.recommender", "load_log": "tim4rec_jax.data.interactions"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_LAZY[name]), name)
