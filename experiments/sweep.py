@@ -4,10 +4,10 @@
     python -m experiments.sweep --config=ml100k_tim4rec --trials=20 --train.epochs=30 --space \
         train.learning_rate=log:1e-4:1e-2 model.num_layers=1:3 model.time_dropout=0.0:0.5 train.loss=ce|bpr --seeds=2
 
-(Quote a term with | in it for the shell.) A grid takes every combination; a space is searched by Optuna's TPE, which
-needs: pip install optuna. Any other setting is an option by its path and holds for all trials. A trial trains a run
-folder for each seed under runs/sweep/<config>/ and counts by the mean validation metric (eval.monitor) of their best
-epochs. The test part decides nothing: it is shown for the best trial alone.
+(Quote a term with | in it for the shell.) A grid takes every combination; a space is searched by Optuna's TPE (pip
+install 'tim4rec_jax[sweep]'). Any other setting is an option by its path and holds for all trials. A trial trains a
+run folder for each seed under runs/sweep/<config>/ and counts by the mean validation metric (eval.monitor) of their
+best epochs. The test part decides nothing: it is shown for the best trial alone.
 The same command goes on after Ctrl-C, SIGTERM, a crash or a kill; more --trials go on from a finished search. A trial
 that fails is kept as failed, its error in error.txt; remove that file to have it tried again. Writes sweep.md and
 sweep.json into the folder. Exit codes: 0 done, 2 an error or no trial that worked, 130 stopped by Ctrl-C, 0 by SIGTERM.

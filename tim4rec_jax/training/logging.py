@@ -23,7 +23,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from tim4rec_jax.files import named_in_errors, replacing, write_atomically
 from tim4rec_jax.run_dir import CURVES, METRICS
-from tim4rec_jax.training.event_files import EventFile
 
 Kind = Literal["train", "valid", "test", "event"]
 NEEDED = {"train": ("step", "loss"), "valid": ("step", "epoch"), "test": (), "event": ()}
@@ -49,7 +48,7 @@ class MetricLogger:
             return
         self._file.parent.mkdir(parents=True, exist_ok=True)
         self._tensorboard = self._file.parent / "tensorboard" if tensorboard else None
-        self._events: EventFile | None = None
+        self._events: Any = None
         self._purge_step: int | None = None
         torn = _drop_torn_line(self._file)
         self._stream = _open_to_append(self._file)
@@ -101,6 +100,9 @@ class MetricLogger:
         }
         with named_in_errors(self._tensorboard):
             if self._events is None:
+                # Imported where it is wanted: tensorboardX takes PyTorch along wherever that is installed.
+                from tim4rec_jax.training.event_files import EventFile
+
                 self._events = EventFile(self._tensorboard, self._purge_step)
             self._events.add(line["step"], scalars)
 
