@@ -14,7 +14,7 @@ from experiments.record import command_without_folders, settings_without_folders
 from experiments.run_queue import is_finished
 from tim4rec_jax.data.examples import Examples
 from tim4rec_jax.data.interactions import InteractionLog
-from tim4rec_jax.data.splits import describe, split_log
+from tim4rec_jax.data.splits import Split, describe, split_log
 from tim4rec_jax.evaluation.baselines import baseline_ranks
 from tim4rec_jax.evaluation.metrics import hit, mrr, ndcg, summarise
 from tim4rec_jax.evaluation.seen_targets import describe_seen, measured
@@ -65,6 +65,12 @@ def _ranks(folder: pathlib.Path, log: InteractionLog, test: Examples, top_k: Seq
                 "remove the run and train it again"
             )
     return ranks
+
+
+def _baselines(log: InteractionLog, split: Split, test: Examples, exclude_seen: bool) -> dict[str, np.ndarray]:
+    """Test ranks [1, targets] of what needs no training."""
+    ranks = baseline_ranks(log, split.first_held_out, test, exclude_seen=exclude_seen)
+    return {name: of_one[None] for name, of_one in ranks.items()}
 
 
 def _spread(values: Sequence[float]) -> dict[str, Any]:
@@ -139,9 +145,7 @@ def collect(plan: Plan, note: str) -> dict[str, Any]:
     ranks = {
         m: np.stack([_ranks(plan.folder(m, s), log, test, evaluation.top_k) for s in seeds])
         for m, seeds in finished.items()
-    }
-    baselines = baseline_ranks(log, split.first_held_out, test, exclude_seen=evaluation.exclude_seen)
-    ranks |= {name: of_one[None] for name, of_one in baselines.items()}
+    } | _baselines(log, split, test, evaluation.exclude_seen)
     per_seed = {row: [summarise(one, evaluation.top_k) for one in values] for row, values in ranks.items()}
     metrics = list(per_seed[model][0])
     spreads = {row: {m: _spread([one[m] for one in values]) for m in metrics} for row, values in per_seed.items()}

@@ -210,7 +210,7 @@ def test_a_folder_of_another_sweep_is_refused(tmp_path, capsys, trained, argv, l
         (["--grid", "train.epochs=many,2"], "train.epochs=many: expected a whole number"),
         (["--grid", "train.epochs=2.5"], "train.epochs=2.5: expected a whole number"),
         (["--grid", "train.clip_norm=None,inf"], "train.clip_norm=inf: expected a number or None"),
-        (["--grid", "model.use_time=maybe"], "model.use_time='maybe': expected true or false"),
+        (["--grid", "model.use_time=maybe"], "model.use_time=maybe: expected true or false"),
         (["--grid", "train.loss=ce,hinge"], "train.loss=hinge: expected one of ce, bpr"),
         (["--grid", "model.dropout="], "--grid model.dropout= names no value"),
         (["--grid", "model.dropout"], "--grid model.dropout: expected a setting, = and its values"),
