@@ -22,7 +22,6 @@ memory of a training step with the item embedding whole and in shards, on fake d
 with the softmax over all items and over a sample, in turns.
 """
 
-import argparse
 import json
 import pathlib
 import sys
@@ -31,7 +30,7 @@ from collections.abc import Sequence
 from rich.console import Console
 
 from experiments.benchmarks import catalogue, data, gpu, memory, operator_speed, serving, train_step
-from experiments.command_line import run_program
+from experiments.command_line import OptionParser, run_program
 from experiments.record import command_without_folders
 from tim4rec_jax.files import write_atomically
 
@@ -50,7 +49,7 @@ BENCHMARKS = {
 
 def program(argv: list[str]) -> int:
     """The program behind `main`."""
-    finder = argparse.ArgumentParser(prog="experiments.benchmark", allow_abbrev=False)
+    finder = OptionParser(prog="experiments.benchmark")
     finder.add_argument("what", choices=sorted(BENCHMARKS))
     finder.add_argument("--repeats", type=int, default=5, help="how often each form is timed")
     finder.add_argument("--output", type=pathlib.Path, help="JSON file for the result")

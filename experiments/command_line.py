@@ -1,17 +1,22 @@
 """What the programs share: settings from the command line, and errors as one line."""
 
+import argparse
 import contextlib
 import dataclasses
 import difflib
 import errno
-import io
+import math
+import pathlib
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, TypeVar
+import types
+import typing
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Literal, TypeVar
 
 import jax
 import tyro
 
+from tim4rec_jax.checks import listed, shortened
 from tim4rec_jax.training.checkpoint import CheckpointError
 from tim4rec_jax.training.processes import ProcessError
 
@@ -22,78 +27,193 @@ EXPECTED_ERRORS = (
 
 
 def _options(settings: Any, prefix: str = "--") -> Iterator[tuple[str, Any]]:
-    """Yields the option of every field of nested dataclasses, as in --train.learning_rate, with its value."""
+    """Yields the option of every field of nested dataclasses, as in --train.learning_rate, with its type."""
+    hints = typing.get_type_hints(type(settings))
     for field in dataclasses.fields(settings):
         value = getattr(settings, field.name)
         if dataclasses.is_dataclass(value):
             yield from _options(value, f"{prefix}{field.name}.")
         else:
-            yield f"{prefix}{field.name}", value
+            yield f"{prefix}{field.name}", hints[field.name]
 
 
-def require_known_options(arguments: Sequence[str], default: object) -> None:
-    """Refuses an unknown option and names the nearest ones.
+def _folded(option: str) -> str:
+    return option.replace("-", "_").lstrip("_")
+
+
+def _known_option(option: str, hints: Mapping[str, Any]) -> tuple[str, bool]:
+    """Returns the name of an option as the settings have it, and whether it was given as its opposite.
 
     Raises:
-      ValueError: for the first option that is not known.
+      ValueError: for an unknown option (the nearest are shown).
     """
-    folded = {name.replace("-", "_").lstrip("_"): name for name, _ in _options(default)}
-    for argument in arguments:
-        if not argument.startswith("--") or argument == "--":
-            continue
-        option = argument.split("=", 1)[0]
-        plain = option.replace("-", "_").lstrip("_")
-        bare = plain.replace("no_", "", 1) if plain.split(".")[-1].startswith("no_") else plain
-        if plain in folded or bare in folded or plain == "help":
-            continue
-        near = difflib.get_close_matches(plain, folded, n=3, cutoff=0.4) or sorted(folded)
-        raise ValueError(f"unknown option {option}; nearest: {', '.join(folded[n] for n in near)}")
+    known = {_folded(name): name for name in hints}
+    plain = _folded(option)
+    if plain in known:
+        return known[plain], False
+    head, dot, last = plain.rpartition(".")
+    opposite = known.get(head + dot + last.removeprefix("no_"), "") if last.startswith("no_") else ""
+    if hints.get(opposite) is bool:
+        return opposite, True
+    near = difflib.get_close_matches(plain, known, n=3, cutoff=0.4) or sorted(known)
+    raise ValueError(f"unknown option {shortened(option, 60)}; nearest: {listed([known[n] for n in near], 160, ', ')}")
 
 
 _FLAG_VALUES = {"true": True, "1": True, "false": False, "0": False}
 
 
-def with_flags(arguments: Sequence[str], default: object) -> list[str]:
-    """Rewrites --model.use_time=False as --model.no-use-time, so that yes-or-no settings are given like all others.
+def yes_or_no(text: str) -> bool:
+    """Reads the value of a yes-or-no option.
 
     Raises:
-      ValueError: for a value that is neither true nor false.
+      ValueError: it is neither true nor false.
     """
-    flags = {name.replace("-", "_"): name for name, value in _options(default) if isinstance(value, bool)}
-    rewritten = []
-    for argument in arguments:
-        option, equals, value = argument.partition("=")
-        if not equals or option.replace("-", "_") not in flags:
-            rewritten.append(argument)
-            continue
-        if value.lower() not in _FLAG_VALUES:
-            raise ValueError(f"{option}={value}: expected true or false")
-        head, _, last = option.rpartition(".")
-        negative = f"{head}.no-{last}" if head else f"--no-{option.lstrip('-')}"
-        rewritten.append(option if _FLAG_VALUES[value.lower()] else negative)
-    return rewritten
+    if text.lower() not in _FLAG_VALUES:
+        raise ValueError("expected true or false")
+    return _FLAG_VALUES[text.lower()]
 
 
-def parse_settings(cls: type[Settings], arguments: Sequence[str], default: Settings, **options: Any) -> Settings:
-    """Reads dataclass settings by `tyro.cli`; a value that a setting refuses is our own error, not a page of usage.
+def _kinds(hint: Any) -> tuple[Any, ...]:
+    return typing.get_args(hint) if typing.get_origin(hint) in (types.UnionType, typing.Union) else (hint,)
+
+
+def _expected(hint: Any) -> str:
+    names = {
+        int: "a whole number", float: "a number", bool: "true or false", str: "a text", pathlib.Path: "a path",
+        types.NoneType: "None",
+    }  # fmt: skip
+    if typing.get_origin(hint) is tuple:
+        return f"{_expected(typing.get_args(hint)[0])}, or several with commas between them"
+    if typing.get_origin(hint) is Literal:
+        return f"one of {', '.join(typing.get_args(hint))}"
+    return names[hint] if hint in names else " or ".join(map(_expected, _kinds(hint)))
+
+
+def read_value(name: str, hint: Any, text: str) -> Any:
+    """Returns a setting's value from its text; a number must be finite.
 
     Raises:
-      ValueError: for an unknown option (the nearest are shown) or a value out of range.
+      ValueError: the text is no value of the setting's type; setting, value and what is expected are named.
     """
-    require_known_options(arguments, default)
-    shown = io.StringIO()
+    for kind in _kinds(hint):
+        if kind is types.NoneType and text == "None":
+            return None
+        if kind is bool and text.lower() in _FLAG_VALUES:
+            return yes_or_no(text)
+        if typing.get_origin(kind) is Literal and text in typing.get_args(kind):
+            return text
+        if kind in (int, float):
+            with contextlib.suppress(ValueError):
+                if math.isfinite(number := kind(text)):
+                    return number
+        if kind is pathlib.Path and text not in ("", "None"):
+            return pathlib.Path(text)
+        if kind is str and not (text == "None" and types.NoneType in _kinds(hint)):
+            return text
+    raise ValueError(f"{name}={shortened(text, 60)}: expected {_expected(hint)}")
+
+
+def _read_list(option: str, hint: Any, words: Sequence[str]) -> tuple[Any, ...]:
+    kind = typing.get_args(hint)[0]
+    # A text may itself hold commas.
+    parts = words if kind is str else [part.strip() for word in words for part in word.split(",")]
     try:
-        with contextlib.redirect_stderr(shown):
-            return tyro.cli(cls, args=with_flags(arguments, default), default=default, **options)
-    except SystemExit as stop:
-        error: BaseException | None = stop
-        while error is not None and type(error) is not ValueError:
-            error = error.__context__
-        # A message of several lines is not ours; the page that comes with it names the option.
-        if error is not None and "\n" not in str(error):
-            raise error from None
-        sys.stderr.write(shown.getvalue())
-        raise
+        return tuple(read_value(option, kind, part) for part in parts)
+    except ValueError:
+        raise ValueError(f"{option}={shortened(' '.join(words), 60)}: expected {_expected(hint)}") from None
+
+
+def _read_options(arguments: Sequence[str], hints: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the value of every option given; of one given twice the last.
+
+    Raises:
+      ValueError: for a word that belongs to no option, an unknown option, a value that is none, or texts listed twice.
+    """
+    found: dict[str, Any] = {}
+    at = 0
+    while at < len(arguments):
+        option, equals, value = arguments[at].partition("=")
+        at += 1
+        if not option.startswith("--") or option == "--":
+            raise ValueError(f"{shortened(arguments[at - 1], 60)!r} belongs to no option; options begin with --")
+        name, opposite = _known_option(option, hints)
+        hint, words = hints[name], [value] if equals else []
+        is_list = typing.get_origin(hint) is tuple
+        # What follows is this option's; of a yes-or-no option only if it says so.
+        while not equals and at < len(arguments) and not arguments[at].startswith("--"):
+            if (hint is bool and arguments[at].lower() not in _FLAG_VALUES) or (words and not is_list):
+                break
+            words.append(arguments[at])
+            at += 1
+        if is_list:
+            if name in found and typing.get_args(hint)[0] is str:
+                raise ValueError(f"{option} is there twice; give all its values at once")
+            found[name] = _read_list(option, hint, words)
+        elif not words and hint is not bool:
+            raise ValueError(f"{option} has no value: expected {_expected(hint)}")
+        else:
+            read = read_value(option, hint, words[0] if words else "true")
+            found[name] = not read if opposite else read
+    return found
+
+
+def _with_values(settings: Any, found: Mapping[str, Any], prefix: str = "--") -> Any:
+    changes = {}
+    for field in dataclasses.fields(settings):
+        path, value = f"{prefix}{field.name}", getattr(settings, field.name)
+        if dataclasses.is_dataclass(value):
+            changes[field.name] = _with_values(value, found, f"{path}.")
+        else:
+            changes[field.name] = found.get(path, value)
+        if changes[field.name] is tyro.MISSING:
+            raise ValueError(f"give {path}, as in {path}=..")
+    return dataclasses.replace(settings, **changes)
+
+
+def parse_settings(
+    cls: type[Settings], arguments: Sequence[str], default: Settings | None = None, **options: Any
+) -> Settings:
+    """Reads dataclass settings from --field=value, --field value and, for yes or no, --field and --no-field.
+
+    Lists are values with commas or blanks between them. `--help` shows them all (`tyro.cli`) and ends the program.
+
+    Args:
+      cls: the dataclass; its fields may be dataclasses.
+      arguments: the command line without the program.
+      default: settings to start from; `tyro.MISSING` marks those that must be given. None: those of the class.
+      options: prog and description of `tyro.cli`.
+
+    Raises:
+      ValueError: for an unknown option (the nearest are shown), a value of another type or out of range, or a missing
+        one; the option, the value and what is expected are named.
+    """
+    if default is None:
+        needed = [f.name for f in dataclasses.fields(cls) if f.default is f.default_factory is dataclasses.MISSING]
+        default = cls(**dict.fromkeys(needed, tyro.MISSING))
+    if "--help" in arguments or "-h" in arguments:
+        return tyro.cli(cls, args=["--help"], default=default, **options)
+    return _with_values(default, _read_options(arguments, dict(_options(default))))
+
+
+class OptionParser(argparse.ArgumentParser):
+    """A parser without abbreviations whose complaint is a ValueError of one line that names the option."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(allow_abbrev=False, **options)
+
+    def error(self, message: str) -> typing.NoReturn:
+        raise ValueError(message.removeprefix("argument "))
+
+    def add_flag(self, name: str, meaning: str) -> None:
+        """Adds a yes-or-no option: --name, --name=true or --name=false."""
+        self.add_argument(name, nargs="?", const=True, default=False, type=_flag, help=meaning)
+
+
+def _flag(text: str) -> bool:
+    try:
+        return yes_or_no(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r}: {error}") from None
 
 
 OUT_OF_MEMORY = (

@@ -15,7 +15,7 @@ from experiments.run_queue import is_finished
 from tim4rec_jax.data.examples import Examples
 from tim4rec_jax.data.interactions import InteractionLog
 from tim4rec_jax.data.splits import Split, describe, split_log
-from tim4rec_jax.evaluation.baselines import markov_ranks, popularity_counts, popularity_ranks, transition_counts
+from tim4rec_jax.evaluation.baselines import baseline_ranks
 from tim4rec_jax.evaluation.metrics import hit, mrr, ndcg, summarise
 from tim4rec_jax.evaluation.seen_targets import describe_seen, measured
 from tim4rec_jax.evaluation.significance import compare_with_best
@@ -69,12 +69,8 @@ def _ranks(folder: pathlib.Path, log: InteractionLog, test: Examples, top_k: Seq
 
 def _baselines(log: InteractionLog, split: Split, test: Examples, exclude_seen: bool) -> dict[str, np.ndarray]:
     """Test ranks [1, targets] of what needs no training."""
-    popularity = popularity_counts(log, split.first_held_out)
-    transitions = transition_counts(log, split.first_held_out)
-    return {
-        "Markov": markov_ranks(log, transitions, popularity, test, exclude_seen=exclude_seen)[None],
-        "popularity": popularity_ranks(log, popularity, test, exclude_seen=exclude_seen)[None],
-    }
+    ranks = baseline_ranks(log, split.first_held_out, test, exclude_seen=exclude_seen)
+    return {name: of_one[None] for name, of_one in ranks.items()}
 
 
 def _spread(values: Sequence[float]) -> dict[str, Any]:

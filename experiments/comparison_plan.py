@@ -1,6 +1,5 @@
 """What a comparison of models consists of: names, settings, seeds and folders, read from the command line."""
 
-import argparse
 import dataclasses
 import difflib
 import pathlib
@@ -11,7 +10,7 @@ from typing import Annotated, Any
 import tyro
 
 from experiments import train
-from experiments.command_line import parse_settings
+from experiments.command_line import OptionParser, parse_settings
 from experiments.configs import DATA_NAMES, MODEL_NAMES, load_config
 from experiments.family import exact_order
 from tim4rec_jax.config import DataConfig, EvalConfig, ExperimentConfig, ModelConfig, ParallelConfig, TrainConfig
@@ -185,7 +184,7 @@ def parse(argv: Sequence[str]) -> tuple[Arguments, Plan]:
       ValueError: for an unknown name or option (the nearest are shown), a value out of range, a repeated model or seed,
         or models that would be trained with different settings.
     """
-    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    finder = OptionParser(add_help=False)
     finder.add_argument("--data", "--data_set", "--data-set", default=DATA_NAMES[0])
     finder.add_argument("--models", default=Arguments.models)
     found, others = finder.parse_known_args(argv)

@@ -17,7 +17,6 @@ was trained on.
 Writing a checkpoint needs PyTorch: pip install torch
 """
 
-import argparse
 import dataclasses
 import hashlib
 import json
@@ -33,7 +32,7 @@ import numpy as np
 import yaml
 from rich.console import Console
 
-from experiments.command_line import parse_settings, run_program
+from experiments.command_line import OptionParser, parse_settings, run_program
 from experiments.configs import load_config
 from experiments.item_ids_file import as_csv, beside, digest, find_item_ids, rows_of_log
 from experiments.settings_file import read_settings
@@ -121,7 +120,7 @@ def parse(argv: Sequence[str]) -> tuple[Arguments, ExperimentConfig | None]:
     Raises:
       ValueError: for an unknown experiment or option, or options that do not go together.
     """
-    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    finder = OptionParser(add_help=False)
     finder.add_argument("--config")
     name = finder.parse_known_args(argv)[0].config
     base = None if name is None else load_config(name)

@@ -3,11 +3,12 @@
     python -m experiments.evaluate --run=runs/quickstart
     python -m experiments.evaluate --run=runs/quickstart --split=valid --eval.exclude_seen
     python -m experiments.evaluate --run=runs/ml1m_tim4rec_causal --eval.max_len=1000 --output=longer.json
+    python -m experiments.evaluate --baselines --config=ml100k_sasrec --output=experiments/results/baselines.json
 
-The numbers of the test part equal those that training printed at its end (results.json), which stand beside them.
+The numbers of the test part equal those that training printed at its end (results.json), which stand beside them. With
+--baselines nothing trained is measured: popularity and a Markov chain on an experiment's log, in the same way.
 """
 
-import argparse
 import dataclasses
 import json
 import pathlib
@@ -20,7 +21,8 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from experiments.command_line import run_program, with_flags
+from experiments import evaluate_baselines
+from experiments.command_line import OptionParser, parse_settings, run_program
 from experiments.record import command_without_folders
 from tim4rec_jax.config import EvalConfig
 from tim4rec_jax.data.splits import describe, split_log
@@ -75,7 +77,7 @@ def parse(argv: Sequence[str]) -> Arguments:
     Raises:
       FileNotFoundError, ValueError: the folder is no run that this program reads.
     """
-    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    finder = OptionParser(add_help=False)
     finder.add_argument("--run", type=pathlib.Path)
     run = finder.parse_known_args(argv)[0].run
     stored = EvalConfig() if run is None else read_config(run).eval
@@ -83,7 +85,7 @@ def parse(argv: Sequence[str]) -> Arguments:
         stored.batch_size, tuple(stored.top_k), stored.exclude_seen, stored.seen_targets, stored.max_len
     )
     default = Arguments(run=tyro.MISSING if run is None else run, eval=options)
-    return tyro.cli(Arguments, args=with_flags(argv, default), default=default, prog="experiments.evaluate")
+    return parse_settings(Arguments, argv, default, prog="experiments.evaluate")
 
 
 def recorded_metrics(arguments: Arguments) -> Mapping[str, float]:
@@ -160,6 +162,9 @@ def evidence(arguments: Arguments, result: EvaluationResult) -> dict[str, Any]:
 
 def program(argv: list[str]) -> int:
     """The program behind `main`."""
+    if evaluate_baselines.is_asked_for(argv):
+        Console().print(evaluate_baselines.measure(argv))
+        return 0
     arguments = parse(argv)
     result = run(arguments)
     if arguments.output is not None:

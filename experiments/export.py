@@ -17,12 +17,12 @@ import pathlib
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
-import tyro
 from rich.console import Console
 from rich.table import Table
 
-from experiments.command_line import run_program
+from experiments.command_line import parse_settings, run_program
 from tim4rec_jax.serving.export import export_model
 from tim4rec_jax.serving.recommender import Recommender
 
@@ -41,7 +41,7 @@ class Arguments:
     run: pathlib.Path
     output: pathlib.Path
     k: int = 10
-    platforms: tuple[str, ...] = ("cpu", "cuda", "tpu")
+    platforms: tuple[Literal["cpu", "cuda", "rocm", "tpu"], ...] = ("cpu", "cuda", "tpu")
 
 
 def run(arguments: Arguments) -> Table:
@@ -65,7 +65,7 @@ def run(arguments: Arguments) -> Table:
 
 def program(argv: list[str]) -> int:
     """The program behind `main`."""
-    Console().print(run(tyro.cli(Arguments, args=argv, prog="experiments.export")))
+    Console().print(run(parse_settings(Arguments, argv, prog="experiments.export")))
     return 0
 
 

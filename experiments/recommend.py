@@ -22,12 +22,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import polars as pl
-import tyro
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from experiments.command_line import run_program, with_flags
+from experiments.command_line import parse_settings, run_program
 from experiments.configs import config_names, load_config
 from tim4rec_jax.checks import listed, shortened, shown
 from tim4rec_jax.files import replacing
@@ -303,10 +302,7 @@ def run(arguments: Arguments, console: Console) -> None:
 
 def program(argv: list[str]) -> int:
     """The program behind `main`."""
-    run(
-        tyro.cli(Arguments, args=with_flags(argv, Arguments(run=pathlib.Path())), prog="experiments.recommend"),
-        Console(),
-    )
+    run(parse_settings(Arguments, argv, prog="experiments.recommend"), Console())
     return 0
 
 

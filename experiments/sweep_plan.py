@@ -1,19 +1,17 @@
 """What a sweep consists of: the settings it varies, their values, seeds and folder, read from the command line."""
 
-import argparse
 import dataclasses
 import difflib
 import itertools
 import json
 import math
 import pathlib
-import types
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
-from experiments.command_line import parse_settings
+from experiments.command_line import OptionParser, parse_settings, read_value
 from experiments.comparison_plan import flat, parse_seeds, require_one_process
 from experiments.configs import config_names, load_config
 from tim4rec_jax.checks import listed
@@ -127,42 +125,10 @@ class Plan:
         return dataclasses.replace(self.base, **changed)
 
 
-def _kinds(path: str) -> tuple[Any, ...]:
-    """The types that a setting may have."""
+def _hint(path: str) -> Any:
+    """The type of a setting."""
     part, _, name = path.partition(".")
-    hint = typing.get_type_hints(_PARTS[part])[name]
-    return typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-
-
-def _described(kind: Any) -> str:
-    names = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", types.NoneType: "None"}
-    return names[kind] if kind in names else "one of " + ", ".join(typing.get_args(kind))
-
-
-def read_value(path: str, text: str) -> Any:
-    """Returns a value of a setting from its text.
-
-    Raises:
-      ValueError: the text is no value of the setting's type.
-    """
-    kinds = _kinds(path)
-    for kind in kinds:
-        if kind is types.NoneType and text == "None":
-            return None
-        if kind is bool and text.lower() in ("true", "false"):
-            return text.lower() == "true"
-        if typing.get_origin(kind) is Literal and text in typing.get_args(kind):
-            return text
-        if kind in (int, float):
-            try:
-                number = kind(text)
-            except ValueError:
-                continue
-            if math.isfinite(number):
-                return number
-        if kind is str and text not in ("", "None"):
-            return text
-    raise ValueError(f"{path}={text!r}: expected {' or '.join(map(_described, kinds))}")
+    return typing.get_type_hints(_PARTS[part])[name]
 
 
 def _split(option: str, terms: Sequence[str], base: ExperimentConfig) -> dict[str, str]:
@@ -195,7 +161,7 @@ def read_grid(terms: Sequence[str], base: ExperimentConfig) -> dict[str, tuple[A
     """
     grid = {}
     for path, text in _split("grid", terms, base).items():
-        values = tuple(read_value(path, part.strip()) for part in text.split(",") if part.strip())
+        values = tuple(read_value(path, _hint(path), part.strip()) for part in text.split(",") if part.strip())
         if not values:
             raise ValueError(f"--grid {path}={text} names no value; give at least one")
         if repeated := [value for value in values if values.count(value) > 1]:
@@ -215,7 +181,7 @@ def read_space(terms: Sequence[str], base: ExperimentConfig) -> dict[str, Range 
         if ":" in text:
             space[path] = _read_range(path, text)
             continue
-        choices = tuple(read_value(path, part.strip()) for part in text.split("|") if part.strip())
+        choices = tuple(read_value(path, _hint(path), part.strip()) for part in text.split("|") if part.strip())
         if len(set(choices)) < 2 or len(set(choices)) < len(choices):
             raise ValueError(
                 f"--space {path}={text}: give two or more different choices as in a|b, or a range low:high"
@@ -226,10 +192,10 @@ def read_space(terms: Sequence[str], base: ExperimentConfig) -> dict[str, Range 
 
 def _read_range(path: str, text: str) -> Range:
     *words, low, high = text.split(":")
-    whole = int in _kinds(path) and float not in _kinds(path)
+    whole = _hint(path) in (int, int | None)
     if words not in ([], ["log"], ["int"]) or (words == ["int"] and not whole):
         raise ValueError(f"--space {path}={text}: expected low:high, or log:low:high for even steps in the logarithm")
-    ends = read_value(path, low), read_value(path, high)
+    ends = read_value(path, _hint(path), low), read_value(path, _hint(path), high)
     if any(isinstance(end, bool) or not isinstance(end, int | float) for end in ends):
         raise ValueError(f"--space {path}={text}: it is not a number; give choices as in a|b")
     if not ends[0] < ends[1]:
@@ -246,7 +212,7 @@ def parse(argv: Sequence[str]) -> Plan:
       ValueError: for an unknown experiment, setting or option (the nearest are shown), a value of a wrong type, a
         setting both varied and fixed, or options that do not go together.
     """
-    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    finder = OptionParser(add_help=False)
     finder.add_argument("--config", default="quickstart")
     name = finder.parse_known_args(argv)[0].config
     file = load_config(name)

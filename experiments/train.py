@@ -12,7 +12,6 @@ Every setting of `tim4rec_jax.config` is an option by its path. Exit codes: 0 do
 error), 130 stopped by Ctrl-C and 0 by SIGTERM with the state saved.
 """
 
-import argparse
 import contextlib
 import dataclasses
 import math
@@ -28,7 +27,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from experiments.command_line import parse_settings, run_program
+from experiments.command_line import OptionParser, parse_settings, run_program
 from experiments.configs import config_names, load_config
 from experiments.published import PUBLISHED
 from tim4rec_jax.config import DataConfig, EvalConfig, ExperimentConfig, ModelConfig, ParallelConfig, TrainConfig
@@ -83,7 +82,7 @@ def parse(argv: Sequence[str]) -> tuple[ExperimentConfig, pathlib.Path, bool]:
     Raises:
       ValueError: for an unknown experiment or option (the nearest are shown) or a value out of range.
     """
-    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    finder = OptionParser(add_help=False)
     finder.add_argument("--config", default="quickstart")
     name = finder.parse_known_args(argv)[0].config
     base = load_config(name)

@@ -30,6 +30,7 @@ from rich.table import Table
 
 from experiments.benchmarks.timing import step_form, time_in_turns
 from experiments.benchmarks.train_step import Step, planned_memory
+from experiments.command_line import OptionParser
 from experiments.configs import load_config
 from tim4rec_jax.config import ExperimentConfig, ModelConfig, ParallelConfig
 from tim4rec_jax.data.length_groups import plan_packed_rows
@@ -193,7 +194,7 @@ def _parse(rest: list[str]) -> argparse.Namespace:
       ValueError: for sizes under 1, shards that do not divide the devices, or an experiment that does not train on all
         positions.
     """
-    parser = argparse.ArgumentParser(prog="experiments.benchmark catalogue", allow_abbrev=False)
+    parser = OptionParser(prog="experiments.benchmark catalogue")
     parser.add_argument("--config", default="ml1m_tim4rec_causal", help="experiment whose model is trained")
     parser.add_argument("--items", type=sizes, default="1e6,1e7", help="sizes of the catalogue")
     parser.add_argument("--devices", type=int, default=8, help="fake devices")
@@ -205,7 +206,7 @@ def _parse(rest: list[str]) -> argparse.Namespace:
     parser.add_argument("--run_rows", type=int, default=8, help="packed rows of a batch when training")
     parser.add_argument("--run_length", type=int, default=8, help="positions of its rows")
     parser.add_argument("--steps", type=int, default=2, help="training steps")
-    parser.add_argument("--tiny", action="store_true", help="a tiny model, to try the benchmark out")
+    parser.add_flag("--tiny", "a tiny model, to try the benchmark out")
     options = parser.parse_args(rest)
     options.run_shards = options.run_shards or options.shards
     _require_sizes(options, "devices", "batch_rows", "length", "run_rows", "run_length", "steps")
@@ -303,14 +304,14 @@ def _parse_sampled(rest: list[str]) -> argparse.Namespace:
     Raises:
       ValueError: for sizes under 1, or an experiment that does not train on all positions.
     """
-    parser = argparse.ArgumentParser(prog="experiments.benchmark sampled", allow_abbrev=False)
+    parser = OptionParser(prog="experiments.benchmark sampled")
     parser.add_argument("--config", default="ml1m_tim4rec_causal", help="experiment whose model is trained")
     parser.add_argument("--items", type=sizes, default="1e4,1e5,1e6", help="sizes of the catalogue")
     parser.add_argument("--full_up_to", type=float, default=1e6, help="largest catalogue for the full softmax")
     parser.add_argument("--negatives", type=int, default=8192, help="items drawn per step")
     parser.add_argument("--batch_rows", type=int, default=4, help="packed rows of a batch")
     parser.add_argument("--length", type=int, default=200, help="positions of its rows")
-    parser.add_argument("--tiny", action="store_true", help="a tiny model, to try the benchmark out")
+    parser.add_flag("--tiny", "a tiny model, to try the benchmark out")
     options = parser.parse_args(rest)
     _require_sizes(options, "negatives", "batch_rows", "length")
     return options

@@ -21,6 +21,7 @@ import numpy as np
 import polars as pl
 from rich.table import Table
 
+from experiments.command_line import OptionParser
 from tim4rec_jax.config import DataConfig
 from tim4rec_jax.data.interactions import load_log
 from tim4rec_jax.data.loader import GrainLoader
@@ -156,7 +157,7 @@ def _parse(rest: list[str]) -> argparse.Namespace:
     Raises:
       ValueError: for sizes that are too small to be split.
     """
-    parser = argparse.ArgumentParser(prog="experiments.benchmark logs", allow_abbrev=False)
+    parser = OptionParser(prog="experiments.benchmark logs")
     parser.add_argument("--rows", type=_sizes, default="1e6,5e6,2e7", help="rows of the logs")
     parser.add_argument("--users", type=int, help="users of every log; by default a twentieth of its rows")
     parser.add_argument("--items", type=int, help="items of every log; by default a fiftieth of its rows, at most 1e5")

@@ -25,6 +25,7 @@ from rich.table import Table
 
 from experiments.benchmarks import operator_speed, operators, train_step
 from experiments.benchmarks.timing import Budget, Part, Settings, reason
+from experiments.command_line import OptionParser
 from tim4rec_jax.files import write_atomically
 from tim4rec_jax.run_dir import environment
 
@@ -44,12 +45,10 @@ def _parse(rest: list[str]) -> argparse.Namespace:
     Raises:
       ValueError: for an unknown part, or a budget that is none.
     """
-    parser = argparse.ArgumentParser(prog="experiments.benchmark gpu", allow_abbrev=False)
+    parser = OptionParser(prog="experiments.benchmark gpu")
     parser.add_argument("--parts", default=",".join(_PARTS), help="which parts, with commas between them")
     parser.add_argument("--budget_seconds", type=float, default=540, help="nothing is begun after so many seconds")
-    parser.add_argument(
-        "--tiny", action="store_true", help="sizes at which the program can be tried out on any machine"
-    )
+    parser.add_flag("--tiny", "sizes at which the program can be tried out on any machine")
     parser.add_argument("--only", nargs="+", default=(), help="what has one of these in its label, e.g. l4099")
     parser.add_argument("--implementation", default="pallas_triton", help="which of our kernels")
     parser.add_argument("--seed", type=int, help="of the inputs; drawn afresh by default")

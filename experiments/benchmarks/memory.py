@@ -23,6 +23,7 @@ import numpy as np
 import polars as pl
 from rich.table import Table
 
+from experiments.command_line import OptionParser
 from experiments.configs import load_config
 from tim4rec_jax.checks import require
 from tim4rec_jax.models import build_model, init_params
@@ -37,7 +38,7 @@ _COMPILED = "/jax/core/compile/backend_compile_duration"
 
 
 def _parse(rest: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="experiments.benchmark memory", allow_abbrev=False)
+    parser = OptionParser(prog="experiments.benchmark memory")
     parser.add_argument("--saves", type=int, default=1000)
     parser.add_argument("--events", type=int, default=200_000)
     parser.add_argument("--questions", type=int, default=1000)

@@ -60,6 +60,7 @@ from experiments.benchmarks.opponents import (
     torch_ssd,
 )
 from experiments.benchmarks.timing import Budget, Form, Part, Settings, build_all, compiled_form, time_in_turns
+from experiments.command_line import OptionParser
 from kernels.causal_conv1d import pallas_triton as conv_kernels
 from kernels.causal_conv1d.config import CausalConv1dConfig
 from kernels.causal_conv1d.config import default_config as conv_config
@@ -208,7 +209,7 @@ def report(comparisons: list[dict[str, Any]], rows: list[dict[str, Any]]) -> Tab
 
 def run(options: argparse.Namespace, rest: list[str]) -> tuple[dict[str, Any], Table]:
     """Measures every operator against other programs; returns the record and its table."""
-    parser = argparse.ArgumentParser(prog="experiments.benchmark ops", allow_abbrev=False)
+    parser = OptionParser(prog="experiments.benchmark ops")
     parser.add_argument("--figure", type=pathlib.Path, help="PNG of the cost of long rows")
     figure = parser.parse_args(rest).figure
     require_torch()

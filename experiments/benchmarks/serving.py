@@ -25,6 +25,7 @@ import polars as pl
 from rich.table import Table
 
 from experiments.benchmarks.timing import Form, time_in_turns
+from experiments.command_line import OptionParser
 from experiments.configs import load_config
 from experiments.family import exact_order
 from tim4rec_jax.config import ExperimentConfig
@@ -52,7 +53,7 @@ def _parse(rest: list[str]) -> argparse.Namespace:
     Raises:
       ValueError: for lengths or numbers of users under 1.
     """
-    parser = argparse.ArgumentParser(prog="experiments.benchmark serving", allow_abbrev=False)
+    parser = OptionParser(prog="experiments.benchmark serving")
     parser.add_argument("--config", default="ml1m_tim4rec_causal", help="whose model, a causal one")
     parser.add_argument("--items", type=int, default=3416, help="items of the catalogue")
     parser.add_argument("--histories", type=_numbers, default="10,100,1000,10000,100000", help="events of one user")
@@ -61,7 +62,7 @@ def _parse(rest: list[str]) -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=0.3, help="least time of a reading")
     parser.add_argument("--seed", type=int, default=0, help="of items, gaps and parameters")
     parser.add_argument("--figure", type=pathlib.Path, help="PNG of microseconds per event over the history")
-    parser.add_argument("--tiny", action="store_true", help="sizes at which the program can be tried out")
+    parser.add_flag("--tiny", "sizes at which the program can be tried out")
     options = parser.parse_args(rest)
     for name in ("histories", "users"):
         if min(getattr(options, name)) < 1:

@@ -44,6 +44,7 @@ from rich.table import Table
 from experiments.benchmarks.operators import PRECISIONS, matmul_precision
 from experiments.benchmarks.opponents import require_torch, torch_step, torch_step_forms
 from experiments.benchmarks.timing import Form, Part, Settings, build_all, over, step_form, time_in_turns
+from experiments.command_line import OptionParser
 from experiments.configs import MODEL_NAMES, load_config
 from experiments.train import parse as parse_experiment
 from tim4rec_jax.config import ExperimentConfig, ModelConfig, TrainConfig
@@ -405,14 +406,14 @@ def _parse_models(rest: list[str]) -> argparse.Namespace:
     Raises:
       ValueError: for an unknown model, data set or kind of rows, or a batch without rows.
     """
-    parser = argparse.ArgumentParser(prog="experiments.benchmark models", allow_abbrev=False)
+    parser = OptionParser(prog="experiments.benchmark models")
     parser.add_argument("--models", default=",".join(MODEL_NAMES), help="which models, with commas between them")
     parser.add_argument("--data", default=",".join(_DATA), help="at which shapes")
     parser.add_argument("--rows", default=",".join(ROWS), help="of which lengths")
     parser.add_argument("--tokens", type=int, default=12_800, help="positions of a batch, padding included")
     parser.add_argument("--seed", type=int, default=0, help="of the batch")
     parser.add_argument("--figure", type=pathlib.Path, help="PNG of the ratios")
-    parser.add_argument("--tiny", action="store_true", help="sizes at which the program can be tried out")
+    parser.add_flag("--tiny", "sizes at which the program can be tried out")
     options = parser.parse_args(rest)
     for name, known in (("models", MODEL_NAMES), ("data", tuple(_DATA)), ("rows", ROWS)):
         chosen = getattr(options, name).split(",")

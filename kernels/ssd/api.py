@@ -120,6 +120,10 @@ def ssd(
       state_t = exp(delta_t A) state_{t-1} + delta_t x_t B_t^T
       y_t     = state_t C_t + D x_t
 
+    All inputs must be finite. The chunked forms multiply by 0 what a position does not see, so a NaN or an infinity
+    reaches every position of its chunk, also earlier ones and those of other histories in the row, and all that goes on
+    from their states; it stops at the next history that begins in a later chunk, and never reaches another row.
+
     Args:
       x: [b, l, h, p] values; float32, bfloat16 (products accumulate in float32) or float64.
       dt: [b, l, h] raw steps.

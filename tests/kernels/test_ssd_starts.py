@@ -332,3 +332,18 @@ def test_bad_starts():
         ssd(**given, starts=jnp.zeros((3, 5), bool))
     with pytest.raises(ValueError, match="starts is int32, expected bool: true where a history begins"):
         ssd(**given, starts=jnp.zeros((3, 6), jnp.int32))
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize(("implementation", "cut"), [FORMS[0], FORMS[1]], ids=form_name)
+def test_what_is_not_finite_ends_where_a_history_begins_in_a_later_chunk(implementation, cut, value):
+    rng = np.random.default_rng(4)
+    x, dt, B, C = (jnp.asarray(rng.normal(size=(2, 48, *shape)), jnp.float32) for shape in ((2, 4), (2,), (8,), (8,)))
+    starts = jnp.zeros((2, 48), bool).at[:, jnp.array([0, 20, 33])].set(True)
+    clean, spoiled = (
+        ssd(x, dt, -jnp.ones(2), B, C, starts=starts, **options(implementation, cut))[0]
+        for x in (x, x.at[0, 5].set(value))
+    )
+    assert not jnp.isfinite(spoiled[0, 5:20]).any()
+    np.testing.assert_array_equal(spoiled[0, 33:], clean[0, 33:])
+    np.testing.assert_array_equal(spoiled[1], clean[1])

@@ -37,6 +37,17 @@ def test_a_refused_start_leaves_no_folder(tmp_path, capsys, monkeypatch):
     assert "error: no such step" in capsys.readouterr().err and not list(tmp_path.iterdir())
 
 
+def test_times_beyond_2038_are_refused_without_a_run_folder(tmp_path, capsys):
+    log, runs = tmp_path / "log.csv", tmp_path / "runs"
+    times = [1_500_000_000 + 60 * step for step in range(39)] + [2_309_729_734]
+    rows = [f"u{step % 4},i{step % 5},{second}" for step, second in enumerate(times)]
+    log.write_text("user,item,timestamp\n" + "\n".join(rows) + "\n")
+    assert train.main([f"--data.path={log}", f"--run_dir={runs / 'late'}"]) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith("error: timestamp 2309729734 does not fit into the int32 seconds")
+    assert len(line) < 300 and "2038-01-19" in line and not list(runs.iterdir())
+
+
 def test_a_longer_run_goes_on_from_a_finished_one(tmp_path, three_epochs, capsys):
     run = tmp_path / "run[0]\\*"
     assert _train(run) == 0

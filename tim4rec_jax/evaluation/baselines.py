@@ -162,3 +162,28 @@ def markov_ranks(
             seen_scores[known] = scores[np.searchsorted(followers, seen[known])]
             ranks[row] -= _ahead(seen_scores, target_score)
     return ranks
+
+
+def baseline_ranks(
+    log: InteractionLog, first_held_out: Examples, examples: Examples, *, exclude_seen: bool = False
+) -> dict[str, np.ndarray]:
+    """Ranks each example's target by either baseline, from counts of the training part.
+
+    Args:
+      log: the cleaned log.
+      first_held_out: one example a user, the earliest that is not trained on, as for `popularity_counts`.
+      examples: what to predict.
+      exclude_seen: as in `popularity_ranks`.
+
+    Returns:
+      {"Markov": [n] float64, "popularity": [n] float64} in the order of `examples`.
+
+    Raises:
+      ValueError: for a user with two first held-out examples.
+    """
+    popularity = popularity_counts(log, first_held_out)
+    transitions = transition_counts(log, first_held_out)
+    return {
+        "Markov": markov_ranks(log, transitions, popularity, examples, exclude_seen=exclude_seen),
+        "popularity": popularity_ranks(log, popularity, examples, exclude_seen=exclude_seen),
+    }
