@@ -84,7 +84,7 @@ def test_batch(run, recommender, tmp_path, capsys):
         ('{"history": ["i1", "i2"], "times": [5, 4]}', "line 2: the history: times go backwards at position 2"),
         ('{"user": 12}', "line 2: unknown user '12'"),
         ("[" * 200_000, "line 2: not JSON"),
-        ('{"user": "\\ud800"}', "line 2: id '\\ud800' is no text"),
+        ('{"user": "\\ud800"}', "line 2: id '\\ud800' has half of a surrogate pair"),
         ('{"history": ["i1"], "times": [' + "9" * 5000 + "]}", "line 2: not JSON"),
         ('{"history": "' + "x" * 5000 + '"}', 'line 2: "history" must be a list of item ids'),
     ],
