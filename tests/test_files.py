@@ -164,6 +164,15 @@ def test_the_lock_of_a_killed_process_blocks_nobody(tmp_path):
     assert os.listdir(tmp_path) == []
 
 
+@pytest.mark.parametrize("content", [b"[[package]]\nname = 'theirs'\n", b"12345\n", None])
+def test_what_others_keep_under_the_name_of_a_lock_is_not_lost(tmp_path, content):
+    theirs = tmp_path / "run.lock"
+    os.mkfifo(theirs) if content is None else theirs.write_bytes(content)
+    with pytest.raises(ValueError, match="run.lock is no lock of this program.*move it away"), locked(tmp_path / "run"):
+        pass
+    assert theirs.is_fifo() if content is None else theirs.read_bytes() == content
+
+
 def test_a_lock_that_cannot_be_made_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="absent/run.lock"), locked(tmp_path / "absent" / "run"):
         pass

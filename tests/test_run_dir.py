@@ -232,6 +232,13 @@ def test_results_must_be_finite(run):
     assert not (run / "results.json").exists()
 
 
+@pytest.mark.parametrize("value", ["1" + "0" * 400, "-1" + "0" * 400, "1e999", "true", '"x"', "null"])
+def test_results_that_are_no_finite_numbers(run, value):
+    (run / "results.json").write_text(f'{{"test": {{"hit@10": {value}}}}}')
+    with pytest.raises(ValueError, match="results.json has no finite numbers"):
+        run_dir.read_results(run)
+
+
 def test_a_folder_in_which_nothing_was_trained_is_begun_anew(run):
     """Also with other settings and other data: there is nothing to lose."""
     (run / "metrics.jsonl").touch()  # of a start that was refused before its first line

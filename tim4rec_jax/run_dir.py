@@ -14,10 +14,10 @@ Nothing in it is a pickle. Every file is written beside its place and then renam
 import contextlib
 import dataclasses
 import json
-import math
 import os
 import pathlib
 import shutil
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
@@ -269,7 +269,8 @@ def read_results(path: pathlib.Path) -> dict[str, Any]:
 
 
 def _is_finite(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < math.inf
+    # JSON has whole numbers that are larger than every float.
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def withdraw_results(path: pathlib.Path) -> None:
