@@ -5,6 +5,7 @@ import dataclasses
 import difflib
 import errno
 import io
+import itertools
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
@@ -72,6 +73,26 @@ def with_flags(arguments: Sequence[str], default: object) -> list[str]:
         negative = f"{head}.no-{last}" if head else f"--no-{option.lstrip('-')}"
         rewritten.append(option if _FLAG_VALUES[value.lower()] else negative)
     return rewritten
+
+
+def parse_options(cls: type[Settings], arguments: Sequence[str], **options: Any) -> Settings:
+    """Reads options by `tyro.cli`; of its page about a mistake one line is left.
+
+    Raises:
+      ValueError: for what is no option, or no value of one.
+    """
+    page = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(page):
+            return tyro.cli(cls, args=list(arguments), **options)
+    except SystemExit as stop:
+        if not stop.code:  # --help was asked for.
+            raise
+        # Frame and rules; the first part between two rules says what is wrong.
+        lines = [line.strip("╭╮╰╯│+| ") for line in page.getvalue().splitlines()]
+        framed = itertools.dropwhile(lambda line: not line.strip("─-"), lines[1:])
+        said = itertools.takewhile(lambda line: line.strip("─-"), framed)
+        raise ValueError(f"{' '.join(said)}; --help lists the options") from None
 
 
 def parse_settings(cls: type[Settings], arguments: Sequence[str], default: Settings, **options: Any) -> Settings:

@@ -20,7 +20,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from experiments.command_line import run_program, with_flags
+from experiments.command_line import parse_options, run_program, with_flags
 from experiments.record import command_without_folders
 from tim4rec_jax.config import EvalConfig
 from tim4rec_jax.data.splits import describe, split_log
@@ -83,7 +83,7 @@ def parse(argv: Sequence[str]) -> Arguments:
         stored.batch_size, tuple(stored.top_k), stored.exclude_seen, stored.seen_targets, stored.max_len
     )
     default = Arguments(run=tyro.MISSING if run is None else run, eval=options)
-    return tyro.cli(Arguments, args=with_flags(argv, default), default=default, prog="experiments.evaluate")
+    return parse_options(Arguments, with_flags(argv, default), default=default, prog="experiments.evaluate")
 
 
 def recorded_metrics(arguments: Arguments) -> Mapping[str, float]:

@@ -18,11 +18,10 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import tyro
 from rich.console import Console
 from rich.table import Table
 
-from experiments.command_line import run_program
+from experiments.command_line import parse_options, run_program
 from tim4rec_jax.serving.export import export_model
 from tim4rec_jax.serving.recommender import Recommender
 
@@ -65,7 +64,7 @@ def run(arguments: Arguments) -> Table:
 
 def program(argv: list[str]) -> int:
     """The program behind `main`."""
-    Console().print(run(tyro.cli(Arguments, args=argv, prog="experiments.export")))
+    Console().print(run(parse_options(Arguments, argv, prog="experiments.export")))
     return 0
 
 

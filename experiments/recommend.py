@@ -15,6 +15,7 @@ many they are: --full-history (see also experiments.stream, which keeps the stat
 import dataclasses
 import json
 import pathlib
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,12 +23,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import polars as pl
-import tyro
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from experiments.command_line import run_program, with_flags
+from experiments.command_line import parse_options, run_program, with_flags
 from experiments.configs import config_names, load_config
 from tim4rec_jax.checks import listed, shortened, shown
 from tim4rec_jax.files import replacing
@@ -38,6 +38,8 @@ from tim4rec_jax.serving.streaming import require_streamable
 from tim4rec_jax.serving.user_table import UserTable
 
 HISTORIES_AT_ONCE = 4096
+# Bytes of the longest line of an input file.
+LONGEST_LINE = 2**26
 
 
 @dataclass(frozen=True)
@@ -108,8 +110,8 @@ def _split(option: str, text: str) -> list[str]:
 
 def _seconds(texts: Sequence[str]) -> list[int]:
     for text in texts:
-        if not text.lstrip("-").isdecimal():
-            raise ValueError(f"--times: {text!r} is not a whole number of seconds since 1970")
+        if re.fullmatch("-?[0-9]{1,20}", text) is None:
+            raise ValueError(f"--times: {shown(text)} is not a whole number of seconds since 1970")
     return [int(text) for text in texts]
 
 
@@ -190,6 +192,13 @@ def top_k(
     return indices, scores
 
 
+def _decoded(content: bytes) -> str:
+    try:
+        return content.decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"not JSON in UTF-8 (byte {error.start + 1}: {error.reason})") from error
+
+
 def read_lines(recommender: Recommender, path: pathlib.Path) -> list[_Line]:
     """Reads an input file whole; blank lines are skipped.
 
@@ -198,11 +207,15 @@ def read_lines(recommender: Recommender, path: pathlib.Path) -> list[_Line]:
       ValueError: for bad lines, with their numbers, or a file without any line.
     """
     lines, bad = [], []
-    with path.open(encoding="utf-8") as file:
-        for number, text in enumerate(file, start=1):
-            if not text.strip():
+    with path.open("rb") as file:
+        for number, content in enumerate(iter(lambda: file.readline(LONGEST_LINE + 1), b""), start=1):
+            if not content.strip():
                 continue
+            # One without an end, as of a device, would fill the memory.
+            if len(content) > LONGEST_LINE:
+                raise ValueError(f"{path}: line {number} has over {LONGEST_LINE:,} bytes; nothing was written")
             try:
+                text = _decoded(content)
                 lines.append(_Line(number, *_parse_line(recommender, text)))
             except ValueError as error:
                 bad.append(f"line {number}: {error}")
@@ -304,7 +317,7 @@ def run(arguments: Arguments, console: Console) -> None:
 def program(argv: list[str]) -> int:
     """The program behind `main`."""
     run(
-        tyro.cli(Arguments, args=with_flags(argv, Arguments(run=pathlib.Path())), prog="experiments.recommend"),
+        parse_options(Arguments, with_flags(argv, Arguments(run=pathlib.Path())), prog="experiments.recommend"),
         Console(),
     )
     return 0

@@ -13,9 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import tyro
-
-from experiments.command_line import run_program
+from experiments.command_line import parse_options, run_program
 from tim4rec_jax.config import ExperimentConfig
 from tim4rec_jax.files import write_atomically
 from tim4rec_jax.run_dir import read_config, read_environment, read_results
@@ -79,7 +77,7 @@ def evidence(run: pathlib.Path, note: str) -> dict[str, Any]:
 
 def program(argv: list[str]) -> int:
     """The program behind `main`."""
-    arguments = tyro.cli(Arguments, args=argv, prog="experiments.record")
+    arguments = parse_options(Arguments, argv, prog="experiments.record")
     text = json.dumps(evidence(arguments.run, arguments.note), indent=1) + "\n"
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(arguments.output, text.encode())

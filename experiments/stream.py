@@ -34,9 +34,7 @@ import signal
 import sys
 from collections.abc import Iterator, Sequence
 
-import tyro
-
-from experiments.command_line import run_program
+from experiments.command_line import parse_options, run_program
 from experiments.stream_lines import parsed
 from experiments.stream_session import Arguments, Session, Stopped, Stopping, open_table, stopping
 from tim4rec_jax.checks import require
@@ -191,7 +189,7 @@ def run(arguments: Arguments) -> int:
 
 def program(argv: list[str]) -> int:
     """The program behind `main`."""
-    return run(tyro.cli(Arguments, args=argv, prog="experiments.stream"))
+    return run(parse_options(Arguments, argv, prog="experiments.stream"))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

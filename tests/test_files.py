@@ -69,6 +69,16 @@ def test_a_refused_write_names_the_file(tmp_path):
         write_atomically(tmp_path / "absent" / "a.txt", b"")
 
 
+def test_pipes_and_devices_are_not_replaced(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to(os.devnull)
+    for name in ("pipe", "link"):
+        with pytest.raises(OSError, match=f"is no regular file.*{name}"):
+            write_atomically(tmp_path / name, b"new")
+    assert (tmp_path / "pipe").is_fifo() and (tmp_path / "link").is_symlink()
+    assert sorted(os.listdir(tmp_path)) == ["link", "pipe"]
+
+
 def test_files_follow_the_umask(tmp_path):
     before = os.umask(0o027)
     try:

@@ -1,6 +1,7 @@
 """Files and folders that appear whole or not at all, outlive a kill and a power cut, and have one writer at a time."""
 
 import contextlib
+import errno
 import fcntl
 import os
 import pathlib
@@ -34,8 +35,11 @@ def replacing(file: pathlib.Path) -> Iterator[pathlib.Path]:
     What processes that were killed left behind for the same file goes first.
 
     Raises:
-      OSError: what could not be written is named; also where Polars says it in its own way.
+      OSError: what could not be written is named; also where Polars says it in its own way, and where a device, a
+        pipe or a socket has that name, which stays.
     """
+    if file.exists() and not (file.is_file() or file.is_dir()):
+        raise OSError(errno.EINVAL, "is no regular file; choose another place", str(file))
     with _temporary(file, folder=False) as temporary:
         try:
             yield temporary
