@@ -30,7 +30,7 @@ from tim4rec_jax.evaluation.full_sort import EvaluationResult, evaluate
 from tim4rec_jax.evaluation.metrics import standard_errors
 from tim4rec_jax.evaluation.seen_targets import describe_seen
 from tim4rec_jax.files import write_atomically
-from tim4rec_jax.run_dir import environment, read_config, read_environment, read_results
+from tim4rec_jax.run_dir import environment, read_config, read_environment, read_results, require_no_run_file
 from tim4rec_jax.serving.stored_run import load_log, load_model
 
 
@@ -166,6 +166,8 @@ def program(argv: list[str]) -> int:
         Console().print(evaluate_baselines.measure(argv))
         return 0
     arguments = parse(argv)
+    if arguments.output is not None:
+        require_no_run_file(arguments.output)
     result = run(arguments)
     if arguments.output is not None:
         arguments.output.parent.mkdir(parents=True, exist_ok=True)

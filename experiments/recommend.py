@@ -15,6 +15,7 @@ many they are: --full-history (see also experiments.stream, which keeps the stat
 import dataclasses
 import json
 import pathlib
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -31,12 +32,14 @@ from experiments.configs import config_names, load_config
 from tim4rec_jax.checks import listed, shortened, shown
 from tim4rec_jax.files import replacing
 from tim4rec_jax.models import build_model
-from tim4rec_jax.run_dir import read_config
+from tim4rec_jax.run_dir import read_config, require_no_run_file
 from tim4rec_jax.serving.recommender import History, Recommendation, Recommender
 from tim4rec_jax.serving.streaming import require_streamable
 from tim4rec_jax.serving.user_table import UserTable
 
 HISTORIES_AT_ONCE = 4096
+# Bytes of the longest line of an input file.
+LONGEST_LINE = 2**26
 
 
 @dataclass(frozen=True)
@@ -83,6 +86,8 @@ def check(arguments: Arguments) -> None:
         raise ValueError(
             f"--output={shortened(str(arguments.output), 80)}: the file is written as Parquet; end it in .parquet"
         )
+    if arguments.output is not None:
+        require_no_run_file(arguments.output)
     if arguments.input is not None and arguments.input.suffix.lower() in (".csv", ".tsv", ".parquet"):
         raise ValueError(
             f"--input={shortened(str(arguments.input), 80)}: a JSON-lines file is read, one object a line, such as "
@@ -107,8 +112,8 @@ def _split(option: str, text: str) -> list[str]:
 
 def _seconds(texts: Sequence[str]) -> list[int]:
     for text in texts:
-        if not text.lstrip("-").isdecimal():
-            raise ValueError(f"--times: {text!r} is not a whole number of seconds since 1970")
+        if re.fullmatch("-?[0-9]{1,20}", text) is None:
+            raise ValueError(f"--times: {shown(text)} is not a whole number of seconds since 1970")
     return [int(text) for text in texts]
 
 
@@ -189,6 +194,13 @@ def top_k(
     return indices, scores
 
 
+def _decoded(content: bytes) -> str:
+    try:
+        return content.decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"not JSON in UTF-8 (byte {error.start + 1}: {error.reason})") from error
+
+
 def read_lines(recommender: Recommender, path: pathlib.Path) -> list[_Line]:
     """Reads an input file whole; blank lines are skipped.
 
@@ -197,11 +209,15 @@ def read_lines(recommender: Recommender, path: pathlib.Path) -> list[_Line]:
       ValueError: for bad lines, with their numbers, or a file without any line.
     """
     lines, bad = [], []
-    with path.open(encoding="utf-8") as file:
-        for number, text in enumerate(file, start=1):
-            if not text.strip():
+    with path.open("rb") as file:
+        for number, content in enumerate(iter(lambda: file.readline(LONGEST_LINE + 1), b""), start=1):
+            if not content.strip():
                 continue
+            # One without an end, as of a device, would fill the memory.
+            if len(content) > LONGEST_LINE:
+                raise ValueError(f"{path}: line {number} has over {LONGEST_LINE:,} bytes; nothing was written")
             try:
+                text = _decoded(content)
                 lines.append(_Line(number, *_parse_line(recommender, text)))
             except ValueError as error:
                 bad.append(f"line {number}: {error}")

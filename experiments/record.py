@@ -16,7 +16,7 @@ from typing import Any
 from experiments.command_line import parse_settings, run_program
 from tim4rec_jax.config import ExperimentConfig
 from tim4rec_jax.files import write_atomically
-from tim4rec_jax.run_dir import read_config, read_environment, read_results
+from tim4rec_jax.run_dir import read_config, read_environment, read_results, require_no_run_file
 from tim4rec_jax.training.logging import read_metrics
 
 
@@ -78,6 +78,7 @@ def evidence(run: pathlib.Path, note: str) -> dict[str, Any]:
 def program(argv: list[str]) -> int:
     """The program behind `main`."""
     arguments = parse_settings(Arguments, argv, prog="experiments.record")
+    require_no_run_file(arguments.output)
     text = json.dumps(evidence(arguments.run, arguments.note), indent=1) + "\n"
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(arguments.output, text.encode())

@@ -43,6 +43,11 @@ from tim4rec_jax.serving.durable_log import Answers, Chain, Journal, LineReader,
 from tim4rec_jax.serving.user_table import LAST_SECOND
 
 
+def journal_of(state: pathlib.Path) -> pathlib.Path:
+    """Returns where the lines stand that came after a table of states was saved."""
+    return state.with_name(f"{state.name}.journal")
+
+
 def check(arguments: Arguments) -> Arguments:
     """Refuses options that do not go together; returns them with the files that links lead to.
 
@@ -65,7 +70,11 @@ def check(arguments: Arguments) -> Arguments:
         for name in ("events", "output")
     }
     named = {name: path.resolve() for name, path in files.items() if path is not None}
-    require(len(set(named.values())) == len(named), f"{' and '.join(f'--{n}' for n in named)} must be different files")
+    taken = [*named.values(), *([journal_of(named["state"])] if "state" in named else [])]
+    require(
+        len(set(taken)) == len(taken),
+        f"{' and '.join(f'--{n}' for n in named)} must be different files, and none the table's .journal",
+    )
     for name, path in named.items():
         if name != "events" and not path.parent.is_dir():
             raise FileNotFoundError(f"there is no folder {path.parent} for {files[name]}")
@@ -134,7 +143,7 @@ def _opened(arguments: Arguments) -> Iterator[tuple[int, Session]]:
 def _begun(arguments: Arguments, stack: contextlib.ExitStack) -> Session:
     """Opens what is kept and what is written."""
     state = arguments.state
-    journal = None if state is None else Journal(state.with_name(f"{state.name}.journal"))
+    journal = None if state is None else Journal(journal_of(state))
     if journal is not None and journal.path.exists() and not state.exists():
         raise ValueError(
             f"{journal.path} holds lines that go on from {state}, which is not there; bring it back, or remove the "

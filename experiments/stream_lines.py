@@ -1,5 +1,6 @@
 """One line of experiments.stream: what it asks for, and what it is answered."""
 
+import collections
 import json
 from typing import Any
 
@@ -22,8 +23,8 @@ def _shown(value: Any) -> str:
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     values = dict(pairs)
     if len(values) != len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
+        counts = collections.Counter(name for name, _ in pairs)
+        twice = next(name for name, count in counts.items() if count > 1)
         raise ValueError(f"{_shown(twice)} stands there twice")
     return values
 

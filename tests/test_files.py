@@ -69,6 +69,16 @@ def test_a_refused_write_names_the_file(tmp_path):
         write_atomically(tmp_path / "absent" / "a.txt", b"")
 
 
+def test_pipes_and_devices_are_not_replaced(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to(os.devnull)
+    for name in ("pipe", "link"):
+        with pytest.raises(OSError, match=f"is no regular file.*{name}"):
+            write_atomically(tmp_path / name, b"new")
+    assert (tmp_path / "pipe").is_fifo() and (tmp_path / "link").is_symlink()
+    assert sorted(os.listdir(tmp_path)) == ["link", "pipe"]
+
+
 def test_files_follow_the_umask(tmp_path):
     before = os.umask(0o027)
     try:
@@ -162,6 +172,15 @@ def test_the_lock_of_a_killed_process_blocks_nobody(tmp_path):
     with locked(tmp_path / "run"):
         pass
     assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("content", [b"[[package]]\nname = 'theirs'\n", b"12345\n", None])
+def test_what_others_keep_under_the_name_of_a_lock_is_not_lost(tmp_path, content):
+    theirs = tmp_path / "run.lock"
+    os.mkfifo(theirs) if content is None else theirs.write_bytes(content)
+    with pytest.raises(ValueError, match="run.lock is no lock of this program.*move it away"), locked(tmp_path / "run"):
+        pass
+    assert theirs.is_fifo() if content is None else theirs.read_bytes() == content
 
 
 def test_a_lock_that_cannot_be_made_is_named(tmp_path):

@@ -232,6 +232,13 @@ def test_results_must_be_finite(run):
     assert not (run / "results.json").exists()
 
 
+@pytest.mark.parametrize("value", ["1" + "0" * 400, "-1" + "0" * 400, "1e999", "true", '"x"', "null"])
+def test_results_that_are_no_finite_numbers(run, value):
+    (run / "results.json").write_text(f'{{"test": {{"hit@10": {value}}}}}')
+    with pytest.raises(ValueError, match="results.json has no finite numbers"):
+        run_dir.read_results(run)
+
+
 def test_a_folder_in_which_nothing_was_trained_is_begun_anew(run):
     """Also with other settings and other data: there is nothing to lose."""
     (run / "metrics.jsonl").touch()  # of a start that was refused before its first line
@@ -384,3 +391,16 @@ def test_an_environment_of_other_data(run):
     file.write_text("{}")
     with pytest.raises(ValueError, match="environment.json has no data_fingerprint"):
         run_dir.read_environment(run)
+
+
+def test_outputs_do_not_replace_what_a_run_consists_of(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "run")
+    run_dir.require_no_run_file(tmp_path / "run" / "config.json")  # Not a run yet.
+    (tmp_path / "run" / "config.json").write_text("{}")
+    for name in ("config.json", "histories.parquet", "test_ranks.parquet", "checkpoints/best/manifest.json"):
+        for folder in ("run", "link"):
+            with pytest.raises(ValueError, match="is a file of a run, which would be lost; choose another --output"):
+                run_dir.require_no_run_file(tmp_path / folder / name)
+    for name in ("top.parquet", "longer.json", "sub/config.json"):
+        run_dir.require_no_run_file(tmp_path / "run" / name)

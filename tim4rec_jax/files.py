@@ -1,12 +1,14 @@
 """Files and folders that appear whole or not at all, outlive a kill and a power cut, and have one writer at a time."""
 
 import contextlib
+import errno
 import fcntl
 import os
 import pathlib
 import re
 import secrets
 import shutil
+import stat
 from collections.abc import Iterator
 
 import polars as pl
@@ -33,8 +35,11 @@ def replacing(file: pathlib.Path) -> Iterator[pathlib.Path]:
     What processes that were killed left behind for the same file goes first.
 
     Raises:
-      OSError: what could not be written is named; also where Polars says it in its own way.
+      OSError: what could not be written is named; also where Polars says it in its own way, and where a device, a
+        pipe or a socket has that name, which stays.
     """
+    if file.exists() and not (file.is_file() or file.is_dir()):
+        raise OSError(errno.EINVAL, "is no regular file; choose another place", str(file))
     with _temporary(file, folder=False) as temporary:
         try:
             yield temporary
@@ -151,7 +156,8 @@ def locked(path: pathlib.Path) -> Iterator[None]:
     holds it, however that ends; one left behind by a kill blocks nobody.
 
     Raises:
-      ValueError: another process has it, or another place in this one; the message names the process.
+      ValueError: another process has it, or another place in this one; the message names the process. Also where a
+        file of that name is no lock: it stays as it is.
       OSError: the lock cannot be made.
     """
     path = pathlib.Path(path).absolute()
@@ -161,6 +167,12 @@ def locked(path: pathlib.Path) -> Iterator[None]:
         descriptor = _locked_file(path, file)
     try:
         with named_in_errors(file):
+            _require_lock(path, file, descriptor)
+    except BaseException:
+        os.close(descriptor)
+        raise
+    try:
+        with named_in_errors(file):
             os.ftruncate(descriptor, 0)
             os.write(descriptor, str(os.getpid()).encode())
         yield
@@ -168,6 +180,16 @@ def locked(path: pathlib.Path) -> Iterator[None]:
         with contextlib.suppress(OSError):
             file.unlink()  # Before it is let go: whoever opened it by then sees that it is no longer the file.
         os.close(descriptor)
+
+
+def _require_lock(path: pathlib.Path, file: pathlib.Path, descriptor: int) -> None:
+    """Refuses what somebody else keeps under the lock's name, which would be lost."""
+    ours = stat.S_ISREG(os.fstat(descriptor).st_mode)
+    if not ours or re.fullmatch(rb"[0-9]{0,20}", os.pread(descriptor, 21, 0)) is None:
+        raise ValueError(
+            f"{file} is no lock of this program, which would write it beside {path.name}; move it away, "
+            "or choose another place"
+        )
 
 
 def _locked_file(path: pathlib.Path, file: pathlib.Path) -> int:

@@ -14,10 +14,10 @@ Nothing in it is a pickle. Every file is written beside its place and then renam
 import contextlib
 import dataclasses
 import json
-import math
 import os
 import pathlib
 import shutil
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
@@ -186,6 +186,20 @@ def _config_bytes(config: ExperimentConfig) -> bytes:
     return as_bytes({"format_version": FORMAT_VERSION} | _plain(config))
 
 
+def require_no_run_file(output: pathlib.Path) -> None:
+    """Refuses to write over what a run consists of.
+
+    Raises:
+      ValueError: `output` is one of the files that training keeps in a run folder.
+    """
+    own = (CONFIG, MANIFEST, ENVIRONMENT, RESULTS, METRICS, CURVES, ITEMS, HISTORIES, TEST_RANKS)
+    output = pathlib.Path(output).resolve()
+    runs = [output.parent] if output.name in own else []
+    runs += [folder.parent for folder in output.parents if folder.name == CHECKPOINTS]
+    if any((run / CONFIG).exists() for run in runs):
+        raise ValueError(f"{output} is a file of a run, which would be lost; choose another --output")
+
+
 def write_config(path: pathlib.Path, config: ExperimentConfig) -> None:
     """Writes other settings into config.json, and into the manifest where there is one."""
     content, manifest = _config_bytes(config), read_manifest(path)
@@ -269,7 +283,8 @@ def read_results(path: pathlib.Path) -> dict[str, Any]:
 
 
 def _is_finite(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < math.inf
+    # JSON has whole numbers that are larger than every float.
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def withdraw_results(path: pathlib.Path) -> None:

@@ -63,7 +63,9 @@ def read_manifest(run: pathlib.Path) -> Manifest | None:
             "the program that wrote it"
         )
     manifest = Manifest(*map(values.get, Manifest._fields))
-    if not (isinstance(manifest.files, dict) and all(isinstance(of_file, list) for of_file in manifest.files.values())):
+    texts = isinstance(manifest.run_id, str) and isinstance(manifest.data_fingerprint, str)
+    hashes = isinstance(manifest.files, dict) and all(isinstance(of_file, list) for of_file in manifest.files.values())
+    if not (texts and hashes):
         raise ValueError(f"{file} is no manifest of a run; {_ADVICE}")
     return manifest
 

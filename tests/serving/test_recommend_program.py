@@ -1,6 +1,7 @@
 """experiments.recommend: what it prints and writes, and how it refuses."""
 
 import json
+import pathlib
 
 import polars as pl
 import pytest
@@ -108,6 +109,19 @@ def test_many_bad_lines_are_counted(run, tmp_path, capsys):
     assert not output.exists()
 
 
+def test_input_that_is_no_text_is_named(recommender, tmp_path):
+    source = tmp_path / "histories.jsonl"
+    source.write_bytes(b'{"user": "u1"}\r\n\xff\n')
+    with pytest.raises(ValueError, match=r"histories.jsonl: line 2: not JSON in UTF-8 \(byte 1: .*nothing was written"):
+        recommend.read_lines(recommender, source)
+
+
+def test_a_line_without_an_end_is_not_read_whole(recommender, monkeypatch):
+    monkeypatch.setattr(recommend, "LONGEST_LINE", 1000)
+    with pytest.raises(ValueError, match="/dev/zero: line 1 has over 1,000 bytes; nothing was written"):
+        recommend.read_lines(recommender, pathlib.Path("/dev/zero"))
+
+
 def test_empty_input(recommender, tmp_path):
     (tmp_path / "none.jsonl").write_text("\n\n")
     with pytest.raises(ValueError, match="holds no lines; write one JSON object a line"):
@@ -126,6 +140,10 @@ def test_empty_input(recommender, tmp_path):
         (["--history="], "the history is empty; give at least 1 item id"),
         (["--history=i1,,i2"], "--history: nothing stands at position 2 of 'i1,,i2'; remove the comma"),
         (["--history=i1", "--times=yesterday"], "--times: 'yesterday' is not a whole number of seconds since 1970"),
+        (["--history=i1", "--times=--5"], "--times: '--5' is not a whole number of seconds since 1970"),
+        (["--history=i1", "--times=" + "9" * 5000], "is not a whole number of seconds since 1970"),
+        (["--user=u1", "--usr=u1"], "Unrecognized options: --usr=u1; --help lists the options"),
+        (["--user=u1", "--k=many"], "Error parsing --k: "),
         (["--history=i1,i2", "--times=5"], "the history has 2 items but 1 times"),
         (["--user=u1", "--k=31"], "k=31 is larger than the catalogue of 30 items"),
         (["--user=u1", "--k=0"], "k=0 must be at least 1"),

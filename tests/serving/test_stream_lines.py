@@ -24,6 +24,7 @@ BAD = [
     ('{"user": "a", "recommend": 1e999}', "must be a whole number of items"),
     ('{"user": "a", "recommend": NaN}', "NaN is no JSON number"),
     ('{"user": "a", "user": "b", "recommend": 1}', '"user" stands there twice'),
+    ("{" + ", ".join(f'"k{i}": {i}' for i in [*range(3000), 2999]) + "}", '"k2999" stands there twice'),
     ("[]", 'must be an object with "user" and either'),
     ("7", 'must be an object with "user" and either'),
     ('{"user": "a"}', 'must be an object with "user" and either'),

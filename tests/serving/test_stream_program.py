@@ -301,7 +301,11 @@ def test_only_causal_runs(run, tmp_path, capsys):
 
 def test_refusals(causal_run, tmp_path, capsys):
     log = write(tmp_path / "events.jsonl", LOG[:1])
+    os.mkfifo(tmp_path / "pipe")
     for argv, message in (
+        ([f"--state={tmp_path / 'pipe'}"], "pipe is no file"),
+        ([f"--state={tmp_path / 's'}", f"--output={tmp_path / 's.journal'}"], "none the table's .journal"),
+        ([f"--state={tmp_path / 's'}", f"--events={tmp_path / 's.journal'}"], "none the table's .journal"),
         ([f"--events={tmp_path / 'none.jsonl'}"], "none.jsonl"),
         ([f"--events={log}", f"--output={log}"], "must be different files"),
         ([f"--state={log}", f"--output={log}"], "must be different files"),
@@ -314,6 +318,15 @@ def test_refusals(causal_run, tmp_path, capsys):
         code, answers, err = main(capsys, f"--run={causal_run}", *argv)
         assert (code, answers) == (2, []) and message in err and err.count("\n") == 1
     assert log.read_text().count("\n") == 1
+
+
+def test_a_journal_that_is_no_file(causal_run, tmp_path, capsys):
+    log, state = write(tmp_path / "events.jsonl", LOG[:1]), tmp_path / "users.npz"
+    options = (f"--run={causal_run}", f"--events={log}", f"--state={state}")
+    assert main(capsys, *options)[0] == 0
+    os.mkfifo(tmp_path / "users.npz.journal")
+    code, _, err = main(capsys, *options)
+    assert code == 2 and "users.npz.journal is no journal, for it is no file" in err and err.count("\n") == 1
 
 
 def test_nobody_reads_the_answers(causal_run, causal_recommender, tmp_path, capsys, monkeypatch):

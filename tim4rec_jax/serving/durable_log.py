@@ -228,6 +228,8 @@ class Journal:
         Raises:
           ValueError: the file is damaged, or belongs to another table.
         """
+        if not self.path.is_file():  # A pipe would be waited for without end.
+            raise ValueError(f"{self.path} is no journal, for it is no file; move it away")
         with named_in_errors(self.path), self.path.open("rb") as file:
             header = file.readline(_LONGEST_HEADER)
             try:

@@ -54,7 +54,8 @@ def read(path: pathlib.Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
       ValueError: the file is damaged, has another format, or is something else.
     """
     path = pathlib.Path(path)
-    with path.open("rb") as stream:
+    require(path.is_file() or not path.exists(), f"{path} is no file; give the file of a table of user states")
+    with path.open("rb") as stream:  # A pipe would be waited for without end.
         try:
             contents = _members(stream)
             header = json.loads(contents[_HEADER].tobytes())
