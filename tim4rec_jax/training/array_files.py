@@ -5,6 +5,8 @@ called `lr[0.1]` it finds none of them, and calls the rest complete. It is shown
 """
 
 import contextlib
+import itertools
+import json
 import logging
 import os
 import pathlib
@@ -13,12 +15,16 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+import tensorstore as ts
 
 from tim4rec_jax.training.checkpoint_leaves import as_text, describe
 
 _ARRAYS = "arrays"
+# Behind an array's name, the file that says its shape (zarr, version 2).
+_ABOUT = "/.zarray"
 
 
 def write_arrays(folder: pathlib.Path, arrays: Mapping[str, np.ndarray]) -> None:
@@ -33,7 +39,7 @@ def write_arrays(folder: pathlib.Path, arrays: Mapping[str, np.ndarray]) -> None
     """
     with _errors_not_logged(), _plain_path(folder) as plain, _orbax() as orbax:
         orbax.save(plain / _ARRAYS, args=ocp.args.StandardSave(dict(arrays)))
-        _require_all(orbax.metadata(plain / _ARRAYS), arrays)
+        _require_all(_index(plain / _ARRAYS), arrays)
 
 
 def read_arrays(folder: pathlib.Path, wanted: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -69,10 +75,28 @@ def _plain_path(folder: pathlib.Path) -> Iterator[pathlib.Path]:
         os.close(descriptor)
 
 
-def _require_all(metadata: Any, arrays: Mapping[str, np.ndarray]) -> None:
-    """Raises OSError unless Orbax's index has every array, of the right shape and dtype."""
-    tree = getattr(metadata.item_metadata, "tree", metadata.item_metadata) or {}
-    found = {name: as_text(array.shape, str(array.dtype)) for name, array in tree.items()}
+def _index(folder: pathlib.Path) -> dict[str, str]:
+    """Returns shape and dtype of every array that is whole, as the files themselves say.
+
+    Orbax would tell them too, but keeps objects of every folder that it is asked about.
+    """
+    base = {"driver": "file", "path": f"{folder}/"}
+    store = ts.KvStore.open({"driver": "ocdbt", "base": base}).result()
+    keys = {key.decode() for key in store.list().result()}
+    found = {}
+    for key in keys:
+        if (name := key.removesuffix(_ABOUT)) == key:
+            continue
+        about = json.loads(store.read(key).result().value)
+        grid = (range(-(-size // chunk)) for size, chunk in zip(about["shape"], about["chunks"], strict=True))
+        chunks = (about.get("dimension_separator", ".").join(map(str, place)) for place in itertools.product(*grid))
+        if all(f"{name}/{chunk or '0'}" in keys for chunk in chunks):
+            found[name] = as_text(tuple(about["shape"]), jnp.dtype(about["dtype"]).name)
+    return found
+
+
+def _require_all(found: Mapping[str, str], arrays: Mapping[str, np.ndarray]) -> None:
+    """Raises OSError unless an index has every array, of the right shape and dtype."""
     wanted = {name: as_text(*describe(array)) for name, array in arrays.items()}
     if missing := [name for name in wanted if found.get(name) != wanted[name]]:
         raise OSError(f"{len(missing)} of {len(wanted)} arrays are not in what was written, {missing[0]} first")
