@@ -19,7 +19,6 @@ from jax import Array
 
 from kernels.ssd.segments import states_before, uncut_segments
 from kernels.ssd.tiles import (
-    Histories,
     Place,
     Plan,
     Span,
@@ -123,18 +122,9 @@ def _onward(flows: Array) -> Array:
     return jnp.sum(jnp.where(lower_triangle(flows.shape[0], strict=True), from_earlier, 0.0), axis=0)
 
 
-def _flow(plan: Plan, histories: Histories | None, arriving: Array, leaving: Array, onward: Array) -> Array:
-    """Sums what flows over each position of a chunk [c], save what passes through the whole chunk.
-
-    That is what arrives at it or later from before the chunk, what leaves the chunk from earlier positions, and what
-    goes onward inside the chunk from the position before it; each of it in one history, and nothing over its start.
-    """
-    crossing = jnp.where(lower_triangle(plan.chunk), arriving[:, None], leaving[:, None])
-    if histories is not None:
-        crossing = jnp.where(histories.together(), crossing, 0.0)
-    here = jnp.arange(plan.chunk)
-    crossing += jnp.where(here[:, None] + 1 == here[None, :], onward[:, None], 0.0)
-    return jnp.sum(crossing, axis=0)
+def _over(flows: Array, passed: Array) -> Array:
+    """Sums flows [c] over each position [c] that they pass, as [c, c] bool tells of a flow (row) and a position."""
+    return jnp.sum(jnp.where(passed, flows[:, None], 0.0), axis=0)
 
 
 def _walk(plan: Plan, refs: _Refs, at: Place, head: _Head, step: Array, sums: _Sums) -> _Sums:
@@ -159,16 +149,17 @@ def _walk(plan: Plan, refs: _Refs, at: Place, head: _Head, step: Array, sums: _S
         store_tile(ref, tile, at.part, at.row, positions, at.group, states)
 
     delta, slope = load_steps(refs.dt, at.row, positions, head.index, head.bias, refs.lengths[at.row])
-    histories = load_histories(plan, refs.numbers, at.row, chunk)
-    decays = chunk_decays(delta * head.A, histories)
+    decays = chunk_decays(delta * head.A, load_histories(plan, refs.numbers, at.row, chunk))
     narrow = refs.x.dtype
+    here, until = jnp.arange(plan.chunk), lower_triangle(plan.chunk)
 
     # Inside the chunk.
     dy, x, B, C = values(refs.dy), values(refs.x), maps(refs.B), maps(refs.C)
     scores = plan.dot(C, B, trans_b=True)
     d_mixed = reached(plan, plan.dot(dy, scaled(x, delta), trans_b=True) * decays.between, decays.between)
     flows = reached(plan, jnp.where(lower_triangle(plan.chunk, strict=True), d_mixed * scores, 0.0), decays.between)
-    onward = _onward(flows)
+    # What flows over each position is added up at once, to keep one vector. Flows from one history to another are 0.
+    d_log_decay = _over(_onward(flows), here[:, None] + 1 == here[None, :])
     mixed = reached(plan, scores * decays.between, decays.between)
     du = plan.dot(mixed.astype(narrow), dy, trans_a=True)
     d_scores = d_mixed.astype(narrow)
@@ -176,17 +167,15 @@ def _walk(plan: Plan, refs: _Refs, at: Place, head: _Head, step: Array, sums: _S
     # From the state before it to the outputs.
     before = _state_before(plan, refs, at, head, chunk)
     dC = reached(plan, plan.dot(scaled(dy, decays.from_start), before.astype(narrow)), decays.from_start[:, None])
-    arriving = jnp.sum(dC * C.astype(jnp.float32), axis=1)
-    through = weigh(plan, decays.total, jnp.sum(sums.state * before))
+    d_log_decay += _over(jnp.sum(dC * C.astype(jnp.float32), axis=1), until)
+    d_log_decay += weigh(plan, decays.total, jnp.sum(sums.state * before))
     add_to(refs.dC, dC + plan.dot(d_scores, B))
 
     # From the inputs to the state after it.
     after, x, B = sums.state.astype(narrow), values(refs.x), maps(refs.B)
     dB = reached(plan, plan.dot(scaled(x, decays.to_end * delta), after), decays.to_end[:, None])
-    leaving = jnp.sum(dB * B.astype(jnp.float32), axis=1)
+    d_log_decay += _over(jnp.sum(dB * B.astype(jnp.float32), axis=1), jnp.logical_not(until))
     add_to(refs.dB, dB + plan.dot(d_scores, maps(refs.C), trans_a=True))
-
-    d_log_decay = _flow(plan, histories, arriving, leaving, onward) + through
 
     x, dy = values(refs.x), values(refs.dy)
     from_after = plan.dot(scaled(maps(refs.B), decays.to_end), after, trans_b=True)
@@ -197,11 +186,7 @@ def _walk(plan: Plan, refs: _Refs, at: Place, head: _Head, step: Array, sums: _S
     store_tile(refs.ddt, d_delta * slope, at.split, at.row, positions, head.index)
     after = weigh(plan, decays.total, sums.state)
     after += plan.dot(scaled(values(refs.dy), decays.from_start), maps(refs.C), trans_a=True)
-    return _Sums(
-        after,
-        sums.A + jnp.sum(d_log_decay * delta),
-        sums.D + jnp.sum(dy_wide * x_wide),
-    )
+    return _Sums(after, sums.A + jnp.sum(d_log_decay * delta), sums.D + jnp.sum(dy_wide * x_wide))
 
 
 def _backward_kernel(names: tuple[str, ...], plan: Plan, *all_refs: Any) -> None:
