@@ -59,7 +59,7 @@ def _plain(inputs: tuple[Array | None, ...], starts: Array | None, chunk_size: i
     return ssd_reference(*arguments) if chunk_size is None else ssd_xla(*arguments, chunk_size=chunk_size)
 
 
-def kernel_options(
+def _kernel_options(
     x: Array, B: Array, chunk_size: int, products: str | None, config: SsdConfig | None, implementation: str
 ) -> dict[str, Any]:
     """Returns how `ssd_pallas_triton` runs x [b, l, h, p] and B [b, l, g, n]: config, products and interpret."""
@@ -74,14 +74,10 @@ def kernel_options(
     return {"config": config, "products": factors, "interpret": implementation == "pallas_triton_interpreted"}
 
 
-def checked(
+def _checked(
     inputs: tuple[Array | None, ...], chunk_size: int, implementation: str | None
 ) -> tuple[tuple[Array | None, ...], str]:
-    """Returns the inputs (x, dt, A, B, C, D, dt_bias, initial_state, lengths) with groups, and the implementation.
-
-    Raises:
-      ValueError: as in `ssd`.
-    """
+    """Returns the inputs (x, dt, A, B, C, D, dt_bias, initial_state, lengths) with groups, and the implementation."""
     x, dt, A, B, C, *optional = inputs
     if B.ndim == 3:
         B, C = B[:, :, None], C[:, :, None] if C.ndim == 3 else C
@@ -155,11 +151,11 @@ def ssd(
     Source: Dao & Gu 2024 (Mamba-2), sections 3 to 6.
     """
     inputs = (x, dt, A, B, C, D, dt_bias, initial_state, lengths)
-    inputs, implementation = checked(inputs, chunk_size, implementation)
+    inputs, implementation = _checked(inputs, chunk_size, implementation)
     starts = real_starts(starts, x.shape[:2], lengths)
     if implementation.startswith("pallas_triton"):
-        options = kernel_options(x, inputs[3], chunk_size, products, config, implementation)
-        y, _, state = ssd_pallas_triton(*inputs, starts=starts, **options, return_final_state=return_final_state)
+        options = _kernel_options(x, inputs[3], chunk_size, products, config, implementation)
+        y, state = ssd_pallas_triton(*inputs, starts, **options, return_final_state=return_final_state)
     else:
         y, state = _plain(inputs, starts, None if implementation == "reference" else chunk_size)
     return (y, state) if return_final_state else y

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from kernels.ssd.config import MAX_WIDTH, SsdConfig
-from kernels.ssd.pallas_triton_vjp import Outputs, add_parts, backward
+from kernels.ssd.pallas_triton_vjp import Outputs, backward
 from kernels.ssd.segments import states_before, uncut_segments
 from kernels.ssd.tiles import (
     Plan,
@@ -25,7 +25,6 @@ from kernels.ssd.tiles import (
     load_steps,
     load_tile,
     num_programs,
-    open_gate,
     place,
     reached,
     scaled,
@@ -70,26 +69,13 @@ def _forward_kernel(plan: Plan, keep_states: bool, *refs: Any) -> None:
     """Outputs, the final state and, for the gradient, the state before each chunk."""
     x_ref, dt_ref, A_ref, B_ref, C_ref, D_ref, bias_ref, lengths_ref, *rest = refs
     initial_ref = rest.pop(0) if plan.has_initial or plan.segments > 1 else None
-    z_ref = rest.pop(0) if plan.gated else None
     numbers_ref = rest.pop(0) if plan.packed else None
     y_ref, *rest = rest
-    squares_ref = rest.pop(0) if plan.gated else None
     final_ref = rest.pop(0) if plan.wants_final else None
     row, segment, group, head, _, split = place(plan, 1, plan.config.width_splits)
     columns = plan.columns(split)
     states = plan.states
     A, D, bias, row_length = A_ref[head], D_ref[head], bias_ref[head], lengths_ref[row]
-
-    def gated(y: Array, positions: Span) -> Array:
-        # Keeps the loads of z from rising to where registers are full.
-        plan.barrier()
-        if plan.products == "tfloat32" and y_ref.dtype == jnp.float32:
-            # Through the cache into the threads that load z: else registers are full of where tiles are exchanged.
-            store_tile(y_ref, y, row, positions, head, columns)
-            plan.barrier()
-            y = load_tile(y_ref, row, positions, head, columns)
-            plan.barrier()
-        return y * open_gate(load_tile(z_ref, row, positions, head, columns)).opening
 
     def walk(chunk: Array, state: Array) -> Array:
         index = segment * plan.num_chunks + chunk
@@ -105,9 +91,6 @@ def _forward_kernel(plan: Plan, keep_states: bool, *refs: Any) -> None:
         x = load_tile(x_ref, row, positions, head, columns)
         y += plan.dot(mixed.astype(x.dtype), scaled(x, delta)) + D * x.astype(jnp.float32)
         state = _update_state(plan, state, decays.to_end, decays.total, delta, x, B)
-        if plan.gated:
-            y = gated(y, positions)
-            store_tile(squares_ref, jnp.sum(y * y, axis=1), split, row, positions, head)
         store_tile(y_ref, y, row, positions, head, columns)
         return state
 
@@ -135,7 +118,7 @@ def _call(plan: Plan, kernel: Any, arguments: list[Array], out_shapes: list[Any]
 
 def _forward(plan: Plan, keep_states: bool, *inputs: Array | None) -> tuple[Outputs, Array | None]:
     """Returns the outputs, and the state before each chunk [b, k, h, p, n] if it is kept."""
-    x, dt, A, B, C, D, dt_bias, initial, lengths, z, numbers = inputs
+    x, dt, A, B, C, D, dt_bias, initial, lengths, numbers = inputs
     state_shape = (plan.heads, plan.width, plan.state_width)
     before = None if initial is None else initial[:, None]
     if plan.segments > 1:
@@ -151,23 +134,20 @@ def _forward(plan: Plan, keep_states: bool, *inputs: Array | None) -> tuple[Outp
         )
         before = states_before(added, log_total, initial, uncut=uncut_segments(plan, numbers))
     shapes = [(x.shape, x.dtype)]
-    if plan.gated:
-        shapes.append(((plan.config.width_splits, *dt.shape), jnp.float32))
     if plan.wants_final:
         shapes.append(((plan.batch, plan.segments, *state_shape), jnp.float32))
     if keep_states:
         shapes.append(((plan.batch, plan.all_chunks, *state_shape), jnp.float32))
-    arguments = [x, dt, A, B, C, D, dt_bias, lengths, before, z, numbers]
+    arguments = [x, dt, A, B, C, D, dt_bias, lengths, before, numbers]
     y, *rest = _call(
         plan,
         lambda plan, *refs: _forward_kernel(plan, keep_states, *refs),
         [a for a in arguments if a is not None],
         shapes,
-        "ssd_gated_forward" if plan.gated else "ssd_forward",
+        "ssd_forward",
     )
-    squares = add_parts(rest.pop(0)) if plan.gated else None
     final = rest.pop(0)[:, -1] if plan.wants_final else None
-    return Outputs(y, squares, final), rest[0] if keep_states else None
+    return (y, final), rest[0] if keep_states else None
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -197,19 +177,17 @@ def ssd_pallas_triton(
     dt_bias: Array | None,
     initial_state: Array | None,
     lengths: Array | None,
-    z: Array | None = None,
-    starts: Array | None = None,
+    starts: Array | None,
     *,
     config: SsdConfig,
     products: Products,
     interpret: bool,
     return_final_state: bool,
 ) -> Outputs:
-    """Runs the operator of `kernels.ssd.ssd`, softplus, bias and skip included, or that of `kernels.ssd.ssd_gated`.
+    """Runs the operator of `kernels.ssd.ssd`, softplus, bias and skip included.
 
     Args:
       x, dt, A, B, C, D, dt_bias, initial_state, lengths: as there, with B and C as [b, l, g, n] in the dtype of x.
-      z: [b, l, h, p] gate before its activation, or None for no gate; rows in segments have none.
       starts: bool [b, l] as there, false after a row's length.
       config: how the work is cut up.
       products: what becomes of float32 factors.
@@ -217,8 +195,7 @@ def ssd_pallas_triton(
       return_final_state: the final state is wanted; else nothing is written for it.
 
     Returns:
-      y [b, l, h, p] in the dtype of x, with a gate sums of squares [b, l, h] in float32, or None, and the final state
-      [b, h, p, n] in float32, or None.
+      y [b, l, h, p] in the dtype of x, and the final state [b, h, p, n] in float32, or None.
 
     Raises:
       ValueError: for dtypes, widths or a config that the kernels do not offer.
@@ -234,7 +211,7 @@ def ssd_pallas_triton(
     shape = (batch, length, heads, groups, width, state_width)
     plan = Plan(
         *shape, config, products, interpret, has_initial=initial_state is not None, wants_final=return_final_state,
-        gated=z is not None, packed=starts is not None,
+        packed=starts is not None,
     )  # fmt: skip
     zeros = jnp.zeros(heads, jnp.float32)
     inputs = (
@@ -247,7 +224,6 @@ def ssd_pallas_triton(
         zeros if dt_bias is None else dt_bias.astype(jnp.float32),
         None if initial_state is None else initial_state.astype(jnp.float32),
         jnp.full(batch, length, jnp.int32) if lengths is None else lengths.astype(jnp.int32),
-        None if z is None else z.astype(x.dtype),
         None if starts is None else history_numbers(starts, plan.all_chunks * plan.chunk),
     )
     return _ssd(plan, *vary_together(*inputs))

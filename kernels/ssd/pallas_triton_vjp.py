@@ -8,14 +8,6 @@ of the state after a chunk,
   R' = total R + sum_i from_start_i dy_i C_i^T
 
 and the gradient of a log decay is all that flows over its position: from before it to it or later.
-
-Behind a gate, o = y silu(z) with gradients do of o and ds of its sums of squares, a walk before that one makes y again
-from the kept states and finds
-
-  g = do + 2 o ds,    dz = g y silu'(z),    dy = g silu(z)
-
-It is a walk of its own because registers do not suffice for one that does both; what it loads comes out of the cache
-the second time. dy lies where dx will be until then.
 """
 
 import functools
@@ -27,7 +19,6 @@ from jax import Array
 
 from kernels.ssd.segments import states_before, uncut_segments
 from kernels.ssd.tiles import (
-    Histories,
     Place,
     Plan,
     Span,
@@ -38,7 +29,6 @@ from kernels.ssd.tiles import (
     load_tile,
     lower_triangle,
     num_programs,
-    open_gate,
     place,
     reached,
     scaled,
@@ -46,6 +36,9 @@ from kernels.ssd.tiles import (
     weigh,
 )
 from kernels.triton_call import triton_call
+
+# y [b, l, h, p] and the final state [b, h, p, n], None where it is no output; or gradients by them.
+Outputs = tuple[Array, Array | None]
 
 
 def _request_kernel(plan: Plan, dy_ref, dt_ref, A_ref, C_ref, bias_ref, lengths_ref, *rest) -> None:
@@ -72,20 +65,6 @@ def _request_kernel(plan: Plan, dy_ref, dt_ref, A_ref, C_ref, bias_ref, lengths_
     log_ref[row, segment, head] = log_total
 
 
-class Outputs(NamedTuple):
-    """What the operator returns, or the gradients by it.
-
-    Attributes:
-      y: [b, l, h, p]; with a gate, multiplied by it.
-      squares: [b, l, h] sums of squares of y in float32, or None where there is no gate.
-      final: [b, h, p, n] final state, or None where it is no output.
-    """
-
-    y: Array
-    squares: Array | None
-    final: Array | None
-
-
 class _Refs(NamedTuple):
     """What the backward kernel reads and writes; those from `after` on may be missing."""
 
@@ -106,10 +85,7 @@ class _Refs(NamedTuple):
     dA: Any
     dD: Any
     after: Any = None
-    z: Any = None
     numbers: Any = None
-    d_squares: Any = None
-    dz: Any = None
     d_initial: Any = None
 
 
@@ -146,18 +122,9 @@ def _onward(flows: Array) -> Array:
     return jnp.sum(jnp.where(lower_triangle(flows.shape[0], strict=True), from_earlier, 0.0), axis=0)
 
 
-def _flow(plan: Plan, histories: Histories | None, arriving: Array, leaving: Array, onward: Array) -> Array:
-    """Sums what flows over each position of a chunk [c], save what passes through the whole chunk.
-
-    That is what arrives at it or later from before the chunk, what leaves the chunk from earlier positions, and what
-    goes onward inside the chunk from the position before it; each of it in one history, and nothing over its start.
-    """
-    crossing = jnp.where(lower_triangle(plan.chunk), arriving[:, None], leaving[:, None])
-    if histories is not None:
-        crossing = jnp.where(histories.together(), crossing, 0.0)
-    here = jnp.arange(plan.chunk)
-    crossing += jnp.where(here[:, None] + 1 == here[None, :], onward[:, None], 0.0)
-    return jnp.sum(crossing, axis=0)
+def _over(flows: Array, passed: Array) -> Array:
+    """Sums flows [c] over each position [c] that they pass, as [c, c] bool tells of a flow (row) and a position."""
+    return jnp.sum(jnp.where(passed, flows[:, None], 0.0), axis=0)
 
 
 def _walk(plan: Plan, refs: _Refs, at: Place, head: _Head, step: Array, sums: _Sums) -> _Sums:
@@ -181,20 +148,18 @@ def _walk(plan: Plan, refs: _Refs, at: Place, head: _Head, step: Array, sums: _S
         tile += jnp.where(head.first, 0.0, before)
         store_tile(ref, tile, at.part, at.row, positions, at.group, states)
 
-    def ask() -> Array:
-        return plan.dot(scaled(values(refs.dy), decays.from_start), maps(refs.C), trans_a=True)
-
     delta, slope = load_steps(refs.dt, at.row, positions, head.index, head.bias, refs.lengths[at.row])
-    histories = load_histories(plan, refs.numbers, at.row, chunk)
-    decays = chunk_decays(delta * head.A, histories)
+    decays = chunk_decays(delta * head.A, load_histories(plan, refs.numbers, at.row, chunk))
     narrow = refs.x.dtype
+    here, until = jnp.arange(plan.chunk), lower_triangle(plan.chunk)
 
     # Inside the chunk.
     dy, x, B, C = values(refs.dy), values(refs.x), maps(refs.B), maps(refs.C)
     scores = plan.dot(C, B, trans_b=True)
     d_mixed = reached(plan, plan.dot(dy, scaled(x, delta), trans_b=True) * decays.between, decays.between)
     flows = reached(plan, jnp.where(lower_triangle(plan.chunk, strict=True), d_mixed * scores, 0.0), decays.between)
-    onward = _onward(flows)
+    # What flows over each position is added up at once, to keep one vector. Flows from one history to another are 0.
+    d_log_decay = _over(_onward(flows), here[:, None] + 1 == here[None, :])
     mixed = reached(plan, scores * decays.between, decays.between)
     du = plan.dot(mixed.astype(narrow), dy, trans_a=True)
     d_scores = d_mixed.astype(narrow)
@@ -202,53 +167,26 @@ def _walk(plan: Plan, refs: _Refs, at: Place, head: _Head, step: Array, sums: _S
     # From the state before it to the outputs.
     before = _state_before(plan, refs, at, head, chunk)
     dC = reached(plan, plan.dot(scaled(dy, decays.from_start), before.astype(narrow)), decays.from_start[:, None])
-    arriving = jnp.sum(dC * C.astype(jnp.float32), axis=1)
-    through = weigh(plan, decays.total, jnp.sum(sums.state * before))
+    d_log_decay += _over(jnp.sum(dC * C.astype(jnp.float32), axis=1), until)
+    d_log_decay += weigh(plan, decays.total, jnp.sum(sums.state * before))
     add_to(refs.dC, dC + plan.dot(d_scores, B))
 
     # From the inputs to the state after it.
     after, x, B = sums.state.astype(narrow), values(refs.x), maps(refs.B)
     dB = reached(plan, plan.dot(scaled(x, decays.to_end * delta), after), decays.to_end[:, None])
-    leaving = jnp.sum(dB * B.astype(jnp.float32), axis=1)
+    d_log_decay += _over(jnp.sum(dB * B.astype(jnp.float32), axis=1), jnp.logical_not(until))
     add_to(refs.dB, dB + plan.dot(d_scores, maps(refs.C), trans_a=True))
-
-    d_log_decay = _flow(plan, histories, arriving, leaving, onward) + through
 
     x, dy = values(refs.x), values(refs.dy)
     from_after = plan.dot(scaled(maps(refs.B), decays.to_end), after, trans_b=True)
     du += reached(plan, from_after, decays.to_end[:, None])
-    if plan.gated:
-        # Before dx takes the place of dy, for the other threads too.
-        asked = ask()
-        plan.barrier()
     x_wide, dy_wide = x.astype(jnp.float32), dy.astype(jnp.float32)
     store_tile(refs.dx, delta[:, None] * du + head.D * dy_wide, at.row, positions, head.index, columns)
     d_delta = head.A * d_log_decay + jnp.sum(x_wide * du, axis=1)
     store_tile(refs.ddt, d_delta * slope, at.split, at.row, positions, head.index)
-    return _Sums(
-        weigh(plan, decays.total, sums.state) + (asked if plan.gated else ask()),
-        sums.A + jnp.sum(d_log_decay * delta),
-        sums.D + jnp.sum(dy_wide * x_wide),
-    )
-
-
-def _pull_through_gate(plan: Plan, refs: _Refs, at: Place, head: _Head, chunk: Array, nothing: None) -> None:
-    """Makes the output of a chunk again, writes the gradient of its gate, and leaves that of the output in dx."""
-    positions = Span(chunk * plan.chunk, plan.chunk, plan.length)
-    here = (at.row, positions, head.index, plan.columns(at.split))
-    there = (at.row, positions, at.group, plan.states)
-    delta = load_steps(refs.dt, at.row, positions, head.index, head.bias, refs.lengths[at.row]).delta
-    decays = chunk_decays(delta * head.A, load_histories(plan, refs.numbers, at.row, chunk))
-    state = _state_before(plan, refs, at, head, chunk)
-    B, C, x = load_tile(refs.B, *there), load_tile(refs.C, *there), load_tile(refs.x, *here)
-    mixed = reached(plan, plan.dot(C, B, trans_b=True) * decays.between, decays.between)
-    y = weigh(plan, decays.from_start[:, None], plan.dot(C, state.astype(C.dtype), trans_b=True))
-    y += plan.dot(mixed.astype(x.dtype), scaled(x, delta)) + head.D * x.astype(jnp.float32)
-    gate = open_gate(load_tile(refs.z, *here))
-    d_squares = load_tile(refs.d_squares, at.row, positions, head.index)
-    d_gated = load_tile(refs.dy, *here).astype(jnp.float32) + 2.0 * d_squares[:, None] * y * gate.opening
-    store_tile(refs.dz, d_gated * y * gate.slope, *here)
-    store_tile(refs.dx, d_gated * gate.opening, *here)
+    after = weigh(plan, decays.total, sums.state)
+    after += plan.dot(scaled(values(refs.dy), decays.from_start), maps(refs.C), trans_a=True)
+    return _Sums(after, sums.A + jnp.sum(d_log_decay * delta), sums.D + jnp.sum(dy_wide * x_wide))
 
 
 def _backward_kernel(names: tuple[str, ...], plan: Plan, *all_refs: Any) -> None:
@@ -267,13 +205,8 @@ def _backward_kernel(names: tuple[str, ...], plan: Plan, *all_refs: Any) -> None
         after = jnp.zeros((columns.count, states.count), jnp.float32)
         if refs.after is not None:
             after = load_tile(refs.after, at.row, at.segment, index, columns, states)
-        given = refs
-        if plan.gated:
-            jax.lax.fori_loop(0, plan.num_chunks, functools.partial(_pull_through_gate, plan, refs, at, head), None)
-            plan.barrier()
-            given = refs._replace(dy=refs.dx)
         sums = _Sums(after, jnp.float32(0), jnp.float32(0))
-        sums = jax.lax.fori_loop(0, plan.num_chunks, functools.partial(_walk, plan, given, at, head), sums)
+        sums = jax.lax.fori_loop(0, plan.num_chunks, functools.partial(_walk, plan, refs, at, head), sums)
         refs.dA[at.split, at.row, at.segment, index] = sums.A
         refs.dD[at.split, at.row, at.segment, index] = sums.D
         if refs.d_initial is not None:
@@ -300,7 +233,7 @@ def _call(plan: Plan, kernel: Any, arguments: list[Array], shapes: list[Any], he
 
 def _states_after(plan: Plan, residuals: tuple[Any, ...], dy: Array, d_final: Array | None) -> Array | None:
     """Gradient of the state after each segment, [b, s, h, p, n], or None for zeros."""
-    _, dt, A, _, C, _, dt_bias, _, lengths, _, numbers, _ = residuals
+    _, dt, A, _, C, _, dt_bias, _, lengths, numbers, _ = residuals
     if plan.segments == 1:
         return None if d_final is None else d_final[:, None]
     asked, log_total = _call(
@@ -322,15 +255,15 @@ def backward(plan: Plan, residuals: tuple[Any, ...], cotangents: Outputs) -> tup
 
     Args:
       plan: static numbers of the call.
-      residuals: the inputs (x, dt, A, B, C, D, dt_bias, initial state or None, lengths, z or None, numbers of the
-        histories or None), and the states before each chunk.
+      residuals: the inputs (x, dt, A, B, C, D, dt_bias, initial state or None, lengths, numbers of the histories or
+        None), and the states before each chunk.
       cotangents: gradients by the outputs; None where there is no such output.
 
     Returns:
       One gradient for each input; None for integers and for what is not there.
     """
-    x, dt, A, B, C, D, dt_bias, initial, lengths, z, numbers, states = residuals
-    dy, d_squares, d_final = cotangents
+    x, dt, A, B, C, D, dt_bias, initial, lengths, numbers, states = residuals
+    dy, d_final = cotangents
     count, splits = plan.config.heads_per_program, plan.config.width_splits
     parts = plan.heads // plan.groups // count * splits
     after = _states_after(plan, residuals, dy, d_final)
@@ -339,40 +272,37 @@ def backward(plan: Plan, residuals: tuple[Any, ...], cotangents: Outputs) -> tup
     map_shape = ((parts, *B.shape), map_dtype)
     per_head = ((splits, plan.batch, plan.segments, plan.heads), jnp.float32)
     read = {"x": x, "dt": dt, "A": A, "B": B, "C": C, "D": D, "bias": dt_bias, "lengths": lengths, "states": states}
-    read |= {"dy": dy.astype(x.dtype), "after": after, "z": z, "numbers": numbers, "d_squares": d_squares}
+    read |= {"dy": dy.astype(x.dtype), "after": after, "numbers": numbers}
     read = {name: a for name, a in read.items() if a is not None}
     written = {"dx": (x.shape, x.dtype), "ddt": ((splits, *dt.shape), jnp.float32)}
     written |= {"dB": map_shape, "dC": map_shape, "dA": per_head, "dD": per_head}
     if initial is not None:
         state_shape = (plan.batch, plan.segments, plan.heads, plan.width, plan.state_width)
         written["d_initial"] = (state_shape, jnp.float32)
-    if z is not None:
-        written["dz"] = (z.shape, z.dtype)
     outputs = _call(
         plan,
         functools.partial(_backward_kernel, (*read, *written)),
         list(read.values()),
         list(written.values()),
         count,
-        "ssd_gated_backward" if plan.gated else "ssd_backward",
+        "ssd_backward",
     )
     gradients = dict(zip(written, outputs, strict=True))
-    ddt = add_parts(gradients["ddt"])
+    ddt = _add_parts(gradients["ddt"])
     return (
         gradients["dx"],
         ddt,
         jnp.sum(gradients["dA"], axis=(0, 1, 2)),
-        add_parts(gradients["dB"]).astype(B.dtype),
-        add_parts(gradients["dC"]).astype(C.dtype),
+        _add_parts(gradients["dB"]).astype(B.dtype),
+        _add_parts(gradients["dC"]).astype(C.dtype),
         jnp.sum(gradients["dD"], axis=(0, 1, 2)),
         jnp.sum(ddt, axis=(0, 1)),
         gradients["d_initial"][:, 0] if initial is not None else None,
         None,
-        gradients.get("dz"),
         None,
     )
 
 
-def add_parts(parts: Array) -> Array:
+def _add_parts(parts: Array) -> Array:
     """Adds up the first axis; alone it is taken off without a copy."""
     return parts[0] if parts.shape[0] == 1 else jnp.sum(parts, axis=0)

@@ -32,7 +32,6 @@ class Plan:
       interpret: run as plain JAX.
       has_initial: there is an initial state.
       wants_final: the final state is an output.
-      gated: outputs are multiplied by silu(z), and their sums of squares are an output.
       packed: rows hold several histories.
     """
 
@@ -47,7 +46,6 @@ class Plan:
     interpret: bool
     has_initial: bool
     wants_final: bool = False
-    gated: bool = False
     packed: bool = False
 
     @property
@@ -195,21 +193,6 @@ def load_steps(dt_ref: Any, row: Any, positions: Span, head: Any, bias: Array, r
 def scaled(tile: Array, factors: Array) -> Array:
     """Rows of a tile times factors, in the tile's dtype."""
     return (factors[:, None] * tile.astype(jnp.float32)).astype(tile.dtype)
-
-
-class Gate(NamedTuple):
-    """A gate silu(z), and d silu / d z, in float32."""
-
-    opening: Array
-    slope: Array
-
-
-def open_gate(z: Array) -> Gate:
-    """Activates a tile of gates."""
-    z = z.astype(jnp.float32)
-    share = 1.0 / (1.0 + jnp.exp(-z))
-    opening = z / (1.0 + jnp.exp(-z))
-    return Gate(opening, share * (1.0 + z - opening))
 
 
 class Histories(NamedTuple):

@@ -8,12 +8,12 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
 
-from kernels.gated_rms_norm import gated_rms_norm
 from kernels.ssd import ssd, ssd_last, ssd_step, step_size
 from tim4rec_jax.config import ModelConfig
 from tim4rec_jax.layers.causal_time import CausalTimeChannel, TimeCache
 from tim4rec_jax.layers.convolution import CausalConv
 from tim4rec_jax.layers.dense import Linear, wide
+from tim4rec_jax.layers.norms import gated_rms_norm
 from tim4rec_jax.layers.rows import Rows, take_at
 from tim4rec_jax.layers.time_channel import TimeChannel
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from kernels.gated_rms_norm import gated_rms_norm, project_normed
+from tim4rec_jax.layers.norms import gated_rms_norm
 
 
 def arrays(dtype=np.float32):
@@ -56,39 +56,3 @@ def test_shapes_that_do_not_fit():
         gated_rms_norm(y, z[..., :6], scale, eps=1e-5)
     with pytest.raises(ValueError, match=r"scale \(1,\) must be"):
         gated_rms_norm(y, z, scale[:1], eps=1e-5)
-
-
-def test_a_projection_is_normed_after_its_product(x64):
-    y, z, scale = arrays(np.float64)
-    rng = np.random.default_rng(2)
-    weight, d_out = rng.normal(size=(7, 4)), rng.normal(size=(2, 3, 4))
-
-    def before(y, z, scale, weight):
-        return gated_rms_norm(y, z, scale, eps=1e-5) @ weight
-
-    def after(y, z, scale, weight):
-        u = y * jax.nn.silu(z)
-        return project_normed(u, weight, sum_squares=jnp.sum(u**2, axis=-1), scale=scale, eps=1e-5)
-
-    def run(apply):
-        out, pull = jax.vjp(apply, y, z, scale, weight)
-        return out, *pull(d_out)
-
-    for actual, expected in zip(jax.jit(run, static_argnums=0)(after), run(before), strict=True):
-        np.testing.assert_allclose(actual, expected, rtol=1e-10, atol=1e-10)
-
-
-def test_a_projection_in_bfloat16_is_normed_in_float32():
-    u = jnp.full((1, 4096), 3.0, jnp.bfloat16)
-    given = {"sum_squares": jnp.full(1, 9.0 * 4096), "scale": jnp.full(4096, 2.0), "eps": 1e-12}
-    out = project_normed(u, jnp.full((4096, 2), 2.0**-12, jnp.bfloat16), **given)
-    assert out.dtype == jnp.bfloat16
-    np.testing.assert_allclose(np.asarray(out, np.float32), 2.0, rtol=4e-3)
-
-
-@pytest.mark.parametrize("name", ["weight", "sum_squares", "scale"])
-def test_projections_that_do_not_fit(name):
-    given = {"weight": jnp.ones((7, 4)), "sum_squares": jnp.ones((2, 3)), "scale": jnp.ones(7)}
-    message = r"u \(2, 3, 7\), weight .* must be \[..., e\], \[e, d\], \[...\] and \[e\]"
-    with pytest.raises(ValueError, match=message):
-        project_normed(jnp.ones((2, 3, 7)), **given | {name: given[name][:1]}, eps=1e-5)
