@@ -107,6 +107,7 @@ def _until(process: subprocess.Popen, happened: Any) -> bool:
     while process.poll() is None and time.monotonic() < deadline:
         if happened():
             return True
+        time.sleep(0.0005)
     return False
 
 
@@ -288,8 +289,8 @@ def run(options: argparse.Namespace, rest: list[str]) -> tuple[dict[str, Any], T
         )
         seconds = _unkilled(whole)
         print(f"unkilled: {seconds['start']:.1f} s to start, {seconds['lines']:.1f} s of lines", file=sys.stderr)
-        # All waits together come to about half of the log.
-        killed = kill_file(by_file, chosen.kills, rng, seconds | {"lines": 3 * seconds["lines"] / chosen.kills})
+        # All waits among lines together come to about a quarter of the log.
+        killed = kill_file(by_file, chosen.kills, rng, seconds | {"lines": 1.5 * seconds["lines"] / chosen.kills})
         results["file"] = {"kills": len(killed), **compared(whole, by_file), "killed": killed}
         if chosen.pipe_kills:
             found = kill_pipe(by_pipe, chosen.pipe_kills, rng)
