@@ -6,6 +6,7 @@
     python -m experiments.benchmark serving --output=serving.json --figure=serving.png
     python -m experiments.benchmark logs --rows=1e6,5e6,2e7 --output=logs.json
     python -m experiments.benchmark memory --output=memory.json
+    python -m experiments.benchmark stream_kills --output=kills.json
     python -m experiments.benchmark gpu --output=gpu.json
     python -m experiments.benchmark catalogue --items=1e6,1e7 --shards=1,8 --output=catalogue.json
     python -m experiments.benchmark sampled --items=1e4,1e5,1e6 --output=sampled.json
@@ -15,7 +16,8 @@
 `models` runs training steps and evaluation of the six models at the paper's shapes, in turns, with their memory.
 `serving` goes on from a causal model's state, one event at a time, against reading histories again.
 `logs` makes Parquet logs of several sizes and measures memory and speed from the file to training batches.
-`memory` reads the resident memory and the compiled programs of a serving process over many saves, events and questions.
+`memory` reads resident memory and compiled programs over many saves, questions, streamed events and training epochs.
+`stream_kills` kills experiments.stream again and again and compares what it leaves with an unkilled run.
 `gpu` checks the GPU kernels and times everything that a GPU runs, in one call: --parts, --budget_seconds and --tiny are
 its options, and a wrong result makes the exit code 1 (see experiments/benchmarks/gpu.py). `catalogue` asks XLA for the
 memory of a training step with the item embedding whole and in shards, on fake devices. `sampled` takes training steps
@@ -29,7 +31,7 @@ from collections.abc import Sequence
 
 from rich.console import Console
 
-from experiments.benchmarks import catalogue, data, gpu, memory, operator_speed, serving, train_step
+from experiments.benchmarks import catalogue, data, gpu, memory, operator_speed, serving, stream_kills, train_step
 from experiments.command_line import OptionParser, run_program
 from experiments.record import command_without_folders
 from tim4rec_jax.files import write_atomically
@@ -41,6 +43,7 @@ BENCHMARKS = {
     "serving": serving.run,
     "logs": data.run,
     "memory": memory.run,
+    "stream_kills": stream_kills.run,
     "gpu": gpu.run,
     "catalogue": catalogue.run,
     "sampled": catalogue.run_sampled,
