@@ -287,8 +287,10 @@ def _bytes_of(leaves: dict[str, Leaf]) -> int:
 def _failure_message(folder: pathlib.Path, step: int, leaves: dict[str, Leaf], error: Exception) -> str:
     free = shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists())).free
     kept = [f"The checkpoint before, {path.name}, is kept." for path in _committed(folder)[:1]]
+    # The file within the folder says less than its name takes room.
+    reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
     return (
-        f"the checkpoint of step {step} could not be saved in {folder}: {error}. It needs about "
+        f"the checkpoint of step {step} could not be saved in {folder}: {reason}. It needs about "
         f"{_bytes_of(leaves) / 1e6:.1f} MB, {free / 1e6:.1f} MB are free there. "
         + (*kept, "There is no checkpoint before it.")[0]
     )
