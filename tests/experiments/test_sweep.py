@@ -237,8 +237,8 @@ def test_bad_input_is_one_clear_error(tmp_path, capsys, trained, argv, message):
 
 
 def test_values_and_ranges_have_the_settings_type():
-    assert read_value("train.clip_norm", "None") is None and read_value("train.clip_norm", "1") == 1.0
-    assert read_value("model.use_time", "False") is False and read_value("model.name", "sasrec") == "sasrec"
+    assert read_value("x", float | None, "None") is None and read_value("x", float | None, "1") == 1.0
+    assert read_value("x", bool, "False") is False and read_value("x", str, "sasrec") == "sasrec"
     terms = ["model.num_layers=int:1:3", "model.d_state=log:4:64", "model.dropout=0.1:0.2", "train.clip_norm=None|1"]
     space = parse(["--config=quickstart", "--trials=2", "--space", *terms]).space
     assert space == {

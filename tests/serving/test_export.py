@@ -208,7 +208,10 @@ def test_the_program(run, tmp_path, capsys):
         ([f"--output={tmp_path / 'out'}"], f"{tmp_path / 'out'} exists; choose another folder, or remove this one"),
         ([f"--output={tmp_path / 'no' / 'out'}"], f"there is no folder {tmp_path / 'no'} to write out to"),
         ([f"--output={tmp_path / 'two'}", "--k=31"], "k=31 is larger than the catalogue of 30 items"),
-        ([f"--output={tmp_path / 'two'}", "--platforms", "gpu"], "expected some of ('cpu', 'cuda', 'rocm', 'tpu')"),
+        (
+            [f"--output={tmp_path / 'two'}", "--platforms", "gpu"],
+            "--platforms=gpu: expected one of cpu, cuda, rocm, tpu",
+        ),
     ):
         assert program.main([f"--run={run}", *options]) == 2
         assert message in capsys.readouterr().err

@@ -18,24 +18,30 @@ class TiM4Rec(StateSpaceModel):
       x_0 = LayerNorm(Dropout(E[items])),    T_0 = LayerNorm_l(Dropout(gaps)),    x_i, T_i = block_i(x_{i-1}, T_{i-1})
       score = E x_last
 
-    The time branch mixes positions, so the model is not causal and its length is fixed; with time off it is
-    `CausalTiM4Rec`. Only timestamps need max_len columns: the item branch is causal, so items may be cut.
+    The time branch mixes positions, so the model is not causal and its length is fixed; with time off `build_model`
+    takes `CausalTiM4Rec`, which is the same then. Only timestamps need max_len columns: the item branch is causal, so
+    items may be cut.
     """
 
-    uses_time = True
+    @property
+    def uses_time(self) -> bool:
+        return self.config.use_time
 
     def setup(self) -> None:
         super().setup()
         config = self.config
-        self.time_dropout = Dropout(config.dropout)
-        self.time_norm = layer_norm(config.norm_eps, wide(config.dtype).name)
+        if config.use_time:
+            self.time_dropout = Dropout(config.dropout)
+            self.time_norm = layer_norm(config.norm_eps, wide(config.dtype).name)
 
     def block(self) -> ResidualBlock:
         return ResidualBlock(self.config, SSDMixer, nn.hard_swish)
 
-    def time_channel(self, timestamps: Array | None, rows: Rows, cache: Cache | None) -> Array:
+    def time_channel(self, timestamps: Array | None, rows: Rows, cache: Cache | None) -> Array | None:
         """Returns T_0 [b, 1, max_len], shared by the heads."""
         config = self.config
+        if not config.use_time:
+            return None
         gaps = time_gaps(
             self.full_timestamps(timestamps, rows.real), rows.lengths, mask_padded=config.mask_padded_time,
             log=config.log_time, dtype=wide(config.dtype),

@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import pathlib
+import re
 import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -70,6 +71,8 @@ def _plain_path(folder: pathlib.Path) -> Iterator[pathlib.Path]:
     except MemoryError:
         raise
     except Exception as error:
+        if number := re.search(r"os_error_code='(\d+)'", str(error)):
+            raise OSError(int(number[1]), os.strerror(int(number[1])), str(folder)) from error
         raise OSError(str(error).partition("\n")[0].replace(str(plain), str(folder))) from error
     finally:
         os.close(descriptor)
