@@ -30,7 +30,7 @@ from rich.table import Table
 from experiments.benchmarks.small_run import START, draw_lines, make_run, small_options, spawn
 from experiments.command_line import OptionParser
 from tim4rec_jax.checks import require
-from tim4rec_jax.run_dir import environment
+from tim4rec_jax.run_dir import METRICS, environment
 from tim4rec_jax.serving.recommender import History, Recommender
 from tim4rec_jax.serving.user_table import Event, UserTable
 from tim4rec_jax.training.logging import read_metrics
@@ -156,7 +156,8 @@ def _training(total: int) -> list[dict[str, int]]:
         )  # fmt: skip
         with process:
             while process.poll() is None and len(readings) < READINGS:
-                epochs = [line for line in read_metrics(run) if line["kind"] == "valid"] if run.is_dir() else []
+                lines = read_metrics(run) if (run / METRICS).is_file() else []
+                epochs = [line for line in lines if line["kind"] == "valid"]
                 if epochs and len(epochs) * READINGS // total > len(readings):
                     peak = {"peak_resident_bytes": epochs[-1]["peak_resident_bytes"]}
                     readings.append(_of_child(process, errors, len(epochs)) | peak)
