@@ -15,11 +15,10 @@ Items: TypeAlias = Int[Array | np.ndarray, "b l"]
 Lengths: TypeAlias = Int[Array | np.ndarray, " b"]
 Timestamps: TypeAlias = Shaped[Array | np.ndarray, "b t"]
 Hidden: TypeAlias = Float[Array, "b _ d"]
-LastHidden: TypeAlias = Float[Array, "b d"]
 Scores: TypeAlias = Float[Array, "b v"]
 Params: TypeAlias = Mapping[str, Any]
 
 __all__ = [
-    "Array", "Bool", "Float", "Hidden", "Int", "Items", "Key", "LastHidden", "Lengths", "Params", "Scores", "Shaped",
+    "Array", "Bool", "Float", "Hidden", "Int", "Items", "Key", "Lengths", "Params", "Scores", "Shaped",
     "Timestamps",
 ]  # fmt: skip

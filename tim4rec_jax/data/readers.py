@@ -20,7 +20,7 @@ from tim4rec_jax.data.delimited import (
     read_text,
 )
 from tim4rec_jax.data.sources import Source, expanded, list_sources
-from tim4rec_jax.data.typed_columns import Raw, RawLog, check_type, shortened, typed
+from tim4rec_jax.data.typed_columns import Raw, RawLog, check_type, column_names, typed
 
 _PARQUET_ROWS = 2**19  # read at once
 _ROW_BYTES = 16  # of a row in numbers, see `coding.CodedLog`
@@ -92,7 +92,7 @@ def find_log(
         found = [s for s in sources if any(fnmatch.fnmatch(s.name, pattern) for pattern in _PATTERNS[candidate])]
         if len(found) > 1 and candidate != "kuairand":
             raise ValueError(
-                f"{path} holds {len(found)} {candidate} files ({shortened([s.name for s in found])}); "
+                f"{path} holds {len(found)} {candidate} files ({column_names([s.name for s in found])}); "
                 "name one of them in data.path"
             )
         if found and log_format == "auto" and candidate in ("amazon", "csv"):
@@ -369,4 +369,4 @@ def _missing_column(source: Source, name: str, header: Sequence[str]) -> str:
         hint = "the name has spaces around it: take them out of the header"
     elif any(map(_is_number, header)):
         hint = "for a file without a header name its fields, as in data.columns=user,item,rating,timestamp"
-    return f"{source}: no column {name}; its columns are {shortened(header)} ({hint})"
+    return f"{source}: no column {name}; its columns are {column_names(header)} ({hint})"

@@ -8,7 +8,7 @@ import polars as pl
 
 from tim4rec_jax.data.delimited import DELIMITERS, UNREADABLE, header_fields
 from tim4rec_jax.data.sources import Source, expanded, list_sources
-from tim4rec_jax.data.typed_columns import id_text, shortened
+from tim4rec_jax.data.typed_columns import column_names, id_text
 
 # A column is known by its name's letters and digits alone: movieId, movie_id and "Movie ID" are one.
 _THINGS = (
@@ -165,6 +165,6 @@ def _known_columns(source: Source, names: list[str]) -> tuple[list[str], str]:
     if not ids or not titles:
         raise ValueError(
             f"{source} needs a column of item ids (item_id, id, movieId, asin ..) and one of titles (title, name, "
-            f"item_name ..); its columns are {shortened(names)}"
+            f"item_name ..); its columns are {column_names(names)}"
         )
     return ids, titles[0]

@@ -191,7 +191,7 @@ def _complaint(given: object, value: float | None, ticks_per_second: int) -> str
     return f"timestamp {shown(given)} lies past the year 9999{hint} Write {unit}"
 
 
-def shortened(names: Sequence[str]) -> str:
+def column_names(names: Sequence[str]) -> str:
     """Returns names as messages list them: the first six, each cut, and how many there are."""
     listed = ", ".join(shown(name, 32)[1:-1] for name in names[:6]) or "none"
     return listed if len(names) <= 6 else f"{listed}, .. ({len(names):,} in all)"
