@@ -31,9 +31,8 @@ from experiments.command_line import OptionParser, parse_settings, run_program
 from experiments.configs import config_names, load_config
 from experiments.published import PUBLISHED
 from tim4rec_jax.config import DataConfig, EvalConfig, ExperimentConfig, ModelConfig, ParallelConfig, TrainConfig
-from tim4rec_jax.data.gaps import gap_statistics, training_span
 from tim4rec_jax.data.interactions import InteractionLog, load_log, with_precision
-from tim4rec_jax.data.splits import describe, split_log
+from tim4rec_jax.data.splits import describe, gap_statistics, split_log, training_span
 from tim4rec_jax.evaluation.baselines import popularity_counts, popularity_ranks
 from tim4rec_jax.evaluation.metrics import summarise
 from tim4rec_jax.evaluation.seen_targets import describe_seen, measured

@@ -49,8 +49,8 @@ from experiments.configs import MODEL_NAMES, load_config
 from experiments.train import parse as parse_experiment
 from tim4rec_jax.config import ExperimentConfig, ModelConfig, TrainConfig
 from tim4rec_jax.data.interactions import InteractionLog, load_log, with_precision
-from tim4rec_jax.data.length_groups import LengthGroup, plan_length_groups
-from tim4rec_jax.data.loader import Batch, GrainLoader
+from tim4rec_jax.data.loader import Batch, Loader, PrefixSampler
+from tim4rec_jax.data.packing import LengthGroup, plan_length_groups
 from tim4rec_jax.data.splits import split_log
 from tim4rec_jax.layers.rows import Rows
 from tim4rec_jax.models import Cache, build_model, last_hidden
@@ -154,14 +154,8 @@ def compare_savings(config: ExperimentConfig, log: InteractionLog, repeats: int)
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=log.num_items + 1))
     train, max_len = config.train, config.model.max_len
     examples = split_log(log, config.data).train
-    loader = GrainLoader(
-        log,
-        examples,
-        max_len=max_len,
-        batch_size=train.batch_size,
-        seed=train.seed,
-        precision=config.data.timestamp_precision,
-    )
+    sampler = PrefixSampler(log, examples, max_len=max_len, batch_size=train.batch_size, seed=train.seed)
+    loader = Loader(sampler, on_device=False, precision=config.data.timestamp_precision)
     lengths = np.minimum(examples.ends, max_len)
     one, several = groups_of(config, lengths, max_groups=1), groups_of(config, lengths)
     batches = list(itertools.islice(loader.epoch(1), repeats))

@@ -160,9 +160,9 @@ def test_what_is_missing_is_said(tmp_path, finished):
 
 
 def test_published_numbers_stand_apart(tmp_path, finished, monkeypatch):
-    monkeypatch.setitem(PUBLISHED, "synthetic", PUBLISHED["amazon-beauty"][:2])
+    monkeypatch.setitem(PUBLISHED, "synthetic", PUBLISHED["beauty"][:2])
     text, numbers = _report(tmp_path)
-    assert [row["source"] for row in numbers["published"]] == [row.source for row in PUBLISHED["amazon-beauty"][:2]]
+    assert [row["source"] for row in numbers["published"]] == [row.source for row in PUBLISHED["beauty"][:2]]
     below = text.partition("## Published")[2]
     assert "may differ" in below and "| Mamba4Rec, 1 layer | rerun by the TiM4Rec author | 0.0734 | 0.0431 |" in below
 

@@ -11,8 +11,8 @@ import pytest
 from experiments.configs import DATA_NAMES, MODEL_NAMES, config_names, load_config
 from tim4rec_jax import build_model
 from tim4rec_jax.config import ExperimentConfig, ModelConfig, TrainConfig, experiment_from_dict
-from tim4rec_jax.data.length_groups import LengthGroup
 from tim4rec_jax.data.loader import Batch
+from tim4rec_jax.data.packing import LengthGroup
 from tim4rec_jax.training.step import init_state, make_optimizer, train_step
 
 # Columns of the original programs' settings: l, d, n, head_dim, dropout, time dropout, eps, gate per position, Kaiming,

@@ -7,8 +7,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from tim4rec_jax.data.examples import Examples
 from tim4rec_jax.data.interactions import InteractionLog
+from tim4rec_jax.data.splits import Examples
 
 
 def popularity_counts(log: InteractionLog, first_held_out: Examples) -> np.ndarray:

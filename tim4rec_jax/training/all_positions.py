@@ -8,8 +8,8 @@ from jax import Array
 
 from kernels.softmax_cross_entropy import softmax_cross_entropy
 from tim4rec_jax.config import ExperimentConfig, TrainConfig
+from tim4rec_jax.data.loader import PackedBatch
 from tim4rec_jax.data.negatives import Negatives
-from tim4rec_jax.data.packed_loader import PackedBatch
 from tim4rec_jax.models import SequentialModel
 from tim4rec_jax.training.losses import cross_entropy, sampled_cross_entropy
 

@@ -17,9 +17,8 @@ from jax import Array
 
 from kernels.softmax_cross_entropy import log_sum_exp
 from tim4rec_jax.config import ExperimentConfig, TrainConfig
-from tim4rec_jax.data.length_groups import LengthGroup
-from tim4rec_jax.data.loader import Batch, Loader
-from tim4rec_jax.data.packed_loader import PackedBatch
+from tim4rec_jax.data.loader import Batch, Loader, PackedBatch
+from tim4rec_jax.data.packing import LengthGroup
 from tim4rec_jax.models import SequentialModel, last_hidden
 from tim4rec_jax.models.catalogue_shards import (
     DATA_AXIS,

@@ -15,9 +15,8 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from tim4rec_jax.data.loader import Batch
+from tim4rec_jax.data.loader import Batch, PackedBatch
 from tim4rec_jax.data.negatives import Negatives
-from tim4rec_jax.data.packed_loader import PackedBatch
 from tim4rec_jax.models import SequentialModel
 from tim4rec_jax.models.catalogue_shards import TABLE, fetch_rows, on_working_table, own_places
 
