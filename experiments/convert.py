@@ -32,15 +32,13 @@ import numpy as np
 import yaml
 from rich.console import Console
 
-from experiments.command_line import OptionParser, parse_settings, run_program
+from experiments.cli import OptionParser, parse_settings, run_program
 from experiments.configs import load_config
-from experiments.item_ids_file import as_csv, beside, digest, find_item_ids, rows_of_log
-from experiments.settings_file import read_settings
-from experiments.torch_checkpoint_file import StateDict, read_state_dict, recognise, write_state_dict
 from tim4rec_jax.checks import listed, require, shortened, shown
 from tim4rec_jax.config import DataConfig, EvalConfig, ExperimentConfig, ModelConfig, TrainConfig
 from tim4rec_jax.data.interactions import InteractionLog, load_log, with_precision
 from tim4rec_jax.files import locked, remove_leftovers, replacing_folder, write_atomically
+from tim4rec_jax.interop.item_ids import as_csv, beside, digest, find_item_ids, rows_of_log
 from tim4rec_jax.interop.settings import (
     UPSTREAM_NAMES,
     config_from_upstream,
@@ -48,7 +46,9 @@ from tim4rec_jax.interop.settings import (
     settings_beside_the_model,
     upstream_from_config,
 )
+from tim4rec_jax.interop.settings_file import read_settings
 from tim4rec_jax.interop.torch_checkpoint import params_from_torch, params_to_torch
+from tim4rec_jax.interop.torch_checkpoint_file import StateDict, read_state_dict, recognise, write_state_dict
 from tim4rec_jax.run_dir import CHECKPOINTS, ENVIRONMENT, create_run, read_config, read_environment, read_items
 from tim4rec_jax.serving.stored_run import load_model
 from tim4rec_jax.training.checkpoint import Checkpointer
@@ -302,7 +302,7 @@ def from_checkpoint(arguments: Arguments, base: ExperimentConfig | None, console
         file, ids = found
         table = params["item_embedding"]["embedding"]
         # The run's items are numbered as the log is, so that training on it and loading it anew agree.
-        rows = rows_of_log(ids, log)
+        rows = rows_of_log(ids, log.item_ids)
         params = params | {"item_embedding": {"embedding": table[np.concatenate([[0], rows])]}}
         source |= {"item_ids": file.name, "item_ids_sha256": digest(ids)}
         identity = f"items: {len(ids):,} raw ids of {file.name}, found in the log"

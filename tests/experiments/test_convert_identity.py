@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from experiments import convert, evaluate
-from experiments.item_ids_file import as_csv, read_item_ids
 from tim4rec_jax.config import DataConfig, EvalConfig, ExperimentConfig, ModelConfig, TrainConfig
 from tim4rec_jax.data.interactions import load_log
+from tim4rec_jax.interop.item_ids import as_csv, read_item_ids
 from tim4rec_jax.models import build_model, init_params
 from tim4rec_jax.run_dir import read_environment, read_items
 from tim4rec_jax.serving.recommender import Recommender
