@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from experiments import evaluate_baselines
-from experiments.command_line import OptionParser, parse_settings, run_program
+from experiments.cli import OptionParser, parse_settings, run_program
 from experiments.record import command_without_folders
 from tim4rec_jax.config import EvalConfig
 from tim4rec_jax.data.splits import describe, split_log

@@ -10,7 +10,7 @@ from typing import Any
 
 from rich.table import Table
 
-from experiments.command_line import OptionParser, parse_settings
+from experiments.cli import OptionParser, parse_settings
 from experiments.configs import load_config
 from experiments.record import command_without_folders, settings_without_folders
 from tim4rec_jax.config import DataConfig, EvalConfig, ExperimentConfig

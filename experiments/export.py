@@ -22,7 +22,7 @@ from typing import Literal
 from rich.console import Console
 from rich.table import Table
 
-from experiments.command_line import parse_settings, run_program
+from experiments.cli import parse_settings, run_program
 from tim4rec_jax.serving.export import export_model
 from tim4rec_jax.serving.recommender import Recommender
 

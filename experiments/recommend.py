@@ -27,7 +27,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from experiments.command_line import parse_settings, run_program
+from experiments.cli import parse_settings, run_program
 from experiments.configs import config_names, load_config
 from tim4rec_jax.checks import listed, shortened, shown
 from tim4rec_jax.files import replacing

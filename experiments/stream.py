@@ -34,7 +34,7 @@ import signal
 import sys
 from collections.abc import Iterator, Sequence
 
-from experiments.command_line import parse_settings, run_program
+from experiments.cli import parse_settings, run_program
 from experiments.stream_lines import parsed
 from experiments.stream_session import Arguments, Session, Stopped, Stopping, open_table, stopping
 from tim4rec_jax.checks import require

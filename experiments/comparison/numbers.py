@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from experiments.comparison_plan import Plan
-from experiments.published import PUBLISHED
-from experiments.record import command_without_folders, settings_without_folders, without_folders
-from experiments.run_queue import is_finished
+from experiments.cli import command_without_folders, settings_without_folders, without_folders
+from experiments.comparison.plan import Plan
+from experiments.comparison.published import PUBLISHED
+from experiments.runs import is_finished
 from tim4rec_jax.data.examples import Examples
 from tim4rec_jax.data.interactions import InteractionLog
 from tim4rec_jax.data.splits import Split, describe, split_log
