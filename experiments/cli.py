@@ -346,19 +346,24 @@ def write_json(path: pathlib.Path, record: Any) -> None:
 
 
 def table(
-    header: Sequence[str], rows: Iterable[Sequence[str]], *, title: str = "", caption: str = "", left: int = 1
+    header: Sequence[str],
+    rows: Iterable[Sequence[str]],
+    *,
+    title: str = "",
+    caption: str = "",
+    left: Sequence[int] = (0,),
 ) -> Table:
-    """Returns a table for the terminal; the first `left` columns are aligned to the left, the others to the right."""
+    """Returns a table for the terminal; the columns `left` are aligned to the left and may fold."""
     shown = Table(title=Text(title) if title else None, caption=Text(caption) if caption else None)
     for place, name in enumerate(header):
-        shown.add_column(name, justify="left" if place < left else "right", overflow="fold")
+        shown.add_column(name, justify="left" if place in left else "right", overflow="fold")
     for row in rows:
         shown.add_row(*map(Text, row))
     return shown
 
 
 def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]], *, left: int = 1) -> list[str]:
-    """Returns the lines of a Markdown table and an empty one; columns are aligned as those of `table`."""
+    """Returns the lines of a Markdown table and an empty one; the first `left` columns are aligned to the left."""
     rule = ["---"] * left + ["---:"] * (len(header) - left)
     shown = [[cell.replace("|", "\\|") for cell in row] for row in (header, rule, *rows)]
     return [f"| {' | '.join(cells)} |" for cells in shown] + [""]

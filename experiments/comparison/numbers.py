@@ -14,10 +14,10 @@ from experiments.comparison.published import PUBLISHED
 from experiments.runs import is_finished
 from tim4rec_jax.data.examples import Examples
 from tim4rec_jax.data.interactions import InteractionLog
-from tim4rec_jax.data.splits import Split, describe, split_log
+from tim4rec_jax.data.splits import Split, split_log
 from tim4rec_jax.evaluation.baselines import baseline_ranks
 from tim4rec_jax.evaluation.metrics import hit, mrr, ndcg, summarise
-from tim4rec_jax.evaluation.seen_targets import describe_seen, measured
+from tim4rec_jax.evaluation.seen_targets import measured
 from tim4rec_jax.evaluation.significance import compare_with_best
 from tim4rec_jax.run_dir import read_environment, read_results, read_test_ranks
 from tim4rec_jax.serving.stored_run import load_log
@@ -162,8 +162,7 @@ def collect(plan: Plan, note: str) -> dict[str, Any]:
             "name": data.name, "users": log.num_users, "items": log.num_items, "rows": log.num_rows,
             "fingerprint": log.fingerprint,
         },
-        "protocol": f"full ranking of the test part, {describe(data)}, seen items "
-        + describe_seen(evaluation, part.report().get("seen_target_share")),
+        "protocol": part.protocol(next(iter(plan.configs.values()))),
         **part.report(),
         "metric": plan.metric,
         "seeds": list(plan.seeds),

@@ -10,9 +10,9 @@ from experiments.benchmarks import catalogue, gpu, serving, train_step
 from experiments.cli import parse_settings, run_program
 from experiments.comparison.plan import parse as parse_comparison
 from experiments.comparison.plan import parse_rows
-from experiments.stream_session import Arguments as StreamArguments
 from tests.serving.tiny_run import make_config, make_log
 from tim4rec_jax.run_dir import create_run
+from tim4rec_jax.serving.event_stream import StreamOptions
 
 GRID = ("--grid", "train.epochs=1,2")
 FILES = ("--checkpoint=a.pth", "--settings=a.yaml", "--output=out")
@@ -33,14 +33,14 @@ FLAGS = {
         lambda parsed: parsed.full_history,
     ),
     "stream": (
-        lambda argv: parse_settings(StreamArguments, argv), ("--run=r",), "--warm", lambda parsed: parsed.warm
+        lambda argv: parse_settings(StreamOptions, argv), ("--run=r",), "--warm", lambda parsed: parsed.warm
     ),
     "stream, on by default": (
-        lambda argv: parse_settings(StreamArguments, argv), ("--run=r",), "--keep_items",
+        lambda argv: parse_settings(StreamOptions, argv), ("--run=r",), "--keep_items",
         lambda parsed: parsed.keep_items,
     ),
     "stream, another log": (
-        lambda argv: parse_settings(StreamArguments, argv), ("--run=r",), "--new_log", lambda parsed: parsed.new_log
+        lambda argv: parse_settings(StreamOptions, argv), ("--run=r",), "--new_log", lambda parsed: parsed.new_log
     ),
     "convert": (convert.parse, FILES, "--eval.exclude_seen", lambda parsed: parsed[0].eval.exclude_seen),
     "compare": (
