@@ -29,7 +29,7 @@ from typing import Any, Literal
 import numpy as np
 from rich.console import Console
 
-from experiments import cli
+from experiments import cli, train
 from experiments.configs import config_names, load_config
 from experiments.runs import (
     FREE,
@@ -55,7 +55,6 @@ WHY_ONE_TEST = (
     "would fit the settings to the test part, and the number shown would no longer measure unseen data."
 )
 STOPPED = "stopped; the same command goes on from here"
-_PARTS = {"model": ModelConfig, "train": TrainConfig}
 
 
 @dataclass(frozen=True)
@@ -119,14 +118,12 @@ class Plan:
     def run_folder(self, number: int, seed: int) -> pathlib.Path:
         return self.trial_folder(number) / f"seed_{seed}"
 
-    def config(self, values: Mapping[str, Any], seed: int) -> ExperimentConfig:
-        """Returns the settings of one training; raises ValueError where they refuse the values."""
-        parts: dict[str, dict[str, Any]] = {"model": {}, "train": {"seed": seed}}
-        for path, value in values.items():
-            part, _, name = path.partition(".")
-            parts[part][name] = value
-        changed = {part: dataclasses.replace(getattr(self.base, part), **new) for part, new in parts.items()}
-        return dataclasses.replace(self.base, **changed)
+    def options(self, values: Mapping[str, Any], seed: int) -> tuple[str, ...]:
+        """Returns the options of one training; raises ValueError where the settings refuse the values."""
+        varied = {**values, "train.seed": seed}.items()
+        given = *options(self.base, self.name), *(f"--{path}={value}" for path, value in varied)
+        train.parse(given)
+        return given
 
 
 @dataclass(frozen=True)
@@ -182,7 +179,9 @@ def _read_terms(option: str, terms: Sequence[str], base: ExperimentConfig) -> di
     Raises:
       ValueError: for a setting that is unknown (the nearest are shown) or cannot be varied, or values that are none.
     """
-    known = [path for path in flat(base.to_dict()) if path.partition(".")[0] in _PARTS]
+    parts = {"model": base.model, "train": base.train}
+    hints = {f"{part}.{n}": hint for part, of in parts.items() for n, hint in typing.get_type_hints(type(of)).items()}
+    known = [path for path in flat(base.to_dict()) if path in hints]
     refused = {
         "train.seed": "seeds are given by --seeds, and a trial is their mean",
         "model.vocab_size": "the data decide it",
@@ -196,16 +195,14 @@ def _read_terms(option: str, terms: Sequence[str], base: ExperimentConfig) -> di
         require(path not in refused, f"--{option} {path}: {refused.get(path)}")
         require(path not in found, f"--{option} {path} is there twice; give all its values at once")
         try:
-            found[path] = _distribution(option, path, text)
+            found[path] = _distribution(option, path, text, hints[path])
         except ValueError as error:
             raise ValueError(f"--{option} {path}={text}: {error}") from None
     return found
 
 
-def _distribution(option: str, path: str, text: str) -> Any:
+def _distribution(option: str, path: str, text: str, hint: Any) -> Any:
     distributions = _optuna().distributions
-    part, _, name = path.partition(".")
-    hint = typing.get_type_hints(_PARTS[part])[name]
     if option == "space" and ":" in text:
         *words, low, high = text.split(":")
         whole = hint in (int, int | None)
@@ -278,7 +275,11 @@ def open_study(plan: Plan, fingerprint: str) -> Any:
     asked = json.loads(json.dumps(asked))
     begun = any(plan.folder.glob("trial_*"))
     plan.folder.mkdir(parents=True, exist_ok=True)
-    backend = optuna.storages.journal.JournalFileBackend(str(plan.folder / JOURNAL))
+    journal = plan.folder / JOURNAL
+    if journal.exists() and not (written := journal.read_bytes()).endswith(b"\n"):
+        # Optuna goes on in the middle of a line that was cut short, and cannot read it again.
+        write_atomically(journal, written[: written.rfind(b"\n") + 1])
+    backend = optuna.storages.journal.JournalFileBackend(str(journal))
     study = optuna.create_study(
         storage=optuna.storages.JournalStorage(backend), study_name="sweep", direction="maximize", load_if_exists=True
     )
@@ -359,7 +360,7 @@ def run_trial(plan: Plan, number: int, values: Mapping[str, Any], console: Conso
         if error is not None or is_finished(folder):
             continue
         try:
-            job = Job(f"{label}, seed {seed}", folder, options(plan.config(values, seed), plan.name))
+            job = Job(f"{label}, seed {seed}", folder, plan.options(values, seed))
         except ValueError as refusal:
             error = f"the settings are refused: {refusal}"
             continue

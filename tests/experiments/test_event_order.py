@@ -153,7 +153,7 @@ def test_a_sweep_records_the_order_it_came_to(data, tmp_path, monkeypatch):
     seen = []
 
     def trials(plan, study, console):
-        seen.append(options(plan.config({"train.learning_rate": 0.1}, 2020), plan.name))
+        seen.append(plan.options({"train.learning_rate": 0.1}, 2020))
         yield sweep.Trial(0, {"train.learning_rate": 0.1}, error="not trained here")
 
     monkeypatch.setattr(sweep, "run_trials", trials)

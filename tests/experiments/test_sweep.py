@@ -255,3 +255,28 @@ def test_without_optuna(tmp_path, capsys, monkeypatch, trained):
     for argv in ([*SPACE, "--trials=2"], GRID):
         code, _, err = _main(capsys, tmp_path / "s", *argv)
         assert code == 2 and "pip install optuna" in err and err.count("\n") == 1 and not (tmp_path / "s").exists()
+
+
+def test_a_kill_while_the_journal_was_written_loses_at_most_that_trial(tmp_path, capsys, trained):
+    assert _main(capsys, tmp_path / "s", *SPACE, "--trials=3")[0] == 0
+    values = _values(tmp_path / "s")
+    journal = tmp_path / "s" / sweep.JOURNAL
+    lines = journal.read_bytes().splitlines(keepends=True)
+    asked = [i for i, line in enumerate(lines) if b"distribution" in line and b'"trial_id":2,' in line]
+    journal.write_bytes(b"".join(lines[: asked[1]]) + lines[asked[1]][:9])
+    code, out, err = _main(capsys, tmp_path / "s", *SPACE, "--trials=4")
+    assert code == 0, err
+    again = json.loads((tmp_path / "s" / "sweep.json").read_text())["trials"]
+    errors = {trial["number"]: trial["error"] for trial in again if trial["error"]}
+    assert errors == {2: "interrupted before its values were drawn"} and len(again) == 4
+    assert _values(tmp_path / "s")[:2] == values[:2]
+
+
+def test_a_random_search_and_trials_without_a_journal(tmp_path, capsys, trained):
+    assert _main(capsys, tmp_path / "r", *SPACE, "--trials=3", "--sampler=random")[0] == 0
+    values = _values(tmp_path / "r")
+    assert _main(capsys, tmp_path / "again", *SPACE, "--trials=3", "--sampler=random")[0] == 0
+    assert _values(tmp_path / "again") == values and len({str(value) for value in values}) == 3
+    (tmp_path / "r" / sweep.JOURNAL).unlink()
+    code, _, err = _main(capsys, tmp_path / "r", *SPACE, "--trials=3", "--sampler=random")
+    assert code == 2 and "has trials and no optuna.journal of them; choose another --folder" in err
