@@ -250,7 +250,7 @@ def parse(argv: Sequence[str]) -> Plan:
     require(given.trials is None or given.trials >= 1, f"--trials={given.trials} must be at least 1")
     space = _read_terms("grid", given.grid, base) | _read_terms("space", given.space, base)
     before, now = flat(file.to_dict()), flat(base.to_dict())
-    if both := [path for path in space if before[path] != now[path]]:
+    if both := [path for path in space if before.get(path, now[path]) != now[path]]:
         raise ValueError(f"--{both[0]} is given and varied; give it once")
     trials = given.trials or math.prod(len(values.choices) for values in space.values())
     seeds = parse_seeds(given.seeds, base.train.seed)
