@@ -6,7 +6,6 @@ Each is trained in a process of its own, a few at a time; they are stopped toget
 import contextlib
 import os
 import pathlib
-import signal
 import subprocess
 import sys
 import time
@@ -19,6 +18,7 @@ from experiments.configs import load_config
 from tim4rec_jax.config import ExperimentConfig
 from tim4rec_jax.parallel_config import ParallelConfig
 from tim4rec_jax.run_dir import CHANGEABLE_ON_RESUME, METRICS, RESULTS, TEST_RANKS, read_results
+from tim4rec_jax.training.interruption import handled
 from tim4rec_jax.training.logging import read_metrics
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -213,19 +213,6 @@ class _Training:
         return f"{reason or 'it printed nothing'}\n  ({ended}; all it printed: {self.job.output})", False
 
 
-@contextlib.contextmanager
-def _stop_requests() -> Iterator[list[int]]:
-    """Collects Ctrl-C and SIGTERM."""
-    received: list[int] = []
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    previous = {number: signal.signal(number, lambda got, _: received.append(got)) for number in numbers}
-    try:
-        yield received
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-
-
 def train_all(jobs: Sequence[Job], *, at_once: int = 1, report: Callable[[str], None] = print) -> QueueResult:
     """Trains the jobs in order and goes on past one that fails.
 
@@ -241,7 +228,8 @@ def train_all(jobs: Sequence[Job], *, at_once: int = 1, report: Callable[[str], 
     """
     free = processor_shares(at_once)
     waiting, running, failures = list(jobs), [], {}
-    with _stop_requests() as requests:
+    requests: list[int] = []
+    with handled(requests.append):
         try:
             while running or (waiting and not requests):
                 while waiting and free and not requests:

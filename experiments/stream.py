@@ -34,14 +34,15 @@ from experiments.cli import note, parse_settings, program
 from tim4rec_jax.checks import require
 from tim4rec_jax.serving.event_stream import (
     Stopped,
+    Stopping,
     StreamOptions,
     journal_of,
     open_reader,
     opened,
-    stopping,
     take_rest,
 )
 from tim4rec_jax.serving.user_table import LAST_SECOND
+from tim4rec_jax.training.interruption import handled
 
 
 def check(options: StreamOptions) -> StreamOptions:
@@ -85,7 +86,8 @@ def run(options: StreamOptions) -> int:
       OSError: a file cannot be written; it is named, and the same command goes on where there is room again.
     """
     options = check(options)
-    with stopping() as asked, opened(options) as (source, session):
+    asked = Stopping()
+    with handled(asked.take), opened(options) as (source, session):
         if options.events == "-" and options.state is not None:
             count = session.lines.lines
             note(f"{options.state} holds {count:,} lines; give those from line {count + 1:,} on")
