@@ -32,8 +32,7 @@ from collections.abc import Sequence
 from rich.console import Console
 
 from experiments.benchmarks import catalogue, data, gpu, memory, operator_speed, serving, stream_kills, train_step
-from experiments.command_line import OptionParser, run_program
-from experiments.record import command_without_folders
+from experiments.cli import OptionParser, command_without_folders, run_program
 from tim4rec_jax.files import write_atomically
 
 BENCHMARKS = {

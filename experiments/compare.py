@@ -12,17 +12,14 @@ Writes <output>.md, <output>.json and <output>.png. Exit codes: 0 done, 2 an err
 stopped by Ctrl-C and 0 by SIGTERM with the state saved.
 """
 
-from collections.abc import Sequence
-
 from rich.console import Console
 
-from experiments.command_line import run_program
-from experiments.comparison_numbers import collect
-from experiments.comparison_plan import Plan, options, parse, require_same_settings
-from experiments.comparison_report import write_report
-from experiments.comparison_rows import is_asked_for, parse_rows
+from experiments.cli import has_option, program
+from experiments.comparison.numbers import collect
+from experiments.comparison.plan import Plan, parse, parse_rows, require_same_settings
+from experiments.comparison.report import write_report
 from experiments.family import file_name
-from experiments.run_queue import Job, is_finished, processor_shares, train_all
+from experiments.runs import Job, is_finished, options, processor_shares, train_all
 from tim4rec_jax.data.interactions import load_log
 from tim4rec_jax.training.interruption import exit_code
 
@@ -55,9 +52,10 @@ def show_report(plan: Plan, note: str, console: Console) -> None:
     console.print(f"written: {', '.join(map(str, written))}", soft_wrap=True)
 
 
-def program(argv: list[str]) -> int:
-    """The program behind `main`."""
-    if is_asked_for(argv):
+@program
+def main(argv: list[str]) -> int:
+    """Trains what is missing and compares, or compares run folders."""
+    if has_option(argv, "--rows"):
         of_rows, plan = parse_rows(argv)
         show_report(plan, of_rows.note, Console())
         return 0
@@ -81,11 +79,6 @@ def program(argv: list[str]) -> int:
     if failures:
         raise ValueError("trainings failed:\n" + "\n".join(f"{label}: {error}" for label, error in failures.items()))
     return 0
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """The program; returns its exit code."""
-    return run_program(program, argv)
 
 
 if __name__ == "__main__":

@@ -17,72 +17,19 @@ was trained on.
 Writing a checkpoint needs PyTorch: pip install torch
 """
 
-import dataclasses
-import hashlib
-import json
-import os
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-import yaml
 from rich.console import Console
 
-from experiments.command_line import OptionParser, parse_settings, run_program
+from experiments.cli import parse_settings, peek, program
 from experiments.configs import load_config
-from experiments.item_ids_file import as_csv, beside, digest, find_item_ids, rows_of_log
-from experiments.settings_file import read_settings
-from experiments.torch_checkpoint_file import StateDict, read_state_dict, recognise, write_state_dict
-from tim4rec_jax.checks import listed, require, shortened, shown
-from tim4rec_jax.config import DataConfig, EvalConfig, ExperimentConfig, ModelConfig, TrainConfig
-from tim4rec_jax.data.interactions import InteractionLog, load_log, with_precision
-from tim4rec_jax.files import locked, remove_leftovers, replacing_folder, write_atomically
-from tim4rec_jax.interop.settings import (
-    UPSTREAM_NAMES,
-    config_from_upstream,
-    models_described_by,
-    settings_beside_the_model,
-    upstream_from_config,
-)
-from tim4rec_jax.interop.torch_checkpoint import params_from_torch, params_to_torch
-from tim4rec_jax.run_dir import CHECKPOINTS, ENVIRONMENT, create_run, read_config, read_environment, read_items
-from tim4rec_jax.serving.stored_run import load_model
-from tim4rec_jax.training.checkpoint import Checkpointer
-from tim4rec_jax.training.loop import Position
-from tim4rec_jax.training.step import TrainState, make_optimizer
-
-_TABLE = "item_embedding.weight"
-# Settings of speed and of training.
-_SAME_SCORES = {
-    "dtype", "chunk_size", "ssd_implementation", "conv_implementation", "scan_implementation", "kaiming_init",
-    "dropout", "time_dropout", "attention_dropout",
-}  # fmt: skip
-# Settings that a model does not read; those of the time branch come on top.
-_OF_ATTENTION = {"attention_heads", "inner_size", "time_span"}
-_OF_MIXERS = {"d_state", "d_conv", "expand", "head_dim", "use_ffn"}
-_UNREAD = {
-    "tim4rec": _OF_ATTENTION,
-    "mamba4rec": _OF_ATTENTION | {"head_dim", "use_time"},
-    "echomamba4rec": _OF_ATTENTION | {"head_dim", "use_time", "use_ffn"},
-    "sasrec": _OF_MIXERS | {"use_time", "time_span"},
-    "tisasrec": _OF_MIXERS,
-}
-
+from tim4rec_jax.config import DataConfig, EvalConfig, ExperimentConfig, TrainConfig
+from tim4rec_jax.interop.conversion import checkpoint_from_run, run_from_checkpoint
 
 # What describes a checkpoint to read.
 _OF_CHECKPOINTS = ("checkpoint", "settings", "model", "item_ids")
-_BOUNDED = (
-    "d_model", "d_state", "d_conv", "expand", "head_dim", "chunk_size", "attention_heads", "inner_size", "time_span",
-    "max_len",
-)  # fmt: skip
-# Of a file's name, in bytes: those beside it end in ".item_ids.csv", and file systems take 255.
-_LONGEST_NAME = 240
-# Largest setting that no tensor of a checkpoint bounds.
-_LARGEST_SIZE = 2**20
 
 
 @dataclass(frozen=True)
@@ -120,9 +67,7 @@ def parse(argv: Sequence[str]) -> tuple[Arguments, ExperimentConfig | None]:
     Raises:
       ValueError: for an unknown experiment or option, or options that do not go together.
     """
-    finder = OptionParser(add_help=False)
-    finder.add_argument("--config")
-    name = finder.parse_known_args(argv)[0].config
+    name = peek(argv, "--config")
     base = None if name is None else load_config(name)
     start = base or ExperimentConfig("converted", data=DataConfig(name="custom"))
     default = Arguments(start.data, start.train, start.eval, config=name)
@@ -137,272 +82,25 @@ def parse(argv: Sequence[str]) -> tuple[Arguments, ExperimentConfig | None]:
     return arguments, base
 
 
-def _looks_like(path: pathlib.Path, state: Mapping[str, np.ndarray]) -> str:
-    found = recognise(state)
-    if found is None:
-        raise ValueError(
-            f"{shortened(str(path), 60)} looks like none of {', '.join(UPSTREAM_NAMES)}; its parameters: "
-            f"{listed(list(state), 100, ', ')}"
-        )
-    return found
-
-
-def _named_model(arguments: Arguments, settings: Mapping[str, Any], found: str) -> str:
-    """Decides which program the settings are of: what is said goes before what the checkpoint looks like."""
-    said = arguments.model or settings.get("model")
-    if said is not None:
-        require(isinstance(said, str), f"model={shown(said)} in {arguments.settings} is no name of a model")
-        return next((name for name in UPSTREAM_NAMES if name.lower() == said.lower()), said)
-    described = models_described_by(settings)
-    if found not in described and described:
-        raise ValueError(
-            f"{arguments.checkpoint} looks like {found}, but the settings of {arguments.settings} are those of "
-            f"{' or '.join(described)}; give the settings that belong to the checkpoint"
-        )
-    # The TiM4Rec authors' program with time off has the parameters of SSD4Rec.
-    return "TiM4Rec" if found == "SSD4Rec" and "is_time" in settings else found
-
-
-def _require_plausible(config: ModelConfig, state: Mapping[str, np.ndarray]) -> None:
-    """Refuses sizes that a checkpoint cannot have, before anything is built of them."""
-    table = state.get(_TABLE)
-    require(
-        table is not None and table.ndim == 2 and len(table) > 1, f"the checkpoint has no table of items ({_TABLE})"
-    )
-    if config.vocab_size not in (0, len(table)):
-        raise ValueError(
-            f"shape of {_TABLE}: {table.shape}, but n_items={shown(config.vocab_size)} in the settings; give the "
-            "settings that belong to the checkpoint"
-        )
-    require(config.num_layers <= len(state), f"{config.num_layers} layers, but {len(state)} tensors in the checkpoint")
-    held = sum(array.size for array in state.values())
-    sizes = {name: getattr(config, name) for name in _BOUNDED} | {"expand * d_model": config.expand * config.d_model}
-    for name, size in sizes.items():
-        most = _LARGEST_SIZE if name in ("chunk_size", "max_len") else min(held, _LARGEST_SIZE)
-        require(size <= most, f"{name}={shown(size)} must be at most {most:,} for a checkpoint of {held:,} numbers")
-
-
-def read_model(arguments: Arguments, console: Console) -> tuple[ModelConfig, dict[str, Any], StateDict]:
-    """Reads settings and parameters and says what was read.
-
-    Raises:
-      FileNotFoundError, ValueError: for files that cannot be read, or do not fit each other.
-    """
-    settings, stored = read_settings(arguments.settings), read_state_dict(arguments.checkpoint)
-    state = stored.arrays
-    found = _looks_like(arguments.checkpoint, state)
-    name = _named_model(arguments, settings, found)
-    beside = settings_beside_the_model(name, settings)
-    config = config_from_upstream(name, settings)
-    expected = upstream_from_config(config)[0]
-    if found != expected:
-        off = " with time off" if name != expected else ""
-        raise ValueError(
-            f"{arguments.checkpoint} looks like {found}, not {name}{off}; give the settings that belong to the "
-            "checkpoint"
-        )
-    _require_plausible(config, state)
-    params = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params_from_torch(config, state))
-    if config.vocab_size == 0:
-        config = dataclasses.replace(config, vocab_size=state[_TABLE].shape[0])
-    used = params_to_torch(config, params)
-    lines = [
-        f"{arguments.checkpoint}: {name}, {sum(a.size for a in used.values()):,} parameters in {len(used)} tensors, "
-        f"{config.vocab_size - 1:,} items",
-        *stored.notes,
-    ]
-    if unused := [key for key in state if key not in used]:
-        count = sum(state[key].size for key in unused)
-        lines.append(f"passed over: {count:,} parameters in {len(unused)} tensors that {name} stores and never uses")
-    if rounded := [key for key in used if state[key].dtype != used[key].dtype]:
-        lines.append(f"rounded to float32: {len(rounded)} tensors stored as float64")
-    if beside:
-        lines.append(f"{arguments.settings}: not about the model, ignored: {', '.join(beside)}")
-    console.print("\n".join(lines), soft_wrap=True, markup=False, highlight=False)
-    return config, params, stored
-
-
-def require_same_items(config: ModelConfig, log: InteractionLog) -> None:
-    """Refuses a log with another number of items than the model has rows.
-
-    Raises:
-      ValueError: quoting both.
-    """
-    if config.vocab_size != log.num_items + 1:
-        raise ValueError(
-            f"the checkpoint has vocab_size={config.vocab_size} ({config.vocab_size - 1} items and padding), the "
-            f"cleaned log has {log.num_items} items, so vocab_size={log.num_items + 1}; give the log that the model "
-            "was trained on (--data.path), cleaned as there (--data.k_core)"
-        )
-
-
-def make_run(
-    output: pathlib.Path, config: ExperimentConfig, params: Any, log: InteractionLog, source: Mapping[str, str]
-) -> None:
-    """Writes a run folder whose training has not begun and whose best parameters are the given ones.
-
-    Args:
-      output: folder that is not there; comes into being whole, or not at all.
-      config: settings with `model.vocab_size` filled in.
-      params: parameter tree.
-      log: the cleaned log.
-      source: what environment.json says of the origin, under "converted_from".
-    """
-    key = jax.random.key_data(jax.random.key(config.train.seed, impl="threefry2x32"))
-    moments = make_optimizer(config.train, total_steps=1).init(params)
-    state = TrainState(jnp.zeros((), jnp.int32), params, moments, key)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with locked(output):
-        _require_absent(output)
-        with replacing_folder(output) as unfinished:
-            create_run(unfinished, config, log)
-            environment = read_environment(unfinished) | {"converted_from": dict(source)}
-            write_atomically(unfinished / ENVIRONMENT, (json.dumps(environment, indent=2) + "\n").encode())
-            with Checkpointer(unfinished / CHECKPOINTS) as checkpoints:
-                checkpoints.save_best(0, params, {"converted_from": dict(source)})
-                checkpoints.save_latest(0, state, Position().to_dict())
-
-
-def _require_absent(output: pathlib.Path) -> None:
-    name = output.name.encode(errors="surrogateescape")
-    require(
-        len(name) <= _LONGEST_NAME, f"--output has a name of {len(name)} bytes; at most {_LONGEST_NAME} can be used"
-    )
-    if os.path.lexists(output):
-        raise FileExistsError(f"{output} is there already; choose another --output, or remove it")
-
-
-def from_checkpoint(arguments: Arguments, base: ExperimentConfig | None, console: Console) -> None:
-    """Makes the run folder.
-
-    Raises:
-      FileExistsError: the folder is there already.
-      FileNotFoundError, ValueError: for files that cannot be read, or do not fit each other or the log.
-    """
-    _require_absent(arguments.output)
-    model, params, stored = read_model(arguments, console)
-    if base is not None and base.model.name != model.name:
-        raise ValueError(
-            f"--config={base.name} is an experiment with {base.model.name}, the checkpoint is a {model.name}; name one "
-            "on the same data with that model"
-        )
-    found = find_item_ids(arguments.checkpoint, arguments.item_ids, model.vocab_size - 1, stored.items_digest)
-    log = load_log(arguments.data)
-    data = with_precision(arguments.data, log)
-    with arguments.checkpoint.open("rb") as stream:
-        sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
-    source = {"checkpoint": arguments.checkpoint.name, "sha256": sha256, "settings": arguments.settings.name}
-    if found is None:
-        require_same_items(model, log)
-        identity = (
-            f"{arguments.checkpoint.name} does not say which items its rows are: row i of the item table is taken to "
-            "be the i-th item by first appearance in the cleaned log; --item_ids names them"
-        )
-    else:
-        file, ids = found
-        table = params["item_embedding"]["embedding"]
-        # The run's items are numbered as the log is, so that training on it and loading it anew agree.
-        rows = rows_of_log(ids, log)
-        params = params | {"item_embedding": {"embedding": table[np.concatenate([[0], rows])]}}
-        source |= {"item_ids": file.name, "item_ids_sha256": digest(ids)}
-        identity = f"items: {len(ids):,} raw ids of {file.name}, found in the log"
-    config = ExperimentConfig(arguments.output.name, model, data, arguments.train, arguments.eval)
-    make_run(arguments.output, config, params, log, source)
-    console.print(
-        f"run folder: {arguments.output}; {identity}\n{_said_of_order(data)}"
-        f"now: python -m experiments.evaluate --run={arguments.output}",
-        soft_wrap=True, markup=False, highlight=False,
-    )  # fmt: skip
-
-
-def _said_of_order(data: DataConfig) -> str:
-    if data.timestamp_precision == "float32":
-        return ""
-    return (
-        "events are ordered by exact seconds; the original programs order them by float32 seconds, and may have tested "
-        "on other events: --data.timestamp_precision=float32 does as they do\n"
-    )
-
-
-def _item_ids_of(run: pathlib.Path, count: int) -> list[str]:
-    items = read_items(run).sort("index")
-    if items["index"].to_list() != list(range(1, count + 1)) or items["item_id"].n_unique() != count:
-        raise ValueError(f"{run} does not say one id for each of its {count} items (item_ids.parquet); train it anew")
-    return items["item_id"].to_list()
-
-
-def _write_or_find(file: pathlib.Path, content: bytes) -> None:
-    """Writes a file; one that a convert stopped before its checkpoint was written left with this content may stay."""
-    remove_leftovers(file)
-    if not os.path.lexists(file):
-        write_atomically(file, content)
-    elif not file.is_file() or file.stat().st_size != len(content) or file.read_bytes() != content:
-        raise FileExistsError(f"{file} is there already, with other content; choose another --output, or remove it")
-
-
-def to_checkpoint(run: pathlib.Path, output: pathlib.Path, console: Console) -> None:
-    """Writes a run's best parameters as a state dict, and its settings and the raw ids of its items beside it.
-
-    The checkpoint appears last: without it the other two mean nothing, and with it all three are there.
-
-    Raises:
-      FileNotFoundError, ValueError, CheckpointError: the run cannot be read, or no original program has its model.
-      FileExistsError: one of the three files is there already.
-    """
-    yaml_file, ids_file = output.with_suffix(".yaml"), beside(output)
-    require(
-        output not in (yaml_file, ids_file), f"--output={output.name} is the name of a file beside it; end it in .pth"
-    )
-    _require_absent(output)
-    if not os.path.isdir(run):
-        raise FileNotFoundError(f"there is no run folder {shortened(str(run), 120)}")
-    name, settings = upstream_from_config(read_config(run).model)
-    stored = load_model(run)
-    ids = _item_ids_of(run, stored.config.model.vocab_size - 1)
-    arrays = params_to_torch(stored.config.model, stored.params)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with locked(output):
-        _require_absent(output)
-        _write_or_find(ids_file, as_csv(ids))
-        _write_or_find(yaml_file, yaml.safe_dump({"model": name, **settings}, sort_keys=False).encode())
-        write_state_dict(output, arrays, digest(ids))
-    console.print(
-        f"{output}, {yaml_file.name}, {ids_file.name}: {name}, {len(arrays)} tensors, {len(ids):,} item ids",
-        soft_wrap=True, markup=False, highlight=False,
-    )  # fmt: skip
-    if lost := _not_expressible(stored.config.model, config_from_upstream(name, settings)):
-        console.print(
-            f"warning: {name} has no setting for {', '.join(lost)}; its scores will differ from this run's",
-            soft_wrap=True, markup=False,
-        )  # fmt: skip
-
-
-def _not_expressible(ours: ModelConfig, back: ModelConfig) -> list[str]:
-    """Settings that change scores and that the original program does not read."""
-    names = [field.name for field in dataclasses.fields(ModelConfig) if field.name not in _SAME_SCORES]
-    lost = [name for name in names if getattr(ours, name) != getattr(back, name)]
-    timed = ours.name == "tim4rec" and ours.use_time
-    return [f"{name}={getattr(ours, name)}" for name in lost if name not in _UNREAD[ours.name] | _unread_time(timed)]
-
-
-def _unread_time(timed: bool) -> set[str]:
-    return set() if timed else {"time_gate_per_position", "mask_padded_time", "log_time", "time_mode"}
-
-
-def program(argv: list[str]) -> int:
-    """The program behind `main`."""
+@program
+def main(argv: list[str]) -> int:
+    """Converts in the direction that is asked for."""
     arguments, base = parse(argv)
     console = Console()
+
+    def report(line: str) -> None:
+        console.print(line, soft_wrap=True, markup=False, highlight=False)
+
+    output = arguments.output
     if arguments.run is not None:
-        to_checkpoint(arguments.run, arguments.output, console)
-    else:
-        from_checkpoint(arguments, base, console)
+        checkpoint_from_run(arguments.run, output, report=report)
+        return 0
+    start = base or ExperimentConfig("converted")
+    experiment = ExperimentConfig(start.name, start.model, arguments.data, arguments.train, arguments.eval)
+    named = {name: getattr(arguments, name) for name in _OF_CHECKPOINTS}
+    run_from_checkpoint(output, experiment, **named, same_model=base is not None, report=report)
+    report(f"now: python -m experiments.evaluate --run={output}")
     return 0
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """The program; returns its exit code."""
-    return run_program(program, argv)
 
 
 if __name__ == "__main__":

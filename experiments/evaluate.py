@@ -10,28 +10,19 @@ The numbers of the test part equal those that training printed at its end (resul
 """
 
 import dataclasses
-import json
 import pathlib
 import sys
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import tyro
 from rich.console import Console
-from rich.table import Table
 
-from experiments import evaluate_baselines
-from experiments.command_line import OptionParser, parse_settings, run_program
-from experiments.record import command_without_folders
+from experiments import cli, evaluate_baselines
 from tim4rec_jax.config import EvalConfig
-from tim4rec_jax.data.splits import describe, split_log
-from tim4rec_jax.evaluation.full_sort import EvaluationResult, evaluate
 from tim4rec_jax.evaluation.metrics import standard_errors
-from tim4rec_jax.evaluation.seen_targets import describe_seen
-from tim4rec_jax.files import write_atomically
 from tim4rec_jax.run_dir import environment, read_config, read_environment, read_results, require_no_run_file
-from tim4rec_jax.serving.stored_run import load_log, load_model
+from tim4rec_jax.serving.stored_run import evaluate_run
 
 
 @dataclass(frozen=True)
@@ -71,27 +62,22 @@ class Arguments:
     output: pathlib.Path | None = None
 
 
-def parse(argv: Sequence[str]) -> Arguments:
+def parse(argv: list[str]) -> Arguments:
     """Reads the command line; the run's own settings are the defaults.
 
     Raises:
       FileNotFoundError, ValueError: the folder is no run that this program reads.
     """
-    finder = OptionParser(add_help=False)
-    finder.add_argument("--run", type=pathlib.Path)
-    run = finder.parse_known_args(argv)[0].run
-    stored = EvalConfig() if run is None else read_config(run).eval
-    options = EvalOptions(
-        stored.batch_size, tuple(stored.top_k), stored.exclude_seen, stored.seen_targets, stored.max_len
-    )
-    default = Arguments(run=tyro.MISSING if run is None else run, eval=options)
-    return parse_settings(Arguments, argv, default, prog="experiments.evaluate")
+    run = cli.peek(argv, "--run")
+    stored = EvalConfig() if run is None else read_config(pathlib.Path(run)).eval
+    options = EvalOptions(**{field.name: getattr(stored, field.name) for field in dataclasses.fields(EvalOptions)})
+    default = Arguments(tyro.MISSING if run is None else pathlib.Path(run), options)
+    return cli.parse_settings(Arguments, argv, default, prog="experiments.evaluate")
 
 
-def recorded_metrics(arguments: Arguments) -> Mapping[str, float]:
+def recorded_metrics(arguments: Arguments) -> dict[str, float]:
     """The numbers training wrote for the same measurement; empty where there are none to compare with."""
-    stored = read_config(arguments.run).eval
-    asked = arguments.eval
+    stored, asked = read_config(arguments.run).eval, arguments.eval
     names = ("exclude_seen", "seen_targets", "max_len")
     if arguments.split != "test" or any(getattr(asked, name) != getattr(stored, name) for name in names):
         return {}
@@ -101,84 +87,47 @@ def recorded_metrics(arguments: Arguments) -> Mapping[str, float]:
         return {}
 
 
-def report(arguments: Arguments, result: EvaluationResult, recorded: Mapping[str, float]) -> Table:
-    """The metrics with their standard errors, beside what training recorded."""
-    seen = describe_seen(arguments.eval, result.measured.report().get("seen_target_share"))
-    data = read_config(arguments.run).data
-    temporal = data.split == "temporal"
-    protocol = f"{describe(data)}, " if temporal else ""
-    unit = "targets" if temporal and data.temporal_targets == "all" else "users"
-    table = Table(
-        title=f"{arguments.run} · {arguments.split} · {len(result.ranks):,} {unit} · {result.seconds:.1f} s",
-        caption=f"{protocol}full ranking, padding excluded, items already seen {seen}; "
-        "ties are read in the target's favour",
-    )
-    table.add_column("metric")
-    table.add_column("value", justify="right")
-    table.add_column("standard error", justify="right")
-    table.add_column("results.json", justify="right")
-    errors = standard_errors(result.ranks, arguments.eval.top_k) if len(result.ranks) > 1 else {}
-    for name, value in result.metrics.items():
-        error = f"{errors[name]:.4f}" if name in errors else "–"
-        table.add_row(name, f"{value:.4f}", error, f"{recorded[name]:.4f}" if name in recorded else "–")
-    return table
-
-
-def run(arguments: Arguments) -> EvaluationResult:
-    """Evaluates as asked.
-
-    Raises:
-      FileNotFoundError, ValueError, CheckpointError: the run cannot be read, or the settings do not fit it.
-      FloatingPointError: the model's scores are not finite.
-    """
-    stored = load_model(arguments.run, report=lambda line: print(line, file=sys.stderr))
-    log = load_log(arguments.run)
-    options = arguments.eval
-    settings = EvalConfig(
-        batch_size=options.batch_size, top_k=options.top_k, monitor=f"ndcg@{options.top_k[0]}",
-        exclude_seen=options.exclude_seen, seen_targets=options.seen_targets, max_len=options.max_len,
-    )  # fmt: skip
-    examples = getattr(split_log(log, stored.config.data), arguments.split)
-    return evaluate(stored.model, stored.params, log, examples, dataclasses.replace(stored.config, eval=settings))
-
-
-def evidence(arguments: Arguments, result: EvaluationResult) -> dict[str, Any]:
-    """What an evaluation is remembered by; folders of the machine are left out."""
+def evidence(arguments: Arguments) -> dict[str, Any]:
+    """What an evaluation is remembered by beside its numbers; folders of the machine are left out."""
     stored, trained = read_config(arguments.run), read_environment(arguments.run)
-    command = command_without_folders(sys.orig_argv)
+    command = cli.command_without_folders(sys.orig_argv)
+    run = {"name": stored.name, "seed": stored.train.seed, "max_len": stored.model.max_len}
     return {
         "environment": environment(trained["data_fingerprint"], command=command),
-        "run": {"name": stored.name, "seed": stored.train.seed, "max_len": stored.model.max_len}
-        | {"git_commit": trained["git_commit"]},
+        "run": run | {"git_commit": trained["git_commit"]},
         "split": arguments.split,
         "eval": dataclasses.asdict(arguments.eval),
-        "users": len(result.ranks),
-        **result.measured.report(),
-        "metrics": result.metrics,
-        "standard_errors": standard_errors(result.ranks, arguments.eval.top_k) if len(result.ranks) > 1 else None,
-        "seconds": result.seconds,
     }
 
 
-def program(argv: list[str]) -> int:
-    """The program behind `main`."""
-    if evaluate_baselines.is_asked_for(argv):
+@cli.program
+def main(argv: list[str]) -> int:
+    """Measures a run, or baselines."""
+    if cli.has_option(argv, "--baselines"):
         Console().print(evaluate_baselines.measure(argv))
         return 0
     arguments = parse(argv)
     if arguments.output is not None:
         require_no_run_file(arguments.output)
-    result = run(arguments)
+    asked, users = arguments.eval, "users"
+    settings = EvalConfig(**dataclasses.asdict(asked), monitor=f"ndcg@{asked.top_k[0]}")
+    result = evaluate_run(arguments.run, settings, split=arguments.split, report=cli.note)
+    errors = standard_errors(result.ranks, asked.top_k) if len(result.ranks) > 1 else None
     if arguments.output is not None:
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(arguments.output, (json.dumps(evidence(arguments, result), indent=1) + "\n").encode())
-    Console().print(report(arguments, result, recorded_metrics(arguments)))
+        numbers = {"metrics": result.metrics, "standard_errors": errors, "seconds": result.seconds}
+        measured = {"users": len(result.ranks), **result.measured.report()}
+        cli.write_json(arguments.output, evidence(arguments) | measured | numbers)
+    config = dataclasses.replace(read_config(arguments.run), eval=settings)
+    if config.data.split == "temporal" and config.data.temporal_targets == "all":
+        users = "targets"
+    recorded = recorded_metrics(arguments)
+    columns = (result.metrics, errors or {}, recorded)
+    rows = [(name, *(f"{of[name]:.4f}" if name in of else "–" for of in columns)) for name in result.metrics]
+    title = f"{arguments.run} · {arguments.split} · {len(result.ranks):,} {users} · {result.seconds:.1f} s"
+    caption = f"{result.measured.protocol(config, arguments.split)}; padding excluded; ties in the target's favour"
+    header = ("metric", "value", "standard error", "results.json")
+    Console().print(cli.table(header, rows, title=title, caption=caption))
     return 0
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """The program; returns its exit code."""
-    return run_program(program, argv)
 
 
 if __name__ == "__main__":

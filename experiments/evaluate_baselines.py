@@ -10,16 +10,22 @@ from typing import Any
 
 from rich.table import Table
 
-from experiments.command_line import OptionParser, parse_settings
+from experiments.cli import (
+    command_without_folders,
+    parse_settings,
+    peek,
+    settings_without_folders,
+    table,
+    write_json,
+)
 from experiments.configs import load_config
-from experiments.record import command_without_folders, settings_without_folders
+from tim4rec_jax.checks import require
 from tim4rec_jax.config import DataConfig, EvalConfig, ExperimentConfig
 from tim4rec_jax.data.interactions import load_log, with_precision
-from tim4rec_jax.data.splits import describe, split_log
+from tim4rec_jax.data.splits import split_log
 from tim4rec_jax.evaluation.baselines import baseline_ranks
 from tim4rec_jax.evaluation.metrics import check_top_k, summarise
-from tim4rec_jax.evaluation.seen_targets import describe_seen, measured
-from tim4rec_jax.files import write_atomically
+from tim4rec_jax.evaluation.seen_targets import measured
 from tim4rec_jax.run_dir import environment
 
 
@@ -41,11 +47,6 @@ class Arguments:
     output: pathlib.Path | None = None
 
 
-def is_asked_for(argv: Sequence[str]) -> bool:
-    """Tells whether a command line measures baselines."""
-    return any(argument.partition("=")[0] == "--baselines" for argument in argv)
-
-
 def _evidence(config: ExperimentConfig) -> dict[str, Any]:
     log = load_log(config.data)
     check_top_k(config.eval.top_k, log.num_items, "eval.top_k")
@@ -57,9 +58,7 @@ def _evidence(config: ExperimentConfig) -> dict[str, Any]:
         "environment": environment(log.fingerprint, command=command_without_folders(sys.orig_argv)),
         "data": settings_without_folders(config)["data"],
         "log": {"users": log.num_users, "items": log.num_items, "rows": log.num_rows},
-        "protocol": f"full ranking of the test part, {describe(config.data)}, seen items "
-        + describe_seen(config.eval, part.report().get("seen_target_share"))
-        + "; the rank of a target among equal scores is the mean over their orders",
+        "protocol": part.protocol(config) + "; the rank of a target among equal scores is the mean over their orders",
         **part.report(),
         "targets": len(part.examples.users),
         "metrics": {name: summarise(of_one, config.eval.top_k) for name, of_one in ranks.items()},
@@ -76,8 +75,7 @@ def _write(output: pathlib.Path, name: str, record: dict[str, Any]) -> None:
         ours = False
     if not ours:
         raise ValueError(f"{output} holds something else than baselines; choose another file for --output")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(output, (json.dumps(records | {name: record}, indent=1) + "\n").encode())
+    write_json(output, records | {name: record})
 
 
 def measure(argv: Sequence[str]) -> Table:
@@ -86,9 +84,9 @@ def measure(argv: Sequence[str]) -> Table:
     Raises:
       FileNotFoundError, ValueError: the log cannot be read, or the options do not fit.
     """
-    finder = OptionParser(add_help=False)
-    finder.add_argument("--config", required=True)
-    base = load_config(finder.parse_known_args(argv)[0].config)
+    name = peek(argv, "--config")
+    require(name is not None, "give --config, as in --config=ml100k_sasrec: the experiment whose log is measured")
+    base = load_config(name)
     arguments = parse_settings(
         Arguments, argv, Arguments(base.data, base.eval, base.name), prog="experiments.evaluate --baselines"
     )
@@ -97,10 +95,7 @@ def measure(argv: Sequence[str]) -> Table:
     record = _evidence(dataclasses.replace(base, data=arguments.data, eval=arguments.eval))
     if arguments.output is not None:
         _write(arguments.output, arguments.data.name, record)
-    table = Table(title=f"{arguments.data.name}: {record['targets']:,} targets", caption=record["protocol"])
-    table.add_column("metric")
-    for name in record["metrics"]:
-        table.add_column(name, justify="right")
-    for metric in next(iter(record["metrics"].values())):
-        table.add_row(metric, *(f"{of_one[metric]:.4f}" for of_one in record["metrics"].values()))
-    return table
+    metrics = record["metrics"]
+    rows = [(one, *(f"{of[one]:.4f}" for of in metrics.values())) for one in next(iter(metrics.values()))]
+    title = f"{arguments.data.name}: {record['targets']:,} targets"
+    return table(("metric", *metrics), rows, title=title, caption=record["protocol"])

@@ -14,15 +14,13 @@ JAX promises to read such files for six months after the release that wrote them
 """
 
 import pathlib
-import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from rich.console import Console
 from rich.table import Table
 
-from experiments.command_line import parse_settings, run_program
+from experiments.cli import note, parse_settings, program, table
 from tim4rec_jax.serving.export import export_model
 from tim4rec_jax.serving.recommender import Recommender
 
@@ -51,27 +49,22 @@ def run(arguments: Arguments) -> Table:
       FileNotFoundError, FileExistsError, ValueError, CheckpointError: the run cannot be read, the folder is there, or
         the settings do not fit.
     """
-    recommender = Recommender.from_run(arguments.run, report=lambda line: print(line, file=sys.stderr))
+    recommender = Recommender.from_run(arguments.run, report=note)
     description = export_model(recommender, arguments.output, k=arguments.k, platforms=arguments.platforms)
-    table = Table(title=f"{arguments.output}, for {', '.join(description['platforms'])}", title_justify="left")
-    table.add_column("file")
-    table.add_column("KB", justify="right")
-    table.add_column("call")
-    calls = {program["file"]: program["call"] for program in description["programs"].values()}
-    for file in sorted(arguments.output.iterdir()):
-        table.add_row(file.name, f"{file.stat().st_size / 1000:,.1f}", calls.get(file.name, ""))
-    return table
+    calls = {written["file"]: written["call"] for written in description["programs"].values()}
+    rows = [
+        (file.name, f"{file.stat().st_size / 1000:,.1f}", calls.get(file.name, ""))
+        for file in sorted(arguments.output.iterdir())
+    ]
+    title = f"{arguments.output}, for {', '.join(description['platforms'])}"
+    return table(("file", "KB", "call"), rows, title=title, left=(0, 2))
 
 
-def program(argv: list[str]) -> int:
-    """The program behind `main`."""
+@program
+def main(argv: list[str]) -> int:
+    """Exports as asked."""
     Console().print(run(parse_settings(Arguments, argv, prog="experiments.export")))
     return 0
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """The program; returns its exit code."""
-    return run_program(program, argv)
 
 
 if __name__ == "__main__":

@@ -27,9 +27,9 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from experiments.command_line import OptionParser, parse_settings, run_program
+from experiments.cli import OptionParser, parse_settings, run_program
+from experiments.comparison.published import PUBLISHED
 from experiments.configs import config_names, load_config
-from experiments.published import PUBLISHED
 from tim4rec_jax.config import DataConfig, EvalConfig, ExperimentConfig, ModelConfig, ParallelConfig, TrainConfig
 from tim4rec_jax.data.interactions import InteractionLog, load_log, with_precision
 from tim4rec_jax.data.splits import describe, gap_statistics, split_log, training_span

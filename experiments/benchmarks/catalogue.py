@@ -30,7 +30,7 @@ from rich.table import Table
 
 from experiments.benchmarks.timing import step_form, time_in_turns
 from experiments.benchmarks.train_step import Step, planned_memory
-from experiments.command_line import OptionParser
+from experiments.cli import OptionParser
 from experiments.configs import load_config
 from tim4rec_jax.config import ExperimentConfig, ModelConfig, ParallelConfig
 from tim4rec_jax.data.loader import PackedBatch

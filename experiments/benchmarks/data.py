@@ -21,7 +21,7 @@ import numpy as np
 import polars as pl
 from rich.table import Table
 
-from experiments.command_line import OptionParser
+from experiments.cli import OptionParser
 from tim4rec_jax.config import DataConfig
 from tim4rec_jax.data.interactions import load_log
 from tim4rec_jax.data.loader import Loader, PrefixSampler

@@ -25,7 +25,7 @@ from rich.table import Table
 
 from experiments.benchmarks import operator_speed, operators, train_step
 from experiments.benchmarks.timing import Budget, Part, Settings, reason
-from experiments.command_line import OptionParser
+from experiments.cli import OptionParser
 from tim4rec_jax.files import write_atomically
 from tim4rec_jax.run_dir import environment
 

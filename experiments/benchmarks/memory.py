@@ -28,7 +28,7 @@ import numpy as np
 from rich.table import Table
 
 from experiments.benchmarks.small_run import START, draw_lines, make_run, small_options, spawn
-from experiments.command_line import OptionParser
+from experiments.cli import OptionParser
 from tim4rec_jax.checks import require
 from tim4rec_jax.run_dir import METRICS, environment
 from tim4rec_jax.serving.recommender import History, Recommender

@@ -60,7 +60,7 @@ from experiments.benchmarks.opponents import (
     torch_ssd,
 )
 from experiments.benchmarks.timing import Budget, Form, Part, Settings, build_all, compiled_form, time_in_turns
-from experiments.command_line import OptionParser
+from experiments.cli import OptionParser
 from kernels.causal_conv1d import pallas_triton as conv_kernels
 from kernels.causal_conv1d.config import CausalConv1dConfig
 from kernels.causal_conv1d.config import default_config as conv_config

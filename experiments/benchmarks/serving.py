@@ -25,7 +25,7 @@ import polars as pl
 from rich.table import Table
 
 from experiments.benchmarks.timing import Form, time_in_turns
-from experiments.command_line import OptionParser
+from experiments.cli import OptionParser
 from experiments.configs import load_config
 from experiments.family import exact_order
 from tim4rec_jax.config import ExperimentConfig

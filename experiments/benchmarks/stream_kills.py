@@ -28,7 +28,7 @@ import numpy as np
 from rich.table import Table
 
 from experiments.benchmarks.small_run import draw_lines, make_run, spawn
-from experiments.command_line import OptionParser
+from experiments.cli import OptionParser
 from tim4rec_jax.checks import require
 from tim4rec_jax.run_dir import environment
 

@@ -44,7 +44,7 @@ from rich.table import Table
 from experiments.benchmarks.operators import PRECISIONS, matmul_precision
 from experiments.benchmarks.opponents import require_torch, torch_step, torch_step_forms
 from experiments.benchmarks.timing import Form, Part, Settings, build_all, over, step_form, time_in_turns
-from experiments.command_line import OptionParser
+from experiments.cli import OptionParser
 from experiments.configs import MODEL_NAMES, load_config
 from experiments.family import file_name
 from experiments.train import parse as parse_experiment

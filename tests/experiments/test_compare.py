@@ -15,12 +15,12 @@ import polars as pl
 import pytest
 
 from experiments import compare
-from experiments.comparison_numbers import by_user
-from experiments.comparison_plan import options, parse, parse_seeds
+from experiments.comparison.numbers import by_user
+from experiments.comparison.plan import parse
+from experiments.comparison.published import PUBLISHED
 from experiments.configs import DATA_NAMES, MODEL_NAMES, load_config
 from experiments.family import file_name
-from experiments.published import PUBLISHED
-from experiments.run_queue import is_finished
+from experiments.runs import is_finished, options, parse_seeds
 from tests.edited_runs import reseal
 from tim4rec_jax.data.interactions import load_log
 from tim4rec_jax.data.splits import leave_one_out, split_log
@@ -204,13 +204,13 @@ def test_other_data_are_refused(tmp_path, finished, capsys):
     environment.write_text(json.dumps(json.loads(environment.read_text()) | {"data_fingerprint": "f00d"}))
     reseal(environment.parent)
     assert compare.main(_arguments(tmp_path, "--report-only")) == 2
-    assert "data fingerprint: f00d… there" in capsys.readouterr().err
+    assert "data fingerprint: 'f00d…' there" in capsys.readouterr().err
 
 
 def test_a_failed_training_is_told_beside_the_others(tmp_path, monkeypatch, finished, capsys):
     (tmp_path / "runs" / "ssd4rec" / "seed_2020" / "results.json").unlink()
     failing = [sys.executable, "-c", "print('error: the loss is nan'); raise SystemExit(2)"]
-    monkeypatch.setattr("experiments.run_queue.command", lambda job: failing)
+    monkeypatch.setattr("experiments.runs.command", lambda job: failing)
     assert compare.main(_arguments(tmp_path)) == 2
     shown = capsys.readouterr()
     assert "3 of 4 runs are finished, 1 to train" in shown.out

@@ -17,9 +17,9 @@ import torch
 import yaml
 
 from experiments import convert
-from experiments.settings_file import read_settings
-from experiments.torch_checkpoint_file import read_state_dict
 from tests.experiments.test_convert_identity import OPTIONS, _frame, _make_run
+from tim4rec_jax.interop.settings_file import read_settings
+from tim4rec_jax.interop.torch_checkpoint_file import read_state_dict
 
 TABLE = "item_embedding.weight"
 

@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from experiments import convert, evaluate
-from experiments.item_ids_file import as_csv, read_item_ids
 from tim4rec_jax.config import DataConfig, EvalConfig, ExperimentConfig, ModelConfig, TrainConfig
 from tim4rec_jax.data.interactions import load_log
+from tim4rec_jax.interop.conversion import make_run
+from tim4rec_jax.interop.item_ids import as_csv, read_item_ids
 from tim4rec_jax.models import build_model, init_params
 from tim4rec_jax.run_dir import read_environment, read_items
 from tim4rec_jax.serving.recommender import Recommender
@@ -48,7 +49,7 @@ def _make_run(folder, frame, model="sasrec", **settings):
     random = np.random.default_rng(1)
     params = jax.tree.map(lambda leaf: np.asarray(random.normal(0, 0.5, leaf.shape), np.float32), shapes)
     experiment = ExperimentConfig("made", config, data, TrainConfig(progress=False), EVAL)
-    convert.make_run(folder / "run", experiment, params, log, {})
+    make_run(folder / "run", experiment, params, log, {})
     return folder / "run"
 
 

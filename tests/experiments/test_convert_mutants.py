@@ -6,8 +6,8 @@ import zipfile
 import pytest
 import torch
 
-from experiments import convert
 from tests.experiments.test_convert_hostile import _options, _outcome, _saved, _with_pickle, folder, honest
+from tim4rec_jax.interop import conversion
 
 __all__ = ["folder", "honest"]  # Fixtures.
 
@@ -52,7 +52,7 @@ def _texts(text, count, seed):
 
 @pytest.mark.parametrize("which", ["m.pth", "pickle", "legacy", "m.yaml", "m.item_ids.csv"])
 def test_mutants_give_a_result_or_one_line(folder, honest, capsys, monkeypatch, which):
-    monkeypatch.setattr(convert, "make_run", lambda *arguments: None)  # After everything was read and checked.
+    monkeypatch.setattr(conversion, "make_run", lambda *arguments: None)  # After everything was read and checked.
     target = folder / ("m.pth" if which in ("pickle", "legacy") else which)
     content = target.read_bytes()
     if which == "pickle":  # Changed, with the checksum that belongs to it.

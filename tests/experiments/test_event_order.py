@@ -7,10 +7,8 @@ import numpy as np
 import pytest
 
 from experiments import recommend, stream, sweep, train
-from experiments.comparison_plan import options
-from experiments.comparison_plan import parse as parse_comparison
-from experiments.sweep_plan import PLAN
-from experiments.sweep_plan import parse as parse_sweep
+from experiments.comparison.plan import parse as parse_comparison
+from experiments.runs import options
 from tests.data.test_event_order import newest_first, write_csv
 from tim4rec_jax.data import catalog
 from tim4rec_jax.data.splits import split_log
@@ -154,14 +152,14 @@ def test_a_comparison_has_one_order_for_all_models(data, tmp_path):
 def test_a_sweep_records_the_order_it_came_to(data, tmp_path, monkeypatch):
     seen = []
 
-    def trials(plan, console):
-        seen.append(options(plan.config({"train.learning_rate": 0.1}, 2020), plan.name))
+    def trials(plan, study, console):
+        seen.append(plan.options({"train.learning_rate": 0.1}, 2020))
         yield sweep.Trial(0, {"train.learning_rate": 0.1}, error="not trained here")
 
-    monkeypatch.setattr(sweep, "run_grid", trials)
+    monkeypatch.setattr(sweep, "run_trials", trials)
     argv = ["--config=beauty_tim4rec", "--grid", "train.learning_rate=0.1", f"--folder={tmp_path}", *data]
     with pytest.raises(ValueError, match="every trial failed"):
-        sweep.run(parse_sweep(argv), sweep.Console(quiet=True))
-    recorded = json.loads((tmp_path / PLAN).read_text())["settings"]
-    assert recorded["data.timestamp_precision"] == "int64"
+        sweep.run(sweep.parse(argv), sweep.Console(quiet=True))
+    recorded = json.loads((tmp_path / sweep.RECORD).read_text())["settings"]["data"]
+    assert recorded["timestamp_precision"] == "int64"
     assert "--data.timestamp_precision=int64" in seen[0]

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from experiments import record
-from experiments.comparison_plan import parse
+from experiments.comparison.plan import parse
 from tests.experiments.test_compare import TINY, finish
 from tim4rec_jax.data.interactions import load_log
 

@@ -6,9 +6,10 @@ import signal
 import sys
 
 import pytest
+from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
-from experiments import run_queue, sweep
-from experiments.sweep_plan import Range, parse, read_value
+from experiments import runs, sweep
+from experiments.cli import read_value
 from tim4rec_jax.run_dir import read_config, read_results
 
 SMALL = [
@@ -47,8 +48,8 @@ def trained(monkeypatch, tmp_path):
         text = f"ORDER, STOP = {str(order)!r}, {stop_at['at']!r}\n{PROGRAM}"
         return [sys.executable, "-c", text, *job.options, str(job.folder)]
 
-    monkeypatch.setattr(run_queue, "command", command)
-    monkeypatch.setattr(run_queue, "POLL_SECONDS", 0.01)
+    monkeypatch.setattr(runs, "command", command)
+    monkeypatch.setattr(runs, "POLL_SECONDS", 0.01)
     return (lambda: order.read_text().split() if order.exists() else []), stop_at
 
 
@@ -92,10 +93,10 @@ def test_a_grid_takes_every_combination_and_shows_the_test_of_the_best_alone(tmp
     assert (
         "Test: hit@10 0.0995." in text and text.count("hit@10") == 1 and "choosing among trials by their test" in text
     )
-    assert out.count("hit@10") == 1 and "best: trial 3, train.learning_rate=0.003, model.dropout=0.1" in out
+    assert out.count("hit@10") == 1 and "Best: trial 3, train.learning_rate=0.003, model.dropout=0.1" in out
     assert json.loads((tmp_path / "g" / "sweep.json").read_text())["best"]["number"] == 2
     code, again, _ = _main(capsys, tmp_path / "g", *GRID, "--seeds=2")
-    assert code == 0 and len(order()) == 8 and "best: trial 3" in again
+    assert code == 0 and len(order()) == 8 and "Best: trial 3" in again
 
 
 def test_a_trial_that_fails_is_kept_and_the_others_go_on(tmp_path, capsys, trained):
@@ -178,10 +179,10 @@ def test_an_interrupted_grid_goes_on(tmp_path, capsys, trained):
     [
         ([*GRID, "--model.max_len=9"], ["settings.model.max_len: 10 there, 9 asked for"]),
         ([*GRID, "--train.epochs=2"], ["settings.train.epochs: 1 there, 2 asked for"]),
-        ([*GRID, "--seeds=7,"], ["seeds: [2020] there, [7] asked for"]),
-        (["--grid", "train.learning_rate=1e-3,3e-3"], ["grid.model.dropout: [0.1, 0.2] there, 'absent' asked for"]),
+        ([*GRID, "--seeds=7,"], ["seeds: (2020,) there, (7,) asked for"]),
+        (["--grid", "train.learning_rate=1e-3,3e-3"], ["space.model.dropout: ", "there, 'absent' asked for"]),
         ([*GRID, "--data.synthetic.seed=8"], ["data_fingerprint: ", "and 1 more; choose another --folder"]),
-        ([*SPACE, "--trials=3"], ["grid.model.dropout: [0.1, 0.2] there", " more; choose another --folder"]),
+        ([*SPACE, "--trials=3"], ["sampler: None there, 'tpe' asked for", " more; choose another --folder"]),
     ],
 )  # fmt: skip
 def test_a_folder_of_another_sweep_is_refused(tmp_path, capsys, trained, argv, lines):
@@ -212,17 +213,17 @@ def test_a_folder_of_another_sweep_is_refused(tmp_path, capsys, trained, argv, l
         (["--grid", "train.clip_norm=None,inf"], "train.clip_norm=inf: expected a number or None"),
         (["--grid", "model.use_time=maybe"], "model.use_time=maybe: expected true or false"),
         (["--grid", "train.loss=ce,hinge"], "train.loss=hinge: expected one of ce, bpr"),
-        (["--grid", "model.dropout="], "--grid model.dropout= names no value"),
+        (["--grid", "model.dropout="], "--grid model.dropout=: give at least 1"),
         (["--grid", "model.dropout"], "--grid model.dropout: expected a setting, = and its values"),
         (["--grid", "model.dropout=0.1,0.10"], "0.1 is there 2 times"),
         (["--grid", "model.dropout=0.1", "model.dropout=0.2"], "--grid model.dropout is there twice"),
         (["--grid", "model.max_len=5,10"], "--model.max_len is given and varied"),
-        (["--space", "model.dropout=0.3:0.1", "--trials=2"], "is empty: 0.3 is not below 0.1"),
-        (["--space", "train.weight_decay=log:0:1", "--trials=2"], "a logarithmic range must begin above 0"),
+        (["--space", "model.dropout=0.3:0.1", "--trials=2"], "--space model.dropout=0.3:0.1: .low <= high. must hold"),
+        (["--space", "train.weight_decay=log:0:1", "--trials=2"], ".low > 0. must hold"),
         (["--space", "model.dropout=int:0:1", "--trials=2"], "expected low:high, or log:low:high"),
         (["--space", "train.loss=a:b", "--trials=2"], "train.loss=a: expected one of ce, bpr"),
         (["--space", "model.num_layers=1.5:3", "--trials=2"], "model.num_layers=1.5: expected a whole number"),
-        (["--space", "train.loss=ce", "--trials=2"], "give two or more different choices"),
+        (["--space", "train.loss=ce", "--trials=2"], "--space train.loss=ce: give at least 2"),
         ([*GRID, "--seeds=3,3"], "3 is there 2 times"),
         ([*GRID, "--eval.baselines", "time_off"], "--eval.baselines is not for sweeps"),
         ([*GRID, "--config=quickstar"], "--config=quickstar is unknown; nearest: quickstart"),
@@ -240,18 +241,42 @@ def test_values_and_ranges_have_the_settings_type():
     assert read_value("x", float | None, "None") is None and read_value("x", float | None, "1") == 1.0
     assert read_value("x", bool, "False") is False and read_value("x", str, "sasrec") == "sasrec"
     terms = ["model.num_layers=int:1:3", "model.d_state=log:4:64", "model.dropout=0.1:0.2", "train.clip_norm=None|1"]
-    space = parse(["--config=quickstart", "--trials=2", "--space", *terms]).space
+    space = sweep.parse(["--config=quickstart", "--trials=2", "--space", *terms]).space
     assert space == {
-        "model.num_layers": Range(1, 3, log=False, whole=True),
-        "model.d_state": Range(4, 64, log=True, whole=True),
-        "model.dropout": Range(0.1, 0.2, log=False, whole=False),
-        "train.clip_norm": (None, 1.0),
+        "model.num_layers": IntDistribution(1, 3),
+        "model.d_state": IntDistribution(4, 64, log=True),
+        "model.dropout": FloatDistribution(0.1, 0.2),
+        "train.clip_norm": CategoricalDistribution((None, 1.0)),
     }
-    assert isinstance(space["model.d_state"].low, int)
 
 
 def test_without_optuna(tmp_path, capsys, monkeypatch, trained):
     monkeypatch.setitem(sys.modules, "optuna", None)
-    code, _, err = _main(capsys, tmp_path / "s", *SPACE, "--trials=2")
-    assert code == 2 and "pip install optuna" in err and not (tmp_path / "s").exists()
-    assert _main(capsys, tmp_path / "g", "--grid", "model.dropout=0.1,0.2")[0] == 0
+    for argv in ([*SPACE, "--trials=2"], GRID):
+        code, _, err = _main(capsys, tmp_path / "s", *argv)
+        assert code == 2 and "pip install optuna" in err and err.count("\n") == 1 and not (tmp_path / "s").exists()
+
+
+def test_a_kill_while_the_journal_was_written_loses_at_most_that_trial(tmp_path, capsys, trained):
+    assert _main(capsys, tmp_path / "s", *SPACE, "--trials=3")[0] == 0
+    values = _values(tmp_path / "s")
+    journal = tmp_path / "s" / sweep.JOURNAL
+    lines = journal.read_bytes().splitlines(keepends=True)
+    asked = [i for i, line in enumerate(lines) if b"distribution" in line and b'"trial_id":2,' in line]
+    journal.write_bytes(b"".join(lines[: asked[1]]) + lines[asked[1]][:9])
+    code, out, err = _main(capsys, tmp_path / "s", *SPACE, "--trials=4")
+    assert code == 0, err
+    again = json.loads((tmp_path / "s" / "sweep.json").read_text())["trials"]
+    errors = {trial["number"]: trial["error"] for trial in again if trial["error"]}
+    assert errors == {2: "interrupted before its values were drawn"} and len(again) == 4
+    assert _values(tmp_path / "s")[:2] == values[:2]
+
+
+def test_a_random_search_and_trials_without_a_journal(tmp_path, capsys, trained):
+    assert _main(capsys, tmp_path / "r", *SPACE, "--trials=3", "--sampler=random")[0] == 0
+    values = _values(tmp_path / "r")
+    assert _main(capsys, tmp_path / "again", *SPACE, "--trials=3", "--sampler=random")[0] == 0
+    assert _values(tmp_path / "again") == values and len({str(value) for value in values}) == 3
+    (tmp_path / "r" / sweep.JOURNAL).unlink()
+    code, _, err = _main(capsys, tmp_path / "r", *SPACE, "--trials=3", "--sampler=random")
+    assert code == 2 and "has trials and no optuna.journal of them; choose another --folder" in err

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 
 from experiments import evaluate, recommend, train
-from experiments.command_line import run_program
-from experiments.published import PUBLISHED
+from experiments.cli import run_program
+from experiments.comparison.published import PUBLISHED
 from tests.quick_flags import quick_flags
 from tests.training.ctrl_c import ctrl_c_at
 from tim4rec_jax.data.splits import split_log

@@ -8,6 +8,8 @@ import pytest
 
 from experiments import recommend
 from tests.serving.tiny_run import make_config, make_run
+from tim4rec_jax.serving import history_file
+from tim4rec_jax.serving.history_file import read_histories
 
 
 def _main(capsys, *argv):
@@ -94,7 +96,7 @@ def test_bad_lines_are_named(recommender, tmp_path, line, message):
     source = tmp_path / "histories.jsonl"
     source.write_text('{"user": "u1"}\n' + line + "\n")
     with pytest.raises(ValueError) as raised:
-        recommend.read_lines(recommender, source)
+        read_histories(recommender, source)
     assert f"{source}: {message}" in str(raised.value)
     assert str(raised.value).endswith("; nothing was written")
     assert len(str(raised.value).replace(str(source), "")) < 250
@@ -113,19 +115,19 @@ def test_input_that_is_no_text_is_named(recommender, tmp_path):
     source = tmp_path / "histories.jsonl"
     source.write_bytes(b'{"user": "u1"}\r\n\xff\n')
     with pytest.raises(ValueError, match=r"histories.jsonl: line 2: not JSON in UTF-8 \(byte 1: .*nothing was written"):
-        recommend.read_lines(recommender, source)
+        read_histories(recommender, source)
 
 
 def test_a_line_without_an_end_is_not_read_whole(recommender, monkeypatch):
-    monkeypatch.setattr(recommend, "LONGEST_LINE", 1000)
+    monkeypatch.setattr(history_file, "LONGEST_LINE", 1000)
     with pytest.raises(ValueError, match="/dev/zero: line 1 has over 1,000 bytes; nothing was written"):
-        recommend.read_lines(recommender, pathlib.Path("/dev/zero"))
+        read_histories(recommender, pathlib.Path("/dev/zero"))
 
 
 def test_empty_input(recommender, tmp_path):
     (tmp_path / "none.jsonl").write_text("\n\n")
     with pytest.raises(ValueError, match="holds no lines; write one JSON object a line"):
-        recommend.read_lines(recommender, tmp_path / "none.jsonl")
+        read_histories(recommender, tmp_path / "none.jsonl")
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,8 @@ import sys
 import numpy as np
 import pytest
 
-from experiments import stream, stream_session
+from experiments import stream
+from tim4rec_jax.serving import event_stream
 from tim4rec_jax.serving.recommender import Recommender
 
 START = 978_300_000
@@ -78,7 +79,7 @@ def lines_of_a_log(item_ids, seed, count):
 @pytest.fixture
 def program(causal_run, causal_recommender, monkeypatch):
     """The program without reading the run anew; options that make saves and calls frequent."""
-    monkeypatch.setattr(stream_session, "load_streamable", lambda run: causal_recommender)
+    monkeypatch.setattr(event_stream, "load_streamable", lambda run, report: causal_recommender)
     return [f"--run={causal_run}", "--save-every=7", "--batch-events=4"]
 
 
@@ -105,7 +106,7 @@ def start(program, folder, log, from_file, capsys, monkeypatch, held=0):
 
     with os.fdopen(reader, "rb") as stdin, monkeypatch.context() as patch:
         patch.setattr(sys, "stdin", stdin)
-        patch.setattr(stream_session, "until_readable", wait)
+        patch.setattr(event_stream, "until_readable", wait)
         try:
             return stream.main(options)
         finally:

@@ -8,9 +8,10 @@ import sys
 import numpy as np
 import pytest
 
-from experiments import recommend, stream, stream_session
+from experiments import recommend, stream
 from tests.serving.streams import event, main, write
 from tim4rec_jax.files import locked
+from tim4rec_jax.serving import event_stream
 from tim4rec_jax.serving.durable_log import until_readable
 from tim4rec_jax.serving.user_table import UserTable
 
@@ -67,7 +68,7 @@ class _Input:
         self.file = os.fdopen(reader, "rb")
         self.opened.append(self.file)
         monkeypatch.setattr(sys, "stdin", self.file)
-        monkeypatch.setattr(stream_session, "until_readable", self.wait)
+        monkeypatch.setattr(event_stream, "until_readable", self.wait)
 
     def wait(self, descriptor, seconds):
         if descriptor != self.file.fileno():
@@ -144,7 +145,7 @@ def _die():
 def test_saves_on_the_way(causal_run, causal_recommender, tmp_path, monkeypatch, steps, options):
     """Killed without warning, the table holds the lines of the last save; without input too, it is made."""
     state = tmp_path / "users.npz"
-    monkeypatch.setattr(stream_session, "SAVE_SHARE", 0)
+    monkeypatch.setattr(event_stream, "SAVE_SHARE", 0)
     _Input(monkeypatch, [*steps, _die])
     with pytest.raises(_Killed):
         stream.main([f"--run={causal_run}", f"--state={state}", *options])
@@ -296,7 +297,7 @@ def test_warm_users(causal_run, causal_recommender, log, tmp_path, capsys):
 def test_only_causal_runs(run, tmp_path, capsys):
     code, _, err = main(capsys, f"--run={run}")
     assert code == 2 and err.count("\n") == 1
-    assert "time_mode='faithful' cannot go on from a state" in err and "beauty_ssd4rec" in err
+    assert "time_mode='faithful' cannot go on from a state" in err and "or mamba4rec" in err
 
 
 def test_refusals(causal_run, tmp_path, capsys):

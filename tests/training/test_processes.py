@@ -15,7 +15,8 @@ import numpy as np
 import polars as pl
 import pytest
 
-from experiments import comparison_plan, sweep_plan, train
+from experiments import sweep, train
+from experiments.comparison import plan
 from tests.training.fake_devices import ROOT, environment
 from tim4rec_jax.run_dir import read_config, read_environment, read_results
 from tim4rec_jax.training.logging import read_metrics
@@ -172,9 +173,9 @@ def test_tasks_of_slurm_that_were_started_differently_refuse(tmp_path):
     assert not folder.exists()
 
 
-@pytest.mark.parametrize("parse", [comparison_plan.parse, sweep_plan.parse])
+@pytest.mark.parametrize("parse", [plan.parse, sweep.parse])
 def test_many_runs_are_not_spread_over_machines(parse):
-    name = ["--grid", "train.seed=1"] if parse is sweep_plan.parse else ["--data=quickstart", "--models=sasrec"]
+    name = ["--grid", "train.seed=1"] if parse is sweep.parse else ["--data=quickstart", "--models=sasrec"]
     with pytest.raises(ValueError, match="--parallel.coordinator and --parallel.distributed are for experiments.train"):
         parse([*name, "--parallel.distributed=auto"])
 

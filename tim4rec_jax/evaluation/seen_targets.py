@@ -8,9 +8,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from tim4rec_jax.config import EvalConfig
+from tim4rec_jax.config import EvalConfig, ExperimentConfig
 from tim4rec_jax.data.interactions import InteractionLog
-from tim4rec_jax.data.splits import Examples
+from tim4rec_jax.data.splits import Examples, describe
 
 
 class Measured(NamedTuple):
@@ -29,6 +29,11 @@ class Measured(NamedTuple):
     def report(self) -> dict[str, float]:
         """What a record says of the part: {"seen_target_share": ..}, or nothing where seen items stay."""
         return {} if self.seen is None else {"seen_target_share": self.seen / self.count}
+
+    def protocol(self, config: ExperimentConfig, split: str = "test") -> str:
+        """Says how the part `split` was cut off and ranked under an experiment's settings."""
+        seen = describe_seen(config.eval, self.report().get("seen_target_share"))
+        return f"full ranking of the {split} part, {describe(config.data)}, seen items {seen}"
 
 
 def describe_seen(evaluation: EvalConfig, share: float | None = None) -> str:

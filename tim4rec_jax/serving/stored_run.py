@@ -1,15 +1,18 @@
-"""What a finished or running training left in its folder: the best parameters and the log they were fitted on."""
+"""What a finished or running training left in its folder: the best parameters, the log, and what they measure."""
 
+import dataclasses
 import functools
 import pathlib
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
 
-from tim4rec_jax.config import ExperimentConfig
+from tim4rec_jax.config import EvalConfig, ExperimentConfig
 from tim4rec_jax.data.interactions import InteractionLog, LogStatistics
+from tim4rec_jax.data.splits import split_log
+from tim4rec_jax.evaluation.full_sort import EvaluationResult, evaluate
 from tim4rec_jax.models import SequentialModel, build_model, init_params
 from tim4rec_jax.run_dir import CHECKPOINTS, read_config, read_environment, read_histories, read_items
 from tim4rec_jax.run_manifest import read_manifest
@@ -116,3 +119,28 @@ def load_log(run: pathlib.Path) -> InteractionLog:
         ),
         fingerprint=read_environment(run)["data_fingerprint"],
     )
+
+
+def evaluate_run(
+    run: pathlib.Path,
+    evaluation: EvalConfig | None = None,
+    *,
+    split: Literal["test", "valid"] = "test",
+    report: Callable[[str], None] = print,
+) -> EvaluationResult:
+    """Measures a run's best model on a part of its log by full ranking, see `evaluate`.
+
+    Args:
+      run: the run folder.
+      evaluation: how; None is the run's own way.
+      split: the part.
+      report: see `load_model`.
+
+    Raises:
+      FileNotFoundError, ValueError, CheckpointError: the run cannot be read, or the settings do not fit it.
+      FloatingPointError: the model's scores are not finite.
+    """
+    stored, log = load_model(run, report=report), load_log(run)
+    examples = getattr(split_log(log, stored.config.data), split)
+    config = dataclasses.replace(stored.config, eval=evaluation or stored.config.eval)
+    return evaluate(stored.model, stored.params, log, examples, config)

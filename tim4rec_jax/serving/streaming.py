@@ -3,7 +3,8 @@
 import functools
 import hashlib
 import json
-from collections.abc import Sequence
+import pathlib
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -13,8 +14,15 @@ import numpy as np
 
 from tim4rec_jax.data.loader import timestamps_for_device
 from tim4rec_jax.evaluation.metrics import check_top_k
-from tim4rec_jax.models import one_segment
-from tim4rec_jax.serving.recommender import SCORE_TILE_BYTES, best_columns, items_left, next_power_of_two
+from tim4rec_jax.models import build_model, one_segment
+from tim4rec_jax.run_dir import read_config
+from tim4rec_jax.serving.recommender import (
+    SCORE_TILE_BYTES,
+    Recommender,
+    best_columns,
+    items_left,
+    next_power_of_two,
+)
 
 State = Any
 
@@ -32,6 +40,19 @@ def require_streamable(model: nn.Module) -> None:
             f"the model {config.name!r}{form} cannot go on from a state: it reads its whole history again for every "
             "event; train tim4rec with model.time_mode='causal' or with model.use_time off, or mamba4rec"
         )
+
+
+def load_streamable(run: pathlib.Path, *, report: Callable[[str], None] = print) -> Recommender:
+    """Reads a run whose model can go on from a state, as `Recommender.from_run`.
+
+    Raises:
+      ValueError: for another model, before anything of it is read.
+    """
+    try:
+        require_streamable(build_model(read_config(run).model))
+    except ValueError as error:
+        raise ValueError(f"{run}: {error}") from error
+    return Recommender.from_run(run, report=report)
 
 
 def fingerprint(model: nn.Module, params: Any, item_ids: Sequence[str]) -> str:

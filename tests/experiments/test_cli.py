@@ -5,14 +5,14 @@ import pathlib
 
 import pytest
 
-from experiments import benchmark, convert, evaluate, export, recommend, record, stream, sweep_plan, train
+from experiments import benchmark, convert, evaluate, export, recommend, record, stream, sweep, train
 from experiments.benchmarks import catalogue, gpu, serving, train_step
-from experiments.command_line import parse_settings, run_program
-from experiments.comparison_plan import parse as parse_comparison
-from experiments.comparison_rows import parse_rows
-from experiments.stream_session import Arguments as StreamArguments
+from experiments.cli import parse_settings, run_program
+from experiments.comparison.plan import parse as parse_comparison
+from experiments.comparison.plan import parse_rows
 from tests.serving.tiny_run import make_config, make_log
 from tim4rec_jax.run_dir import create_run
+from tim4rec_jax.serving.event_stream import StreamOptions
 
 GRID = ("--grid", "train.epochs=1,2")
 FILES = ("--checkpoint=a.pth", "--settings=a.yaml", "--output=out")
@@ -33,20 +33,20 @@ FLAGS = {
         lambda parsed: parsed.full_history,
     ),
     "stream": (
-        lambda argv: parse_settings(StreamArguments, argv), ("--run=r",), "--warm", lambda parsed: parsed.warm
+        lambda argv: parse_settings(StreamOptions, argv), ("--run=r",), "--warm", lambda parsed: parsed.warm
     ),
     "stream, on by default": (
-        lambda argv: parse_settings(StreamArguments, argv), ("--run=r",), "--keep_items",
+        lambda argv: parse_settings(StreamOptions, argv), ("--run=r",), "--keep_items",
         lambda parsed: parsed.keep_items,
     ),
     "stream, another log": (
-        lambda argv: parse_settings(StreamArguments, argv), ("--run=r",), "--new_log", lambda parsed: parsed.new_log
+        lambda argv: parse_settings(StreamOptions, argv), ("--run=r",), "--new_log", lambda parsed: parsed.new_log
     ),
     "convert": (convert.parse, FILES, "--eval.exclude_seen", lambda parsed: parsed[0].eval.exclude_seen),
     "compare": (
         parse_comparison, ("--models=sasrec", "--data=ml-100k"), "--report_only", lambda parsed: parsed[0].report_only
     ),
-    "sweep": (sweep_plan.parse, GRID, "--eval.exclude_seen", lambda parsed: parsed.base.eval.exclude_seen),
+    "sweep": (sweep.parse, GRID, "--eval.exclude_seen", lambda parsed: parsed.base.eval.exclude_seen),
     "benchmark gpu": (gpu._parse, (), "--tiny", lambda parsed: parsed.tiny),
     "benchmark serving": (serving._parse, (), "--tiny", lambda parsed: parsed.tiny),
     "benchmark models": (train_step._parse_models, (), "--tiny", lambda parsed: parsed.tiny),
@@ -104,7 +104,8 @@ def test_lists_of_names_and_of_texts():
     assert train.parse(["--eval.baselines"])[0].eval.baselines == ()
     arguments = parse_settings(export.Arguments, ["--run=r", "--output=o", "--platforms=cpu,tpu"])
     assert arguments.platforms == ("cpu", "tpu") and arguments.output == pathlib.Path("o")
-    grid = sweep_plan.parse(["--grid", "train.learning_rate=1e-3,3e-3", "model.dropout=0.1,0.2"]).grid
+    grid = sweep.parse(["--grid", "train.learning_rate=1e-3,3e-3", "model.dropout=0.1,0.2"]).space
+    grid = {path: values.choices for path, values in grid.items()}
     assert grid == {"train.learning_rate": (1e-3, 3e-3), "model.dropout": (0.1, 0.2)}
 
 
@@ -169,7 +170,7 @@ def test_every_program_names_a_bad_option(program, argv, message, capsys):
 def test_the_last_of_two_values_counts_and_no_term_is_lost(capsys):
     config, _, _ = train.parse(["--eval.top_k=5", "--train.epochs=1", "--eval.top_k=10,20", "--train.epochs=2"])
     assert (config.eval.top_k, config.train.epochs) == ((10, 20), 2)
-    assert run_program(sweep_plan.parse, [*GRID, "--grid=model.dropout=0.1,0.2"]) == 2
+    assert run_program(sweep.parse, [*GRID, "--grid=model.dropout=0.1,0.2"]) == 2
     assert "--grid is there twice; give all its values at once" in capsys.readouterr().err
     with pytest.raises(ValueError, match="--rows is there twice"):
         parse_rows(["--rows", "a=b", "--rows", "c=d"])

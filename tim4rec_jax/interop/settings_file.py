@@ -6,8 +6,8 @@ from typing import Any
 
 import yaml
 
-from experiments.torch_checkpoint_file import require_file
 from tim4rec_jax.checks import require, shortened, shown
+from tim4rec_jax.interop.torch_checkpoint_file import require_file
 
 _MOST_BYTES = 256 * 2**10
 # Values of the file, those behind an alias counted again wherever the alias stands.

@@ -11,9 +11,8 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from experiments.torch_checkpoint_file import require_file
 from tim4rec_jax.checks import listed, require, shortened, shown
-from tim4rec_jax.data.interactions import InteractionLog
+from tim4rec_jax.interop.torch_checkpoint_file import require_file
 
 # Bytes of a file per id, on top of a million: more is no list of ids.
 _MOST_BYTES = 4096
@@ -119,12 +118,12 @@ def find_item_ids(
     return file, ids
 
 
-def rows_of_log(ids: list[str], log: InteractionLog) -> np.ndarray:
+def rows_of_log(ids: list[str], item_ids: pl.Series) -> np.ndarray:
     """Returns which row of a checkpoint's item table each item of a log has.
 
     Args:
       ids: raw ids of the rows 1, 2, ...
-      log: the cleaned log.
+      item_ids: raw ids of the items 1, 2, ... of the cleaned log.
 
     Returns:
       int64 [items], from 1, in the order of the log's items.
@@ -132,7 +131,7 @@ def rows_of_log(ids: list[str], log: InteractionLog) -> np.ndarray:
     Raises:
       ValueError: either has items that the other lacks.
     """
-    ours = pl.DataFrame({"id": log.item_ids.cast(pl.String)})
+    ours = pl.DataFrame({"id": item_ids.cast(pl.String)})
     theirs = pl.DataFrame({"id": pl.Series(ids, dtype=pl.String), "row": np.arange(1, len(ids) + 1)})
     both = ours.join(theirs, on="id", how="left", maintain_order="left")
     unknown = both.filter(pl.col("row").is_null())["id"]

@@ -8,15 +8,15 @@ from typing import Any
 
 import numpy as np
 
-from experiments.comparison_plan import Plan
-from experiments.published import PUBLISHED
-from experiments.record import command_without_folders, settings_without_folders, without_folders
-from experiments.run_queue import is_finished
+from experiments.cli import command_without_folders, settings_without_folders, without_folders
+from experiments.comparison.plan import Plan
+from experiments.comparison.published import PUBLISHED
+from experiments.runs import is_finished
 from tim4rec_jax.data.interactions import InteractionLog
-from tim4rec_jax.data.splits import Examples, Split, describe, split_log
+from tim4rec_jax.data.splits import Examples, Split, split_log
 from tim4rec_jax.evaluation.baselines import baseline_ranks
 from tim4rec_jax.evaluation.metrics import hit, mrr, ndcg, summarise
-from tim4rec_jax.evaluation.seen_targets import describe_seen, measured
+from tim4rec_jax.evaluation.seen_targets import measured
 from tim4rec_jax.evaluation.significance import compare_with_best
 from tim4rec_jax.run_dir import read_environment, read_results, read_test_ranks
 from tim4rec_jax.serving.stored_run import load_log
@@ -161,8 +161,7 @@ def collect(plan: Plan, note: str) -> dict[str, Any]:
             "name": data.name, "users": log.num_users, "items": log.num_items, "rows": log.num_rows,
             "fingerprint": log.fingerprint,
         },
-        "protocol": f"full ranking of the test part, {describe(data)}, seen items "
-        + describe_seen(evaluation, part.report().get("seen_target_share")),
+        "protocol": part.protocol(next(iter(plan.configs.values()))),
         **part.report(),
         "metric": plan.metric,
         "seeds": list(plan.seeds),

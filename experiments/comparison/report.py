@@ -1,6 +1,5 @@
 """A comparison's numbers as Markdown, as JSON and as a figure."""
 
-import json
 import pathlib
 import statistics
 from collections.abc import Mapping, Sequence
@@ -10,19 +9,14 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from experiments.comparison_numbers import METRICS
-from experiments.comparison_plan import Plan
+from experiments.cli import markdown_table, write_json
+from experiments.comparison.numbers import METRICS
+from experiments.comparison.plan import Plan
 from tim4rec_jax.files import replacing, write_atomically
 
 MARKS = ((0.001, "‡"), (0.05, "†"))
 NOTHING = "–"
 _BUDGET = ("epochs", "max_steps", "patience", "batch_size", "learning_rate", "schedule", "loss")
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]], *, left: int = 1) -> list[str]:
-    """Lines of a Markdown table; the first `left` columns are aligned to the left, the others to the right."""
-    rule = ["---"] * left + ["---:"] * (len(header) - left)
-    return [f"| {' | '.join(cells)} |" for cells in (header, rule, *rows)] + [""]
 
 
 def _value(row: Mapping[str, Any], metric: str, best: str) -> str:
@@ -35,7 +29,7 @@ def _value(row: Mapping[str, Any], metric: str, best: str) -> str:
 
 
 def _costs(row: Mapping[str, Any]) -> list[str]:
-    """Parameters, seconds an epoch and in all, peak memory in MiB, best epochs; nothing for what is not trained."""
+    """Parameters, seconds per epoch and in all, peak memory in MiB, best epochs; nothing for what is not trained."""
     runs = row["runs"]
     if not runs:
         return [NOTHING] * 5
@@ -73,7 +67,7 @@ def _footnotes(numbers: Mapping[str, Any]) -> list[str]:
         "not of other seeds; the best is picked on the same users. Markov: what most often directly followed the last "
         "item, then popularity.",
         "",
-        "Seconds an epoch: median over epochs of training alone, without validation; in all: of a whole run, the "
+        "Seconds per epoch: median over epochs of training alone, without validation; in all: of a whole run, the "
         "median over seeds. Peak memory: of the "
         f"{'device' if on_device else 'process, compilation included'}. Trained on: {'; '.join(machines)}. "
         f"Code: {', '.join(commit[:12] for commit in numbers['commits'])}{dirty}.",
@@ -100,14 +94,14 @@ def _published(numbers: Mapping[str, Any]) -> list[str]:
         for row in numbers["published"]
     ]
     caveat = "Printed by others: their preparation of the data, their protocol and their training budget may differ."
-    return [*lines, caveat, "", *_table(["model", "source", *printed], rows, left=2)]
+    return [*lines, caveat, "", *markdown_table(["model", "source", *printed], rows, left=2)]
 
 
 def markdown(numbers: Mapping[str, Any]) -> str:
     """Returns the comparison as Markdown.
 
     Args:
-      numbers: from `comparison_numbers.collect`.
+      numbers: from `numbers.collect`.
     """
     data, best, rows = numbers["data"], numbers["best"], numbers["rows"]
     first_k = numbers["metric"].split("@")[1]
@@ -122,13 +116,13 @@ def markdown(numbers: Mapping[str, Any]) -> str:
     ]
     for k in lists:
         columns = [f"{metric}@{k}" for metric in METRICS]
-        costs = ["seeds", "parameters", "s an epoch", "s in all", "peak MiB", "best epoch"] if k == first_k else []
+        costs = ["seeds", "parameters", "s per epoch", "s in all", "peak MiB", "best epoch"] if k == first_k else []
         cells = [
             [row["name"], *(_value(row, column, best[column]) for column in columns)]
             + ([str(len(row["seeds"])) if row["trained"] else NOTHING, *_costs(row)] if costs else [])
             for row in rows
         ]
-        lines += _table(["model", *columns, *costs], cells)
+        lines += markdown_table(["model", *columns, *costs], cells)
     lines += _footnotes(numbers)
     metric = numbers["metric"]
     against = [(row["name"], row["against_best"][metric]) for row in rows if row["against_best"][metric]]
@@ -139,7 +133,7 @@ def markdown(numbers: Mapping[str, Any]) -> str:
              f"{a['p_holm']:.4f}"]
             for name, a in against
         ]  # fmt: skip
-        lines += _table(["model", "by", "95 % interval (bootstrap over users)", "p", "p, Holm"], cells)
+        lines += markdown_table(["model", "by", "95 % interval (bootstrap over users)", "p", "p, Holm"], cells)
     return "\n".join(lines + _published(numbers))
 
 
@@ -161,7 +155,7 @@ def _cost_panel(panel: Axes, rows: Sequence[Mapping[str, Any]], metric: str) -> 
         spread = row["metrics"][metric]
         panel.errorbar(seconds, spread["mean"], yerr=spread["deviation"] or 0.0, fmt="o", color="tab:blue", capsize=3)
         panel.annotate(row["name"], (seconds, spread["mean"]), xytext=(4, 4), textcoords="offset points")
-    panel.set(title="quality and time", xlabel="seconds an epoch", ylabel=metric)
+    panel.set(title="quality and time", xlabel="seconds per epoch", ylabel=metric)
     panel.margins(x=0.3, y=0.1)
     panel.grid(alpha=0.3)
 
@@ -170,7 +164,7 @@ def draw(numbers: Mapping[str, Any], file: pathlib.Path) -> None:
     """Draws hit, ndcg and mrr of every row with its seeds and their deviation, and quality beside training time.
 
     Args:
-      numbers: from `comparison_numbers.collect`.
+      numbers: from `numbers.collect`.
       file: PNG to write.
     """
     rows = numbers["rows"]
@@ -192,9 +186,8 @@ def draw(numbers: Mapping[str, Any], file: pathlib.Path) -> None:
 
 def write_report(plan: Plan, numbers: Mapping[str, Any]) -> list[pathlib.Path]:
     """Writes <output>.md, <output>.json and <output>.png and returns their paths."""
-    plan.output.parent.mkdir(parents=True, exist_ok=True)
     text, data, figure = (plan.output.with_name(plan.output.name + suffix) for suffix in (".md", ".json", ".png"))
+    write_json(data, numbers)
     draw(numbers, figure)
-    write_atomically(data, (json.dumps(numbers, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode())
     write_atomically(text, markdown(numbers).encode())
     return [text, data, figure]

@@ -1,19 +1,20 @@
-"""One run of experiments.stream: what it was asked, what it has taken in, and what it keeps."""
+"""A stream of events and questions, line by line: what was asked for, what is taken in, and what is kept of it."""
 
 import contextlib
 import os
 import pathlib
-import signal
 import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from experiments.recommend import load_streamable
-from experiments.stream_lines import answer_line, as_json, error_line
-from tim4rec_jax.files import named_in_errors
-from tim4rec_jax.serving.durable_log import Answers, Chain, Journal, Line, LineReader, until_readable
+from tim4rec_jax.checks import require
+from tim4rec_jax.files import locked, named_in_errors
+from tim4rec_jax.serving.durable_log import Answers, Chain, Journal, Line, LineReader, hashed, until_readable
+from tim4rec_jax.serving.event_lines import answer_line, error_line, parsed
+from tim4rec_jax.serving.json_lines import as_json
+from tim4rec_jax.serving.streaming import load_streamable
 from tim4rec_jax.serving.user_table import LAST_SECOND, UserTable
 
 IDLE_SECONDS = 1.0
@@ -22,7 +23,7 @@ SAVE_SHARE = 10
 
 
 @dataclass(frozen=True)
-class Arguments:
+class StreamOptions:
     """Keeps the states of users over a log of events and recommends from them.
 
     Attributes:
@@ -54,6 +55,10 @@ class Arguments:
     latest_time: int = LAST_SECOND
 
 
+def _note(line: str) -> None:
+    print(line, file=sys.stderr)
+
+
 class Stopped(Exception):
     """Somebody asked the program to stop while it waited for input."""
 
@@ -70,7 +75,7 @@ class Stopping:
     signal: int | None = None
     waiting: bool = False
 
-    def take(self, number: int, _: Any) -> None:
+    def take(self, number: int) -> None:
         """Handles a signal."""
         self.signal = number
         if self.waiting:
@@ -95,19 +100,7 @@ class Stopping:
             raise Stopped
 
 
-@contextlib.contextmanager
-def stopping() -> Iterator[Stopping]:
-    """Turns Ctrl-C and SIGTERM into a request that is met between two lines."""
-    asked = Stopping()
-    before = {number: signal.signal(number, asked.take) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield asked
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def open_table(arguments: Arguments) -> tuple[UserTable, Chain, Chain | None]:
+def open_table(options: StreamOptions) -> tuple[UserTable, Chain, Chain | None]:
     """Reads the table of states, or makes a new one.
 
     Returns:
@@ -117,33 +110,33 @@ def open_table(arguments: Arguments) -> tuple[UserTable, Chain, Chain | None]:
     Raises:
       FileNotFoundError, ValueError, CheckpointError: the run or the table cannot be read or do not fit.
     """
-    recommender = load_streamable(arguments.run)
-    if arguments.state is None or not arguments.state.exists():
-        table = UserTable(recommender, keep_items=arguments.keep_items)
-        if arguments.warm:
+    recommender = load_streamable(options.run, report=_note)
+    if options.state is None or not options.state.exists():
+        table = UserTable(recommender, keep_items=options.keep_items)
+        if options.warm:
             table.add_histories(recommender.stored_histories())
             table.flush()
         return table, Chain(), None
-    table = UserTable.load(arguments.state, recommender)
+    table = UserTable.load(options.state, recommender)
     try:
         warm, held = table.notes["warm"], Chain.from_notes(table.notes["lines"])
         answers = {name: Chain.from_notes(position) for name, position in table.notes["answers"].items()}
     except (AttributeError, KeyError, ValueError) as error:
-        raise ValueError(f"{arguments.state} is no table of experiments.stream, or is damaged: {error}") from error
+        raise ValueError(f"{options.state} is no table of experiments.stream, or is damaged: {error}") from error
     for name, stored in (("warm", warm), ("keep_items", table.keeps_items)):
-        if stored != getattr(arguments, name):
+        if stored != getattr(options, name):
             raise ValueError(
-                f"{arguments.state} was made with {name}={stored}, not {getattr(arguments, name)}: start as before, or "
+                f"{options.state} was made with {name}={stored}, not {getattr(options, name)}: start as before, or "
                 "with another table"
             )
-    return table, held, answers.get(answers_name(arguments))
+    return table, held, answers.get(answers_name(options))
 
 
-def answers_name(arguments: Arguments) -> str | None:
+def answers_name(options: StreamOptions) -> str | None:
     """The file of answers as seen from the table, so that both can be moved together."""
-    if arguments.output == "-":
+    if options.output == "-":
         return None
-    return os.path.relpath(arguments.output, arguments.state.parent)
+    return os.path.relpath(options.output, options.state.parent)
 
 
 @dataclass
@@ -151,7 +144,7 @@ class Session:
     """One run of the program: what it has taken in and given out.
 
     Attributes:
-      arguments: what was asked for.
+      options: what was asked for.
       table: the states.
       lines: how far the input has been read.
       answers: the file of answers; None for standard output.
@@ -159,7 +152,7 @@ class Session:
       quiet: answers are not shown on standard output, because they were shown before.
     """
 
-    arguments: Arguments
+    options: StreamOptions
     table: UserTable
     lines: Chain
     answers: Answers | None = None
@@ -175,7 +168,7 @@ class Session:
         """Takes in a line; returns what it was answered, if it was."""
         self.lines.add(line)
         try:
-            limits = {name: getattr(self.arguments, name) for name in ("longest_line", "latest_time")}
+            limits = {name: getattr(self.options, name) for name in ("longest_line", "latest_time")}
             answer = answer_line(self.table, line, **limits)
         except (ValueError, FloatingPointError) as error:
             answer = error_line(error)
@@ -186,9 +179,9 @@ class Session:
         if answer is not None:
             answer = {"line": self.lines.lines} | answer
             self.give(answer)
-        if self.table.pending >= self.arguments.batch_events:
+        if self.table.pending >= self.options.batch_events:
             self.table.flush()
-        if self.lines.lines - self.saved_lines >= self.arguments.save_every or time.monotonic() >= self.next_save:
+        if self.lines.lines - self.saved_lines >= self.options.save_every or time.monotonic() >= self.next_save:
             self.save()
         return answer
 
@@ -217,28 +210,28 @@ class Session:
         """What is saved with the table: how far the input goes, and each file of answers."""
         given = self.table.notes.get("answers", {})
         if self.answers is not None:
-            given = given | {answers_name(self.arguments): asdict(self.answers.position)}
-        return {"warm": self.arguments.warm, "lines": asdict(self.lines), "answers": given}
+            given = given | {answers_name(self.options): asdict(self.answers.position)}
+        return {"warm": self.options.warm, "lines": asdict(self.lines), "answers": given}
 
     def save(self) -> None:
         """Saves the table with the lines it holds, if a file was asked for; events that wait are saved as they are."""
         began = time.monotonic()
-        if self.arguments.state is not None:
+        if self.options.state is not None:
             if self.answers is not None:
                 self.answers.sync()
             if self.journal is not None:  # A table that is ahead of its journal could not be told from another's.
                 self.journal.sync()
             self.table.notes = self.notes()
-            self.table.save(self.arguments.state)
+            self.table.save(self.options.state)
             if self.journal is not None:
                 self.journal.begin(self.lines)
         self.saved_lines = self.lines.lines
         now = time.monotonic()
-        self.next_save = now + max(self.arguments.save_seconds, SAVE_SHARE * (now - began))
+        self.next_save = now + max(self.options.save_seconds, SAVE_SHARE * (now - began))
 
     def start(self) -> None:
         """Takes in what the journal holds beyond the table; from here on a start can follow a kill at any moment."""
-        self.next_save = time.monotonic() + self.arguments.save_seconds
+        self.next_save = time.monotonic() + self.options.save_seconds
         journal, self.journal = self.journal, None
         if journal is None:
             return
@@ -246,7 +239,7 @@ class Session:
             self._replay(journal)
         if self.notes() != self.table.notes:
             self.save()
-        if self.arguments.events == "-":
+        if self.options.events == "-":
             journal.begin(self.lines)
             self.journal = journal
         else:
@@ -254,7 +247,7 @@ class Session:
 
     def _replay(self, journal: Journal) -> None:
         answer, self.quiet = None, True
-        for line in journal.read(Chain(**asdict(self.lines)), self.arguments.longest_line):
+        for line in journal.read(Chain(**asdict(self.lines)), self.options.longest_line):
             answer = self.take(line)
         self.quiet = False
         # The last line may have been killed before its answer was read; all before it were answered.
@@ -287,9 +280,89 @@ class Session:
 
     def summary(self) -> str:
         """One line that says what was done."""
-        held = f"; {self.arguments.state} holds {self.lines.lines:,} lines" if self.arguments.state is not None else ""
+        held = f"; {self.options.state} holds {self.lines.lines:,} lines" if self.options.state is not None else ""
         return (
             f"{self.lines.lines - self.first:,} lines: {self.counts['events']:,} events, {self.counts['answers']:,} "
             f"answers, {self.counts['errors']:,} bad lines; {len(self.table):,} users of "
             f"{self.table.streamer.state_bytes():,} bytes each; {time.monotonic() - self.began:.1f} s{held}"
         )
+
+
+def journal_of(state: pathlib.Path) -> pathlib.Path:
+    """Returns where the lines stand that came after a table of states was saved."""
+    return state.with_name(f"{state.name}.journal")
+
+
+def open_reader(descriptor: int, session: Session, asked: Stopping) -> LineReader:
+    """Passes over the lines of a file that the table holds, or begins another log.
+
+    Raises:
+      ValueError: the lines are not the same, and no other log was announced.
+    """
+    options, held, seen = session.options, session.lines, Chain()
+    reader = LineReader(descriptor, options.longest_line, asked.wait)
+    if options.events == "-":
+        reader.copy = session.copy
+        return reader
+    while seen.lines < held.lines and (line := reader.next()):
+        seen.add(line)
+    if seen == held:
+        return reader
+    if not options.new_log:
+        raise ValueError(
+            f"{options.events} does not begin with the {held.lines} lines that {options.state} holds ({seen.lines} "
+            "lines were compared); give the same log, or --new-log for another one"
+        )
+    session.lines, session.first, session.saved_lines = Chain(), 0, 0
+    with named_in_errors(pathlib.Path(options.events)):
+        os.lseek(descriptor, 0, os.SEEK_SET)
+    return LineReader(descriptor, options.longest_line, asked.wait)
+
+
+def take_rest(reader: LineReader, session: Session) -> None:
+    """Takes a last line without a line break if it is sure to be whole; says so if it is not."""
+    rest = reader.rest()
+    if rest == b"":
+        return
+    with contextlib.suppress(ValueError):
+        # An object without its last bracket is no JSON: a pipe that was cut off ends in no other line.
+        if session.options.events == "-" and rest is not None and parsed(rest):
+            session.copy(rest + b"\n")
+            session.take(hashed(rest))
+            return
+    _note("note: the last line has no line break yet and was not taken")
+
+
+@contextlib.contextmanager
+def opened(options: StreamOptions) -> Iterator[tuple[int, Session]]:
+    """Yields the input's descriptor and a session that holds every line taken in before."""
+    with contextlib.ExitStack() as stack:
+        if options.events == "-":
+            require(sys.stdin is not None, "standard input is closed; give --events=FILE")
+            source = sys.stdin
+        else:
+            source = stack.enter_context(pathlib.Path(options.events).open("rb", buffering=0))
+        written = [options.state] if options.state is not None else []
+        written += [pathlib.Path(options.output)] if options.output != "-" else []
+        for path in written:
+            stack.enter_context(locked(path))
+        session = _begun(options, stack)
+        session.start()
+        yield source.fileno(), session
+
+
+def _begun(options: StreamOptions, stack: contextlib.ExitStack) -> Session:
+    """Opens what is kept and what is written."""
+    state = options.state
+    journal = None if state is None else Journal(journal_of(state))
+    if journal is not None and journal.path.exists() and not state.exists():
+        raise ValueError(
+            f"{journal.path} holds lines that go on from {state}, which is not there; bring it back, or remove the "
+            "journal as well to begin anew"
+        )
+    table, lines, given = open_table(options)
+    session = Session(options, table, lines, journal=journal, first=lines.lines, saved_lines=lines.lines)
+    if options.output != "-":
+        session.answers = Answers(pathlib.Path(options.output), given)
+        stack.callback(session.answers.close)
+    return session

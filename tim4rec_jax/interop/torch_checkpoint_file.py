@@ -14,9 +14,9 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.torch_pickle import Call, CodeRefusedError, Name, Names, Persistent, read_pickle, read_pickles
 from tim4rec_jax.checks import listed, require, shortened, shown
 from tim4rec_jax.files import replacing
+from tim4rec_jax.interop.torch_pickle import Call, CodeRefusedError, Name, Names, Persistent, read_pickle, read_pickles
 
 # Under this name a state dict's metadata say which items its rows stand for; PyTorch passes over what it does not know.
 _OURS = "tim4rec_jax"
@@ -50,7 +50,7 @@ class StateDict(NamedTuple):
     Attributes:
       arrays: float32 and float64 parameters by their PyTorch names, wrappers' prefixes taken off.
       notes: lines on what was taken off or passed over.
-      items_digest: `item_ids_file.digest` of the raw ids of the item table's rows; None where the file does not say.
+      items_digest: `item_ids.digest` of the raw ids of the item table's rows; None where the file does not say.
     """
 
     arrays: dict[str, np.ndarray]

@@ -9,8 +9,8 @@ import time
 
 import pytest
 
-from experiments import run_queue
-from experiments.run_queue import Job, is_finished, processor_shares, train_all
+from experiments import runs
+from experiments.runs import Job, is_finished, processor_shares, train_all
 
 FINISH = """
 import json, os, pathlib, sys
@@ -38,8 +38,8 @@ raise SystemExit(0 if number == signal.SIGTERM else 130)
 @pytest.fixture(autouse=True)
 def programs(monkeypatch):
     """A job's only option is the program to run."""
-    monkeypatch.setattr(run_queue, "command", lambda job: [sys.executable, "-c", *job.options, str(job.folder)])
-    monkeypatch.setattr(run_queue, "POLL_SECONDS", 0.01)
+    monkeypatch.setattr(runs, "command", lambda job: [sys.executable, "-c", *job.options, str(job.folder)])
+    monkeypatch.setattr(runs, "POLL_SECONDS", 0.01)
 
 
 def _job(tmp_path: pathlib.Path, name: str, program: str = FINISH) -> Job:

@@ -1,7 +1,8 @@
-"""What a comparison of models consists of: names, settings, seeds and folders, read from the command line."""
+"""What a comparison consists of: models to train alike, or run folders that are there; read from the command line."""
 
 import dataclasses
-import difflib
+import glob
+import os
 import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -9,17 +10,18 @@ from typing import Annotated, Any
 
 import tyro
 
-from experiments import train
-from experiments.command_line import OptionParser, parse_settings
+from experiments.cli import OptionParser, nearest, parse_settings
 from experiments.configs import DATA_NAMES, MODEL_NAMES, load_config
 from experiments.family import exact_order, file_name
+from experiments.runs import FREE as FREE_BETWEEN_CALLS
+from experiments.runs import differences, flat, parse_seeds, require_one_process
+from tim4rec_jax.checks import listed, require
 from tim4rec_jax.config import DataConfig, EvalConfig, ExperimentConfig, ModelConfig, ParallelConfig, TrainConfig
 from tim4rec_jax.data_config import DATA_ALIASES
-from tim4rec_jax.run_dir import CHANGEABLE_ON_RESUME, CONFIG, SHOWN_DIFFERENCES, read_config, read_environment
+from tim4rec_jax.run_dir import CONFIG, read_config, read_environment
 
 # Settings that a model's numbers do not depend on, and those that the data answer for by their fingerprint.
-FREE = {name for name in CHANGEABLE_ON_RESUME if name not in ("train.epochs", "train.max_steps", "train.patience")}
-FREE |= {
+FREE = FREE_BETWEEN_CALLS | {
     "name",
     "model.vocab_size",
     "model.gap_mean",
@@ -28,6 +30,11 @@ FREE |= {
     "model.last_second",
     "eval.baselines",
 }
+# What is measured must be the same for all rows.
+_PROTOCOL = (
+    "eval.top_k", "eval.exclude_seen", "eval.seen_targets", "data.split", "data.valid_share", "data.test_share",
+    "data.valid_from", "data.test_from", "data.temporal_targets",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -70,6 +77,23 @@ class Arguments:
 
 
 @dataclass(frozen=True)
+class RowArguments:
+    """Puts finished runs side by side, with their spread over seeds and their significance.
+
+    Attributes:
+      rows: each a name, an equals sign and the run folders of its seeds, as in "causal=runs/causal/seed_*".
+      output: where the results go, without suffix.
+      metric: decides which row is best; None is the eval.monitor of the first row.
+      note: a sentence to keep with the numbers, for instance about the machine.
+    """
+
+    rows: tuple[str, ...] = ()
+    output: pathlib.Path = pathlib.Path("runs") / "comparison"
+    metric: str | None = None
+    note: str = ""
+
+
+@dataclass(frozen=True)
 class Plan:
     """A comparison with every name resolved.
 
@@ -107,20 +131,8 @@ class Plan:
         return dataclasses.replace(config, train=dataclasses.replace(config.train, seed=seed))
 
 
-def flat(values: Mapping[str, Any], path: str = "") -> dict[str, Any]:
-    """Returns nested settings by path, as in "train.learning_rate"; lists become tuples."""
-    found: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            found |= flat(value, f"{path}{key}.")
-        else:
-            found[path + key] = tuple(value) if isinstance(value, list) else value
-    return found
-
-
-def _nearest(kind: str, name: str, names: Sequence[str]) -> ValueError:
-    near = difflib.get_close_matches(name, names, n=3, cutoff=0.3) or list(names)
-    return ValueError(f"{kind} {name!r} is unknown; nearest: {', '.join(near)}")
+def _require_known(kind: str, name: str, names: Sequence[str]) -> None:
+    require(name in names, f"{kind} {name!r} is unknown; nearest: {nearest(name, names)}")
 
 
 def parse_models(text: str) -> tuple[str, ...]:
@@ -133,37 +145,10 @@ def parse_models(text: str) -> tuple[str, ...]:
     if not names:
         raise ValueError(f"--models={text!r} names no model; choose of {', '.join(MODEL_NAMES)}")
     for name in names:
-        if name not in MODEL_NAMES:
-            raise _nearest("model", name, MODEL_NAMES)
+        _require_known("model", name, MODEL_NAMES)
         if names.count(name) > 1:
             raise ValueError(f"--models={text}: {name} is there {names.count(name)} times; name each model once")
     return names
-
-
-def parse_seeds(text: str, first: int = 2020) -> tuple[int, ...]:
-    """Reads "3", a count, or "2020,7,11", the seeds.
-
-    Raises:
-      ValueError: for what is no number, a count under 1, a seed under 0, or a repeated seed.
-    """
-    try:
-        numbers = tuple(int(part) for part in text.split(",") if part.strip())
-    except ValueError:
-        raise ValueError(f"--seeds={text}: expected a count as in 3, or seeds as in 2020,7,11") from None
-    if "," not in text:
-        if not numbers or numbers[0] < 1:
-            raise ValueError(f"--seeds={text}: a count must be at least 1")
-        return tuple(range(first, first + numbers[0]))
-    for seed in numbers:
-        if seed < 0:
-            raise ValueError(f"--seeds={text}: seed {seed} must be at least 0")
-        if numbers.count(seed) > 1:
-            raise ValueError(
-                f"--seeds={text}: {seed} is there {numbers.count(seed)} times; the same seed gives the same run again"
-            )
-    if not numbers:
-        raise ValueError(f"--seeds={text} names no seed")
-    return numbers
 
 
 def require_metric(metric: str, config: ExperimentConfig) -> str:
@@ -173,8 +158,7 @@ def require_metric(metric: str, config: ExperimentConfig) -> str:
       ValueError: it is none; the nearest are shown.
     """
     known = [f"{name}@{k}" for k in config.eval.top_k for name in ("hit", "ndcg", "mrr")]
-    if metric not in known:
-        raise _nearest("metric", metric, known)
+    _require_known("metric", metric, known)
     return metric
 
 
@@ -190,8 +174,7 @@ def parse(argv: Sequence[str]) -> tuple[Arguments, Plan]:
     finder.add_argument("--models", default=Arguments.models)
     found, others = finder.parse_known_args(argv)
     found.data = DATA_ALIASES.get(found.data, found.data)
-    if found.data not in DATA_NAMES:
-        raise _nearest("data", found.data, DATA_NAMES)
+    _require_known("data", found.data, DATA_NAMES)
     arguments, configs, overrides = None, {}, {}
     for model in parse_models(found.models):
         base = load_config(f"{file_name(found.data)}_{model}")
@@ -235,13 +218,11 @@ def _resolved(base: ExperimentConfig, arguments: Arguments) -> ExperimentConfig:
     return ExperimentConfig(base.name, arguments.model, arguments.data, settings, measured, arguments.parallel)
 
 
-def require_one_process(parallel: ParallelConfig) -> None:
-    """Raises ValueError where each of many runs would have to be started on several machines."""
-    if parallel.several_processes:
-        raise ValueError(
-            "--parallel.coordinator and --parallel.distributed are for experiments.train: here each run is one process "
-            "on this machine, on all its devices; train the runs one by one to spread them over machines"
-        )
+def _differing(settings: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Returns the settings that are not the same everywhere: the value of each name, by path."""
+    paths = next(iter(settings.values()))
+    every = {path: {name: values[path] for name, values in settings.items()} for path in paths}
+    return {path: values for path, values in every.items() if len(set(values.values())) > 1}
 
 
 def _own_settings(configs: Mapping[str, ExperimentConfig], accepted: bool) -> dict[str, dict[str, Any]]:
@@ -251,9 +232,11 @@ def _own_settings(configs: Mapping[str, ExperimentConfig], accepted: bool) -> di
       ValueError: there are some and they are not accepted.
     """
     settings = {model: flat(config.to_dict()) for model, config in configs.items()}
-    paths = [path for path in next(iter(settings.values())) if not path.startswith("model.") and path not in FREE]
-    own = {path: {model: values[path] for model, values in settings.items()} for path in paths}
-    own = {path: values for path, values in own.items() if len(set(values.values())) > 1}
+    own = {
+        path: values
+        for path, values in _differing(settings).items()
+        if not path.startswith("model.") and path not in FREE
+    }
     if own and not accepted:
         lines = (f"{path}: " + ", ".join(f"{m} {value}" for m, value in values.items()) for path, values in own.items())
         options = " ".join(f"--{path}={next(iter(values.values()))}" for path, values in own.items())
@@ -262,23 +245,6 @@ def _own_settings(configs: Mapping[str, ExperimentConfig], accepted: bool) -> di
             f"{options}; or accept the differences with --own-settings, and the table will say so"
         )
     return own
-
-
-def options(config: ExperimentConfig, name: str) -> tuple[str, ...]:
-    """Returns the options of `experiments.train` that make an experiment's settings into `config`.
-
-    Args:
-      config: the settings wanted.
-      name: the experiment to start from.
-    """
-    before, given = flat(load_config(name).to_dict()), [f"--config={name}"]
-    for path, value in flat(config.to_dict()).items():
-        if path == "name" or before[path] == value:
-            continue
-        given += [f"--{path}", *map(str, value)] if isinstance(value, tuple) else [f"--{path}={value}"]
-    if train.parse(given)[0] != config:
-        raise ValueError(f"the settings of {name} cannot be given as options: {' '.join(given)}")
-    return tuple(given)
 
 
 def require_same_settings(plan: Plan, fingerprint: str | None) -> None:
@@ -291,24 +257,110 @@ def require_same_settings(plan: Plan, fingerprint: str | None) -> None:
     Raises:
       ValueError: naming the first differences with both values.
     """
-    differences: dict[str, list[pathlib.Path]] = {}
+    found: dict[str, pathlib.Path] = {}
     for model, seed in plan.runs_in_order():
         folder = plan.folder(model, seed)
         if not (folder / CONFIG).exists():
             continue
-        old, new = flat(read_config(folder).to_dict()), flat(plan.config(model, seed).to_dict())
-        for key in sorted(new):
-            if key not in FREE and old[key] != new[key]:
-                differences.setdefault(f"{key}: {old[key]!r} there, {new[key]!r} asked for", []).append(folder)
         data = read_environment(folder)["data_fingerprint"]
         fingerprint = fingerprint or data
-        if data != fingerprint:
-            line = f"data fingerprint: {data[:12]}… there, {fingerprint[:12]}… asked for"
-            differences.setdefault(line, []).append(folder)
-    if differences:
-        shown = ", ".join(list(differences)[:SHOWN_DIFFERENCES])
-        more = f" and {len(differences) - SHOWN_DIFFERENCES} more" if len(differences) > SHOWN_DIFFERENCES else ""
-        raise ValueError(
-            f"runs are there with other settings or data: {shown}{more} ({next(iter(differences.values()))[0]}); give "
-            "the settings of those runs, choose another folder with --runs, or remove them"
+        there, asked = (
+            {key: value for key, value in flat(config.to_dict()).items() if key not in FREE}
+            | {"data fingerprint": f"{of_log[:12]}…"}
+            for config, of_log in ((read_config(folder), data), (plan.config(model, seed), fingerprint))
         )
+        for line in differences(there, asked):
+            found.setdefault(line, folder)
+    if found:
+        raise ValueError(
+            f"runs are there with other settings or data: {listed(list(found), 130)} ({next(iter(found.values()))}); "
+            "give the settings of those runs, choose another folder with --runs, or remove them"
+        )
+
+
+def _split(text: str) -> tuple[str, list[pathlib.Path]]:
+    """Reads "name=pattern".
+
+    Raises:
+      ValueError: it has no name or no pattern, or no run folder fits.
+    """
+    name, equals, pattern = text.partition("=")
+    if not name.strip() or not equals or not pattern:
+        raise ValueError(f"--rows {text!r}: expected a name and run folders, as in 'causal=runs/causal/seed_*'")
+    # A folder that is called so is meant, whatever its name would be as a pattern.
+    found = [pattern] if os.path.lexists(pattern) else glob.glob(pattern)
+    folders = sorted(path for path in map(pathlib.Path, found) if (path / CONFIG).is_file())
+    if not folders:
+        raise ValueError(f"--rows {text!r}: {pattern} is no run folder; give one, or a pattern of several in quotes")
+    return name.strip(), folders
+
+
+def _without_seed(config: ExperimentConfig) -> dict[str, Any]:
+    return {path: value for path, value in flat(config.to_dict()).items() if path not in FREE | {"train.seed"}}
+
+
+def _row(name: str, folders: Sequence[pathlib.Path]) -> dict[int, pathlib.Path]:
+    """Returns a row's folders by seed.
+
+    Raises:
+      ValueError: two runs have the same seed, or other settings than the first.
+    """
+    by_seed: dict[int, pathlib.Path] = {}
+    first = _without_seed(read_config(folders[0]))
+    for folder in folders:
+        config = read_config(folder)
+        seed, settings = config.train.seed, _without_seed(config)
+        others = [f"{key}: {first[key]!r} and {settings[key]!r}" for key in first if first[key] != settings[key]]
+        if others:
+            raise ValueError(
+                f"row {name}: {folders[0]} and {folder} differ in more than the seed: {listed(others, 100, ', ')}; "
+                "give each its own row"
+            )
+        if seed in by_seed:
+            raise ValueError(f"row {name}: {by_seed[seed]} and {folder} both have seed {seed}; give one of them")
+        by_seed[seed] = folder
+    return dict(sorted(by_seed.items()))
+
+
+def _require_same_test(folders: Sequence[pathlib.Path]) -> None:
+    """Refuses runs whose test users, items or protocol differ: their numbers cannot be compared user by user.
+
+    Raises:
+      ValueError: naming the first difference.
+    """
+    facts = []
+    for folder in folders:
+        settings = flat(read_config(folder).to_dict())
+        fingerprint = {"data fingerprint": read_environment(folder)["data_fingerprint"]}
+        facts.append(fingerprint | {path: settings[path] for path in _PROTOCOL})
+    for folder, found in zip(folders, facts, strict=True):
+        for key, value in facts[0].items():
+            if found[key] != value:
+                raise ValueError(
+                    f"the runs were not tested alike: {key}: {value} in {folders[0]}, {found[key]} in {folder}; "
+                    "compare runs on one log, cleaned and ordered alike (data.timestamp_precision too)"
+                )
+
+
+def parse_rows(argv: Sequence[str]) -> tuple[RowArguments, Plan]:
+    """Reads the command line of a comparison of run folders.
+
+    Raises:
+      ValueError: for a row without runs, a name given twice, runs of a row that differ in more than the seed, rows that
+        were not tested alike, or an unknown metric.
+    """
+    arguments = parse_settings(RowArguments, argv, RowArguments(), prog="experiments.compare")
+    require(bool(arguments.rows), "--rows names no row; give a name and run folders, as in 'causal=runs/causal/seed_*'")
+    rows: dict[str, dict[int, pathlib.Path]] = {}
+    for name, folders in map(_split, arguments.rows):
+        require(name not in rows, f"--rows: {name} is there twice; give each row its own name")
+        rows[name] = _row(name, folders)
+    folders = {(name, seed): folder for name, by_seed in rows.items() for seed, folder in by_seed.items()}
+    _require_same_test(list(folders.values()))
+    configs = {name: read_config(next(iter(by_seed.values()))) for name, by_seed in rows.items()}
+    first = next(iter(configs.values()))
+    own = _differing({name: _without_seed(config) for name, config in configs.items()})
+    metric = require_metric(arguments.metric or first.eval.monitor, first)
+    seeds = tuple(sorted({seed for _, seed in folders}))
+    plan = Plan(first.data.name, configs, {}, own, seeds, metric, pathlib.Path(), arguments.output, folders)
+    return arguments, plan

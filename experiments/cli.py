@@ -1,22 +1,28 @@
-"""What the programs share: settings from the command line, and errors as one line."""
+"""What the programs share: settings from the command line, errors as one line, and records without folders."""
 
 import argparse
 import contextlib
 import dataclasses
 import difflib
 import errno
+import functools
+import json
 import math
 import pathlib
 import sys
 import types
 import typing
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, TypeVar
 
 import jax
 import tyro
+from rich.table import Table
+from rich.text import Text
 
 from tim4rec_jax.checks import listed, shortened
+from tim4rec_jax.config import ExperimentConfig
+from tim4rec_jax.files import write_atomically
 from tim4rec_jax.training.checkpoint import CheckpointError
 from tim4rec_jax.training.processes import ProcessError
 
@@ -195,6 +201,27 @@ def parse_settings(
     return _with_values(default, _read_options(arguments, dict(_options(default))))
 
 
+def peek(arguments: Sequence[str], option: str, default: str | None = None) -> str | None:
+    """Returns the value of an option that decides what the others start from.
+
+    Raises:
+      ValueError: the option has no value.
+    """
+    finder = OptionParser(add_help=False)
+    finder.add_argument(option, default=default, dest="value")
+    return finder.parse_known_args(arguments)[0].value
+
+
+def has_option(arguments: Sequence[str], option: str) -> bool:
+    """Tells whether an option is given, whatever its value."""
+    return any(argument.partition("=")[0] == option for argument in arguments)
+
+
+def nearest(name: str, names: Iterable[str]) -> str:
+    """Returns the names most like one that is unknown, for a message; all where none is like it."""
+    return ", ".join(difflib.get_close_matches(name, list(names), n=3, cutoff=0.3) or names)
+
+
 class OptionParser(argparse.ArgumentParser):
     """A parser without abbreviations whose complaint is a ValueError of one line that names the option."""
 
@@ -275,3 +302,68 @@ def run_program(program: Callable[[list[str]], int], argv: Sequence[str] | None 
             raise
         print(f"error: {one_line(complaint)}", file=sys.stderr)
     return 2
+
+
+def program(run: Callable[[list[str]], int]) -> Callable[[Sequence[str] | None], int]:
+    """Makes a function of the command line the `main` of a program; see `run_program`."""
+
+    @functools.wraps(run)
+    def main(argv: Sequence[str] | None = None) -> int:
+        return run_program(run, argv)
+
+    return main
+
+
+def note(line: str) -> None:
+    """Prints a line about what is done beside the answer."""
+    print(line, file=sys.stderr)
+
+
+def without_folders(text: str) -> str:
+    """Cuts the folders of an absolute path, also behind an option's equals sign."""
+    option, equals, value = text.rpartition("=")
+    return f"{option}{equals}{pathlib.PurePath(value).name}" if value.startswith("/") else text
+
+
+def command_without_folders(command: Sequence[str]) -> list[str]:
+    """Returns a command line without the folders of absolute paths."""
+    return [without_folders(argument) for argument in command]
+
+
+def settings_without_folders(config: ExperimentConfig) -> dict[str, Any]:
+    """Returns settings ready for JSON, without what belongs to a machine: folders of paths, and the cache's."""
+    settings = config.to_dict()
+    for name in ("path", "item_path"):
+        settings["data"][name] = settings["data"][name] and without_folders(settings["data"][name])
+    settings["data"].pop("cache_dir")
+    return settings
+
+
+def write_json(path: pathlib.Path, record: Any) -> None:
+    """Writes a record into a file, whole or not at all, and makes its folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, (json.dumps(record, indent=1, allow_nan=False) + "\n").encode())
+
+
+def table(
+    header: Sequence[str],
+    rows: Iterable[Sequence[str]],
+    *,
+    title: str = "",
+    caption: str = "",
+    left: Sequence[int] = (0,),
+) -> Table:
+    """Returns a table for the terminal; the columns `left` are aligned to the left and may fold."""
+    shown = Table(title=Text(title) if title else None, caption=Text(caption) if caption else None)
+    for place, name in enumerate(header):
+        shown.add_column(name, justify="left" if place in left else "right", overflow="fold")
+    for row in rows:
+        shown.add_row(*map(Text, row))
+    return shown
+
+
+def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]], *, left: int = 1) -> list[str]:
+    """Returns the lines of a Markdown table and an empty one; the first `left` columns are aligned to the left."""
+    rule = ["---"] * left + ["---:"] * (len(header) - left)
+    shown = [[cell.replace("|", "\\|") for cell in row] for row in (header, rule, *rows)]
+    return [f"| {' | '.join(cells)} |" for cells in shown] + [""]
