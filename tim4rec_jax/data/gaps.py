@@ -1,5 +1,7 @@
 """Times of the training part, which the causal time branch is standardised with."""
 
+from typing import Any
+
 import numpy as np
 
 from tim4rec_jax.data.interactions import InteractionLog
@@ -42,3 +44,10 @@ def gap_statistics(log: InteractionLog, split: Split) -> tuple[float, float]:
         return 0.0, 1.0
     std = float(logs.std())
     return float(logs.mean()), std if std > _SAME else 1.0
+
+
+def training_times(log: InteractionLog, split: Split) -> dict[str, Any]:
+    """Returns gap_mean, gap_std, first_second and last_second of the training part, as `data_statistics` takes them."""
+    mean, std = gap_statistics(log, split)
+    first, last = training_span(log, split)
+    return {"gap_mean": mean, "gap_std": std, "first_second": first, "last_second": last}
