@@ -56,7 +56,7 @@ def options(config: ExperimentConfig, name: str) -> tuple[str, ...]:
     """
     before, given = flat(load_config(name).to_dict()), [f"--config={name}"]
     for path, value in flat(config.to_dict()).items():
-        if path == "name" or before[path] == value:
+        if path == "name" or (path in before and before[path] == value):
             continue
         given += [f"--{path}", *map(str, value)] if isinstance(value, tuple) else [f"--{path}={value}"]
     if train.parse(given)[0] != config:

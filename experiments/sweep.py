@@ -30,7 +30,7 @@ import numpy as np
 from rich.console import Console
 
 from experiments import cli, train
-from experiments.configs import config_names, load_config
+from experiments.configs import chosen, config_names
 from experiments.runs import (
     FREE,
     Job,
@@ -43,9 +43,10 @@ from experiments.runs import (
     train_all,
 )
 from tim4rec_jax.checks import listed, require
-from tim4rec_jax.config import DataConfig, EvalConfig, ExperimentConfig, ModelConfig, ParallelConfig, TrainConfig
+from tim4rec_jax.config import DataConfig, EvalConfig, ExperimentConfig, ParallelConfig, TrainConfig
 from tim4rec_jax.data.interactions import load_log, with_precision
 from tim4rec_jax.files import locked, write_atomically
+from tim4rec_jax.model_config import ModelConfig
 from tim4rec_jax.run_dir import environment, read_results
 from tim4rec_jax.training.interruption import Interrupted
 
@@ -185,6 +186,8 @@ def _read_terms(option: str, terms: Sequence[str], base: ExperimentConfig) -> di
     refused = {
         "train.seed": "seeds are given by --seeds, and a trial is their mean",
         "model.vocab_size": "the data decide it",
+        "model.name": "every model has settings of its own; sweep one, or compare them",
+        "model.module": "every model has settings of its own; sweep one, or compare them",
     }
     found: dict[str, Any] = {}
     for term in terms:
@@ -229,9 +232,9 @@ def parse(argv: Sequence[str]) -> Plan:
         setting both varied and fixed, or options that do not go together.
       ModuleNotFoundError: Optuna is not installed.
     """
-    name = cli.peek(argv, "--config", "quickstart")
-    file = load_config(name)
-    default = Arguments(file.model, file.data, file.train, file.eval, file.parallel, name)
+    file, model = chosen(argv)
+    name = file.name
+    default = Arguments(model, file.data, file.train, file.eval, file.parallel, name)
     given = cli.parse_settings(
         Arguments, argv, default, prog="experiments.sweep", description=f"Experiments: {', '.join(config_names())}"
     )

@@ -27,17 +27,19 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from experiments.cli import OptionParser, parse_settings, run_program
+from experiments.cli import parse_settings, run_program
 from experiments.comparison.published import PUBLISHED
-from experiments.configs import config_names, load_config
-from tim4rec_jax.config import DataConfig, EvalConfig, ExperimentConfig, ModelConfig, ParallelConfig, TrainConfig
+from experiments.configs import chosen, config_names
+from experiments.family import of_model
+from tim4rec_jax.config import DataConfig, EvalConfig, ExperimentConfig, ParallelConfig, TrainConfig
 from tim4rec_jax.data.interactions import InteractionLog, load_log, with_precision
-from tim4rec_jax.data.splits import describe, gap_statistics, split_log, training_span
+from tim4rec_jax.data.splits import describe, split_log
 from tim4rec_jax.evaluation.baselines import popularity_counts, popularity_ranks
 from tim4rec_jax.evaluation.metrics import summarise
 from tim4rec_jax.evaluation.seen_targets import describe_seen, measured
 from tim4rec_jax.files import locked
-from tim4rec_jax.models import build_model
+from tim4rec_jax.model_config import ModelConfig
+from tim4rec_jax.models import model_class
 from tim4rec_jax.run_dir import create_run, discard_run, has_begun, read_config, write_config, write_results
 from tim4rec_jax.training.interruption import Interrupted, StopRequests, explain
 from tim4rec_jax.training.loop import Trainer
@@ -81,11 +83,8 @@ def parse(argv: Sequence[str]) -> tuple[ExperimentConfig, pathlib.Path, bool]:
     Raises:
       ValueError: for an unknown experiment or option (the nearest are shown) or a value out of range.
     """
-    finder = OptionParser(add_help=False)
-    finder.add_argument("--config", default="quickstart")
-    name = finder.parse_known_args(argv)[0].config
-    base = load_config(name)
-    default = Arguments(base.model, base.data, base.train, base.eval, base.parallel, name)
+    base, model = chosen(argv)
+    default = Arguments(model, base.data, base.train, base.eval, base.parallel, base.name)
     arguments = parse_settings(
         Arguments, argv, default, prog="experiments.train", description=f"Experiments: {', '.join(config_names())}"
     )
@@ -102,17 +101,10 @@ def vocab_multiple(config: ExperimentConfig) -> int:
 
 
 def with_data(config: ExperimentConfig, log: InteractionLog) -> ExperimentConfig:
-    """Fills in what the data decide: the order of events, the catalogue's size, and the times of a causal time branch.
-
-    So is what `vocab_multiple` says of its parts.
-    """
-    known: dict[str, Any] = {"vocab_size": log.num_items + 1, "vocab_multiple": vocab_multiple(config)}
-    if config.model.time_mode == "causal":
-        split = split_log(log, config.data)
-        known["gap_mean"], known["gap_std"] = gap_statistics(log, split)
-        known["first_second"], known["last_second"] = training_span(log, split)
+    """Fills in what the data decide: the order of events, and the catalogue's size and its parts."""
+    sizes = {"vocab_size": log.num_items + 1, "vocab_multiple": vocab_multiple(config)}
     return dataclasses.replace(
-        config, model=dataclasses.replace(config.model, **known), data=with_precision(config.data, log)
+        config, model=dataclasses.replace(config.model, **sizes), data=with_precision(config.data, log)
     )
 
 
@@ -197,10 +189,6 @@ def final_tables(
     return tables
 
 
-def _name(config: ExperimentConfig) -> str:
-    return config.model.name if config.model.use_time else f"{config.model.name}, time off"
-
-
 def run(
     config: ExperimentConfig, run_dir: pathlib.Path, resume: bool, console: Console, stop_requests: StopRequests
 ) -> None:
@@ -226,13 +214,16 @@ def _run(
             f"model.vocab_multiple={multiple}: the item embedding gets so many rows, for equal parts of it on devices"
         )
     results = train_one(config, log, run_dir, resume, stop_requests)
-    rows = [(_name(config), results["test"], f"this run, best epoch {results['best_epoch']} of {results['epochs']}")]
-    if "time_off" in config.eval.baselines and build_model(with_data(config, log).model).uses_time:
+    name = config.model.name
+    rows = [(name, results["test"], f"this run, best epoch {results['best_epoch']} of {results['epochs']}")]
+    if "time_off" in config.eval.baselines and (without_time := model_class(name).without_time) is not None:
         console.print("the same model with time off")
-        plain = dataclasses.replace(config, model=dataclasses.replace(config.model, use_time=False))
+        plain = dataclasses.replace(config, model=of_model(config.model, without_time))
         with only_writer(run_dir / "time_off"):
             other = train_one(plain, log, run_dir / "time_off", resume, stop_requests)
-        rows.append((_name(plain), other["test"], f"this run, best epoch {other['best_epoch']} of {other['epochs']}"))
+        rows.append(
+            (f"{name}, time off", other["test"], f"this run, best epoch {other['best_epoch']} of {other['epochs']}")
+        )
     if "popularity" in config.eval.baselines:
         rows.append(("popularity", popularity(config, log), "this log, counts of the training part"))
     if is_main():

@@ -13,12 +13,12 @@ GROUND = {"checks", "files", "json_files"}
 RUN = {"run_dir", "run_environment", "run_manifest"}
 ROOMS = {
     "data": {"config", "data_config"},
-    "layers": {"config"},
-    "models": {"config", "typing", "layers"},
+    "layers": {"model_config"},
+    "models": {"model_config", "typing", "layers"},
     "evaluation": {"config", "data", "models"},
     "training": {"config", "data", "models", "evaluation", *RUN},
     "serving": {"config", "data", "models", "evaluation", *RUN, "training"},
-    "interop": {"config", "data", "models", *RUN, "training", "serving"},
+    "interop": {"config", "data", "model_config", "models", *RUN, "training", "serving"},
 }
 
 

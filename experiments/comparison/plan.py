@@ -12,24 +12,17 @@ import tyro
 
 from experiments.cli import OptionParser, nearest, parse_settings
 from experiments.configs import DATA_NAMES, MODEL_NAMES, load_config
-from experiments.family import exact_order, file_name
+from experiments.family import RECIPES, exact_order, file_name
 from experiments.runs import FREE as FREE_BETWEEN_CALLS
 from experiments.runs import differences, flat, parse_seeds, require_one_process
 from tim4rec_jax.checks import listed, require
-from tim4rec_jax.config import DataConfig, EvalConfig, ExperimentConfig, ModelConfig, ParallelConfig, TrainConfig
+from tim4rec_jax.config import DataConfig, EvalConfig, ExperimentConfig, ParallelConfig, TrainConfig
 from tim4rec_jax.data_config import DATA_ALIASES
+from tim4rec_jax.model_config import ModelConfig
 from tim4rec_jax.run_dir import CONFIG, read_config, read_environment
 
 # Settings that a model's numbers do not depend on, and those that the data answer for by their fingerprint.
-FREE = FREE_BETWEEN_CALLS | {
-    "name",
-    "model.vocab_size",
-    "model.gap_mean",
-    "model.gap_std",
-    "model.first_second",
-    "model.last_second",
-    "eval.baselines",
-}
+FREE = FREE_BETWEEN_CALLS | {"name", "model.vocab_size", "eval.baselines"}
 # What is measured must be the same for all rows.
 _PROTOCOL = (
     "eval.top_k", "eval.exclude_seen", "eval.seen_targets", "data.split", "data.valid_share", "data.test_share",
@@ -42,7 +35,7 @@ class Arguments:
     """Trains models on one log with several seeds each and compares them.
 
     Attributes:
-      model, data, train, eval, parallel: settings for every model, each an option by its path.
+      model, data, train, eval, parallel: settings for every model that reads them, each an option by its path.
       data_set: the data, one of `DATA_NAMES`.
       models: names, separated by commas.
       seeds: how many, counted up from 2020, or the seeds themselves, separated by commas ("7," is seed 7 alone).
@@ -175,14 +168,18 @@ def parse(argv: Sequence[str]) -> tuple[Arguments, Plan]:
     found, others = finder.parse_known_args(argv)
     found.data = DATA_ALIASES.get(found.data, found.data)
     _require_known("data", found.data, DATA_NAMES)
-    arguments, configs, overrides = None, {}, {}
-    for model in parse_models(found.models):
-        base = load_config(f"{file_name(found.data)}_{model}")
-        # One order of events for all models: exact seconds, also where a paper's own experiment has another.
-        base = exact_order(base)
-        default = Arguments(base.model, base.data, base.train, base.eval, base.parallel, found.data, found.models)
+    configs, overrides = {}, {}
+    # One order of events for all models: exact seconds, also where a paper's own experiment has another.
+    bases = {
+        model: exact_order(load_config(f"{file_name(found.data)}_{model}")) for model in parse_models(found.models)
+    }
+    defaults = {
+        model: Arguments(base.model, base.data, base.train, base.eval, base.parallel, found.data, found.models)
+        for model, base in bases.items()
+    }
+    for model, base in bases.items():
         arguments = parse_settings(
-            Arguments, others, default, prog="experiments.compare",
+            Arguments, others, defaults[model], list(defaults.values()), prog="experiments.compare",
             description=f"Data: {', '.join(DATA_NAMES)}. Models: {', '.join(MODEL_NAMES)}.",
         )  # fmt: skip
         configs[model] = _resolved(base, arguments)
@@ -229,7 +226,7 @@ def _own_settings(configs: Mapping[str, ExperimentConfig], accepted: bool) -> di
     """Finds settings of data, training and evaluation in which the models differ.
 
     Raises:
-      ValueError: there are some and they are not accepted.
+      ValueError: there are some that are no model's recipe, and they are not accepted.
     """
     settings = {model: flat(config.to_dict()) for model, config in configs.items()}
     own = {
@@ -237,9 +234,16 @@ def _own_settings(configs: Mapping[str, ExperimentConfig], accepted: bool) -> di
         for path, values in _differing(settings).items()
         if not path.startswith("model.") and path not in FREE
     }
-    if own and not accepted:
-        lines = (f"{path}: " + ", ".join(f"{m} {value}" for m, value in values.items()) for path, values in own.items())
-        options = " ".join(f"--{path}={next(iter(values.values()))}" for path, values in own.items())
+    unlike = {
+        path: alike
+        for path, values in own.items()
+        if len(set((alike := {m: v for m, v in values.items() if path not in RECIPES.get(m, ())}).values())) > 1
+    }
+    if unlike and not accepted:
+        lines = (
+            f"{path}: " + ", ".join(f"{m} {value}" for m, value in values.items()) for path, values in unlike.items()
+        )
+        options = " ".join(f"--{path}={next(iter(values.values()))}" for path, values in unlike.items())
         raise ValueError(
             "the models would not be trained alike:\n  " + "\n  ".join(lines) + f"\ngive one value for all, as in "
             f"{options}; or accept the differences with --own-settings, and the table will say so"

@@ -16,7 +16,8 @@ import jax
 import numpy as np
 
 from tests.evaluation.logs import random_log
-from tim4rec_jax import DataConfig, ExperimentConfig, ModelConfig, TrainConfig, build_model
+from tests.models.settings import settings_of
+from tim4rec_jax import DataConfig, ExperimentConfig, TrainConfig, build_model
 from tim4rec_jax.config import EvalConfig, ParallelConfig
 from tim4rec_jax.data.loader import make_loader
 from tim4rec_jax.data.packing import LengthGroup
@@ -25,7 +26,7 @@ from tim4rec_jax.evaluation.full_sort import FullSortEvaluator
 from tim4rec_jax.models import last_hidden
 from tim4rec_jax.serving.recommender import best_columns
 from tim4rec_jax.serving.sharded_top_k import sharded_top_k
-from tim4rec_jax.training.catalogue_parallel import catalogue_train_step, make_sharded_optimizer, require_shardable
+from tim4rec_jax.training.catalogue_parallel import catalogue_train_step, make_sharded_optimizer
 from tim4rec_jax.training.checkpoint import Checkpointer
 from tim4rec_jax.training.parallel import make_layout
 from tim4rec_jax.training.step import init_state, make_optimizer, train_step
@@ -35,7 +36,7 @@ STEPS, HALF, SEED = 20, 10, 3
 VOCAB, MULTIPLE = 45, 16
 MODELS = {
     "last": {"name": "sasrec", "attention_heads": 2, "inner_size": 8, "attention_dropout": 0.2},
-    "all": {"use_time": False, "head_dim": 8, "d_state": 8},
+    "all": {"name": "ssd4rec", "head_dim": 8, "d_state": 8},
 }
 # Neither is a multiple of 8.
 BATCH = {"last": 21, "all": 5}
@@ -52,7 +53,7 @@ class Training:
 
     def __init__(self, positions: str, shards: int) -> None:
         train = TrainConfig(positions=positions, batch_size=BATCH[positions], learning_rate=1e-2, clip_norm=0.5)
-        model = ModelConfig(
+        model = settings_of(
             **MODELS[positions], vocab_size=VOCAB, vocab_multiple=MULTIPLE, max_len=12, d_model=8, num_layers=1,
             dropout=0.3, norm_eps=1e-5, dtype="float64",
         )  # fmt: skip
@@ -60,7 +61,6 @@ class Training:
         self.config = ExperimentConfig(
             "test", model, DataConfig(loader="device"), train, EvalConfig(5, top_k=(5, 10)), parallel
         )
-        require_shardable(self.config)
         self.layout = make_layout(parallel)
         places = self.layout.places(train.batch_size)
         self.loader = make_loader(self.config, log(), leave_one_out(log()).train, places)

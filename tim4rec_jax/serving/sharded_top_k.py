@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from tim4rec_jax.evaluation.catalogue_parts import ITEM_TILE, top_k_on_parts
-from tim4rec_jax.models import last_hidden
+from tim4rec_jax.models import last_hidden, variables
 from tim4rec_jax.models.catalogue_shards import (
     ROW_AXES,
     TABLE,
@@ -40,7 +40,7 @@ def _on_mesh(
         ids, places = working_ids(items)
         small, small_params = on_working_table(model, params, fetch_rows(shard, ids))
         inputs = places, lengths, timestamps
-        hidden = last_hidden(small, {"params": small_params}, *inputs)
+        hidden = last_hidden(small, variables(small_params), *inputs)
         hidden = hidden.astype(model.config.dtype)
         return top_k_on_parts(hidden, shard, excluded, k, vocab_size=model.config.vocab_size, tile=tile)
 

@@ -1,5 +1,6 @@
 """Loss and gradient over every position of packed rows, for models whose outputs depend on what came before only."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -7,10 +8,10 @@ import jax.numpy as jnp
 from jax import Array
 
 from kernels.softmax_cross_entropy import softmax_cross_entropy
-from tim4rec_jax.config import ExperimentConfig, TrainConfig
+from tim4rec_jax.config import TrainConfig
 from tim4rec_jax.data.loader import PackedBatch
 from tim4rec_jax.data.negatives import Negatives
-from tim4rec_jax.models import SequentialModel
+from tim4rec_jax.models import SequentialModel, variables
 from tim4rec_jax.training.losses import cross_entropy, sampled_cross_entropy
 
 # Fewer at once would leave matrix products too small.
@@ -20,36 +21,25 @@ _LEAST_LOSS_POSITIONS = 256
 _SCORE_BYTES = 16 * 2**20
 
 
-def require_packable(config: ExperimentConfig, model: SequentialModel) -> None:
-    """Raises ValueError where `train.positions="all"` is asked of a model that cannot be trained so."""
-    if config.train.positions == "last" or model.packable:
-        return
-    raise ValueError(
-        "train.positions='all' needs a causal model that can start anew inside a row, which "
-        f"model.name={config.model.name!r} with model.time_mode={config.model.time_mode!r} is not: use 'tim4rec' with "
-        "model.time_mode='causal' or model.use_time=false, 'mamba4rec' or 'sasrec', or train.positions='last'"
-    )
-
-
 def loss_positions(num_positions: int) -> int:
     """Returns how many positions' losses are computed at once: about an eighth, so that few without weight are."""
     return min(num_positions, max(_LEAST_LOSS_POSITIONS, -(-num_positions // 8)))
 
 
 def _losses(
-    hidden: Array, table: Array, targets: Array, implementation: str | None, negatives: Negatives | None
+    hidden: Array, table: Array, targets: Array, in_tiles: bool, kernels: str | None, negatives: Negatives | None
 ) -> Array:
     """Softmax cross-entropy [t] of a piece."""
     if negatives is not None:
         return sampled_cross_entropy(hidden, table, targets, negatives)
     wide = jnp.promote_types(jnp.float32, hidden.dtype)
-    if implementation is None and hidden.shape[0] * table.shape[0] * wide.itemsize <= _SCORE_BYTES:
+    if not in_tiles and hidden.shape[0] * table.shape[0] * wide.itemsize <= _SCORE_BYTES:
         return cross_entropy(jnp.matmul(hidden, table.T, preferred_element_type=wide), targets)
-    return softmax_cross_entropy(hidden, table, targets, implementation=implementation)
+    return softmax_cross_entropy(hidden, table, targets, implementation=kernels)
 
 
 def weighted_cross_entropy(
-    hidden: Array, table: Array, targets: Array, weights: Array, implementation: str | None,
+    hidden: Array, table: Array, targets: Array, weights: Array, *, in_tiles: bool = False, kernels: str | None = None,
     negatives: Negatives | None = None,
 ) -> tuple[Array, tuple[Array, Array]]:  # fmt: skip
     """Returns the weighted sum of the softmax cross-entropy and its gradients, computed only where weights are not 0.
@@ -64,8 +54,8 @@ def weighted_cross_entropy(
       table: [v, d].
       targets: int [t].
       weights: [t], float32 or wider.
-      implementation: backend of `kernels.softmax_cross_entropy`; None computes all scores of a piece at once where
-        they are few, and leaves the choice to the operator where they are not.
+      in_tiles: by `kernels.softmax_cross_entropy`; else all scores of a piece are computed at once where they are few.
+      kernels: backend of that operator, or None.
       negatives: estimate the sum over v from these, see `losses.sampled_cross_entropy`; None computes it.
 
     Returns:
@@ -80,7 +70,7 @@ def weighted_cross_entropy(
     )
 
     def loss_sum(hidden: Array, table: Array, targets: Array, weights: Array) -> Array:
-        return jnp.sum(weights * _losses(hidden, table, targets, implementation, negatives))
+        return jnp.sum(weights * _losses(hidden, table, targets, in_tiles, kernels, negatives))
 
     def add_piece(k: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         total, d_hidden, d_table = carry
@@ -98,28 +88,29 @@ def weighted_cross_entropy(
 
 def _of_rows(
     model: SequentialModel, config: TrainConfig, params: Any, rows: PackedBatch, example_ids: Array, key: Array,
-    negatives: Negatives | None,
+    negatives: Negatives | None, statistics: Mapping[str, Any],
 ) -> tuple[Array, Any]:  # fmt: skip
     """Returns the weighted sum of the rows' losses and its gradient."""
     num_rows, length = rows.items.shape
 
     def encode(params: Any) -> tuple[Array, Array]:
         hidden, _ = model.apply(
-            {"params": params}, rows.items, rows.timestamps, segment_ids=rows.segment_ids, deterministic=False,
-            example_ids=example_ids, rngs={"dropout": key},
+            variables({**params, **statistics}), rows.items, rows.timestamps, segment_ids=rows.segment_ids,
+            deterministic=False, example_ids=example_ids, rngs={"dropout": key},
         )  # fmt: skip
-        return hidden.reshape(num_rows * length, -1), model.apply({"params": params}, method="item_table")
+        return hidden.reshape(num_rows * length, -1), model.apply(variables(params), method="item_table")
 
     (hidden, table), pull_back = jax.vjp(encode, params)
     total, gradients = weighted_cross_entropy(
-        hidden, table, rows.targets.ravel(), rows.weights.ravel(), config.loss_implementation, negatives
-    )
+        hidden, table, rows.targets.ravel(), rows.weights.ravel(), in_tiles=config.loss_in_tiles,
+        kernels=model.config.kernels, negatives=negatives,
+    )  # fmt: skip
     return total, pull_back(gradients)[0]
 
 
 def packed_value_and_grad(
     model: SequentialModel, config: TrainConfig, params: Any, batch: PackedBatch, rows_at_once: int, key: Array,
-    first_id: Array | int = 0, negatives: Negatives | None = None,
+    first_id: Array | int = 0, negatives: Negatives | None = None, statistics: Mapping[str, Any] | None = None,
 ) -> tuple[Array, Any]:  # fmt: skip
     """Returns the weighted sum of the cross-entropy at every position and its gradient.
 
@@ -127,25 +118,27 @@ def packed_value_and_grad(
 
     Args:
       model: causal, and packable.
-      config: names the backend of the cross-entropy.
+      config: how the cross-entropy is computed.
       params: parameter tree.
       batch: [b, l].
       rows_at_once: rows of a microbatch, at least 1; bounds the memory.
       key: of the step's dropout; a row's masks follow from its place in the whole batch.
       first_id: place of the first of these rows in it.
       negatives: of the step, with the sampled cross-entropy.
+      statistics: beside the parameters, as in `training.step.train_step`.
     """
+    beside = statistics or {}
     num_rows = batch.items.shape[0]
     ids = first_id + jnp.arange(num_rows)
     if rows_at_once >= num_rows:
-        return _of_rows(model, config, params, batch, ids, key, negatives)
+        return _of_rows(model, config, params, batch, ids, key, negatives, beside)
     missing = -num_rows % rows_at_once
     rows = jax.tree.map(lambda a: jnp.pad(a, ((0, missing), (0, 0))), batch)
     ids = jnp.pad(ids, (0, missing))
 
     def add_microbatch(k: Array, total: Any) -> Any:
         part = jax.tree.map(lambda a: jax.lax.dynamic_slice_in_dim(a, k * rows_at_once, rows_at_once), (rows, ids))
-        return jax.tree.map(jnp.add, total, _of_rows(model, config, params, *part, key, negatives))
+        return jax.tree.map(jnp.add, total, _of_rows(model, config, params, *part, key, negatives, beside))
 
     real = jnp.sum(jnp.any(batch.weights > 0, axis=1), dtype=jnp.int32)
     wide = jnp.result_type(jnp.float32, *jax.tree.leaves(params))

@@ -7,7 +7,7 @@ own items, for the targets of all of them. Loops whose number of turns depends o
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -19,7 +19,7 @@ from kernels.softmax_cross_entropy import log_sum_exp
 from tim4rec_jax.config import ExperimentConfig, TrainConfig
 from tim4rec_jax.data.loader import Batch, Loader, PackedBatch
 from tim4rec_jax.data.packing import LengthGroup
-from tim4rec_jax.models import SequentialModel, last_hidden
+from tim4rec_jax.models import SequentialModel, last_hidden, variables
 from tim4rec_jax.models.catalogue_shards import (
     DATA_AXIS,
     MODEL_AXIS,
@@ -37,24 +37,6 @@ from tim4rec_jax.training.step import TrainState, fold_groups, make_optimizer, t
 PyTree = Any
 Rows = Batch | PackedBatch
 Encode = Callable[[PyTree, Rows, Array], Array]
-
-
-def require_shardable(config: ExperimentConfig) -> None:
-    """Raises ValueError where the settings do not go with `parallel.catalogue_shards`."""
-    shards, model = config.parallel.catalogue_shards, config.model
-    if shards == 1:
-        return
-    if config.train.loss == "bpr":
-        raise ValueError(
-            f"parallel.catalogue_shards={shards} trains with train.loss='ce' or 'sampled_ce', not 'bpr'; use one of "
-            "them, or parallel.catalogue_shards=1"
-        )
-    if model.embedding_rows % shards:
-        raise ValueError(
-            f"parallel.catalogue_shards={shards} must divide the {model.embedding_rows} rows of the item embedding "
-            f"(model.vocab_size={model.vocab_size}, model.vocab_multiple={model.vocab_multiple}); set "
-            f"model.vocab_multiple to a multiple of {shards}"
-        )
 
 
 def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
@@ -177,15 +159,16 @@ def _pulled_back(
     return _fold(add, jax.tree.map(jnp.zeros_like, params), batch, groups)
 
 
-def _encoder(model: SequentialModel, key: Array, first_id: Array) -> Encode:
+def _encoder(model: SequentialModel, key: Array, first_id: Array, statistics: Mapping[str, Any]) -> Encode:
     """Returns (params, rows, places in the batch) -> hidden states; a row's dropout follows from its name."""
 
     def encode(params: PyTree, rows: Rows, places: Array) -> Array:
+        params = {**params, **statistics}
         options = {"deterministic": False, "example_ids": first_id + places, "rngs": {"dropout": key}}
         if isinstance(rows, Batch):
-            return last_hidden(model, {"params": params}, rows.items, rows.lengths, rows.timestamps, **options)
+            return last_hidden(model, variables(params), rows.items, rows.lengths, rows.timestamps, **options)
         options |= {"segment_ids": rows.segment_ids}
-        return model.apply({"params": params}, rows.items, rows.timestamps, **options)[0]
+        return model.apply(variables(params), rows.items, rows.timestamps, **options)[0]
 
     return encode
 
@@ -198,6 +181,7 @@ def _value_and_grad(
     groups: tuple[LengthGroup, ...],
     key: Array,
     first_id: Array,
+    statistics: Mapping[str, Any],
 ) -> tuple[Array, PyTree]:
     """Returns this device's share of the summed loss and of the gradient.
 
@@ -209,14 +193,14 @@ def _value_and_grad(
     fetched, push_back = jax.vjp(lambda shard: fetch_rows(shard, ids), shard)
     small, small_params = on_working_table(model, params, fetched)
     batch = batch.replace(items=items)
-    encode = _encoder(small, key, first_id)
+    encode = _encoder(small, key, first_id, statistics)
     dtype = jnp.dtype(model.config.dtype)
     hidden = _hidden(encode, small_params, batch, groups, dtype)
 
     def loss_sum(hidden: Array, shard: Array) -> Array:
         losses = catalogue_cross_entropy(
             hidden.reshape(-1, hidden.shape[-1]), shard, batch.targets.ravel(), vocab_size=model.config.vocab_size,
-            implementation=config.loss_implementation,
+            implementation=model.config.kernels,
         )  # fmt: skip
         return jnp.sum(batch.weights.ravel() * losses)
 
@@ -235,6 +219,8 @@ def catalogue_train_step(
     state: TrainState,
     resident: PyTree,
     payload: PyTree,
+    *,
+    statistics: Mapping[str, Any] | None = None,
 ) -> tuple[TrainState, Array]:
     """Makes the update of `training.step.train_step`, one device of a mesh with the item embedding in parts.
 
@@ -242,7 +228,7 @@ def catalogue_train_step(
       model, config, loader, groups: as there.
       optimizer: from `make_sharded_optimizer`.
       state: this device's parts, see `models.catalogue_shards.partition_specs`.
-      resident, payload: as there; every device has its own rows of the batch.
+      resident, payload, statistics: as there; every device has its own rows of the batch.
 
     Returns:
       The new state and the mean loss [].
@@ -252,7 +238,7 @@ def catalogue_train_step(
     key = jax.random.fold_in(jax.random.wrap_key_data(state.key, impl="threefry2x32"), state.step)
     if isinstance(batch, Batch):
         key, _ = jax.random.split(key)  # The other half draws negatives.
-    total, grads = _value_and_grad(model, config.train, state.params, batch, groups, key, first_id)
+    total, grads = _value_and_grad(model, config.train, state.params, batch, groups, key, first_id, statistics or {})
     # Of one dtype with the rest, so that the devices need one sum only.
     weight = jnp.sum(batch.weights).astype(total.dtype)
     table, rest = grads[TABLE], {name: part for name, part in grads.items() if name != TABLE}

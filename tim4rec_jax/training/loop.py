@@ -20,14 +20,13 @@ from tim4rec_jax.config import ExperimentConfig
 from tim4rec_jax.data.interactions import InteractionLog
 from tim4rec_jax.data.loader import Loader, make_loader
 from tim4rec_jax.data.packing import LengthGroup, plan_length_groups, plan_packed_rows
-from tim4rec_jax.data.splits import Split, split_log
+from tim4rec_jax.data.splits import Split, split_log, training_times
 from tim4rec_jax.evaluation.full_sort import FullSortEvaluator
 from tim4rec_jax.evaluation.seen_targets import measured
-from tim4rec_jax.models import SequentialModel, build_model
+from tim4rec_jax.models import STATISTICS, SequentialModel, build_model
 from tim4rec_jax.run_dir import CHECKPOINTS, read_environment, withdraw_results, write_results, write_test_ranks
 from tim4rec_jax.run_environment import processors_allowed
-from tim4rec_jax.training.all_positions import require_packable
-from tim4rec_jax.training.catalogue_parallel import choose_optimizer, choose_step, require_shardable
+from tim4rec_jax.training.catalogue_parallel import choose_optimizer, choose_step
 from tim4rec_jax.training.checkpoint import Checkpointer
 from tim4rec_jax.training.early_stop import EarlyStop
 from tim4rec_jax.training.interruption import Interrupted, StopRequests
@@ -112,8 +111,9 @@ class Trainer:
         if len(self.split.test.users) == 0:
             raise ValueError("the log has 0 test targets; give more users, or longer histories")
         self.model: SequentialModel = build_model(config.model)
-        require_packable(config, self.model)
-        require_shardable(config)
+        measures = self.model.data_statistics(**training_times(log, self.split))
+        # Beside the parameters: with them they are saved and evaluated, and no step changes them.
+        self.statistics = {STATISTICS: measures} if measures else {}
         self.layout: Layout = make_layout(config.parallel)
         self.loader: Loader = make_loader(config, log, self.split.train, self.layout.places(config.train.batch_size))
         total_steps = config.train.epochs * self.loader.num_batches
@@ -251,8 +251,9 @@ class Trainer:
                 + (f" on each of {self.layout.num_devices} devices" if self.layout.num_devices > 1 else "")
             )
             step = functools.partial(
-                choose_step(self.config), self.model, self.optimizer, self.config, self.groups, self.loader
-            )
+                choose_step(self.config), self.model, self.optimizer, self.config, self.groups, self.loader,
+                statistics=self.statistics,
+            )  # fmt: skip
             self._step = self.layout.wrap(step).lower(self.state, self.resident, payload).compile()
             return_freed_memory()
         return self._step
@@ -348,7 +349,7 @@ class Trainer:
         # Whatever happens in validation then costs no epoch.
         self._save(step, seconds)
         self._rest(step)
-        result = self._validate(self.state.params)
+        result = self._validate({**self.state.params, **self.statistics})
         return_freed_memory()
         monitor = self.config.eval.monitor
         position.stop = position.stop.after(result.metrics[monitor], position.epoch)
@@ -363,7 +364,7 @@ class Trainer:
         self._progress.end_epoch(position.epoch, loss=loss, seconds=seconds, rate=rate, metrics=shown)
         if position.stop.improved:
             info = {"epoch": position.epoch, "valid": result.metrics}
-            self._checkpoints.save_best(step, self.state.params, info)
+            self._checkpoints.save_best(step, {**self.state.params, **self.statistics}, info)
         finished = self._is_last(step)
         if not finished:
             self.position = Position(epoch=position.epoch + 1, stop=position.stop)
@@ -379,19 +380,18 @@ class Trainer:
     def _test(self) -> dict[str, Any]:
         """Tests the best epoch once and writes results.json; its costs are known to the process that writes."""
         self._rest(int(self.state.step))
-        restored = restored_everywhere(self._checkpoints.restore_best, self.state.params)
+        restored = restored_everywhere(self._checkpoints.restore_best, {**self.state.params, **self.statistics})
         if restored is None:
             raise ValueError(f"{self.run_dir} has no best checkpoint; remove the folder and train again")
         step, params, info = restored
         started = time.perf_counter()
         test = FullSortEvaluator(self.model, self.log, self.split.test, self.config, mesh=self.layout.mesh)
-        result = test(self.layout.place(params))
+        result = test({**self.layout.place(params), **self.statistics})
         self._logger.log(
             "test", step=step, epoch=info["epoch"], seconds=time.perf_counter() - started, **result.metrics
         )
         results = {
             "model": self.config.model.name,
-            "use_time": self.config.model.use_time,
             "seed": self.config.train.seed,
             "parameters": self.num_parameters,
             "epochs": self.position.epoch,

@@ -1,7 +1,7 @@
 """One optimiser step: loss, gradients by groups of rows of like length, one update."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.struct
@@ -15,7 +15,7 @@ from tim4rec_jax.config import ExperimentConfig, TrainConfig
 from tim4rec_jax.data.loader import Batch, Loader, PackedBatch
 from tim4rec_jax.data.negatives import Negatives
 from tim4rec_jax.data.packing import LengthGroup
-from tim4rec_jax.models import SequentialModel, init_params, last_hidden
+from tim4rec_jax.models import SequentialModel, init_params, last_hidden, variables
 from tim4rec_jax.training.all_positions import packed_value_and_grad
 from tim4rec_jax.training.lazy_table import Axis, update_from_touched
 from tim4rec_jax.training.losses import bpr, cross_entropy, sample_negative, sampled_cross_entropy
@@ -76,17 +76,17 @@ def _loss_sum(
     """Returns the weighted sum of the rows' losses; a row's value depends on its id, not on the rows beside it."""
     dropout_key, negative_key = jax.random.split(key)
     hidden = last_hidden(
-        model, {"params": params}, rows.items, rows.lengths, rows.timestamps, deterministic=False,
+        model, variables(params), rows.items, rows.lengths, rows.timestamps, deterministic=False,
         example_ids=example_ids, rngs={"dropout": dropout_key},
     )  # fmt: skip
     if negatives is not None:
-        table = model.apply({"params": params}, method="item_table")
+        table = model.apply(variables(params), method="item_table")
         return jnp.sum(rows.weights * sampled_cross_entropy(hidden, table, rows.targets, negatives))
-    if config.loss_implementation is not None:
-        table = model.apply({"params": params}, method="item_table")
-        losses = softmax_cross_entropy(hidden, table, rows.targets, implementation=config.loss_implementation)
+    if config.loss_in_tiles:
+        table = model.apply(variables(params), method="item_table")
+        losses = softmax_cross_entropy(hidden, table, rows.targets, implementation=model.config.kernels)
         return jnp.sum(rows.weights * losses)
-    scores = model.apply({"params": params}, hidden, method="score")
+    scores = model.apply(variables(params), hidden, method="score")
     if config.loss == "ce":
         return jnp.sum(rows.weights * cross_entropy(scores, rows.targets))
     keys = jax.vmap(lambda i: jax.random.fold_in(negative_key, i))(example_ids)
@@ -171,6 +171,7 @@ def train_step(
     payload: Any,
     *,
     axis: Axis | None = None,
+    statistics: Mapping[str, Any] | None = None,
 ) -> tuple[TrainState, Array]:
     """Makes one update from the mean loss of the batch's targets.
 
@@ -186,6 +187,7 @@ def train_step(
       payload: one of the loader's, see `data.loader.Loader`.
       axis: name of the devices' axis under `jax.shard_map` or `jax.pmap`, or of several; None on one device. With the
         item table in parts (`parallel.catalogue_shards`) the loss has to be "sampled_ce".
+      statistics: {`STATISTICS`: of the model}, or nothing; they stand beside the parameters and have no gradient.
 
     Returns:
       The new state and the mean loss [], both on the device.
@@ -203,11 +205,11 @@ def train_step(
         model: SequentialModel, params: Any, batch: Any, negatives: Negatives | None
     ) -> tuple[Array, Any]:
         if isinstance(batch, PackedBatch):
-            return packed_value_and_grad(
-                model, config.train, params, batch, groups[0].rows, key, first_id, negatives
-            )  # fmt: skip
+            rows = groups[0].rows
+            return packed_value_and_grad(model, config.train, params, batch, rows, key, first_id, negatives, statistics)
 
         def loss_sum(params: Any, rows: Batch, example_ids: Array) -> Array:
+            params = {**params, **(statistics or {})}
             return _loss_sum(model, config.train, params, rows, first_id + example_ids, key, negatives)
 
         return grouped_value_and_grad(loss_sum, params, batch, groups)
