@@ -217,8 +217,8 @@ def _resolved(base: ExperimentConfig, arguments: Arguments) -> ExperimentConfig:
 
 def _differing(settings: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
     """Returns the settings that are not the same everywhere: the value of each name, by path."""
-    paths = next(iter(settings.values()))
-    every = {path: {name: values[path] for name, values in settings.items()} for path in paths}
+    paths = dict.fromkeys(path for values in settings.values() for path in values)
+    every = {path: {name: values.get(path, "absent") for name, values in settings.items()} for path in paths}
     return {path: values for path, values in every.items() if len(set(values.values())) > 1}
 
 
