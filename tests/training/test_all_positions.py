@@ -11,6 +11,7 @@ import pytest
 
 from tests.evaluation.logs import random_log
 from tests.models.attention_cases import spread
+from tests.models.settings import settings_of
 from tests.training.test_step import reveal_gradients
 from tim4rec_jax import DataConfig, ExperimentConfig, ModelConfig, TrainConfig, build_model
 from tim4rec_jax.data.loader import make_loader
@@ -117,7 +118,7 @@ def test_its_loss_and_gradients_are_those_of_all_prefixes():
 
 @pytest.mark.parametrize("changes", FAMILY, ids=lambda changes: changes["name"])
 def test_its_loss_and_gradients_are_those_of_all_prefixes_to_the_last_digits(changes, x64):
-    check_against_prefixes(dataclasses.replace(PLAIN, **changes, dtype="float64"), 1e-11)
+    check_against_prefixes(settings_of(**dataclasses.asdict(PLAIN) | changes | {"dtype": "float64"}), 1e-11)
 
 
 def test_microbatches_do_not_matter_with_dropout():
@@ -214,7 +215,7 @@ def test_scores_of_a_piece_that_are_too_many_go_in_tiles(monkeypatch):
         monkeypatch.setattr(all_positions, "_SCORE_BYTES", bytes_at_once)
         shapes = [jax.ShapeDtypeStruct(s, t) for s, t in (((256, 4), "float32"), ((9999, 4), "float32"))]
         shapes += [jax.ShapeDtypeStruct((256,), "int32"), jax.ShapeDtypeStruct((256,), "float32")]
-        return "256x9999xf32" in jax.jit(weighted_cross_entropy).lower(*shapes).as_text()
+        return "256x9999xf32" in jax.jit(functools.partial(weighted_cross_entropy)).lower(*shapes).as_text()
 
     assert widest(4 * 256 * 9999) and not widest(4 * 256 * 9999 - 1)
 
