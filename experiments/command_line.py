@@ -17,8 +17,8 @@ import jax
 import tyro
 
 from tim4rec_jax.checks import listed, shortened
+from tim4rec_jax.parallel.processes import ProcessError
 from tim4rec_jax.training.checkpoint import CheckpointError
-from tim4rec_jax.training.processes import ProcessError
 
 Settings = TypeVar("Settings")
 EXPECTED_ERRORS = (

@@ -39,10 +39,7 @@ from tim4rec_jax.evaluation.metrics import summarise
 from tim4rec_jax.evaluation.seen_targets import describe_seen, measured
 from tim4rec_jax.files import locked
 from tim4rec_jax.models import build_model
-from tim4rec_jax.run_dir import create_run, discard_run, has_begun, read_config, write_config, write_results
-from tim4rec_jax.training.interruption import Interrupted, StopRequests, explain
-from tim4rec_jax.training.loop import Trainer
-from tim4rec_jax.training.processes import (
+from tim4rec_jax.parallel.processes import (
     ProcessError,
     initialize,
     is_main,
@@ -50,6 +47,9 @@ from tim4rec_jax.training.processes import (
     quiet_unless_main,
     require_same_start,
 )
+from tim4rec_jax.run_dir import create_run, discard_run, has_begun, read_config, write_config, write_results
+from tim4rec_jax.training.interruption import Interrupted, StopRequests, explain
+from tim4rec_jax.training.loop import Trainer
 
 # Rows of an item embedding in parts are filled up to a multiple of this, so that a run may go on with 2, 4, 8 .. parts.
 EQUAL_PARTS = 64

@@ -16,9 +16,10 @@ ROOMS = {
     "layers": {"config"},
     "models": {"config", "typing", "layers"},
     "interop": {"config", "models"},
-    "evaluation": {"config", "data", "models"},
-    "training": {"config", "data", "models", "evaluation", *RUN},
-    "serving": {"config", "data", "models", "evaluation", *RUN, "training"},
+    "parallel": {"config", "models"},
+    "evaluation": {"config", "data", "models", "parallel"},
+    "training": {"config", "data", "models", "parallel", "evaluation", *RUN},
+    "serving": {"config", "data", "models", "parallel", "evaluation", *RUN, "training"},
 }
 
 

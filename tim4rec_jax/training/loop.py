@@ -25,18 +25,24 @@ from tim4rec_jax.data.splits import Split, split_log
 from tim4rec_jax.evaluation.full_sort import FullSortEvaluator
 from tim4rec_jax.evaluation.seen_targets import measured
 from tim4rec_jax.models import SequentialModel, build_model
+from tim4rec_jax.parallel.item_table import require_shardable
+from tim4rec_jax.parallel.mesh import Layout, make_layout
+from tim4rec_jax.parallel.processes import is_main, lost_processes_named, restored_everywhere
 from tim4rec_jax.run_dir import CHECKPOINTS, read_environment, withdraw_results, write_results, write_test_ranks
 from tim4rec_jax.run_environment import processors_allowed
-from tim4rec_jax.training.all_positions import require_packable
-from tim4rec_jax.training.catalogue_parallel import choose_optimizer, choose_step, require_shardable
 from tim4rec_jax.training.checkpoint import Checkpointer
 from tim4rec_jax.training.early_stop import EarlyStop
 from tim4rec_jax.training.interruption import Interrupted, StopRequests
 from tim4rec_jax.training.logging import MetricLogger, TrainingProgress, plot_training_curves, read_metrics
 from tim4rec_jax.training.memory import peak_device_bytes, peak_resident_bytes, resident_mb, return_freed_memory
-from tim4rec_jax.training.parallel import Layout, make_layout
-from tim4rec_jax.training.processes import is_main, lost_processes_named, restored_everywhere
-from tim4rec_jax.training.step import TrainState, init_state, learning_rate_schedule
+from tim4rec_jax.training.step import (
+    TrainState,
+    init_state,
+    learning_rate_schedule,
+    make_optimizer,
+    require_packable,
+    train_step,
+)
 
 # Drawing takes as long as an epoch of a small log.
 SECONDS_BETWEEN_CURVES = 10.0
@@ -116,15 +122,19 @@ class Trainer:
         require_packable(config, self.model)
         require_shardable(config)
         self.layout: Layout = make_layout(config.parallel)
-        self.loader: Loader = make_loader(config, log, self.split.train, self.layout.places(config.train.batch_size))
+        self.loader: Loader = make_loader(
+            config, log, self.split.train, self.layout.batch_indices(config.train.batch_size)
+        )
         total_steps = config.train.epochs * self.loader.num_batches
         if config.train.max_steps is not None:
             total_steps = min(total_steps, config.train.max_steps)
         self.total_steps = total_steps
         self.schedule = learning_rate_schedule(config.train, total_steps)
-        self.optimizer = choose_optimizer(config, total_steps)
+        self.optimizer = make_optimizer(config.train, total_steps)
         self.groups = self._plan_groups()
-        self.state: TrainState = self.layout.create(lambda: init_state(self.model, self.optimizer, config.train.seed))
+        self.state: TrainState = self.layout.init_sharded(
+            lambda: init_state(self.model, self.optimizer, config.train.seed)
+        )
         self.resident = self.layout.replicate(self.loader.resident)
         # Known now rather than after training, if nothing is left to test.
         measured(log, self.split.test, config.eval)
@@ -194,7 +204,7 @@ class Trainer:
         step, state, progress = restored
         self.position = Position.from_dict(progress, self.config.train.patience)
         self._require_no_less(step)
-        self.state = self.layout.place(state)
+        self.state = self.layout.shard(state)
         if self.position.finished and not self._is_last(step):
             self._take_up_again(step)
         self._logger.truncate_after(step, self.position.validated)
@@ -251,10 +261,8 @@ class Trainer:
                 + " positions"
                 + (f" on each of {self.layout.num_devices} devices" if self.layout.num_devices > 1 else "")
             )
-            step = functools.partial(
-                choose_step(self.config), self.model, self.optimizer, self.config, self.groups, self.loader
-            )
-            self._step = self.layout.wrap(step).lower(self.state, self.resident, payload).compile()
+            step = functools.partial(train_step, self.model, self.optimizer, self.config, self.groups, self.loader)
+            self._step = self.layout.compile_step(step).lower(self.state, self.resident, payload).compile()
             return_freed_memory()
         return self._step
 
@@ -266,7 +274,7 @@ class Trainer:
         for payload in self.loader.epoch(position.epoch, position.batch):
             if done >= self.total_steps:
                 break
-            payload = self.layout.split(payload)
+            payload = self.layout.shard_batch(payload)
             step = self._compiled_step(payload)
             self._stop_requests.keep_going()
             self.has_stepped = True
@@ -386,7 +394,7 @@ class Trainer:
         step, params, info = restored
         started = time.perf_counter()
         test = FullSortEvaluator(self.model, self.log, self.split.test, self.config, mesh=self.layout.mesh)
-        result = test(self.layout.place(params))
+        result = test(self.layout.shard(params))
         self._logger.log(
             "test", step=step, epoch=info["epoch"], seconds=time.perf_counter() - started, **result.metrics
         )
