@@ -23,7 +23,7 @@ from experiments.comparison_report import write_report
 from experiments.comparison_rows import is_asked_for, parse_rows
 from experiments.run_queue import Job, is_finished, processor_shares, train_all
 from tim4rec_jax.data.interactions import load_log
-from tim4rec_jax.training.interruption import exit_code
+from tim4rec_jax.training.signals import exit_code
 
 
 def train_missing(plan: Plan, jobs: int, console: Console) -> tuple[dict[str, str], int | None]:

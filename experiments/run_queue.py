@@ -3,17 +3,15 @@
 import contextlib
 import os
 import pathlib
-import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from types import FrameType
-from typing import Any
 
 from tim4rec_jax.run_dir import METRICS, RESULTS, TEST_RANKS, read_results
 from tim4rec_jax.training.logging import read_metrics
+from tim4rec_jax.training.signals import handled
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 POLL_SECONDS = 0.2
@@ -129,22 +127,6 @@ def _start(job: Job, processors: frozenset[int]) -> _Running:
     return _Running(job, process, processors, time.perf_counter(), printed_before)
 
 
-@contextlib.contextmanager
-def _stop_requests() -> Iterator[list[int]]:
-    """Collects Ctrl-C and SIGTERM."""
-    received: list[int] = []
-
-    def note(number: int, _: FrameType | None) -> None:
-        received.append(number)
-
-    previous: dict[int, Any] = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield received
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-
-
 def _error(running: _Running) -> str:
     """Says why a training failed: its error line, or the end of what it printed."""
     job, status = running.job, running.process.returncode
@@ -188,7 +170,8 @@ def train_all(jobs: Sequence[Job], *, at_once: int = 1, report: Callable[[str], 
     """
     free = processor_shares(at_once)
     waiting, running, failures = list(jobs), [], {}
-    with _stop_requests() as requests:
+    requests: list[int] = []
+    with handled(requests.append):
         try:
             while running or (waiting and not requests):
                 while waiting and free and not requests:

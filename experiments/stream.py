@@ -36,11 +36,12 @@ from collections.abc import Iterator, Sequence
 
 from experiments.command_line import parse_settings, run_program
 from experiments.stream_lines import parsed
-from experiments.stream_session import Arguments, Session, Stopped, Stopping, open_table, stopping
+from experiments.stream_session import Arguments, Session, Stopped, Stopping, open_table
 from tim4rec_jax.checks import require
 from tim4rec_jax.files import locked, named_in_errors
 from tim4rec_jax.serving.durable_log import Answers, Chain, Journal, LineReader, hashed
 from tim4rec_jax.serving.user_table import LAST_SECOND
+from tim4rec_jax.training.signals import handled
 
 
 def journal_of(state: pathlib.Path) -> pathlib.Path:
@@ -166,7 +167,8 @@ def run(arguments: Arguments) -> int:
       OSError: a file cannot be written; it is named, and the same command goes on where there is room again.
     """
     arguments = check(arguments)
-    with stopping() as asked, _opened(arguments) as (source, session):
+    asked = Stopping()
+    with handled(asked.take), _opened(arguments) as (source, session):
         if arguments.events == "-" and arguments.state is not None:
             count = session.lines.lines
             print(f"{arguments.state} holds {count:,} lines; give those from line {count + 1:,} on", file=sys.stderr)

@@ -1,12 +1,9 @@
 """One run of experiments.stream: what it was asked, what it has taken in, and what it keeps."""
 
-import contextlib
 import os
 import pathlib
-import signal
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -70,7 +67,7 @@ class Stopping:
     signal: int | None = None
     waiting: bool = False
 
-    def take(self, number: int, _: Any) -> None:
+    def take(self, number: int) -> None:
         """Handles a signal."""
         self.signal = number
         if self.waiting:
@@ -93,18 +90,6 @@ class Stopping:
         """Raises Stopped where a signal came."""
         if self.signal is not None:
             raise Stopped
-
-
-@contextlib.contextmanager
-def stopping() -> Iterator[Stopping]:
-    """Turns Ctrl-C and SIGTERM into a request that is met between two lines."""
-    asked = Stopping()
-    before = {number: signal.signal(number, asked.take) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield asked
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def open_table(arguments: Arguments) -> tuple[UserTable, Chain, Chain | None]:

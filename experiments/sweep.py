@@ -34,7 +34,7 @@ from experiments.sweep_plan import Plan, Range, parse, record_plan
 from tim4rec_jax.data.interactions import load_log, with_precision
 from tim4rec_jax.files import locked, write_atomically
 from tim4rec_jax.run_dir import environment, read_results
-from tim4rec_jax.training.interruption import exit_code
+from tim4rec_jax.training.signals import exit_code
 
 ERROR, MARKDOWN, RECORD, JOURNAL = "error.txt", "sweep.md", "sweep.json", "optuna.journal"
 WHY_ONE_TEST = (

@@ -12,16 +12,12 @@ Every setting of `tim4rec_jax.config` is an option by its path. Exit codes: 0 do
 error), 130 stopped by Ctrl-C and 0 by SIGTERM with the state saved.
 """
 
-import contextlib
 import dataclasses
-import math
 import os
 import pathlib
 import sys
-import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from rich import box
 from rich.console import Console
@@ -31,28 +27,20 @@ from experiments.command_line import OptionParser, parse_settings, run_program
 from experiments.configs import config_names, load_config
 from experiments.published import PUBLISHED
 from tim4rec_jax.config import DataConfig, EvalConfig, ExperimentConfig, ModelConfig, ParallelConfig, TrainConfig
-from tim4rec_jax.data.gaps import gap_statistics, training_span
-from tim4rec_jax.data.interactions import InteractionLog, load_log, with_precision
+from tim4rec_jax.data.interactions import load_log
 from tim4rec_jax.data.splits import describe, split_log
-from tim4rec_jax.evaluation.baselines import popularity_counts, popularity_ranks
-from tim4rec_jax.evaluation.metrics import summarise
-from tim4rec_jax.evaluation.seen_targets import describe_seen, measured
-from tim4rec_jax.files import locked
+from tim4rec_jax.evaluation.baselines import popularity_metrics
+from tim4rec_jax.evaluation.seen_targets import describe_seen
 from tim4rec_jax.models import build_model
 from tim4rec_jax.parallel.processes import (
     ProcessError,
     initialize,
     is_main,
-    on_main,
     quiet_unless_main,
-    require_same_start,
 )
-from tim4rec_jax.run_dir import create_run, discard_run, has_begun, read_config, write_config, write_results
-from tim4rec_jax.training.interruption import Interrupted, StopRequests, explain
-from tim4rec_jax.training.loop import Trainer
-
-# Rows of an item embedding in parts are filled up to a multiple of this, so that a run may go on with 2, 4, 8 .. parts.
-EQUAL_PARTS = 64
+from tim4rec_jax.run_dir import write_results
+from tim4rec_jax.training.loop import only_writer, train, vocab_multiple, with_data
+from tim4rec_jax.training.signals import Interrupted, StopRequests, explain
 
 
 @dataclass(frozen=True)
@@ -96,86 +84,6 @@ def parse(argv: Sequence[str]) -> tuple[ExperimentConfig, pathlib.Path, bool]:
     return config, arguments.run_dir or pathlib.Path("runs") / base.name, arguments.resume
 
 
-def vocab_multiple(config: ExperimentConfig) -> int:
-    """Returns `model.vocab_multiple`, filled in where the item embedding has to lie in equal parts on devices."""
-    shards, given = config.parallel.catalogue_shards, config.model.vocab_multiple
-    return math.lcm(EQUAL_PARTS, shards) if shards > 1 and given == 1 else given
-
-
-def with_data(config: ExperimentConfig, log: InteractionLog) -> ExperimentConfig:
-    """Fills in what the data decide: the order of events, the catalogue's size, and the times of a causal time branch.
-
-    So is what `vocab_multiple` says of its parts.
-    """
-    known: dict[str, Any] = {"vocab_size": log.num_items + 1, "vocab_multiple": vocab_multiple(config)}
-    if config.model.time_mode == "causal":
-        split = split_log(log, config.data)
-        known["gap_mean"], known["gap_std"] = gap_statistics(log, split)
-        known["first_second"], known["last_second"] = training_span(log, split)
-    return dataclasses.replace(
-        config, model=dataclasses.replace(config.model, **known), data=with_precision(config.data, log)
-    )
-
-
-def train_one(
-    config: ExperimentConfig,
-    log: InteractionLog,
-    run_dir: pathlib.Path,
-    resume: bool,
-    stop_requests: StopRequests | None = None,
-) -> dict[str, Any]:
-    """Makes or opens the run folder and trains; returns the results with wall time added.
-
-    A start that is refused leaves no run folder, and one that was there as it was.
-    """
-    config = with_data(config, log)
-    require_same_start(config, log.fingerprint)
-    trainer = Trainer(config, log, run_dir, resume=resume, stop_requests=stop_requests)
-    before = on_main(lambda: read_config(run_dir) if has_begun(run_dir) else None)
-    on_main(lambda: create_run(run_dir, config, log, resume=resume))
-    started = time.perf_counter()
-    try:
-        results = trainer.run()
-    except Interrupted:
-        raise
-    except Exception:
-        if is_main() and not trainer.has_stepped:
-            with contextlib.suppress(OSError):  # Of a full disk the error above is the one to tell.
-                discard_run(run_dir) if before is None else write_config(run_dir, before)
-        raise
-    results |= {"wall_seconds_of_this_process": time.perf_counter() - started}
-    if is_main():
-        write_results(run_dir, results)
-    return results
-
-
-@contextlib.contextmanager
-def only_writer(run_dir: pathlib.Path) -> Iterator[None]:
-    """Holds the lock of a run folder in process 0, which writes it.
-
-    Raises:
-      ValueError: another process is writing it.
-      ProcessError: in the other processes, if it raised in process 0.
-    """
-    run_dir = run_dir.resolve()
-    with contextlib.ExitStack() as stack:
-
-        def lock() -> None:
-            run_dir.parent.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(locked(run_dir))
-
-        on_main(lock)
-        yield
-
-
-def popularity(config: ExperimentConfig, log: InteractionLog) -> dict[str, float]:
-    """Test metrics of ranking by popularity in the training part."""
-    split = split_log(log, config.data)
-    counts, test = popularity_counts(log, split.first_held_out), measured(log, split.test, config.eval).examples
-    ranks = popularity_ranks(log, counts, test, exclude_seen=config.eval.exclude_seen)
-    return summarise(ranks, config.eval.top_k)
-
-
 def final_tables(
     config: ExperimentConfig, rows: Sequence[tuple[str, Mapping[str, float], str]], seen_target_share: float | None
 ) -> list[Table]:
@@ -210,32 +118,23 @@ def run(
     Raises:
       ValueError: another process is writing the run folder, or the settings do not fit it, the data or each other.
     """
-    with only_writer(run_dir):
-        _run(config, run_dir, resume, console, stop_requests)
-
-
-def _run(
-    config: ExperimentConfig, run_dir: pathlib.Path, resume: bool, console: Console, stop_requests: StopRequests
-) -> None:
     log = load_log(config.data)
     console.print(log.statistics.table(config.data.name))
-    report = split_log(log, config.data).report
-    if report:
+    if report := split_log(log, config.data).report:
         console.print(report.table())
     if (multiple := vocab_multiple(config)) != config.model.vocab_multiple:
-        console.print(
-            f"model.vocab_multiple={multiple}: the item embedding gets so many rows, for equal parts of it on devices"
-        )
-    results = train_one(config, log, run_dir, resume, stop_requests)
+        console.print(f"model.vocab_multiple={multiple}: the item table gets so many rows, for equal shards on devices")
+    options = {"resume": resume, "stop_requests": stop_requests}
+    results = train(config, log, run_dir, **options)
     rows = [(_name(config), results["test"], f"this run, best epoch {results['best_epoch']} of {results['epochs']}")]
     if "time_off" in config.eval.baselines and build_model(with_data(config, log).model).uses_time:
         console.print("the same model with time off")
         plain = dataclasses.replace(config, model=dataclasses.replace(config.model, use_time=False))
         with only_writer(run_dir / "time_off"):
-            other = train_one(plain, log, run_dir / "time_off", resume, stop_requests)
+            other = train(plain, log, run_dir / "time_off", **options)
         rows.append((_name(plain), other["test"], f"this run, best epoch {other['best_epoch']} of {other['epochs']}"))
     if "popularity" in config.eval.baselines:
-        rows.append(("popularity", popularity(config, log), "this log, counts of the training part"))
+        rows.append(("popularity", popularity_metrics(log, config), "this log, counts of the training part"))
     if is_main():
         write_results(run_dir, results | {"baselines": {name: metrics for name, metrics, _ in rows[1:]}})
     if config.data.split == "leave_one_out":  # What is published here belongs to that protocol.
@@ -251,7 +150,7 @@ def program(argv: list[str]) -> int:
     with quiet_unless_main():
         console = Console()
         try:
-            with StopRequests() as stop_requests:
+            with StopRequests() as stop_requests, only_writer(run_dir):
                 run(config, run_dir, resume, console, stop_requests)
         except Interrupted as stopped:
             console.print(explain(stopped), soft_wrap=True, markup=False)

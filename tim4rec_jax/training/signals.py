@@ -1,14 +1,15 @@
-"""Ends of training that were asked for: Ctrl-C, SIGTERM, and with several processes the preemption of any of them.
+"""Ends that are asked for: Ctrl-C, SIGTERM, and with several processes the preemption of any of them.
 
-A run is at rest while every step taken is saved, or being saved: before the first step, while it compiles, validates
-and tests. There it ends at once. Elsewhere it ends after the step that is running, with a save.
+A run that trains is at rest while every step taken is saved, or being saved: before the first step, while it compiles,
+validates and tests. There it ends at once. Elsewhere it ends after the step that is running, with a save.
 """
 
+import contextlib
 import os
 import signal
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
 
@@ -17,6 +18,18 @@ from jax.experimental import multihost_utils
 
 # Compilation and evaluation run outside Python, where no handler is called: after so long a thread ends the process.
 GRACE_SECONDS = 5.0
+
+
+@contextlib.contextmanager
+def handled(handler: Callable[[int], None]) -> Iterator[None]:
+    """Hands the number of every Ctrl-C and SIGTERM to a function while the body runs."""
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    previous = {number: signal.signal(number, lambda number, _: handler(number)) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, before in previous.items():
+            signal.signal(number, before)
 
 
 def exit_code(number: int) -> int:
