@@ -1,8 +1,8 @@
 """Trains models on one log with several seeds each and puts them side by side, with their spread and significance.
 
-    python -m experiments.compare --data=ml100k --models=tim4rec,ssd4rec,sasrec --seeds=3
-    python -m experiments.compare --data=ml1m --seeds=2020,7,11 --epochs=10 --train.batch_size=256 --jobs=2
-    python -m experiments.compare --data=ml100k --seeds=3 --report-only
+    python -m experiments.compare --data=ml-100k --models=tim4rec,ssd4rec,sasrec --seeds=3
+    python -m experiments.compare --data=ml-1m --seeds=2020,7,11 --epochs=10 --train.batch_size=256 --jobs=2
+    python -m experiments.compare --data=ml-100k --seeds=3 --report-only
     python -m experiments.compare --rows "faithful=runs/a/seed_*" "causal=runs/b/seed_*" --output=runs/time_branch
 
 Only what is not there yet is trained; the same command goes on after Ctrl-C, SIGTERM, a crash or a kill. All models run
@@ -21,6 +21,7 @@ from experiments.comparison_numbers import collect
 from experiments.comparison_plan import Plan, options, parse, require_same_settings
 from experiments.comparison_report import write_report
 from experiments.comparison_rows import is_asked_for, parse_rows
+from experiments.family import file_name
 from experiments.run_queue import Job, is_finished, processor_shares, train_all
 from tim4rec_jax.data.interactions import load_log
 from tim4rec_jax.training.signals import exit_code
@@ -39,7 +40,7 @@ def train_missing(plan: Plan, jobs: int, console: Console) -> tuple[dict[str, st
         Job(
             f"{model}, seed {seed} ({wanted.index((model, seed)) + 1} of {len(wanted)})",
             plan.folder(model, seed),
-            options(plan.config(model, seed), f"{plan.data_set}_{model}"),
+            options(plan.config(model, seed), f"{file_name(plan.data_set)}_{model}"),
         )
         for model, seed in missing
     ]

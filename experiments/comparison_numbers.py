@@ -12,9 +12,8 @@ from experiments.comparison_plan import Plan
 from experiments.published import PUBLISHED
 from experiments.record import command_without_folders, settings_without_folders, without_folders
 from experiments.run_queue import is_finished
-from tim4rec_jax.data.examples import Examples
 from tim4rec_jax.data.interactions import InteractionLog
-from tim4rec_jax.data.splits import Split, describe, split_log
+from tim4rec_jax.data.splits import Examples, Split, describe, split_log
 from tim4rec_jax.evaluation.baselines import baseline_ranks
 from tim4rec_jax.evaluation.metrics import hit, mrr, ndcg, summarise
 from tim4rec_jax.evaluation.seen_targets import describe_seen, measured

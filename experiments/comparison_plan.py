@@ -12,8 +12,9 @@ import tyro
 from experiments import train
 from experiments.command_line import OptionParser, parse_settings
 from experiments.configs import DATA_NAMES, MODEL_NAMES, load_config
-from experiments.family import exact_order
+from experiments.family import exact_order, file_name
 from tim4rec_jax.config import DataConfig, EvalConfig, ExperimentConfig, ModelConfig, ParallelConfig, TrainConfig
+from tim4rec_jax.data_config import DATA_ALIASES
 from tim4rec_jax.run_dir import CHANGEABLE_ON_RESUME, CONFIG, SHOWN_DIFFERENCES, read_config, read_environment
 
 # Settings that a model's numbers do not depend on, and those that the data answer for by their fingerprint.
@@ -35,7 +36,7 @@ class Arguments:
 
     Attributes:
       model, data, train, eval, parallel: settings for every model, each an option by its path.
-      data_set: the data, by the first part of an experiment's name.
+      data_set: the data, one of `DATA_NAMES`.
       models: names, separated by commas.
       seeds: how many, counted up from 2020, or the seeds themselves, separated by commas ("7," is seed 7 alone).
       epochs: short for --train.epochs.
@@ -188,11 +189,12 @@ def parse(argv: Sequence[str]) -> tuple[Arguments, Plan]:
     finder.add_argument("--data", "--data_set", "--data-set", default=DATA_NAMES[0])
     finder.add_argument("--models", default=Arguments.models)
     found, others = finder.parse_known_args(argv)
+    found.data = DATA_ALIASES.get(found.data, found.data)
     if found.data not in DATA_NAMES:
         raise _nearest("data", found.data, DATA_NAMES)
     arguments, configs, overrides = None, {}, {}
     for model in parse_models(found.models):
-        base = load_config(f"{found.data}_{model}")
+        base = load_config(f"{file_name(found.data)}_{model}")
         # One order of events for all models: exact seconds, also where a paper's own experiment has another.
         base = exact_order(base)
         default = Arguments(base.model, base.data, base.train, base.eval, base.parallel, found.data, found.models)
@@ -207,8 +209,8 @@ def parse(argv: Sequence[str]) -> tuple[Arguments, Plan]:
     seeds = parse_seeds(arguments.seeds, base.train.seed)
     metric = require_metric(arguments.metric or configs[model].eval.monitor, configs[model])
     own = _own_settings(configs, arguments.own_settings)
-    runs = arguments.runs or pathlib.Path("runs") / "compare" / found.data
-    output = arguments.output or pathlib.Path("experiments") / "results" / f"compare_{found.data}"
+    runs = arguments.runs or pathlib.Path("runs") / "compare" / file_name(found.data)
+    output = arguments.output or pathlib.Path("experiments") / "results" / f"compare_{file_name(found.data)}"
     return arguments, Plan(found.data, configs, overrides, own, seeds, metric, runs, output)
 
 

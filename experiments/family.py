@@ -12,12 +12,13 @@ import dataclasses
 from collections.abc import Callable
 
 from tim4rec_jax.config import ExperimentConfig, ModelConfig
+from tim4rec_jax.data_config import DATA_ALIASES
 
 # Data set -> the experiment that holds its settings.
 _BASES = {
     "quickstart": "quickstart",
-    "ml100k": "ml100k_tim4rec",
-    "ml1m": "ml1m_tim4rec",
+    "ml-100k": "ml100k_tim4rec",
+    "ml-1m": "ml1m_tim4rec",
     "beauty": "beauty_tim4rec",
     "videogames": "videogames_tim4rec",
 }
@@ -77,16 +78,16 @@ def _own(config: ExperimentConfig, changes: dict[str, float]) -> ExperimentConfi
     )
 
 
-# What the papers give for a model on published logs. On ml100k, which has no published setting, EchoMamba4Rec has one
+# What the papers give for a model on published logs. On ml-100k, which has no published setting, EchoMamba4Rec has one
 # block, and with it two Mamba mixers like Mamba4Rec's two layers; n blocks would have 2 n^2.
 _OWN: dict[str, dict[str, dict[str, float]]] = {
     "echomamba4rec": {
-        "ml100k": {"num_layers": 1},
-        "ml1m": {"patience": 10},
+        "ml-100k": {"num_layers": 1},
+        "ml-1m": {"patience": 10},
         "beauty": {"patience": 10, "dropout": 0.2},
         "videogames": {"patience": 10, "dropout": 0.2},
     },
-    "tisasrec": {name: {"batch_size": 256} for name in ("ml1m", "beauty", "videogames")},
+    "tisasrec": {name: {"batch_size": 256} for name in ("ml-1m", "beauty", "videogames")},
 }
 
 
@@ -95,9 +96,14 @@ def exact_order(config: ExperimentConfig) -> ExperimentConfig:
     return dataclasses.replace(config, data=dataclasses.replace(config.data, timestamp_precision="int64"))
 
 
+def file_name(data: str) -> str:
+    """Returns how files and experiments are called after a data set: ml1m after ml-1m."""
+    return data.replace("-", "")
+
+
 def family_names() -> list[str]:
     """Returns the names of all combinations."""
-    return [f"{data}_{model}" for data in DATA_NAMES for model in MODEL_NAMES]
+    return [f"{file_name(data)}_{model}" for data in DATA_NAMES for model in MODEL_NAMES]
 
 
 def compose(name: str, load: Callable[[str], ExperimentConfig]) -> ExperimentConfig:
@@ -108,6 +114,7 @@ def compose(name: str, load: Callable[[str], ExperimentConfig]) -> ExperimentCon
       load: returns a data set's own experiment by its name.
     """
     data, _, model = name.partition("_")
+    data = DATA_ALIASES.get(data, data)
     base = exact_order(load(_BASES[data]))
     config = dataclasses.replace(base, name=name, model=_MODELS[model](base.model))
     return _own(config, _OWN.get(model, {}).get(data, {}))

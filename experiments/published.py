@@ -34,7 +34,7 @@ PUBLISHED: dict[str, list[Published]] = {
         _row("Mamba4Rec, 2 layers", "rerun by the TiM4Rec authors", 0.3253),
         _row("SIGMA", "an independent rerun", 0.3083, 0.1814, 0.1424),
     ],
-    "amazon-beauty": [
+    "beauty": [
         _row("Mamba4Rec, 1 layer", "rerun by the TiM4Rec author", 0.0734, 0.0431, 0.0340),
         _row("TiM4Rec, time off", "the original program, seed 2020, 33 epochs", 0.0771, 0.0362, 0.0237),
         _row(

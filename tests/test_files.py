@@ -9,6 +9,7 @@ import sys
 
 import pytest
 
+from tim4rec_jax import files
 from tim4rec_jax.files import locked, replacing, replacing_folder, sync_folder, write_atomically
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -186,3 +187,20 @@ def test_what_others_keep_under_the_name_of_a_lock_is_not_lost(tmp_path, content
 def test_a_lock_that_cannot_be_made_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="absent/run.lock"), locked(tmp_path / "absent" / "run"):
         pass
+
+
+@pytest.mark.parametrize("replace", [replacing, replacing_folder])
+def test_what_another_writer_took_for_a_leftover_is_made_anew(tmp_path, monkeypatch, replace):
+    flock, taken = files.fcntl.flock, []
+
+    def after_a_removal(descriptor, how):
+        if not taken:
+            (temporary,) = tmp_path.iterdir()
+            taken.append(temporary)
+            files._remove(temporary)
+        flock(descriptor, how)
+
+    monkeypatch.setattr(files.fcntl, "flock", after_a_removal)
+    with replace(tmp_path / "x") as temporary:
+        assert temporary.exists() and [temporary] != taken
+    assert [path.name for path in tmp_path.iterdir()] == ["x"]

@@ -12,6 +12,8 @@ TimestampPrecision = Literal["int64", "float32"]
 TimestampChoice = Literal[TimestampPrecision, "published"]
 SplitName = Literal["leave_one_out", "temporal"]
 TemporalTargets = Literal["last", "first", "all"]
+# Earlier names of published logs, as run folders and commands have them.
+DATA_ALIASES = {"ml1m": "ml-1m", "ml100k": "ml-100k", "amazon-beauty": "beauty", "amazon-video-games": "videogames"}
 
 
 def parse_time(text: str, setting: str) -> int:
@@ -104,6 +106,7 @@ class DataConfig:
     synthetic: SyntheticConfig = field(default_factory=SyntheticConfig)
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "name", DATA_ALIASES.get(self.name, self.name))
         require(self.k_core >= 0, f"k_core={self.k_core} must be at least 0 (0 keeps every user and item)")
         if self.columns is not None:
             given, wanted = self.columns.split(","), (self.user_column, self.item_column, self.time_column)

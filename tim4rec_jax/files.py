@@ -97,19 +97,28 @@ def _temporary(path: pathlib.Path, *, folder: bool) -> Iterator[pathlib.Path]:
     stem = _stem(path.name)
     with contextlib.ExitStack() as stack, named_in_errors(path):
         remove_leftovers(path)
+        temporary, descriptor = _locked_temporary(path, stem, folder=folder)
+        stack.callback(os.close, descriptor)
+        stack.callback(_remove, temporary)
+        yield temporary
+        sync_folder(path.parent)
+
+
+def _locked_temporary(path: pathlib.Path, stem: str, *, folder: bool) -> tuple[pathlib.Path, int]:
+    """Makes a temporary file or folder and its lock, held while this process lives, which tells it from a leftover."""
+    while True:
         # A name that nobody can foresee, and O_EXCL: no link that lies there already is followed.
         temporary = path.with_name(f"{stem}{secrets.token_hex(8)}.tmp")
         if folder:
             temporary.mkdir()
-            descriptor = os.open(temporary, os.O_RDONLY | os.O_DIRECTORY)
-        else:
-            descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-        stack.callback(os.close, descriptor)
-        stack.callback(_remove, temporary)
-        # Held while this process lives, so that others can tell a leftover from a file being written.
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield temporary
-        sync_folder(path.parent)
+        with contextlib.suppress(FileNotFoundError if folder else ()):
+            flags = os.O_RDONLY | os.O_DIRECTORY if folder else os.O_RDWR | os.O_CREAT | os.O_EXCL
+            descriptor = os.open(temporary, flags | os.O_CLOEXEC, 0o666)
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(descriptor), os.stat(temporary)):
+                    return temporary, descriptor
+            os.close(descriptor)  # Another writer took it for a leftover before it was locked.
 
 
 def remove_leftovers(path: pathlib.Path) -> None:

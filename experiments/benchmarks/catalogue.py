@@ -33,9 +33,9 @@ from experiments.benchmarks.train_step import Step, planned_memory
 from experiments.command_line import OptionParser
 from experiments.configs import load_config
 from tim4rec_jax.config import ExperimentConfig, ModelConfig, ParallelConfig
-from tim4rec_jax.data.length_groups import plan_packed_rows
+from tim4rec_jax.data.loader import PackedBatch
 from tim4rec_jax.data.negatives import Negatives, Proposal, draw_negatives
-from tim4rec_jax.data.packed_loader import PackedBatch
+from tim4rec_jax.data.packing import plan_packed_rows
 from tim4rec_jax.models import build_model
 from tim4rec_jax.parallel.item_table import shardings
 from tim4rec_jax.parallel.mesh import make_layout

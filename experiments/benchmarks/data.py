@@ -24,7 +24,7 @@ from rich.table import Table
 from experiments.command_line import OptionParser
 from tim4rec_jax.config import DataConfig
 from tim4rec_jax.data.interactions import load_log
-from tim4rec_jax.data.loader import GrainLoader
+from tim4rec_jax.data.loader import Loader, PrefixSampler
 from tim4rec_jax.data.splits import leave_one_out
 
 EVENTS_PER_USER = 20
@@ -88,7 +88,8 @@ def load_batches(path: str, cache: str, batch_size: str, max_len: str, seconds: 
     start_bytes, began = peak_bytes(), time.perf_counter()
     log = load_log(_settings(path, cache))
     examples = leave_one_out(log).train
-    loader = GrainLoader(log, examples, max_len=int(max_len), batch_size=int(batch_size), seed=0, precision="int64")
+    sampler = PrefixSampler(log, examples, max_len=int(max_len), batch_size=int(batch_size), seed=0)
+    loader = Loader(sampler, on_device=False, precision="int64")
     batches = loader.epoch(1)
     next(batches)
     ready = time.perf_counter()

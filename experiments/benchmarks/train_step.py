@@ -10,7 +10,7 @@ pytorch         the PyTorch twin, padded, Adam, the same arithmetic dtype
 precisions and groups. Both frameworks find their batches on the device and wait for the loss of every step.
 
 `run_models` (`experiments.benchmark models`) trains and evaluates the six models at the paper's shapes:
-ml1m            200 positions, 3,417 rows of the item table
+ml-1m           200 positions, 3,417 rows of the item table
 beauty          50 positions, 12,102 rows
 full            every row as long as there are positions
 real            lengths with a geometric tail and the mean that the log's training rows have (118.0 and 8.4)
@@ -46,12 +46,14 @@ from experiments.benchmarks.opponents import require_torch, torch_step, torch_st
 from experiments.benchmarks.timing import Form, Part, Settings, build_all, over, step_form, time_in_turns
 from experiments.command_line import OptionParser
 from experiments.configs import MODEL_NAMES, load_config
+from experiments.family import file_name
 from experiments.train import parse as parse_experiment
 from tim4rec_jax.config import ExperimentConfig, ModelConfig, TrainConfig
 from tim4rec_jax.data.interactions import InteractionLog, load_log, with_precision
-from tim4rec_jax.data.length_groups import LengthGroup, plan_length_groups
-from tim4rec_jax.data.loader import Batch, GrainLoader
+from tim4rec_jax.data.loader import Batch, Loader, PrefixSampler
+from tim4rec_jax.data.packing import LengthGroup, plan_length_groups
 from tim4rec_jax.data.splits import split_log
+from tim4rec_jax.data_config import DATA_ALIASES
 from tim4rec_jax.layers.rows import Rows
 from tim4rec_jax.models import Cache, build_model, last_hidden
 from tim4rec_jax.models.tim4rec import TiM4Rec
@@ -67,9 +69,9 @@ _SWITCHES = {
     "loss": (TrainConfig, "loss_implementation", None),
 }
 # Data set -> rows of its item table, and the mean length of its training rows.
-_DATA = {"ml1m": (3417, 118.0), "beauty": (12_102, 8.4)}
+_DATA = {"ml-1m": (3417, 118.0), "beauty": (12_102, 8.4)}
 # Of its batches in the paper, of 2048 rows.
-_PAPER_TOKENS = {"ml1m": 409_600, "beauty": 102_400}
+_PAPER_TOKENS = {"ml-1m": 409_600, "beauty": 102_400}
 _TINY = {"max_len": 8, "d_model": 16, "num_layers": 1, "d_state": 4, "head_dim": 16, "inner_size": 32}
 _TINY_DATA = (30, 4.0)
 ROWS = ("full", "real")
@@ -154,14 +156,8 @@ def compare_savings(config: ExperimentConfig, log: InteractionLog, repeats: int)
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=log.num_items + 1))
     train, max_len = config.train, config.model.max_len
     examples = split_log(log, config.data).train
-    loader = GrainLoader(
-        log,
-        examples,
-        max_len=max_len,
-        batch_size=train.batch_size,
-        seed=train.seed,
-        precision=config.data.timestamp_precision,
-    )
+    sampler = PrefixSampler(log, examples, max_len=max_len, batch_size=train.batch_size, seed=train.seed)
+    loader = Loader(sampler, on_device=False, precision=config.data.timestamp_precision)
     lengths = np.minimum(examples.ends, max_len)
     one, several = groups_of(config, lengths, max_groups=1), groups_of(config, lengths)
     batches = list(itertools.islice(loader.epoch(1), repeats))
@@ -241,7 +237,7 @@ def shapes(tiny: bool) -> tuple[Shape, ...]:
         small = {"max_len": 8, "d_model": 16, "d_state": 16, "head_dim": 16, "dropout": 0.0}
         small |= {"use_time": False, "use_ffn": False, "d_conv": 2}
         return (sized("ml1m_tim4rec", _TINY_DATA, 32, **small),)
-    return tuple(sized(f"{data}_tim4rec", about, _PAPER_TOKENS[data]) for data, about in _DATA.items())
+    return tuple(sized(f"{file_name(data)}_tim4rec", about, _PAPER_TOKENS[data]) for data, about in _DATA.items())
 
 
 def draw_lengths(rng: np.random.Generator, mean: float, longest: int, count: int) -> np.ndarray:
@@ -416,7 +412,7 @@ def _parse_models(rest: list[str]) -> argparse.Namespace:
     parser.add_flag("--tiny", "sizes at which the program can be tried out")
     options = parser.parse_args(rest)
     for name, known in (("models", MODEL_NAMES), ("data", tuple(_DATA)), ("rows", ROWS)):
-        chosen = getattr(options, name).split(",")
+        chosen = [DATA_ALIASES.get(value, value) for value in getattr(options, name).split(",")]
         if unknown := [value for value in chosen if value not in known]:
             raise ValueError(f"--{name}={','.join(unknown)}: expected some of {','.join(known)}")
         setattr(options, name, [value for value in known if value in chosen])
@@ -428,7 +424,7 @@ def _parse_models(rest: list[str]) -> argparse.Namespace:
 def shape_of(data: str, model: str, options: argparse.Namespace) -> Shape:
     """Returns a model's settings on a data set, with the batch that is measured, and the rows' mean length."""
     about, sizes = (_TINY_DATA, _TINY) if options.tiny else (_DATA[data], {})
-    return sized(f"{data}_{model}", about, options.tokens, **sizes)
+    return sized(f"{file_name(data)}_{model}", about, options.tokens, **sizes)
 
 
 @dataclass(frozen=True)

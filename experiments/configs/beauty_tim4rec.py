@@ -15,5 +15,5 @@ def config() -> ExperimentConfig:
             max_len=50, d_model=64, d_state=32, head_dim=32, dropout=0.4, time_dropout=0.0, norm_eps=1e-5,
             time_gate_per_position=True, kaiming_init=False, use_time=True,
         ),
-        data=DataConfig(name="amazon-beauty", timestamp_precision="published"),
+        data=DataConfig(name="beauty", timestamp_precision="published"),
     )  # fmt: skip

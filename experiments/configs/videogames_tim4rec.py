@@ -11,6 +11,4 @@ from tim4rec_jax.config import DataConfig, ExperimentConfig
 
 
 def config() -> ExperimentConfig:
-    return dataclasses.replace(
-        beauty_tim4rec.config(), name="videogames_tim4rec", data=DataConfig(name="amazon-video-games")
-    )
+    return dataclasses.replace(beauty_tim4rec.config(), name="videogames_tim4rec", data=DataConfig(name="videogames"))

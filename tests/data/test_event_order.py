@@ -176,7 +176,7 @@ def test_a_fraction_of_a_second_orders_events_within_it(tmp_path, monkeypatch):
     frames = [pl.DataFrame(part, schema=["user", "item", "timestamp"], orient="row") for part in parts]
     whole = pl.concat(frames).with_columns(pl.col("timestamp").cast(pl.Float64))
     whole.write_parquet(tmp_path / "log.parquet")
-    monkeypatch.setattr(readers, "_PARQUET_ROWS", 3)
+    monkeypatch.setattr(readers, "_PIECE_ROWS", 3)
     pieces = load_log(settings_of(tmp_path, tmp_path / "log.parquet", k_core=0))
     assert pieces.user_ids.to_list() == ["w", "u", "v", "x"]
     assert pieces.item_ids.gather(pieces.items - 1).to_list() == [*"bac", *"abcde", *"abc", *"abc"]

@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import time
+import types
 
 import numpy as np
 import polars as pl
@@ -10,7 +11,7 @@ import pytest
 from rich.console import Console
 
 from tim4rec_jax.data import interactions
-from tim4rec_jax.data.interactions import clean, load_log, with_titles
+from tim4rec_jax.data.interactions import clean, load_log
 from tim4rec_jax.data.splits import leave_one_out
 from tim4rec_jax.data_config import DataConfig, SyntheticConfig
 
@@ -117,30 +118,87 @@ def test_an_emptied_log_names_the_filter():
         clean(frame(("u", "a", 1), ("v", "b", 2)), k_core=0, timestamp_precision="int64")
 
 
+ROWS = [(user, item, 10 * user + item) for user in range(5) for item in range(6)]
+
+
 @pytest.mark.parametrize(
     ("bad", "complaint"),
     [
-        (frame(("u", "a", 1), (None, "a", 1)), "row 1: no user"),
-        (frame(("u", "a", 1), ("u", "a", None)), "row 1: no timestamp"),
-        (frame(("u", "a", 1), ("u", "a", -5)), "row 1: timestamp -5 is negative"),
-        (frame(), "the log has no rows"),
-        (frame(("u", "a", 1)).drop("item"), "no column 'item' in the frame"),
-        (frame(("u", "a", 1)).cast({"timestamp": pl.Float32}), "column 'timestamp' is Float32; cast it to Int64"),
+        (frame(("u", "a", 1), (None, "a", 1)), "data frame, row 2: no user id"),
+        (frame(("u", "a", 1), ("u", "", 1), ("u", "", 1)), r"data frame, row 2: no item id \(2 such rows\)"),
+        (frame(("u", "a", 1), ("u", "a", None)), "data frame, row 2: no timestamp"),
+        (frame(("u", "a", 1), ("u", "a", -5)), "data frame, row 2: timestamp -5 is negative"),
+        (frame(("u", "a", 1), ("u", "a", 10**13)), "data frame, row 2: .* past the year 9999; are these milliseconds"),
+        (frame(), "data frame: the log has no rows"),
+        (frame(("u", "a", 1)).drop("item"), "data frame: no column item; its columns are user, timestamp"),
+        (frame(("u", "a", 1)).with_columns(timestamp=True), "data frame: column timestamp is Boolean"),
+        (frame(("u", "a", 1)).with_columns(user=1.5), "data frame, row 1: user id 1.5 is a float"),
     ],
 )
-def test_clean_refuses_bad_frames(bad, complaint):
-    with pytest.raises(ValueError, match=complaint):
-        clean(bad, k_core=0, timestamp_precision="int64")
+def test_bad_data_frames_are_refused_by_row(bad, complaint):
+    for read in (lambda: clean(bad, k_core=0, timestamp_precision="int64"), lambda: load_log(bad, k_core=0)):
+        with pytest.raises(ValueError, match=complaint):
+            read()
 
 
-def test_titles_follow_the_item_ids():
-    log = clean(frame(*BY_HAND), k_core=2, timestamp_precision="int64")
-    titles = pl.DataFrame({"item": ["b", "x", "q"], "title": ["Brazil", "X-Men", "Quiz Show"]})
-    assert with_titles(log, titles).titles.to_list() == ["X-Men", None, "Brazil"]
+def same(log, expected):
+    for name in ("items", "timestamps", "offsets"):
+        np.testing.assert_array_equal(getattr(log, name), getattr(expected, name))
+    assert log.user_ids.equals(expected.user_ids) and log.item_ids.equals(expected.item_ids)
+    assert log.statistics == expected.statistics
+    return True
+
+
+@pytest.mark.parametrize("library", ["polars", "lazy", "arrow stream", "pandas", "pyarrow"])
+def test_data_frames_of_every_library_give_the_log_of_their_file(tmp_path, library):
+    if library in ("pandas", "pyarrow"):
+        pytest.importorskip(library, reason=f"the project does not need {library}, which is not installed")
+        pytest.importorskip("pyarrow", reason="pandas hands its columns on through pyarrow, which is not installed")
+    moments = pl.from_epoch(pl.Series([user + 10 * item for user, item, _ in ROWS], dtype=pl.Int64))
+    columns = {"user_id": [user for user, _, _ in ROWS], "product_id": [str(item) for _, item, _ in ROWS]}
+    data = pl.DataFrame({"rating": [5] * len(ROWS), **columns, "timestamp": moments})
+    data.write_parquet(tmp_path / "log.parquet")
+    names = ("user_id", "product_id", "timestamp")
+    expected = load_log(tmp_path / "log.parquet", columns=names, k_core=2, cache_dir=str(tmp_path))
+    given = {
+        "polars": lambda: data,
+        "lazy": data.lazy,
+        "arrow stream": lambda: types.SimpleNamespace(__arrow_c_stream__=data.__arrow_c_stream__),
+        "pandas": lambda: data.to_pandas(),
+        "pyarrow": lambda: data.to_arrow(),
+    }[library]()
+    log = load_log(given, k_core=2)
+    assert same(log, expected) and log.fingerprint == load_log(data, k_core=2).fingerprint != expected.fingerprint
+    renamed = data.rename({"user_id": "who", "product_id": "what", "timestamp": "when"})
+    assert same(load_log(renamed, columns=("who", "what", "when"), k_core=2), expected)
+
+
+def test_a_data_frame_keeps_fractions_and_takes_titles_and_the_published_order(tmp_path):
+    rows = frame(("u", "late", 5), ("u", "early", 5), ("u", "last", 6)).with_columns(
+        timestamp=pl.Series([5.5, 5.25, 6])
+    )
+    (tmp_path / "names.csv").write_text("item,title\nlate,Late\n")
+    console = notes()
+    log = load_log(rows, console, k_core=0, item_path=str(tmp_path / "names.csv"), timestamp_precision="published")
+    assert log.item_ids.gather(log.items - 1).to_list() == ["early", "late", "last"]
+    assert log.titles.to_list() == ["Late", None, None] and log.statistics.rounded_timestamps == 2
+    assert "data.name=custom is no published data set" in console.file.getvalue()
+    assert log.fingerprint != load_log(rows.with_columns(timestamp=pl.Series([5, 5, 6])), k_core=0).fingerprint
+
+
+def test_what_is_no_log_and_settings_that_do_not_fit_are_refused():
+    with pytest.raises(TypeError, match="is no log; give a path, a DataConfig, or a data frame of Polars"):
+        load_log([("u", "a", 1)])
+    with pytest.raises(ValueError, match="data.path is of files, and a data frame is given"):
+        load_log(frame(("u", "a", 1)), path="log.csv")
+    with pytest.raises(ValueError, match="a DataConfig says all settings itself"):
+        load_log(DataConfig(), k_core=3)
+    with pytest.raises(TypeError, match="no_such_setting"):
+        load_log(frame(("u", "a", 1)), no_such_setting=3)
 
 
 def test_the_statistics_table_shows_every_number():
-    log = clean(frame(*BY_HAND), k_core=2, timestamp_precision="int64", dropped={"blank lines": 4})
+    log = clean(frame(*BY_HAND, *[(None, None, None)] * 4), k_core=2, timestamp_precision="int64")
     console = notes()
     console.print(log.statistics.table("by hand"))
     shown = console.file.getvalue()
@@ -157,9 +215,6 @@ def test_the_statistics_table_shows_every_number():
         assert line in shown
 
 
-ROWS = [(user, item, 10 * user + item) for user in range(5) for item in range(6)]
-
-
 def test_a_cleaned_log_is_cached_and_the_same_when_read_back(tmp_path, monkeypatch):
     path = write_inter(tmp_path / "log.inter", ROWS)
     (tmp_path / "log.item").write_text("item_id:token\ttitle:token_seq\n3\tThree\n")
@@ -170,7 +225,7 @@ def test_a_cleaned_log_is_cached_and_the_same_when_read_back(tmp_path, monkeypat
     def unread(*_):
         raise AssertionError("the log was read again")
 
-    monkeypatch.setattr(interactions, "read_parts", unread)
+    monkeypatch.setattr(interactions, "read_log", unread)
     second = load_log(config)
     for name in ("items", "timestamps", "offsets"):
         np.testing.assert_array_equal(getattr(second, name), getattr(first, name))
@@ -194,24 +249,32 @@ def test_content_and_every_setting_change_the_fingerprint(tmp_path):
     assert load_log(config).fingerprint in seen
 
 
-@pytest.mark.parametrize("damage", ["truncated", "flipped", "foreign"])
-def test_a_corrupt_cache_entry_is_reported_and_built_again(tmp_path, damage):
+@pytest.mark.parametrize("mapped", [False, True])
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "foreign", "gone", "no checksums"])
+def test_a_corrupt_cache_entry_is_reported_and_built_again(tmp_path, monkeypatch, damage, mapped):
+    monkeypatch.setattr(interactions, "_MAPPED_FROM", 1 if mapped else 1000)
     path = write_inter(tmp_path / "log.inter", ROWS)
     config = DataConfig(name="custom", path=str(path), cache_dir=str(tmp_path / "cache"))
     first = load_log(config)
+    assert first.items.flags.owndata != mapped
     (entry,) = (tmp_path / "cache" / "cleaned").iterdir()
-    whole = entry.read_bytes()
+    contents = {file.name: file.read_bytes() for file in entry.iterdir()}
+    whole, file = contents["items.npy"], entry / "items.npy"
     at = whole.index(first.items.tobytes())
-    entry.write_bytes(
-        {"truncated": whole[:-100], "flipped": whole[:at] + b"\xff" + whole[at + 1 :], "foreign": b"hello"}[damage]
-    )
+    # Where a log is mapped, its file may be replaced but not written to.
+    file.unlink()
+    if damage == "no checksums":
+        (entry / "sha256.json").write_text("[]")
+    if damage != "gone":
+        flipped = whole[:at] + b"\xff" + whole[at + 1 :]
+        file.write_bytes({"truncated": whole[:-10], "flipped": flipped, "foreign": b"hello"}.get(damage, whole))
     console = notes()
     again = load_log(config, console)
     np.testing.assert_array_equal(again.items, first.items)
-    assert "the cached log cannot be used and is built again" in console.file.getvalue()
-    assert str(entry) in console.file.getvalue()
-    assert entry.read_bytes() == whole
-    assert [p.name for p in entry.parent.iterdir()] == [entry.name]
+    said = console.file.getvalue()
+    assert f"the cached log at {entry} cannot be used and is built again" in said
+    assert {file.name: file.read_bytes() for file in entry.iterdir()} == contents
+    assert list(entry.parent.iterdir()) == [entry]
 
 
 def test_a_cache_that_cannot_be_written_is_reported(tmp_path):
@@ -226,8 +289,9 @@ def test_a_cache_that_cannot_be_written_is_reported(tmp_path):
 def test_names_and_paths(tmp_path):
     with pytest.raises(ValueError, match="data.name=custom needs data.path"):
         load_log(DataConfig(name="custom", cache_dir=str(tmp_path)))
-    with pytest.raises(ValueError, match=r"unknown data set 'ml1m'; did you mean ml-1m"):
-        load_log(DataConfig(name="ml1m", path=str(tmp_path), cache_dir=str(tmp_path)))
+    with pytest.raises(ValueError, match=r"unknown data set 'ml-2m'; did you mean ml-1m"):
+        load_log(DataConfig(name="ml-2m", path=str(tmp_path), cache_dir=str(tmp_path)))
+    assert [DataConfig(name=name).name for name in ("ml1m", "amazon-beauty", "steam")] == ["ml-1m", "beauty", "steam"]
     console = notes()
     path = write_inter(tmp_path / "log.inter", ROWS)
     log = load_log(DataConfig(name="synthetic", path=str(path), cache_dir=str(tmp_path)), console)
@@ -259,7 +323,7 @@ def test_the_synthetic_log_is_made_and_cleaned(tmp_path):
 
 REAL = {
     "ml-1m-imputed": ("ml-1m", (6_040, 3_416, 999_611, 981_491)),
-    "amazon-beauty": ("amazon-beauty", (22_363, 12_101, 198_502, 131_413)),
+    "amazon-beauty": ("beauty", (22_363, 12_101, 198_502, 131_413)),
     "ml-100k": ("ml-100k", (943, 1_349, 99_287, 96_458)),
 }
 

@@ -10,9 +10,9 @@ import pytest
 from experiments import benchmark
 from experiments.benchmarks import data
 from tim4rec_jax.config import DataConfig
-from tim4rec_jax.data import cache, cleaning, readers
+from tim4rec_jax.data import interactions, readers
 from tim4rec_jax.data.interactions import clean, load_log
-from tim4rec_jax.data.loader import GrainLoader, epoch_order
+from tim4rec_jax.data.loader import Loader, PrefixSampler, epoch_order
 from tim4rec_jax.data.readers import read_log
 from tim4rec_jax.data.sources import Source
 from tim4rec_jax.data.splits import leave_one_out
@@ -67,9 +67,11 @@ def assert_same(log, frame, k_core, precision):
 def small_pieces(monkeypatch):
     """Every block, bucket and piece small, so that a small log has many of them; every array mapped."""
     for module, name, value in (
-        (readers, "_PARQUET_ROWS", 97), (cleaning, "_BLOCK", 61), (cleaning, "_BUCKET_ROWS", 16),
-        (cache, "MAPPED_FROM", 1),
-    ):  # fmt: skip
+        (readers, "_PIECE_ROWS", 97),
+        (interactions, "_BLOCK", 61),
+        (interactions, "_BUCKET_ROWS", 16),
+        (interactions, "_MAPPED_FROM", 1),
+    ):
         monkeypatch.setattr(module, name, value)
 
 
@@ -99,34 +101,15 @@ def test_pieces_give_what_the_plain_path_gives(tmp_path, small_pieces, precision
         np.testing.assert_array_equal(getattr(again, name), getattr(cleaned, name))
     assert again.statistics == cleaned.statistics == log.statistics
     # A mapped log trains as one in memory does.
-    loaders = [
-        GrainLoader(one, leave_one_out(one).train, max_len=7, batch_size=64, seed=3, precision=precision)
-        for one in (log, cleaned)
+    samplers = [
+        PrefixSampler(one, leave_one_out(one).train, max_len=7, batch_size=64, seed=3) for one in (log, cleaned)
     ]
+    loaders = [Loader(sampler, on_device=False, precision=precision) for sampler in samplers]
     for mine, theirs in zip(*(loader.epoch(2, loader.num_batches - 3) for loader in loaders), strict=True):
         for name in ("items", "timestamps", "targets", "weights"):
             a, b = getattr(mine, name), getattr(theirs, name)
             assert a.dtype == b.dtype
             np.testing.assert_array_equal(a, b)
-
-
-def test_a_damaged_mapped_log_and_one_that_numpy_wrote(tmp_path, small_pieces):
-    arrays = {"a": np.arange(50), "b": np.arange(7, dtype=np.int32)}
-    cache.write_entry(tmp_path / "entry.npz", arrays, {"t": pl.DataFrame({"id": ["x"]})}, {"n": 1})
-    with np.load(tmp_path / "entry.npz") as stored:
-        np.testing.assert_array_equal(stored["array/a"], arrays["a"])
-        members = dict(stored)
-    np.savez(tmp_path / "plain.npz", **members)
-    for name in ("entry", "plain"):
-        entry = cache.read_entry(tmp_path / f"{name}.npz")
-        assert entry.record == {"n": 1} and entry.tables["t"]["id"].to_list() == ["x"]
-        for key, array in arrays.items():
-            np.testing.assert_array_equal(entry.arrays[key], array)
-    whole = (tmp_path / "entry.npz").read_bytes()
-    at = whole.index(arrays["a"].tobytes())
-    (tmp_path / "bad.npz").write_bytes(whole[:at] + b"\xff" + whole[at + 1 :])
-    with pytest.raises(cache.CorruptEntryError, match=r"bad\.npz is damaged"):
-        cache.read_entry(tmp_path / "bad.npz")
 
 
 def test_bad_rows_of_a_later_piece_are_named_by_their_row_and_all_counted(tmp_path, small_pieces):
@@ -140,7 +123,7 @@ def test_bad_rows_of_a_later_piece_are_named_by_their_row_and_all_counted(tmp_pa
     blank = pl.DataFrame({"user": [None] * 150, "item": [None] * 150, "timestamp": [None] * 150}, schema=frame.schema)
     pl.concat([blank, random_frame(100)]).write_parquet(tmp_path / "log.parquet")
     log = read_log([source], "parquet")
-    assert (log.blank_lines, log.frame.height) == (150, 100)
+    assert (log.blank_lines, len(log.users)) == (150, 100)
     blank.write_parquet(tmp_path / "log.parquet")
     with pytest.raises(ValueError, match="holds no rows below its header"):
         read_log([source], "parquet")
@@ -183,7 +166,7 @@ def test_memory_is_bounded_by_the_rows(tmp_path, capsys):
     assert list(tmp_path.iterdir()) == [output]
     data.write_log(tmp_path / "log.parquet", ROWS, 0)
     frame = pl.read_parquet(tmp_path / "log.parquet")
-    log = clean(frame, k_core=5, timestamp_precision="int64", fingerprint="of the same rows")
+    log = clean(frame, k_core=5, timestamp_precision="int64")
     assert_same(log, frame, 5, "int64")
     found = (read["rows"], read["users"], read["items"])
     assert (log.num_rows, log.num_users, log.num_items) == found

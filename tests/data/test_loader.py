@@ -1,4 +1,4 @@
-"""The two loaders against each other and against the log."""
+"""The loaders, of prefixes and of packed rows, on the device and on the host, against each other and the log."""
 
 import dataclasses
 
@@ -7,27 +7,36 @@ import numpy as np
 import pytest
 
 from tests.evaluation.logs import random_log
-from tim4rec_jax.data.examples import gather_windows
-from tim4rec_jax.data.loader import LOADERS, epoch_order, timestamps_for_device
-from tim4rec_jax.data.splits import leave_one_out
+from tim4rec_jax import DataConfig, ExperimentConfig, ModelConfig, TrainConfig
+from tim4rec_jax.data.loader import epoch_order, make_loader, timestamps_for_device
+from tim4rec_jax.data.splits import gather_windows, leave_one_out
 
-MAX_LEN, BATCH_SIZE = 6, 16
+MAX_LEN = 6
+BATCH_SIZE = {"last": 16, "all": 5}
+LOADERS = ("device", "grain")
+each_loader = pytest.mark.parametrize("name", LOADERS)
+each_kind = pytest.mark.parametrize("positions", BATCH_SIZE)
 
 
 @pytest.fixture(scope="module")
 def log():
-    return random_log(num_users=20, num_items=15, min_events=4, max_events=14, seed=3)
+    return random_log(num_users=30, num_items=15, min_events=3, max_events=14, seed=3)
 
 
 @pytest.fixture(scope="module")
 def examples(log):
     train = leave_one_out(log).train
-    assert len(train) % BATCH_SIZE not in (0, BATCH_SIZE - 1)
+    assert len(train) % BATCH_SIZE["last"] not in (0, BATCH_SIZE["last"] - 1)
     return train
 
 
-def loader_of(name, log, examples, *, seed=0, precision="float32", batch_size=BATCH_SIZE):
-    return LOADERS[name](log, examples, max_len=MAX_LEN, batch_size=batch_size, seed=seed, precision=precision)
+def loader_of(name, log, positions, *, seed=0, precision="float32", context=None, batch_size=None):
+    train = TrainConfig(
+        positions=positions, batch_size=batch_size or BATCH_SIZE[positions], seed=seed, window_context=context
+    )
+    data = DataConfig(loader=name, timestamp_precision=precision)
+    config = ExperimentConfig("test", ModelConfig(name="sasrec", max_len=MAX_LEN), data, train)
+    return make_loader(config, log, leave_one_out(log).train)
 
 
 def epoch_of(loader, epoch, start=0):
@@ -48,24 +57,25 @@ def concatenated(batches, name):
     return np.concatenate([getattr(batch, name) for batch in batches])
 
 
+@each_kind
 @pytest.mark.parametrize(("precision", "dtype"), [("float32", np.float32), ("int64", np.int32)])
-def test_both_give_the_same_batches_in_the_same_order(log, examples, precision, dtype):
-    device, grain = (loader_of(name, log, examples, seed=7, precision=precision) for name in ("device", "grain"))
-    assert device.num_batches == grain.num_batches == -(-len(examples) // BATCH_SIZE)
+def test_both_give_the_same_batches_in_the_same_order(log, positions, precision, dtype):
+    device, grain = (loader_of(name, log, positions, seed=7, precision=precision) for name in LOADERS)
+    assert device.num_batches == grain.num_batches > 3
     for epoch in (1, 2):
         batches = epoch_of(device, epoch)
         assert len(batches) == device.num_batches
         assert_same_batches(epoch_of(grain, epoch), batches)
         types = [leaf.dtype for leaf in jax.tree.leaves(batches[0])]
         assert types == [np.int32, np.int32, dtype, np.int32, np.float32]
-        assert {batch.items.shape for batch in batches} == {(BATCH_SIZE, MAX_LEN)}
+        assert {batch.items.shape for batch in batches} == {(BATCH_SIZE[positions], MAX_LEN)}
 
 
-@pytest.mark.parametrize("name", LOADERS)
+@each_loader
 def test_an_epoch_holds_every_example_once(log, examples, name):
     windows = gather_windows(log.items, log.timestamps, log.offsets, examples.users, examples.ends, MAX_LEN)
     for epoch in (1, 2):
-        batches = epoch_of(loader_of(name, log, examples), epoch)
+        batches = epoch_of(loader_of(name, log, "last"), epoch)
         real = concatenated(batches, "weights") == 1
         assert real.sum() == len(examples)
         rows = [concatenated(batches, part)[real] for part in ("items", "timestamps", "lengths", "targets")]
@@ -75,41 +85,96 @@ def test_an_epoch_holds_every_example_once(log, examples, name):
         assert found == sorted(expected)
 
 
-@pytest.mark.parametrize("name", LOADERS)
+@each_loader
 def test_a_short_last_batch_is_filled_with_rows_of_no_weight(log, examples, name):
-    batches = epoch_of(loader_of(name, log, examples), 1)
+    batches = epoch_of(loader_of(name, log, "last"), 1)
     assert all((batch.weights == 1).all() for batch in batches[:-1])
-    left = len(examples) % BATCH_SIZE
-    np.testing.assert_array_equal(batches[-1].weights, [1.0] * left + [0.0] * (BATCH_SIZE - left))
+    left = len(examples) % BATCH_SIZE["last"]
+    np.testing.assert_array_equal(batches[-1].weights, [1.0] * left + [0.0] * (BATCH_SIZE["last"] - left))
     assert (batches[-1].lengths >= 1).all()
-    small = epoch_of(loader_of(name, log, examples, batch_size=len(examples) + 3), 1)
+    small = epoch_of(loader_of(name, log, "last", batch_size=len(examples) + 3), 1)
     assert len(small) == 1 and small[0].weights.sum() == len(examples)
 
 
-@pytest.mark.parametrize("name", LOADERS)
-def test_starting_inside_an_epoch_gives_the_rest_of_it(log, examples, name):
-    whole = epoch_of(loader_of(name, log, examples), 2)
+def histories(batch):
+    """The histories as (items, timestamps, targets, weights), and the padding."""
+    for row in range(len(batch.items)):
+        cuts = np.flatnonzero(np.diff(batch.segment_ids[row], prepend=-1))
+        columns = (batch.items, batch.timestamps, batch.targets, batch.weights)
+        yield from zip(*(np.split(column[row], cuts[1:]) for column in columns), strict=True)
+
+
+@each_loader
+def test_every_target_is_trained_on_once_after_the_items_before_it(log, name):
+    loader = loader_of(name, log, "all", context=2)
+    assert loader.sampler.fill_share > 0.8
+    expected = [
+        (target, *log.items[max(first, first + end - 3) : first + end])
+        for first, end, target in (
+            (log.offsets[user], end, log.items[log.offsets[user] + end])
+            for user, end in zip(*dataclasses.astuple(leave_one_out(log).train), strict=True)
+        )
+    ]
+    seconds = log.timestamps.astype(np.float32)
+    for epoch in (1, 2):
+        found = []
+        for batch in epoch_of(loader, epoch):
+            for items, timestamps, targets, weights in histories(batch):
+                padding = items == 0
+                assert padding.all() or not padding.any()
+                assert not any(column[padding].any() for column in (timestamps, targets, weights))
+                for i in np.flatnonzero(weights == 1):
+                    assert weights[i:].all() and timestamps[i] in seconds[log.items == items[i]]
+                    found.append((targets[i], *items[max(i - 2, 0) : i + 1]))
+        assert sorted(found) == sorted(expected)
+
+
+@each_loader
+def test_rows_that_only_fill_the_last_batch_come_last_without_weight(log, name):
+    loader = loader_of(name, log, "all")
+    batches = epoch_of(loader, 1)
+    assert all(batch.weights.any(axis=1).all() for batch in batches[:-1])
+    real = batches[-1].weights.any(axis=1)
+    assert 0 < real.sum() < BATCH_SIZE["all"] and not real[real.sum() :].any()
+    assert not batches[-1].items[~real].any()
+    assert not batches[-1].segment_ids[~real].any()
+
+
+@each_kind
+@each_loader
+def test_starting_inside_an_epoch_gives_the_rest_of_it(log, name, positions):
+    whole = epoch_of(loader_of(name, log, positions), 2)
     for start in (1, len(whole) - 1):
-        assert_same_batches(epoch_of(loader_of(name, log, examples), 2, start), whole[start:])
-    assert epoch_of(loader_of(name, log, examples), 2, len(whole)) == []
+        assert_same_batches(epoch_of(loader_of(name, log, positions), 2, start), whole[start:])
+    assert epoch_of(loader_of(name, log, positions), 2, len(whole)) == []
 
 
-@pytest.mark.parametrize("name", LOADERS)
-def test_examples_before_a_batch_are_those_with_weight(log, examples, name):
-    loader = loader_of(name, log, examples)
-    weights = [int(batch.weights.sum()) for batch in epoch_of(loader, 1)]
-    before = [loader.examples_before(1, batch) for batch in range(loader.num_batches + 1)]
-    assert before == [0, *np.cumsum(weights)]
-
-
-@pytest.mark.parametrize("name", LOADERS)
-def test_epochs_and_seeds_differ(log, examples, name):
-    first, again, second = (epoch_of(loader_of(name, log, examples), epoch) for epoch in (1, 1, 2))
+@each_kind
+@each_loader
+def test_epochs_and_seeds_differ_in_equally_many_batches(log, name, positions):
+    loader = loader_of(name, log, positions)
+    first, again, second = (epoch_of(loader, epoch) for epoch in (1, 1, 2))
     assert_same_batches(again, first)
-    other = epoch_of(loader_of(name, log, examples, seed=1), 1)
+    other = epoch_of(loader_of(name, log, positions, seed=1), 1)
     for different in (second, other):
-        assert (concatenated(different, "targets") != concatenated(first, "targets")).any()
-        assert (different[0].items != first[0].items).any()
+        assert len(different) == len(first)
+        assert any((a.items != b.items).any() for a, b in zip(different, first, strict=True))
+
+
+@each_kind
+@each_loader
+def test_examples_before_a_batch_are_the_targets_trained_on(log, examples, name, positions):
+    loader = loader_of(name, log, positions, context=1 if positions == "all" else None)
+    for epoch in (2, 1):
+        targets = [int(batch.weights.sum()) for batch in epoch_of(loader, epoch)]
+        before = [loader.examples_before(epoch, batch) for batch in range(loader.num_batches + 1)]
+        assert before == [0, *np.cumsum(targets)]
+        assert before[-1] == len(examples)
+
+
+def test_a_context_that_leaves_nothing_to_train_on_is_refused(log):
+    with pytest.raises(ValueError, match="train.window_context=6 must be less than model.max_len=6"):
+        loader_of("grain", log, "all", context=6)
 
 
 def test_the_order_is_a_shuffle_of_its_arguments_alone():
@@ -130,16 +195,17 @@ def test_timestamps_in_both_precisions():
     assert timestamps_for_device(np.zeros(0, np.int64), "int64").size == 0
 
 
-@pytest.mark.parametrize("name", LOADERS)
-def test_timestamps_beyond_int32_are_refused(log, examples, name):
+@each_kind
+@each_loader
+def test_timestamps_beyond_int32_are_refused(log, name, positions):
     milliseconds = dataclasses.replace(log, timestamps=log.timestamps * 1000)
     message = (
         rf"timestamp {milliseconds.timestamps.max()} does not fit into the int32 seconds .*at most 2147483647, "
         "2038-01-19.; if these are milliseconds give seconds, else choose 'float32'"
     )
     with pytest.raises(ValueError, match=message):
-        loader_of(name, milliseconds, examples, precision="int64")
+        loader_of(name, milliseconds, positions, precision="int64")
     with pytest.raises(ValueError, match=f"timestamp {-(2**31) - 1} does not fit"):
         timestamps_for_device(np.array([-(2**31) - 1]), "int64")
-    first = epoch_of(loader_of(name, milliseconds, examples), 1)[0]
+    first = epoch_of(loader_of(name, milliseconds, positions), 1)[0]
     assert first.timestamps.max() > 2**31

@@ -10,7 +10,19 @@ import polars as pl
 import pytest
 
 from tests.data.test_field_order import swapped
-from tests.data.test_readers import AMAZON, CSV, KUAIRAND, ML_1M, ML_100K, NAMED, ORDERED, RATINGS, RECBOLE, STEAM
+from tests.data.test_readers import (
+    AMAZON,
+    CSV,
+    KUAIRAND,
+    ML_1M,
+    ML_100K,
+    NAMED,
+    ORDERED,
+    RATINGS,
+    RECBOLE,
+    STEAM,
+    with_frame,
+)
 from tim4rec_jax.data.interactions import clean
 from tim4rec_jax.data.readers import find_log, read_log
 from tim4rec_jax.data.sources import Source
@@ -126,7 +138,7 @@ def read_one(kind, path, data):
             assert titles.schema == {"item": pl.String, "title": pl.String} and titles["item"].is_unique().all()
             return titles.height
         sources, log_format = find_log(str(path), "auto", LOGS[kind][2])
-        log = read_log(sources, log_format, LOGS[kind][2])
+        log = with_frame(read_log(sources, log_format, LOGS[kind][2]))
     except (ValueError, FileNotFoundError) as error:
         assert path.name in str(error), f"the file is not named: {error}"
         assert len(str(error).replace(str(path), "")) < 300 and "\n" not in str(error), f"not one short line: {error}"

@@ -2,14 +2,17 @@
 
 import datetime
 import gzip
+import types
 import zipfile
 
+import numpy as np
 import polars as pl
 import pytest
 
+from tim4rec_jax.data.columns import IdCoder
 from tim4rec_jax.data.readers import LogColumns, find_log, read_log
 from tim4rec_jax.data.sources import Source
-from tim4rec_jax.data.titles import find_titles, read_titles
+from tim4rec_jax.data.titles import find_titles, read_titles, titles_for
 
 ROWS = [("7", "b", 100), ("7", "a", 50), ("9", "b", 75)]
 
@@ -32,8 +35,14 @@ ORDERED = LogColumns(order="user, item,rating,timestamp")
 
 
 def read(path, log_format="auto", columns=None):
+    """The log as read, with its columns as a data frame too."""
     sources, log_format = find_log(str(path), log_format, columns)
-    return read_log(sources, log_format, columns)
+    return with_frame(read_log(sources, log_format, columns))
+
+
+def with_frame(log):
+    ids = {"user": log.user_ids.gather(log.users), "item": log.item_ids.gather(log.items)}
+    return types.SimpleNamespace(**vars(log), frame=pl.DataFrame(ids | {"timestamp": log.timestamps}))
 
 
 @pytest.mark.parametrize(
@@ -73,8 +82,8 @@ def test_gzip_folder_and_zip_are_read_in_place(tmp_path):
     before = sorted(tmp_path.rglob("*"))
     sources, log_format = find_log(str(tmp_path / "ml-1m.zip"))
     assert log_format == "movielens"
-    assert read_log(sources, log_format).frame.rows() == ROWS
-    assert read_titles(find_titles(sources[0], None)).rows() == [("b", "Caf\u00e9"), ("a", "Alien (1979)")]
+    assert with_frame(read_log(sources, log_format)).frame.rows() == ROWS
+    assert read_titles(find_titles(sources[0])).rows() == [("b", "Caf\u00e9"), ("a", "Alien (1979)")]
     assert sorted(tmp_path.rglob("*")) == before
 
 
@@ -196,10 +205,10 @@ def test_a_truncated_or_false_gzip_is_refused(tmp_path):
     path = tmp_path / "log.inter.gz"
     whole = gzip.compress((RECBOLE * 50).encode())
     path.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(ValueError, match=r"log\.inter\.gz is a truncated gzip file"):
+    with pytest.raises(ValueError, match=r"log\.inter\.gz is damaged"):
         read(path)
     path.write_text(RECBOLE)
-    with pytest.raises(ValueError, match=r"log\.inter\.gz is not an intact gzip file"):
+    with pytest.raises(ValueError, match=r"log\.inter\.gz is damaged"):
         read(path)
 
 
@@ -228,15 +237,42 @@ def test_missing_and_ambiguous_logs_are_named(tmp_path):
 
 def test_titles_beside_a_log_and_by_path(tmp_path):
     log = Source(tmp_path / "log.inter.gz")
-    assert find_titles(log, None) is None
+    assert find_titles(log) is None
     (tmp_path / "log.item").write_text('item_id:token\tmovie_title:token_seq\na\t"Alien\nb\tBrazil\na\tAgain\n')
-    assert read_titles(find_titles(log, None)).rows() == [("a", '"Alien'), ("b", "Brazil")]
+    assert read_titles(find_titles(log)).rows() == [("a", '"Alien'), ("b", "Brazil")]
     (tmp_path / "games.item").write_text("app_name:token\tid:token\nHalf-Life\tb\n")
-    assert read_titles(find_titles(log, str(tmp_path / "games.item"))).rows() == [("b", "Half-Life")]
+    ids, notes = pl.Series(["b"]), []
+    assert titles_for(log, str(tmp_path / "games.item"), ids, notes.append).rows() == [("b", "Half-Life")]
     (tmp_path / "u.item").write_bytes("b|Caf\u00e9|1995\n".encode("latin-1"))
-    assert read_titles(find_titles(Source(tmp_path / "u.data"), None)).rows() == [("b", "Caf\u00e9")]
+    assert read_titles(find_titles(Source(tmp_path / "u.data"))).rows() == [("b", "Caf\u00e9")]
     with pytest.raises(FileNotFoundError, match="no item file at .*gone"):
-        find_titles(log, str(tmp_path / "gone"))
+        titles_for(log, str(tmp_path / "gone"), ids, notes.append)
     (tmp_path / "bad.item").write_text("item_id:token\tprice:float\na\t1\n")
     with pytest.raises(ValueError, match="one of titles .*; its columns are item_id, price"):
         read_titles(Source(tmp_path / "bad.item"))
+    assert notes == []
+
+
+def pieces(rng, sizes, most):
+    return [[f"id {number}" for number in rng.integers(0, most, size)] for size in sizes]
+
+
+@pytest.mark.parametrize("sizes", [[], [0], [0, 5, 0, 7], [1, 1, 1], [2000, 1, 3000]])
+def test_numbers_go_by_first_appearance_over_all_pieces(sizes):
+    given = pieces(np.random.default_rng(3), sizes, 900)
+    numbers, coder = {}, IdCoder()
+    for piece in given:
+        expected = [numbers.setdefault(one, len(numbers)) for one in piece]
+        codes = coder.codes(pl.Series(piece, dtype=pl.String))
+        assert codes.dtype == np.int32
+        assert codes.tolist() == expected
+    assert coder.ids.dtype == pl.String
+    assert coder.ids.to_list() == list(numbers)
+
+
+def test_coders_know_nothing_of_each_other():
+    first, second = IdCoder(), IdCoder()
+    assert first.codes(pl.Series(["a", "b"])).tolist() == [0, 1]
+    assert second.codes(pl.Series(["b", "c", "a"])).tolist() == [0, 1, 2]
+    assert first.codes(pl.Series(["c", "a"])).tolist() == [2, 0]
+    assert second.ids.to_list() == ["b", "c", "a"]

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tim4rec_jax.data.examples import gather_windows
-from tim4rec_jax.data.interactions import clean
-from tim4rec_jax.data.splits import leave_one_out
+from tim4rec_jax.data.interactions import clean, load_log
+from tim4rec_jax.data.splits import gap_statistics, gather_windows, leave_one_out, training_span
+from tim4rec_jax.data_config import DataConfig, SyntheticConfig
 
 
 @pytest.fixture
@@ -87,3 +87,48 @@ def test_the_gather_is_the_same_inside_jit(log, seconds):
         np.testing.assert_array_equal(host, device)
     assert on_device.items.dtype == on_device.lengths.dtype == on_device.targets.dtype == jnp.int32
     assert on_host.timestamps.dtype == seconds
+
+
+@pytest.fixture(scope="module")
+def generated(tmp_path_factory):
+    small = SyntheticConfig(num_users=30, num_items=20, min_events=6, max_events=9)
+    return load_log(DataConfig(synthetic=small, k_core=0, cache_dir=str(tmp_path_factory.mktemp("cache"))))
+
+
+def gaps_by_hand(log):
+    values = []
+    for first, end in zip(log.offsets[:-1], log.offsets[1:], strict=True):
+        seconds = log.timestamps[first : end - 2]
+        values += [np.log1p(gap) for gap in np.diff(seconds) if gap > 0]
+    return np.mean(values), np.std(values)
+
+
+def test_gap_statistics_equal_a_loop_over_users(generated):
+    np.testing.assert_allclose(gap_statistics(generated, leave_one_out(generated)), gaps_by_hand(generated), rtol=1e-12)
+
+
+def test_gaps_of_held_out_events_do_not_count(generated):
+    later = generated.timestamps.copy()
+    for end in generated.offsets[1:]:
+        later[end - 2 : end] += 10**7
+    changed = dataclasses.replace(generated, timestamps=later)
+    assert gap_statistics(changed, leave_one_out(generated)) == gap_statistics(generated, leave_one_out(generated))
+    assert training_span(changed, leave_one_out(generated)) == training_span(generated, leave_one_out(generated))
+
+
+def test_the_span_of_the_training_part(generated):
+    trained = np.concatenate(
+        [
+            generated.timestamps[first : end - 2]
+            for first, end in zip(generated.offsets[:-1], generated.offsets[1:], strict=True)
+        ]
+    )
+    assert training_span(generated, leave_one_out(generated)) == (trained.min(), trained.max())
+
+
+def test_a_log_without_gaps(generated):
+    tied = dataclasses.replace(generated, timestamps=np.full_like(generated.timestamps, 5))
+    assert gap_statistics(tied, leave_one_out(generated)) == (0.0, 1.0)
+    assert training_span(tied, leave_one_out(generated)) == (5, 6)
+    steady = dataclasses.replace(generated, timestamps=60 * np.arange(generated.num_rows))
+    assert gap_statistics(steady, leave_one_out(generated)) == (pytest.approx(np.log(61)), 1.0)

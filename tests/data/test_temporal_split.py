@@ -9,9 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tim4rec_jax.config import DataConfig
-from tim4rec_jax.data.gaps import gap_statistics, training_span
 from tim4rec_jax.data.interactions import InteractionLog, clean, load_log
-from tim4rec_jax.data.splits import leave_one_out, split_log, temporal_split
+from tim4rec_jax.data.splits import gap_statistics, leave_one_out, split_log, temporal_split, training_span
 from tim4rec_jax.evaluation.baselines import popularity_counts, transition_counts
 
 

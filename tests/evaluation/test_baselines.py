@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 
 from tests.evaluation.logs import random_log
-from tim4rec_jax.data.examples import Examples
-from tim4rec_jax.data.splits import leave_one_out
+from tim4rec_jax.data.splits import Examples, leave_one_out
 from tim4rec_jax.evaluation.baselines import (
     markov_ranks,
     popularity_counts,

@@ -11,7 +11,7 @@ from tests.evaluation.logs import random_log
 from tests.evaluation.toy_model import ToyModel, init_toy
 from tim4rec_jax import build_model
 from tim4rec_jax.config import DataConfig, EvalConfig, ExperimentConfig, ModelConfig
-from tim4rec_jax.data.examples import Examples
+from tim4rec_jax.data.splits import Examples
 from tim4rec_jax.evaluation import full_sort
 from tim4rec_jax.evaluation.full_sort import FullSortEvaluator, evaluate
 from tim4rec_jax.models import init_params, last_hidden

@@ -98,7 +98,7 @@ def _options(**changes):
     return argparse.Namespace(**{"tokens": 12_800, "tiny": False, "seed": 0, **changes})
 
 
-@pytest.mark.parametrize(("data", "rows", "length", "vocab"), [("ml1m", 64, 200, 3417), ("beauty", 256, 50, 12_102)])
+@pytest.mark.parametrize(("data", "rows", "length", "vocab"), [("ml-1m", 64, 200, 3417), ("beauty", 256, 50, 12_102)])
 @pytest.mark.parametrize("model", MODEL_NAMES)
 def test_the_papers_shapes(data, rows, length, vocab, model):
     config = train_step.shape_of(data, model, _options()).config
@@ -153,7 +153,7 @@ def test_kernels_are_switched_one_by_one():
     ("argv", "message"),
     [
         (["--models=sasrec,gru4rec"], "--models=gru4rec: expected some of tim4rec,ssd4rec"),
-        (["--data=steam"], "--data=steam: expected some of ml1m,beauty"),
+        (["--data=steam"], "--data=steam: expected some of ml-1m,beauty"),
         (["--rows=short"], "--rows=short: expected some of full,real"),
         (["--tokens=100"], "--tokens=100 must be at least 200"),
     ],

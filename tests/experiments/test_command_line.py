@@ -44,7 +44,7 @@ FLAGS = {
     ),
     "convert": (convert.parse, FILES, "--eval.exclude_seen", lambda parsed: parsed[0].eval.exclude_seen),
     "compare": (
-        parse_comparison, ("--models=sasrec", "--data=ml100k"), "--report_only", lambda parsed: parsed[0].report_only
+        parse_comparison, ("--models=sasrec", "--data=ml-100k"), "--report_only", lambda parsed: parsed[0].report_only
     ),
     "sweep": (sweep_plan.parse, GRID, "--eval.exclude_seen", lambda parsed: parsed.base.eval.exclude_seen),
     "benchmark gpu": (gpu._parse, (), "--tiny", lambda parsed: parsed.tiny),

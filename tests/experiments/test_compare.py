@@ -18,6 +18,7 @@ from experiments import compare
 from experiments.comparison_numbers import by_user
 from experiments.comparison_plan import options, parse, parse_seeds
 from experiments.configs import DATA_NAMES, MODEL_NAMES, load_config
+from experiments.family import file_name
 from experiments.published import PUBLISHED
 from experiments.run_queue import is_finished
 from tests.edited_runs import reseal
@@ -160,9 +161,9 @@ def test_what_is_missing_is_said(tmp_path, finished):
 
 
 def test_published_numbers_stand_apart(tmp_path, finished, monkeypatch):
-    monkeypatch.setitem(PUBLISHED, "synthetic", PUBLISHED["amazon-beauty"][:2])
+    monkeypatch.setitem(PUBLISHED, "synthetic", PUBLISHED["beauty"][:2])
     text, numbers = _report(tmp_path)
-    assert [row["source"] for row in numbers["published"]] == [row.source for row in PUBLISHED["amazon-beauty"][:2]]
+    assert [row["source"] for row in numbers["published"]] == [row.source for row in PUBLISHED["beauty"][:2]]
     below = text.partition("## Published")[2]
     assert "may differ" in below and "| Mamba4Rec, 1 layer | rerun by the TiM4Rec author | 0.0734 | 0.0431 |" in below
 
@@ -238,6 +239,12 @@ def test_own_settings_are_shown(tmp_path, log):
     assert "**Not the same for all models**: `train.batch_size`: sasrec 64, tisasrec 32." in written[0].read_text()
 
 
+def test_an_earlier_name_of_a_data_set_is_the_same_comparison():
+    (_, plan), (_, earlier) = (parse([f"--data={name}", "--models=sasrec"]) for name in ("ml-100k", "ml100k"))
+    assert plan == earlier and plan.data_set == "ml-100k"
+    assert (str(plan.runs), plan.output.name) == ("runs/compare/ml100k", "compare_ml100k")
+
+
 def test_runs_go_seed_by_seed():
     _, plan = parse([*TINY, "--seeds=5,3"])
     assert list(plan.runs_in_order()) == [("sasrec", 5), ("ssd4rec", 5), ("sasrec", 3), ("ssd4rec", 3)]
@@ -252,8 +259,9 @@ def test_a_training_gets_exactly_these_settings(data):
     _, plan = parse([f"--data={data}", *given])
     assert tuple(plan.configs) == MODEL_NAMES
     for model, seed in plan.runs_in_order():
-        words = options(plan.config(model, seed), f"{data}_{model}")
-        assert words[0] == f"--config={data}_{model}" and "--train.epochs=7" in words
+        name = f"{file_name(data)}_{model}"
+        words = options(plan.config(model, seed), name)
+        assert words[0] == f"--config={name}" and "--train.epochs=7" in words
         assert ("--train.seed=2021" in words) == (seed == 2021)
         assert words[words.index("--eval.top_k") :][1:3] == ("5", "10")
 
@@ -261,7 +269,7 @@ def test_a_training_gets_exactly_these_settings(data):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--data=ml10k"], "data 'ml10k' is unknown; nearest: ml100k"),
+        (["--data=ml10k"], "data 'ml10k' is unknown; nearest: ml-100k"),
         (["--models=sasrec,tim4rek"], "model 'tim4rek' is unknown; nearest: tim4rec"),
         (["--models=sasrec,ssd4rec,sasrec"], "sasrec is there 2 times"),
         (["--models=,"], "names no model"),

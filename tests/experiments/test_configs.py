@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 
 from experiments.configs import DATA_NAMES, MODEL_NAMES, config_names, load_config
+from experiments.family import file_name
 from tim4rec_jax import build_model
 from tim4rec_jax.config import ExperimentConfig, ModelConfig, TrainConfig, experiment_from_dict
-from tim4rec_jax.data.length_groups import LengthGroup
 from tim4rec_jax.data.loader import Batch
+from tim4rec_jax.data.packing import LengthGroup
 from tim4rec_jax.training.step import init_state, make_optimizer, train_step
 
 # Columns of the original programs' settings: l, d, n, head_dim, dropout, time dropout, eps, gate per position, Kaiming,
@@ -105,7 +106,7 @@ def test_only_the_papers_own_experiments_order_events_as_its_program_does():
 
 
 def test_every_config_is_covered():
-    combinations = {f"{data}_{model}" for data in DATA_NAMES for model in MODEL_NAMES}
+    combinations = {f"{file_name(data)}_{model}" for data in DATA_NAMES for model in MODEL_NAMES}
     assert set(config_names()) == {*EXPECTED, *CAUSAL, *combinations, "quickstart"}
     assert load_config("quickstart_tim4rec").model == load_config("quickstart").model
 
@@ -140,7 +141,7 @@ def prepare_a_step(model, train):
 @pytest.mark.parametrize("data", DATA_NAMES)
 def test_every_combination_has_a_step(data, model):
     """At the combination's own shapes and options, traced and not compiled."""
-    config = load_config(f"{data}_{model}")
+    config = load_config(f"{file_name(data)}_{model}")
     train = TrainConfig(learning_rate=config.train.learning_rate, adam_eps=config.train.adam_eps)
     step, make_state = prepare_a_step(dataclasses.replace(config.model, vocab_size=30), train)
     before = jax.eval_shape(make_state)

@@ -20,7 +20,7 @@ from experiments.benchmarks.torch_models import echomamba4rec, mamba4rec, sasrec
 from tests.edited_runs import reseal
 from tests.evaluation.logs import random_log
 from tim4rec_jax.config import ModelConfig
-from tim4rec_jax.data.examples import gather_windows
+from tim4rec_jax.data.splits import gather_windows
 from tim4rec_jax.interop import params_from_torch
 from tim4rec_jax.interop.settings import upstream_from_config
 from tim4rec_jax.models import last_hidden

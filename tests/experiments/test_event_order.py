@@ -127,8 +127,8 @@ def test_a_papers_experiment_on_another_log_orders_by_exact_seconds(tmp_path, da
 
 
 def test_a_papers_experiment_on_its_own_log_orders_by_float32(tmp_path, data, monkeypatch):
-    entry = dataclasses.replace(catalog.CATALOG["amazon-beauty"], expected=(30, 8, 240))
-    monkeypatch.setitem(catalog.CATALOG, "amazon-beauty", entry)
+    entry = dataclasses.replace(catalog.CATALOG["beauty"], expected=(30, 8, 240))
+    monkeypatch.setitem(catalog.CATALOG, "beauty", entry)
     argv = [*data[1:], "--train.max_steps=1"]
     run = trained(tmp_path / "run", "beauty_tim4rec", *argv)
     assert read_config(run).data.timestamp_precision == "float32"

@@ -351,5 +351,5 @@ def test_published_rows_name_their_source():
     for rows in PUBLISHED.values():
         for row in rows:
             assert row.source and all(0 < value < 1 for value in row.metrics.values())
-    original = [row for row in PUBLISHED["amazon-beauty"] if row.model == "TiM4Rec"][0]
+    original = [row for row in PUBLISHED["beauty"] if row.model == "TiM4Rec"][0]
     assert (original.metrics["hit@10"], original.metrics["ndcg@10"]) == (0.0779, 0.0369)

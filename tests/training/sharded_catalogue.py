@@ -18,8 +18,8 @@ import numpy as np
 from tests.evaluation.logs import random_log
 from tim4rec_jax import DataConfig, ExperimentConfig, ModelConfig, TrainConfig, build_model
 from tim4rec_jax.config import EvalConfig, ParallelConfig
-from tim4rec_jax.data.length_groups import LengthGroup
-from tim4rec_jax.data.packed_loader import make_loader
+from tim4rec_jax.data.loader import make_loader
+from tim4rec_jax.data.packing import LengthGroup
 from tim4rec_jax.data.splits import leave_one_out
 from tim4rec_jax.evaluation.full_sort import FullSortEvaluator
 from tim4rec_jax.models import last_hidden

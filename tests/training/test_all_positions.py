@@ -13,10 +13,9 @@ from tests.evaluation.logs import random_log
 from tests.models.attention_cases import spread
 from tests.training.test_step import reveal_gradients
 from tim4rec_jax import DataConfig, ExperimentConfig, ModelConfig, TrainConfig, build_model
-from tim4rec_jax.data.examples import gather_windows
-from tim4rec_jax.data.length_groups import LengthGroup
-from tim4rec_jax.data.packed_loader import make_loader
-from tim4rec_jax.data.splits import leave_one_out
+from tim4rec_jax.data.loader import make_loader
+from tim4rec_jax.data.packing import LengthGroup
+from tim4rec_jax.data.splits import gather_windows, leave_one_out
 from tim4rec_jax.models import last_hidden
 from tim4rec_jax.training import losses as loss_functions
 from tim4rec_jax.training.losses import weighted_cross_entropy

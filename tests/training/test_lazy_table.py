@@ -12,9 +12,9 @@ import pytest
 from tests.evaluation.logs import random_log
 from tim4rec_jax import DataConfig, ExperimentConfig, ModelConfig, TrainConfig, build_model
 from tim4rec_jax.config import ParallelConfig
-from tim4rec_jax.data.length_groups import LengthGroup
+from tim4rec_jax.data.loader import make_loader
 from tim4rec_jax.data.negatives import Negatives, draw_negatives, make_proposal
-from tim4rec_jax.data.packed_loader import make_loader
+from tim4rec_jax.data.packing import LengthGroup
 from tim4rec_jax.data.splits import leave_one_out
 from tim4rec_jax.parallel.item_table import shardings
 from tim4rec_jax.parallel.mesh import make_layout

@@ -17,7 +17,7 @@ from tests.training.fake_devices import ROOT, environment
 from tests.training.test_step import GROUPED, MODEL, GivenBatches, batch_of
 from tim4rec_jax import DataConfig, ExperimentConfig, ModelConfig, TrainConfig, build_model
 from tim4rec_jax.config import ParallelConfig, experiment_from_dict
-from tim4rec_jax.data.packed_loader import make_loader
+from tim4rec_jax.data.loader import make_loader
 from tim4rec_jax.data.splits import leave_one_out
 from tim4rec_jax.parallel.mesh import make_layout
 from tim4rec_jax.run_dir import CHANGEABLE_ON_RESUME

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from tim4rec_jax import ExperimentConfig, ModelConfig, TrainConfig, build_model
-from tim4rec_jax.data.length_groups import LengthGroup
 from tim4rec_jax.data.loader import Batch
+from tim4rec_jax.data.packing import LengthGroup
 from tim4rec_jax.models import init_params
 from tim4rec_jax.training.step import TrainState, init_state, learning_rate_schedule, make_optimizer, train_step
 

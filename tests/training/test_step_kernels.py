@@ -9,9 +9,8 @@ import numpy as np
 import pytest
 
 from tim4rec_jax import ExperimentConfig, ModelConfig, TrainConfig, build_model
-from tim4rec_jax.data.length_groups import LengthGroup
-from tim4rec_jax.data.loader import Batch
-from tim4rec_jax.data.packed_loader import PackedBatch
+from tim4rec_jax.data.loader import Batch, PackedBatch
+from tim4rec_jax.data.packing import LengthGroup
 from tim4rec_jax.training.step import init_state, make_optimizer, train_step
 
 ROWS, MAX_LEN, VOCAB, STEPS = 6, 18, 40, 20

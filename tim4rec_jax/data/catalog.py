@@ -12,8 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from tim4rec_jax.checks import require
-from tim4rec_jax.data.archives import unpack
-from tim4rec_jax.data.sources import expanded
+from tim4rec_jax.data.sources import expanded, unpack
 from tim4rec_jax.data_config import LogFormat
 from tim4rec_jax.files import replacing
 
@@ -81,7 +80,7 @@ CATALOG: dict[str, CatalogEntry] = {
             expected=(943, 1_349, 99_287),
         ),
         CatalogEntry(
-            name="amazon-beauty",
+            name="beauty",
             title="Amazon Beauty 2014, ratings, as a RecBole atomic file",
             address=f"{_RECBOLE}/Amazon_ratings/Amazon_Beauty.zip",
             file_name="Amazon_Beauty.zip",
@@ -92,7 +91,7 @@ CATALOG: dict[str, CatalogEntry] = {
             expected=(22_363, 12_101, 198_502),
         ),
         CatalogEntry(
-            name="amazon-video-games",
+            name="videogames",
             title="Amazon Video Games 2014, ratings, as a RecBole atomic file",
             address=f"{_RECBOLE}/Amazon_ratings/Amazon_Video_Games.zip",
             file_name="Amazon_Video_Games.zip",
@@ -191,7 +190,7 @@ def fetch(
         return folder
     archive = cache_dir / "downloads" / entry.file_name
     if not archive.is_file():
-        _note(console, f"{entry.title}: {entry.licence}")
+        note(console, f"{entry.title}: {entry.licence}")
         download(entry, archive, console)
     else:
         _verify(archive, entry, console)
@@ -239,7 +238,7 @@ def _verify(archive: pathlib.Path, entry: CatalogEntry, console: Console) -> Non
     with archive.open("rb") as file:
         seen = hashlib.file_digest(file, algorithm).hexdigest()
     if not wanted:
-        _note(console, f"{entry.file_name}: sha256 {seen}; no published checksum is known, so it could not be verified")
+        note(console, f"{entry.file_name}: sha256 {seen}; no published checksum is known, so it could not be verified")
     elif seen != wanted:
         raise ValueError(
             f"wrong checksum of {entry.file_name}: {algorithm} {seen} instead of {wanted}; it is not the published "
@@ -248,5 +247,6 @@ def _verify(archive: pathlib.Path, entry: CatalogEntry, console: Console) -> Non
         )
 
 
-def _note(console: Console, text: str) -> None:
+def note(console: Console, text: str) -> None:
+    """Prints a sentence as it stands."""
     console.print(text, markup=False, highlight=False, soft_wrap=True)

@@ -1,12 +1,13 @@
 """Batches of training examples: gathered inside the step from a log that lies on the device, or by Grain on the host.
 
-For a seed both give the same batches in the same order, and both start at any batch of any epoch. A loader gives the
-places of each batch that it is asked for, all by default; places from the batch size on hold rows of weight 0.
+For a seed both give the same batches in the same order, and both start at any batch of any epoch. A sampler says which
+rows of the log a batch holds: prefixes with one target each, or packed rows that train on every position. Of each batch
+it gives the indices that it is asked for, all by default; those from the batch size on hold rows of weight 0.
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Any, Protocol
+from types import ModuleType
+from typing import Any
 
 import flax.struct
 import grain
@@ -15,8 +16,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from tim4rec_jax.data.examples import Examples, Windows, gather_windows
+from tim4rec_jax.config import ExperimentConfig
 from tim4rec_jax.data.interactions import InteractionLog
+from tim4rec_jax.data.negatives import Negatives, Proposal, draw_negatives, make_proposal
+from tim4rec_jax.data.packing import EpochRows, PackedPositions, PackedRows, pack_lengths, window_histories
+from tim4rec_jax.data.splits import Examples, gather_windows
 
 
 @flax.struct.dataclass
@@ -38,8 +42,27 @@ class Batch:
     weights: Array
 
 
+@flax.struct.dataclass
+class PackedBatch:
+    """Rows of one step, each of several histories one after the other.
+
+    Attributes:
+      items: int32 [b, l], padded on the right with 0.
+      segment_ids: int32 [b, l], 1, 2, ... by the history of its row that a position belongs to, 0 in the padding.
+      timestamps: float32 or int32 [b, l] seconds, padded with 0.
+      targets: int32 [b, l], the item after each position's, 0 in the padding.
+      weights: float32 [b, l]; 0 marks padding and what is read only as context. Rows without any weight come last.
+    """
+
+    items: Array
+    segment_ids: Array
+    timestamps: Array
+    targets: Array
+    weights: Array
+
+
 # What the seconds of a log are on the device, by `data.timestamp_precision`.
-DEVICE_TIME = {"float32": np.float32, "int64": np.int32}
+_DEVICE_TIME = {"float32": np.float32, "int64": np.int32}
 
 
 def timestamps_for_device(timestamps: np.ndarray, precision: str) -> np.ndarray:
@@ -52,16 +75,11 @@ def timestamps_for_device(timestamps: np.ndarray, precision: str) -> np.ndarray:
     Raises:
       ValueError: where a second does not fit into int32.
     """
-    require_timestamps_fit(timestamps, precision)
-    return timestamps.astype(DEVICE_TIME[precision])
+    _require_timestamps_fit(timestamps, precision)
+    return timestamps.astype(_DEVICE_TIME[precision])
 
 
-def require_timestamps_fit(timestamps: np.ndarray, precision: str) -> None:
-    """Refuses what `timestamps_for_device` refuses.
-
-    Raises:
-      ValueError: where a second does not fit into int32.
-    """
+def _require_timestamps_fit(timestamps: np.ndarray, precision: str) -> None:
     limits = np.iinfo(np.int32)
     if precision == "float32" or not timestamps.size:
         return
@@ -81,137 +99,218 @@ def epoch_order(seed: int, epoch: int, num_examples: int) -> np.ndarray:
     return order
 
 
-class Loader(Protocol):
-    """Gives what a step needs to have its batch.
+class PrefixSampler:
+    """Examples of one target each, told by two integers and a weight.
+
+    A sampler has `columns` of the log; `draw(epoch)` draws an order, `indices(drawn, batch)` are small arrays that tell
+    what a batch of it holds, and `gather(columns, indices, xp)` is that batch, timestamps in their dtype: with NumPy,
+    or with `xp=jax.numpy` inside `jax.jit`.
+
+    Args:
+      log: cleaned log.
+      examples: the training part.
+      max_len: l, latest items before a target that are read.
+      batch_size: examples of a step.
+      seed: of the epochs' orders.
+      batch_indices: of each batch that are given; None is all.
+    """
+
+    def __init__(
+        self,
+        log: InteractionLog,
+        examples: Examples,
+        *,
+        max_len: int,
+        batch_size: int,
+        seed: int,
+        batch_indices: range | None = None,
+    ) -> None:
+        self.columns = log.items, log.timestamps, log.offsets
+        self.num_batches = -(-len(examples) // batch_size)
+        self._examples, self._max_len, self._batch_size, self._seed = examples, max_len, batch_size, seed
+        self._given = batch_indices or range(batch_size)
+
+    def draw(self, epoch: int) -> np.ndarray:
+        """Draws the order of the examples."""
+        return epoch_order(self._seed, epoch, len(self._examples))
+
+    def indices(self, drawn: np.ndarray, batch: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Returns users, ends and weights; behind the end of a batch stands its first example, weight 0."""
+        chosen = drawn[batch * self._batch_size : (batch + 1) * self._batch_size]
+        given = np.arange(self._given.start, self._given.stop)
+        real = given < len(chosen)
+        filled = chosen[np.where(real, given, 0)]
+        return self._examples.users[filled], self._examples.ends[filled], real.astype(np.float32)
+
+    def examples_before(self, epoch: int, batch: int) -> int:
+        """Returns how many examples the batches of an epoch before `batch` hold."""
+        return min(batch * self._batch_size, len(self._examples))
+
+    def gather(self, columns: tuple[Any, ...], indices: tuple[Any, Any, Any], xp: ModuleType) -> Batch:
+        """Gathers the windows."""
+        users, ends, weights = indices
+        return Batch(*gather_windows(*columns, users, ends, self._max_len, xp=xp), weights)
+
+
+class PackedSampler:
+    """Rows of several histories that train on every position, told by an index and two marks per position.
+
+    Args:
+      log, seed, batch_indices: as of `PrefixSampler`.
+      examples: the training part, every prefix of a user up to some length.
+      max_len: l, positions of a row.
+      context: see `packing.window_histories`.
+      batch_size: rows of a step.
+    """
+
+    def __init__(
+        self,
+        log: InteractionLog,
+        examples: Examples,
+        *,
+        max_len: int,
+        context: int | None,
+        batch_size: int,
+        seed: int,
+        batch_indices: range | None = None,
+    ) -> None:
+        if log.num_rows > np.iinfo(np.int32).max:
+            raise ValueError(
+                f"the log has {log.num_rows} rows, more than the {np.iinfo(np.int32).max} of int32 indices"
+            )
+        self.columns = log.items, log.timestamps
+        windows = window_histories(np.bincount(examples.users, minlength=log.num_users), max_len, context)
+        first_rows = (log.offsets[windows.users] + windows.firsts).astype(np.int32)
+        self._rows = PackedRows(windows, first_rows, pack_lengths(windows.ends - windows.firsts, max_len), seed)
+        self.fill_share = self._rows.pattern.fill_share
+        self.num_batches = -(-self._rows.pattern.num_rows // batch_size)
+        self._batch_size, self._given = batch_size, batch_indices or range(batch_size)
+        self._kept: tuple[int, EpochRows] | None = None  # The last epoch asked for.
+
+    def draw(self, epoch: int) -> EpochRows:
+        """Draws which windows share a row, and the order of the rows."""
+        if self._kept is None or self._kept[0] != epoch:
+            self._kept = epoch, self._rows.epoch(epoch)
+        return self._kept[1]
+
+    def indices(self, drawn: EpochRows, batch: int) -> PackedPositions:
+        """Returns where each position lies in the log."""
+        first = batch * self._batch_size
+        return self._rows.positions(drawn, first + self._given.start, len(self._given), stop=first + self._batch_size)
+
+    def examples_before(self, epoch: int, batch: int) -> int:
+        """Returns how many positions the batches of an epoch before `batch` train on."""
+        before = self.draw(epoch).targets_before
+        return int(before[min(batch * self._batch_size, len(before) - 1)])
+
+    def gather(self, columns: tuple[Any, ...], indices: PackedPositions, xp: ModuleType) -> PackedBatch:
+        """Gathers the rows."""
+        items, timestamps = columns
+        real = indices.rows >= 0
+        rows = xp.where(real, indices.rows, 0)
+        return PackedBatch(
+            items=xp.where(real, items[rows], 0),
+            segment_ids=xp.where(real, xp.cumsum(indices.starts, axis=1, dtype=np.int32), 0),
+            timestamps=xp.where(real, timestamps[rows], 0),
+            targets=xp.where(real, items[rows + real], 0),
+            weights=indices.trained.astype(np.float32),
+        )
+
+
+class Loader:
+    """Gives what a step needs to have its batch, and the negatives of the step where there is a `proposal`.
+
+    On the device lie the log's columns, and what is given for a batch are its indices, to be gathered inside the step.
+    On the host whole batches are gathered, a few ahead of the step, in Grain's threads; the log stays where it is, also
+    in a mapped file, and seconds are cast a batch at a time.
+
+    Args:
+      sampler: of the batches.
+      on_device: where to gather.
+      precision: of timestamps, see `timestamps_for_device`.
+      proposal: that negatives are drawn from.
+      num_negatives: of a step.
 
     Attributes:
       num_batches: steps of an epoch; the last one may be short and is filled with rows of weight 0.
       resident: arrays that stay on the device and are handed to every step.
+
+    Raises:
+      ValueError: where a second does not fit into int32.
     """
 
-    num_batches: int
-    resident: Any
+    def __init__(
+        self,
+        sampler: PrefixSampler | PackedSampler,
+        *,
+        on_device: bool,
+        precision: str,
+        proposal: Proposal | None = None,
+        num_negatives: int = 0,
+    ) -> None:
+        self.sampler, self.num_batches = sampler, sampler.num_batches
+        self.examples_before = sampler.examples_before
+        self._on_device, self._seconds, self._num_negatives = on_device, _DEVICE_TIME[precision], num_negatives
+        items, timestamps, *others = sampler.columns
+        _require_timestamps_fit(timestamps, precision)
+        columns = ()
+        if on_device:
+            columns = items, timestamps.astype(self._seconds), *(other.astype(np.int32) for other in others)
+        self.resident = jax.device_put((columns, proposal))
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Any]:
         """Yields the payload of every batch of an epoch from batch `start` on."""
-        ...
+        drawn = self.sampler.draw(epoch)
+        if self._on_device:
+            yield from (self.sampler.indices(drawn, batch) for batch in range(start, self.num_batches))
+            return
 
-    def examples_before(self, epoch: int, batch: int) -> int:
-        """Returns how many examples the batches of an epoch before `batch` hold."""
-        ...
+        def gather(batch: int) -> Any:
+            gathered = self.sampler.gather(self.sampler.columns, self.sampler.indices(drawn, batch), np)
+            return gathered.replace(timestamps=gathered.timestamps.astype(self._seconds))
 
-    def batch(self, resident: Any, payload: Any) -> Any:
-        """Turns a payload into the batch (`Batch`, or `packed_loader.PackedBatch`), inside the jitted step."""
-        ...
+        yield from _prefetched(gather, start, self.num_batches)
 
+    def batch(self, resident: tuple[Any, Any], payload: Any) -> Any:
+        """Turns a payload into the `Batch` or `PackedBatch`, inside the jitted step."""
+        return self.sampler.gather(resident[0], payload, jnp) if self._on_device else payload
 
-@dataclass(frozen=True)
-class _Plan:
-    """Which examples each batch holds, at the places of it that are asked for."""
-
-    examples: Examples
-    batch_size: int
-    seed: int
-    places: range
-
-    @property
-    def num_batches(self) -> int:
-        return -(-len(self.examples) // self.batch_size)
-
-    def rows(self, order: np.ndarray, batch: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Returns users, ends and weights [places] of a batch; behind its end stands its first example, weight 0."""
-        chosen = order[batch * self.batch_size : (batch + 1) * self.batch_size]
-        places = np.arange(self.places.start, self.places.stop)
-        real = places < len(chosen)
-        filled = chosen[np.where(real, places, 0)]
-        return self.examples.users[filled], self.examples.ends[filled], real.astype(np.float32)
-
-    def examples_before(self, epoch: int, batch: int) -> int:
-        return min(batch * self.batch_size, len(self.examples))
+    def negatives(self, resident: tuple[Any, Any], key: Array) -> Negatives:
+        """Draws the step's negatives, inside the jitted step."""
+        return draw_negatives(resident[1], key, self._num_negatives)
 
 
-def _to_batch(windows: Windows, weights: Any) -> Batch:
-    return Batch(windows.items, windows.lengths, windows.timestamps, windows.targets, weights)
-
-
-class DeviceLoader:
-    """Keeps the log on the device; a payload is two integers and a weight an example, gathered inside the step."""
-
-    def __init__(
-        self, log: InteractionLog, examples: Examples, *, max_len: int, batch_size: int, seed: int, precision: str,
-        places: range | None = None,
-    ) -> None:  # fmt: skip
-        self._plan = _Plan(examples, batch_size, seed, places or range(batch_size))
-        self.num_batches = self._plan.num_batches
-        self.examples_before = self._plan.examples_before
-        timestamps = timestamps_for_device(log.timestamps, precision)
-        self.resident = jax.device_put((np.asarray(log.items, np.int32), timestamps, np.asarray(log.offsets, np.int32)))
-        self._max_len = max_len
-
-    def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[np.ndarray, ...]]:
-        """Yields (users, ends, weights) of every batch from `start` on."""
-        order = epoch_order(self._plan.seed, epoch, len(self._plan.examples))
-        for batch in range(start, self.num_batches):
-            yield self._plan.rows(order, batch)
-
-    def batch(self, resident: tuple[Array, ...], payload: tuple[Array, ...]) -> Batch:
-        """Gathers the windows, inside the jitted step."""
-        users, ends, weights = payload
-        return _to_batch(gather_windows(*resident, users, ends, self._max_len, xp=jnp), weights)
-
-
-@dataclass(frozen=True)
-class _HostBatches:
-    """The batches of one epoch as a random-access source for Grain."""
-
-    gather: Callable[[int], Any]
-    num_batches: int
-
-    def __len__(self) -> int:
-        return self.num_batches
-
-    def __getitem__(self, batch: int) -> Any:
-        return self.gather(batch)
-
-
-def prefetched(gather: Callable[[int], Any], num_batches: int, start: int) -> Iterator[Any]:
-    """Yields `gather(batch)` for every batch from `start` on, in order, made a few ahead in Grain's threads."""
-    batches = grain.MapDataset.source(_HostBatches(gather, num_batches))[start:]
+def _prefetched(gather: Callable[[int], Any], start: int, stop: int) -> Iterator[Any]:
+    batches = grain.MapDataset.range(start, stop).map(gather)
     yield from batches.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=8))
 
 
-class GrainLoader:
-    """Gathers whole batches on the host, a few ahead of the step, in Grain's threads.
+def make_loader(
+    config: ExperimentConfig, log: InteractionLog, examples: Examples, batch_indices: range | None = None
+) -> Loader:
+    """Returns the loader that the settings ask for, by `train.positions`, `data.loader` and `train.loss`.
 
-    The log stays where it is, also in a mapped file: seconds are cast a batch at a time.
+    Args:
+      config: of the run.
+      log: cleaned log.
+      examples: the training part.
+      batch_indices: of each batch that are given, one after the other; None is all. Those from `train.batch_size` on
+        hold rows of weight 0.
+
+    Raises:
+      ValueError: if timestamps do not fit, or a window's context leaves nothing to train on.
     """
-
-    def __init__(
-        self, log: InteractionLog, examples: Examples, *, max_len: int, batch_size: int, seed: int, precision: str,
-        places: range | None = None,
-    ) -> None:  # fmt: skip
-        self._plan = _Plan(examples, batch_size, seed, places or range(batch_size))
-        self.num_batches = self._plan.num_batches
-        self.examples_before = self._plan.examples_before
-        self.resident = ()
-        require_timestamps_fit(log.timestamps, precision)
-        self._columns = (log.items, log.timestamps, log.offsets)
-        self._seconds, self._max_len = DEVICE_TIME[precision], max_len
-
-    def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
-        """Yields every batch from `start` on."""
-        order = epoch_order(self._plan.seed, epoch, len(self._plan.examples))
-
-        def gather(batch: int) -> Batch:
-            users, ends, weights = self._plan.rows(order, batch)
-            windows = gather_windows(*self._columns, users, ends, self._max_len, xp=np)
-            return _to_batch(windows._replace(timestamps=windows.timestamps.astype(self._seconds)), weights)
-
-        yield from prefetched(gather, self.num_batches, start)
-
-    def batch(self, resident: tuple[()], payload: Batch) -> Batch:
-        """The payload is the batch."""
-        return payload
-
-
-LOADERS = {"device": DeviceLoader, "grain": GrainLoader}
+    train, model = config.train, config.model
+    options = {"max_len": model.max_len, "batch_size": train.batch_size, "seed": train.seed}
+    if train.positions == "last":
+        sampler = PrefixSampler(log, examples, batch_indices=batch_indices, **options)
+    else:
+        sampler = PackedSampler(log, examples, context=train.window_context, batch_indices=batch_indices, **options)
+    drawing = {}
+    if train.loss == "sampled_ce":
+        counts = np.bincount(log.items[log.offsets[examples.users] + examples.ends], minlength=model.vocab_size)
+        proposal = make_proposal(counts, train.negatives_power)
+        drawing = {"proposal": proposal, "num_negatives": train.num_negatives}
+    return Loader(
+        sampler, on_device=config.data.loader == "device", precision=config.data.timestamp_precision, **drawing
+    )

@@ -1,15 +1,10 @@
 """Items that the targets of a step are told from, drawn from a fixed distribution over the catalogue."""
 
-from collections.abc import Iterator
-from typing import Any
-
 import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-
-from tim4rec_jax.data.loader import Loader
 
 # Weights are whole numbers of about this sum, so that int32 holds any running sum and every q is known exactly.
 _TOTAL_WEIGHT = 2**30
@@ -69,7 +64,7 @@ def make_proposal(counts: np.ndarray, power: float) -> Proposal:
 
 
 def draw_negatives(proposal: Proposal, key: Array, num: int) -> Negatives:
-    """Draws items independently of each other, by bisection of the running sums: O(log v) a draw.
+    """Draws items independently of each other, by bisection of the running sums: O(log v) per draw.
 
     Args:
       proposal: on the device.
@@ -85,34 +80,3 @@ def draw_negatives(proposal: Proposal, key: Array, num: int) -> Negatives:
     items = jnp.searchsorted(bounds, draws, side="right").astype(jnp.int32)
     weights = bounds[items] - bounds[items - 1]
     return Negatives(items, jnp.log(weights) - jnp.log(bounds[-1]) + np.log(num))
-
-
-class SamplingLoader:
-    """A loader that draws a step's negatives beside giving its batch.
-
-    Args:
-      loader: of the batches.
-      proposal: that negatives are drawn from.
-      num_negatives: m, of a step.
-    """
-
-    def __init__(self, loader: Loader, proposal: Proposal, num_negatives: int) -> None:
-        self._loader, self._num_negatives = loader, num_negatives
-        self.num_batches = loader.num_batches
-        self.resident = loader.resident, jax.device_put(proposal)
-
-    def epoch(self, epoch: int, start: int = 0) -> Iterator[Any]:
-        """Yields the loader's payloads."""
-        return self._loader.epoch(epoch, start)
-
-    def examples_before(self, epoch: int, batch: int) -> int:
-        """Returns how many examples the batches of an epoch before `batch` hold."""
-        return self._loader.examples_before(epoch, batch)
-
-    def batch(self, resident: tuple[Any, Proposal], payload: Any) -> Any:
-        """Returns the loader's batch, inside the jitted step."""
-        return self._loader.batch(resident[0], payload)
-
-    def negatives(self, resident: tuple[Any, Proposal], key: Array) -> Negatives:
-        """Draws the step's negatives, inside the jitted step."""
-        return draw_negatives(resident[1], key, self._num_negatives)

@@ -1,29 +1,32 @@
-"""Readers of interaction logs: RecBole atomic files, MovieLens, Amazon ratings, KuaiRand, CSV and Parquet.
+"""Readers of interaction logs: RecBole atomic files, MovieLens, Amazon ratings, KuaiRand, CSV, Parquet, data frames.
 
-Every reader ends in the same three columns, user (String), item (String) and timestamp (Int64 seconds), in file order.
+Every reader ends in three columns, user, item and time, in the order of the rows, with every line accounted for.
 """
 
+import csv
 import fnmatch
+import io
+import re
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
+import numpy as np
 import polars as pl
 
 from tim4rec_jax.checks import require, shown
-from tim4rec_jax.data.delimited import (
-    DELIMITERS,
-    UNREADABLE,
-    find_delimiter,
-    header_fields,
-    header_line,
-    read_fields,
-    read_text,
-)
+from tim4rec_jax.data.columns import FactorizedLog, Table, TypedTable, check_type, column_names, factorize, typed
 from tim4rec_jax.data.sources import Source, expanded, list_sources
-from tim4rec_jax.data.typed_columns import Raw, RawLog, check_type, column_names, typed
 
-_PARQUET_ROWS = 2**19  # read at once
-_ROW_BYTES = 16  # of a row in numbers, see `coding.CodedLog`
+# Polars panics over some damaged files, and its panics are no exceptions.
+UNREADABLE = (pl.exceptions.PolarsError, pl.exceptions.PanicException)
+DELIMITERS = (",", "\t", ";", "|")
+_QUOTE = ord('"')
+_QUOTES_BLOCK = 2**26
+_CARRIAGE_RETURN = (
+    "a carriage return inside the line; end lines with a line feed, and take carriage returns out of the fields"
+)
+_PIECE_ROWS = 2**19  # of a Parquet file or data frame, typed at once
+_ROW_BYTES = 16  # of a row in numbers, see `FactorizedLog`
 
 _PATTERNS = {
     "recbole": ("*.inter", "*.inter.gz"),
@@ -41,6 +44,10 @@ _AMAZON_USER, _AMAZON_ITEM = r"^A[0-9A-Z]{9,30}$", r"^B0[0-9A-Z]{8}$"
 _HEAD_LINES = 1000
 # Ratings stay below the one and seconds since 1973 above the other.
 _MOST_RATING, _LEAST_EPOCH = 10, 1e8
+
+
+def _matches(source: Source, log_format: str) -> bool:
+    return any(fnmatch.fnmatch(source.name, pattern) for pattern in _PATTERNS[log_format])
 
 
 class LogColumns(NamedTuple):
@@ -89,7 +96,7 @@ def find_log(
     if sources == [Source(expanded(path))]:
         return sources, _format_of(sources[0], columns or LogColumns()) if log_format == "auto" else log_format
     for candidate in _PATTERNS if log_format == "auto" else (log_format,):
-        found = [s for s in sources if any(fnmatch.fnmatch(s.name, pattern) for pattern in _PATTERNS[candidate])]
+        found = [source for source in sources if _matches(source, candidate)]
         if len(found) > 1 and candidate != "kuairand":
             raise ValueError(
                 f"{path} holds {len(found)} {candidate} files ({column_names([s.name for s in found])}); "
@@ -105,7 +112,7 @@ def find_log(
 
 def _format_of(source: Source, columns: LogColumns) -> str:
     for name in ("recbole", "movielens", "parquet"):
-        if any(fnmatch.fnmatch(source.name, pattern) for pattern in _PATTERNS[name]):
+        if _matches(source, name):
             return name
     first = source.first_line()
     if columns.order:
@@ -119,7 +126,7 @@ def _format_of(source: Source, columns: LogColumns) -> str:
         return "kuairand"
     if not set(columns.names) <= set(fields) and len(fields) == 4 and all(_is_number(field) for field in fields[2:]):
         return "amazon"
-    if any(fnmatch.fnmatch(source.name, pattern) for pattern in _PATTERNS["csv"]):
+    if _matches(source, "csv"):
         return "csv"
     raise ValueError(
         f"the format of {source} cannot be told from its name and first line {shown(first)}; "
@@ -135,7 +142,7 @@ def _is_number(text: str) -> bool:
     return True
 
 
-def read_log(sources: Sequence[Source], log_format: str, columns: LogColumns | None = None) -> RawLog:
+def read_log(sources: Sequence[Source], log_format: str, columns: LogColumns | None = None) -> FactorizedLog:
     """Reads log files of a known format, one after the other.
 
     KuaiRand: every row counts as an interaction, whatever its `is_click`; the published statistics (23,951 users, 7,111
@@ -147,27 +154,34 @@ def read_log(sources: Sequence[Source], log_format: str, columns: LogColumns | N
       log_format: a `LogFormat` other than "auto".
       columns: column names in CSV and Parquet files; names that differ from the defaults count in RecBole files too.
 
-    Returns:
-      The log.
-
     Raises:
       ValueError: for a missing column or wrong header, an empty file, a missing id, or a timestamp that is missing, not
         a number, negative or past the year 9999; the message names file and line.
     """
-    logs = list(read_parts(sources, log_format, columns))
-    return RawLog(
-        frame=pl.concat([log.frame for log in logs]),
-        blank_lines=sum(log.blank_lines for log in logs),
-        rounded_timestamps=sum(log.rounded_timestamps for log in logs),
-    )
+    return factorize(_pieces(sources, log_format, columns or LogColumns()))
 
 
-def read_parts(sources: Sequence[Source], log_format: str, columns: LogColumns | None = None) -> Iterator[RawLog]:
-    """Reads the log of `read_log` in pieces: a file, or of Parquet half a million rows at a time.
+def read_frame(frame: pl.DataFrame, columns: LogColumns | None = None, name: str = "data frame") -> FactorizedLog:
+    """Reads a log from the columns of a data frame, as `read_log` does from those of a Parquet file.
+
+    Args:
+      frame: a column of users, one of items and one of times, of any types that a Parquet file may have there.
+      columns: their names; None takes user or user_id, item, item_id or product_id, and timestamp.
+      name: of the frame, for messages.
 
     Raises:
-      ValueError: as `read_log`, at the latest when the file's last piece has been taken.
+      ValueError: for a missing column, no rows, a missing id, or a bad time; the message names the row, from 1.
     """
+    if columns is None:
+        choices = zip(LogColumns().names, _RECBOLE_COLUMNS, strict=True)
+        found = ([c for c in (usual, *known) if c in frame.columns][:1] or [usual] for usual, known in choices)
+        columns = LogColumns(*(name for (name,) in found))
+    require(frame.height > 0, f"{name}: the log has no rows")
+    return factorize(_typed_slices(frame.lazy(), name, columns))
+
+
+def _pieces(sources: Sequence[Source], log_format: str, columns: LogColumns) -> Iterator[TypedTable]:
+    """Yields a file at a time, or of Parquet half a million rows."""
     reader = {
         "recbole": _read_recbole,
         "movielens": _read_movielens,
@@ -175,21 +189,19 @@ def read_parts(sources: Sequence[Source], log_format: str, columns: LogColumns |
         "kuairand": _read_kuairand,
         "csv": _read_csv,
     }.get(log_format)
-    columns = columns or LogColumns()
     for source in sources:
         require(
             not columns.order or log_format not in ("recbole", "kuairand", "parquet"),
             f"{source}: {log_format} files name their columns; leave data.columns={shown(columns.order)[1:-1]} out",
         )
         rows = 0
-        for part in _read_parquet(source, columns) if reader is None else (typed(reader(source, columns)),):
-            rows += part.frame.height
-            yield part
-        if not rows:
-            raise ValueError(f"{source} holds no rows below its header; a log needs at least one row")
+        for piece in _read_parquet(source, columns) if reader is None else (typed(reader(source, columns)),):
+            rows += piece.frame.height
+            yield piece
+        require(rows > 0, f"{source} holds no rows below its header; a log needs at least one row")
 
 
-def _read_recbole(source: Source, columns: LogColumns) -> Raw:
+def _read_recbole(source: Source, columns: LogColumns) -> Table:
     data = read_text(source)
     header = header_line(data).split("\t")
     if not all(":" in field for field in header) or (len(header) == 1 and header[0].count(":") > 1):
@@ -207,45 +219,43 @@ def _read_recbole(source: Source, columns: LogColumns) -> Raw:
         if found is None:
             raise ValueError(_missing_column(source, " or ".join(wanted), names))
         chosen.append(_position(source, found, names))
-    return Raw(read_fields(data, source, "\t", chosen, has_header=True), source, first_line=2)
+    return Table(read_fields(data, source, "\t", chosen, has_header=True), source, first_line=2)
 
 
-def _read_movielens(source: Source, columns: LogColumns) -> Raw:
-    if columns.order:
-        return _read_unnamed(source, read_text(source), columns)
-    data = read_text(source)
-    first = header_line(data).strip()
-    delimiter = "::" if "::" in first else "\t"
-    if len(first.split(delimiter)) != 4:
-        raise ValueError(
-            f"{source}:1: wrong header {shown(first, 60)}; MovieLens ratings have no header and the four fields "
-            f"{', '.join(_RATING_FIELDS)}, separated by '::' or tabs; set data.columns for other fields, or "
-            "data.format=csv for a file with a header"
-        )
-    raw = _read_unnamed(source, data, LogColumns(order=",".join(_RATING_FIELDS)), known=True)
-    frame = _users_first(raw.frame)
-    return raw if frame is None else raw._replace(frame=frame)
+def _read_movielens(source: Source, columns: LogColumns) -> Table:
+    return _read_ratings(source, columns, amazon=False)
 
 
-def _read_amazon(source: Source, columns: LogColumns) -> Raw:
+def _read_amazon(source: Source, columns: LogColumns) -> Table:
+    return _read_ratings(source, columns, amazon=True)
+
+
+def _read_ratings(source: Source, columns: LogColumns, *, amazon: bool) -> Table:
     data = read_text(source)
     if columns.order:
         return _read_unnamed(source, data, columns)
     first = header_line(data).strip()
-    fields = header_fields(data, find_delimiter(data))
-    if len(fields) != 4 or not _is_number(fields[3]):
-        raise ValueError(
-            f"{source}:1: wrong header {shown(first, 60)}; Amazon ratings have no header and four fields with the time "
-            "last; set data.columns for other fields, or data.format=csv for a file with a header"
-        )
+    if amazon:
+        fields = header_fields(data, find_delimiter(data))
+        fits = len(fields) == 4 and _is_number(fields[3])
+        wanted = "Amazon ratings have no header and four fields with the time last"
+    else:
+        fits = len(first.split("::" if "::" in first else "\t")) == 4
+        names = ", ".join(_RATING_FIELDS)
+        wanted = f"MovieLens ratings have no header and the four fields {names}, separated by '::' or tabs"
+    require(
+        fits,
+        f"{source}:1: wrong header {shown(first, 60)}; {wanted}; set data.columns for other fields, or data.format=csv "
+        "for a file with a header",
+    )
     raw = _read_unnamed(source, data, LogColumns(order=",".join(_RATING_FIELDS)), known=True)
     frame = _users_first(raw.frame)
-    if frame is None:
-        raise ValueError(
-            f"{source}: the looks of its ids do not tell users from items (first line {shown(first, 60)}); set "
-            "data.columns=user,item,rating,timestamp, or item,user,rating,timestamp (Amazon's files of 2018)"
-        )
-    return raw._replace(frame=frame)
+    require(
+        frame is not None or not amazon,
+        f"{source}: the looks of its ids do not tell users from items (first line {shown(first, 60)}); set "
+        "data.columns=user,item,rating,timestamp, or item,user,rating,timestamp (Amazon's files of 2018)",
+    )
+    return raw if frame is None else raw._replace(frame=frame)
 
 
 def _users_first(frame: pl.DataFrame) -> pl.DataFrame | None:
@@ -261,7 +271,7 @@ def _users_first(frame: pl.DataFrame) -> pl.DataFrame | None:
     return None
 
 
-def _read_unnamed(source: Source, data: bytes, columns: LogColumns, *, known: bool = False) -> Raw:
+def _read_unnamed(source: Source, data: bytes, columns: LogColumns, *, known: bool = False) -> Table:
     """Reads a file without a header by the order of its fields; `known` if that is the format's and not the user's."""
     names = columns.fields
     first = header_line(data)
@@ -285,7 +295,7 @@ def _read_unnamed(source: Source, data: bytes, columns: LogColumns, *, known: bo
         _require_times(source, data, "::" if step == 2 else delimiter)
     frame = read_fields(data, source, delimiter, [step * at for at in positions], has_header=False)
     quoted = delimiter != "\t" and b'"' in data
-    return Raw(frame, source, first_line=0 if quoted else 1)
+    return Table(frame, source, first_line=0 if quoted else 1)
 
 
 def _require_times(source: Source, data: bytes, delimiter: str) -> None:
@@ -303,11 +313,11 @@ def _require_times(source: Source, data: bytes, delimiter: str) -> None:
             )
 
 
-def _read_kuairand(source: Source, columns: LogColumns) -> Raw:
+def _read_kuairand(source: Source, _: LogColumns) -> Table:
     return _read_csv(source, LogColumns(*_KUAIRAND_COLUMNS))._replace(ticks_per_second=1000)
 
 
-def _read_csv(source: Source, columns: LogColumns) -> Raw:
+def _read_csv(source: Source, columns: LogColumns) -> Table:
     data = read_text(source)
     if columns.order:
         return _read_unnamed(source, data, columns)
@@ -316,40 +326,40 @@ def _read_csv(source: Source, columns: LogColumns) -> Raw:
     positions = [_position(source, name, header) for name in columns.names]
     frame = read_fields(data, source, delimiter, positions, has_header=True)
     # A quoted field may hold a line break, so rows are not counted as lines there.
-    return Raw(frame, source, 0 if delimiter != "\t" and b'"' in data else 2)
+    return Table(frame, source, 0 if delimiter != "\t" and b'"' in data else 2)
 
 
-def _read_parquet(source: Source, columns: LogColumns) -> Iterator[RawLog]:
+def _read_parquet(source: Source, columns: LogColumns) -> Iterator[TypedTable]:
     data = source.seekable()
     try:
         scan = pl.scan_parquet(data, glob=False)
-        schema = scan.collect_schema()
-        for name in columns.names:
-            _position(source, name, schema.names())
-            check_type(source, name, schema[name], is_time=name == columns.time)
-        scan = scan.select(
-            pl.col(columns.user).alias("user"),
-            pl.col(columns.item).alias("item"),
-            pl.col(columns.time).alias("timestamp"),
-        )
-        rows = scan.select(pl.len()).collect().item()
         # A few bytes can stand for a billion equal rows.
-        source.budget().spend(rows * _ROW_BYTES)
-        for first in range(0, rows, _PARQUET_ROWS):
-            part = scan.slice(first, _PARQUET_ROWS).collect()
-            try:
-                part = typed(Raw(part, source, first_line=0, first_row=first))
-            except ValueError:
-                # Only the whole column tells how many rows lack an id.
-                typed(Raw(scan.collect(), source, first_line=0))
-                raise
-            yield part
+        source.budget().spend(scan.select(pl.len()).collect().item() * _ROW_BYTES)
+        yield from _typed_slices(scan, source, columns)
     except UNREADABLE as error:
         reason = shown(str(error).partition("\n")[0])[1:-1]
         raise ValueError(f"{source} is not a readable Parquet file ({reason}); write it again") from error
 
 
-def _position(source: Source, name: str, header: Sequence[str]) -> int:
+def _typed_slices(scan: pl.LazyFrame, source: Source | str, columns: LogColumns) -> Iterator[TypedTable]:
+    schema = scan.collect_schema()
+    for name in columns.names:
+        _position(source, name, schema.names())
+        check_type(source, name, schema[name], is_time=name == columns.time)
+    named = zip(columns.names, ("user", "item", "timestamp"), strict=True)
+    scan = scan.select(pl.col(name).alias(alias) for name, alias in named)
+    for first in range(0, scan.select(pl.len()).collect().item(), _PIECE_ROWS):
+        piece = scan.slice(first, _PIECE_ROWS).collect()
+        try:
+            checked = typed(Table(piece, source, first_line=0, first_row=first))
+        except ValueError:
+            # Only the whole column tells how many rows lack an id.
+            typed(Table(scan.collect(), source, first_line=0))
+            raise
+        yield checked
+
+
+def _position(source: Source | str, name: str, header: Sequence[str]) -> int:
     if name not in header:
         raise ValueError(_missing_column(source, name, header))
     if header.count(name) > 1:
@@ -357,7 +367,7 @@ def _position(source: Source, name: str, header: Sequence[str]) -> int:
     return header.index(name)
 
 
-def _missing_column(source: Source, name: str, header: Sequence[str]) -> str:
+def _missing_column(source: Source | str, name: str, header: Sequence[str]) -> str:
     name = shown(name)[1:-1]
     if len(header) == 1:
         return (
@@ -370,3 +380,143 @@ def _missing_column(source: Source, name: str, header: Sequence[str]) -> str:
     elif any(map(_is_number, header)):
         hint = "for a file without a header name its fields, as in data.columns=user,item,rating,timestamp"
     return f"{source}: no column {name}; its columns are {column_names(header)} ({hint})"
+
+
+def read_text(source: Source) -> bytes:
+    """Returns the content of a file of text.
+
+    Raises:
+      ValueError: as `Source.read`, and where the first line is blank or carriage returns alone end the lines.
+    """
+    data = source.read()
+    first = header_line(data)
+    if not first.strip():
+        raise ValueError(f"{source}:1: the first line is blank; take it out")
+    if "\r" in first:
+        raise ValueError(f"{source}:1: {_CARRIAGE_RETURN}")
+    return data
+
+
+def header_line(data: bytes) -> str:
+    """Returns the first line without its end."""
+    end = data.find(b"\n")
+    return (data if end < 0 else data[:end]).decode("utf-8", "replace").rstrip("\r")
+
+
+def header_fields(data: bytes, delimiter: str) -> list[str]:
+    """Splits the first line into fields; quotes around them are taken off."""
+    line = header_line(data)
+    if delimiter == "\t" or '"' not in line:
+        return [field.strip('"') for field in line.split(delimiter)]
+    try:
+        return next(csv.reader(io.TextIOWrapper(io.BytesIO(data), "utf-8", "replace", newline=""), delimiter=delimiter))
+    except csv.Error:  # A field longer than a header has.
+        return line.split(delimiter)
+
+
+def find_delimiter(data: bytes, names: Sequence[str] = ()) -> str:
+    """Returns the delimiter of the header that has all the names, else the one that gives the most fields."""
+    line = header_line(data)
+    named = (
+        d for d in DELIMITERS if names and all(n in line for n in names) and set(names) <= set(header_fields(data, d))
+    )
+    return next(named, None) or max(DELIMITERS, key=line.count)
+
+
+def read_fields(
+    data: bytes, source: Source, delimiter: str, positions: Sequence[int], *, has_header: bool
+) -> pl.DataFrame:
+    """Reads three fields of every line.
+
+    Args:
+      data: the text; with tabs a quote is a character, with other delimiters a field may stand in quotes.
+      source: its file, for messages.
+      delimiter: one character.
+      positions: of the user, the item and the time.
+      has_header: the first line is left out.
+
+    Returns:
+      user, item and timestamp, all String; null where a line has no such field or an empty one.
+
+    Raises:
+      ValueError: for more fields than the first line has, a stray quote or carriage return; the message names the line.
+    """
+    quoted = _is_quoted(data, source, delimiter)
+    _require_line_feeds(data, source, quoted)
+    wanted = sorted(positions)
+    try:
+        frame = pl.read_csv(
+            data,
+            separator=delimiter,
+            has_header=has_header,
+            infer_schema=False,
+            quote_char='"' if quoted else None,
+            # With quotes fields cannot be counted by separators: polars must see every column to miss none.
+            columns=None if quoted else wanted,
+        )
+    except UNREADABLE as error:
+        reason = shown(str(error).partition("\n")[0])[1:-1]
+        raise ValueError(f"{source} cannot be read as a table separated by {delimiter!r} ({reason})") from error
+    if not quoted:
+        _require_no_extra_fields(data, source, delimiter, frame.height + has_header)
+    columns = positions if quoted else [wanted.index(position) for position in positions]
+    return pl.DataFrame(
+        [frame.to_series(i).alias(n) for i, n in zip(columns, ("user", "item", "timestamp"), strict=True)]
+    )
+
+
+def _line(data: bytes, position: int) -> int:
+    return data.count(b"\n", 0, position) + 1
+
+
+def _is_quoted(data: bytes, source: Source, delimiter: str) -> bool:
+    """Whether fields stand in quotes; where none begins with a quote, quotes are characters."""
+    mark = delimiter.encode()
+    if delimiter == "\t" or not (data.startswith(b'"') or mark + b'"' in data or b'\n"' in data):
+        return False
+    # Every second quote opens: after a delimiter, a line end, or the quote that it doubles. The others close.
+    text, opens = np.frombuffer(data, np.uint8), 0
+    before, after = (_QUOTE, mark[0], ord("\n")), (_QUOTE, mark[0], ord("\n"), ord("\r"))
+    last = -1
+    for start in range(0, len(data), _QUOTES_BLOCK):
+        quotes = np.flatnonzero(text[start : start + _QUOTES_BLOCK] == _QUOTE) + start
+        opening, closing = quotes[opens::2], quotes[1 - opens :: 2]
+        opens = (opens + len(quotes)) % 2
+        last = quotes[-1] if len(quotes) else last
+        bad = np.concatenate([
+            opening[(opening > 0) & ~np.isin(text[opening - 1], before)],
+            closing[(closing < len(data) - 1) & ~np.isin(text[np.minimum(closing + 1, len(data) - 1)], after)],
+        ])  # fmt: skip
+        if len(bad):
+            raise ValueError(
+                f"{source}:{_line(data, int(bad.min()))}: a quote inside a field; write it twice and the whole field "
+                "in quotes, or separate the fields by tabs"
+            )
+    if opens:
+        raise ValueError(f"{source}:{_line(data, int(last))}: a quote opens a field and none closes it; take it out")
+    return True
+
+
+def _require_line_feeds(data: bytes, source: Source, quoted: bool) -> None:
+    """Refuses carriage returns that end no line: Polars would take them off the ids."""
+    if data.count(b"\r") == data.count(b"\r\n") + data.endswith(b"\r"):
+        return
+    last = quotes = 0
+    for found in re.finditer(rb"\r(?![\n]|\Z)", data):
+        quotes += data.count(b'"', last, found.start()) if quoted else 0
+        last = found.start()
+        if quotes % 2 == 0:
+            raise ValueError(f"{source}:{_line(data, last)}: {_CARRIAGE_RETURN}")
+
+
+def _require_no_extra_fields(data: bytes, source: Source, delimiter: str, lines: int) -> None:
+    mark = delimiter.encode()
+    per_line = header_line(data).count(delimiter)
+    if data.count(mark) == lines * per_line:
+        return
+    for number, line in enumerate(io.BytesIO(data), start=1):
+        if line.count(mark) > per_line:
+            raise ValueError(
+                f"{source}:{number}: {line.count(mark) + 1} fields, the first line has {per_line + 1}; "
+                f"remove the extra {delimiter!r}"
+            )

@@ -1,14 +1,101 @@
-"""Which events train, validate and test: leave-one-out (RecBole 1.2 protocol), or one cut in time for all users."""
+"""Which events train, validate and test: leave-one-out (RecBole 1.2 protocol), or one cut in time for all users.
+
+Examples are (user, end) pairs over the flat log; a gather turns them into windows.
+"""
 
 from dataclasses import dataclass
+from types import ModuleType
+from typing import Any, NamedTuple
 
 import numpy as np
 from rich.table import Table
 
-from tim4rec_jax.data.examples import Examples
-from tim4rec_jax.data.interactions import InteractionLog
-from tim4rec_jax.data.statistics import utc
+from tim4rec_jax.data.interactions import InteractionLog, titled_table, utc
 from tim4rec_jax.data_config import DataConfig, TemporalTargets, parse_time
+
+
+@dataclass(frozen=True, eq=False)
+class Examples:
+    """Which positions of the log are predicted.
+
+    The target of example i is `items[offsets[users[i]] + ends[i]]`; its input is the items of that user before it.
+
+    Attributes:
+      users: int32 [n], row of the log's `offsets`.
+      ends: int32 [n], position of the target within the user's history, at least 1.
+    """
+
+    users: np.ndarray
+    ends: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.users)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        return self.users.nbytes + self.ends.nbytes
+
+
+class Windows(NamedTuple):
+    """A batch of model inputs and their targets.
+
+    Attributes:
+      items: int32 [b,l], the latest `max_len` items before the target, in time order, padded on the right with 0.
+      lengths: int32 [b], items in each row, at least 1.
+      timestamps: [b,l] in the log's dtype, seconds, padded with 0.
+      targets: int32 [b], the next item.
+    """
+
+    items: Any
+    lengths: Any
+    timestamps: Any
+    targets: Any
+
+
+def gather_windows(
+    log_items: Any,
+    log_timestamps: Any,
+    offsets: Any,
+    users: Any,
+    ends: Any,
+    max_len: int,
+    xp: ModuleType = np,
+) -> Windows:
+    """Gathers the windows of a batch of examples from the flat log.
+
+    Row i holds `log_items[t - m : t]` with t = offsets[users[i]] + ends[i] and m = min(ends[i], max_len).
+    Works on NumPy arrays and, with `xp=jax.numpy`, inside `jax.jit` (shapes depend on `max_len` and b alone).
+
+    Args:
+      log_items: int32 [rows].
+      log_timestamps: [rows], seconds in any dtype; the windows keep it.
+      offsets: integers [users + 1]; their dtype must hold the number of rows.
+      users: int32 [b].
+      ends: int32 [b], at least 1.
+      max_len: l.
+      xp: array module of the arguments.
+
+    Returns:
+      The windows.
+
+    Raises:
+      ValueError: if `max_len` is under 1.
+    """
+    if max_len < 1:
+        raise ValueError(f"max_len={max_len} must be at least 1")
+    lengths = xp.minimum(ends, max_len).astype(xp.int32)
+    target_rows = offsets[users] + ends.astype(offsets.dtype)
+    first_rows = target_rows - lengths.astype(offsets.dtype)
+    steps = xp.arange(max_len, dtype=offsets.dtype)
+    inside = steps[None, :] < lengths[:, None]
+    rows = xp.where(inside, first_rows[:, None] + steps[None, :], 0)
+    return Windows(
+        items=xp.where(inside, log_items[rows], 0),
+        lengths=lengths,
+        timestamps=xp.where(inside, log_timestamps[rows], 0),
+        targets=log_items[target_rows],
+    )
 
 
 @dataclass(frozen=True)
@@ -42,19 +129,16 @@ class SplitReport:
 
     def table(self) -> Table:
         """Returns the report as a table for `rich.print`."""
-        table = Table("", title="temporal split", show_header=False)
-        table.add_column(justify="right")
-        table.add_row("validation from", utc(self.valid_from))
-        table.add_row("test from", utc(self.test_from))
+        rows = [("validation from", utc(self.valid_from)), ("test from", utc(self.test_from))]
         for part in ("train", "valid", "test"):
-            table.add_row(f"{part}: targets", f"{getattr(self, part):,}")
-            table.add_row(f"{part}: users without a target", f"{getattr(self, f'users_without_{part}'):,}")
-        table.add_row("first events of users, no targets", f"{self.first_events:,}")
-        table.add_row("items without a training event", f"{self.items_not_in_train:,}")
+            rows.append((f"{part}: targets", f"{getattr(self, part):,}"))
+            rows.append((f"{part}: users without a target", f"{getattr(self, f'users_without_{part}'):,}"))
+        rows.append(("first events of users, no targets", f"{self.first_events:,}"))
+        rows.append(("items without a training event", f"{self.items_not_in_train:,}"))
         for part in ("valid", "test"):
-            table.add_row(f"{part}: other events, no targets", f"{getattr(self, f'{part}_not_targets'):,}")
-            table.add_row(f"{part}: targets among those items", f"{getattr(self, f'{part}_unseen_targets'):,}")
-        return table
+            rows.append((f"{part}: other events, no targets", f"{getattr(self, f'{part}_not_targets'):,}"))
+            rows.append((f"{part}: targets among those items", f"{getattr(self, f'{part}_unseen_targets'):,}"))
+        return titled_table("temporal split", rows)
 
 
 @dataclass(frozen=True)
@@ -238,3 +322,36 @@ def _cuts_of_shares(timestamps: np.ndarray, valid_share: float, test_share: floa
             f"{utc(test_from)}; give larger shares, or data.valid_from and data.test_from"
         )
     return valid_from, test_from
+
+
+def training_span(log: InteractionLog, split: Split) -> tuple[int, int]:
+    """Returns the first and the last second of the training part; they differ by 1 at least.
+
+    What validates and tests is not looked at.
+    """
+    before, after = _training_times(log, split)
+    first, last = (int(before.min()), int(after.max())) if len(before) else (0, 1)
+    return first, max(last, first + 1)
+
+
+def gap_statistics(log: InteractionLog, split: Split) -> tuple[float, float]:
+    """Returns mean and standard deviation of log1p(gap) over the positive gaps between a user's training events.
+
+    What validates and tests is not looked at.
+
+    Returns:
+      (mean, std) in log-seconds; (0, 1) without a positive gap, and a std of 1 where all are the same.
+    """
+    before, after = _training_times(log, split)
+    gaps = after - before
+    logs = np.log1p(gaps[gaps > 0].astype(np.float64))
+    if len(logs) == 0:
+        return 0.0, 1.0
+    std = float(logs.std())
+    return float(logs.mean()), std if std > 1e-6 else 1.0  # Less is rounding.
+
+
+def _training_times(log: InteractionLog, split: Split) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the second of each training target's input, and of the target."""
+    rows = log.offsets[split.train.users] + split.train.ends
+    return log.timestamps[rows - 1], log.timestamps[rows]

@@ -6,9 +6,9 @@ from collections.abc import Callable, Sequence
 
 import polars as pl
 
-from tim4rec_jax.data.delimited import DELIMITERS, UNREADABLE, header_fields
+from tim4rec_jax.data.columns import column_names, id_text
+from tim4rec_jax.data.readers import DELIMITERS, UNREADABLE, header_fields
 from tim4rec_jax.data.sources import Source, expanded, list_sources
-from tim4rec_jax.data.typed_columns import column_names, id_text
 
 # A column is known by its name's letters and digits alone: movieId, movie_id and "Movie ID" are one.
 _THINGS = (
@@ -23,24 +23,8 @@ _TITLE_COLUMNS = (
 _MOVIELENS = {"movies.dat": "::", "u.item": "|"}
 
 
-def find_titles(log: Source, item_path: str | None) -> Source | None:
-    """Finds the file with item titles that belongs to a log.
-
-    Args:
-      log: the log's (first) file.
-      item_path: file named by the user; None looks beside the log for `<stem>.item` and MovieLens's movies.
-
-    Returns:
-      The file, or None where no path is named and none lies beside the log.
-
-    Raises:
-      FileNotFoundError: if `item_path` is named and is no file.
-    """
-    if item_path is not None:
-        path = expanded(item_path)
-        if not path.is_file():
-            raise FileNotFoundError(f"no item file at {path}; check data.item_path")
-        return Source(path, None, log.max_unpacked_gb)
+def find_titles(log: Source) -> Source | None:
+    """Finds what lies beside a log's (first) file: `<stem>.item`, or MovieLens's movies."""
     names = (f"{log.stem}.item", f"{log.stem}.item.gz")
     if log.name in ("ratings.dat", "u.data", "ratings.csv"):
         names += ("movies.dat", "u.item", "movies.csv")
@@ -51,11 +35,14 @@ def find_titles(log: Source, item_path: str | None) -> Source | None:
     return next((s for s in sources if s.folder == log.folder and s.name in names), None)
 
 
-def titles_for(log: Source, item_path: str | None, ids: pl.Series, note: Callable[[str], None]) -> pl.DataFrame | None:
+def titles_for(
+    log: Source | None, item_path: str | None, ids: pl.Series, note: Callable[[str], None]
+) -> pl.DataFrame | None:
     """Reads the titles that belong to a log, as far as there are any: a file that nobody named stops nothing.
 
     Args:
-      log, item_path: see `find_titles`.
+      log: its (first) file; None for a data frame.
+      item_path: file named by the user; None looks beside the log.
       ids: the log's item ids (String).
       note: takes a sentence about titles that are left out or belong to no item.
 
@@ -65,14 +52,18 @@ def titles_for(log: Source, item_path: str | None, ids: pl.Series, note: Callabl
     Raises:
       FileNotFoundError, OSError, ValueError: if the file at `item_path` is not there, or cannot be read.
     """
-    try:
-        source = find_titles(log, item_path)
-        titles = None if source is None else read_titles(source, ids)
-    except (ValueError, OSError, MemoryError) as error:
-        if item_path is not None:
-            raise
-        note(f"the item file beside the log is not used, titles are left out: {error}")
-        return None
+    if item_path is not None:
+        path = expanded(item_path)
+        if not path.is_file():
+            raise FileNotFoundError(f"no item file at {path}; check data.item_path")
+        titles = read_titles(source := Source(path, None, log and log.max_unpacked_gb), ids)
+    else:
+        try:
+            source = log and find_titles(log)
+            titles = source and read_titles(source, ids)
+        except (ValueError, OSError, MemoryError) as error:
+            note(f"the item file beside the log is not used, titles are left out: {error}")
+            return None
     if titles is not None and not titles["item"].is_in(ids.implode()).any():
         note(f"{source}: 0 of the log's {len(ids):,} items have a title there; are its ids those of the log?")
         return titles if item_path is not None else None

@@ -8,9 +8,8 @@ from typing import NamedTuple
 import numpy as np
 
 from tim4rec_jax.config import ExperimentConfig
-from tim4rec_jax.data.examples import Examples
 from tim4rec_jax.data.interactions import InteractionLog
-from tim4rec_jax.data.splits import split_log
+from tim4rec_jax.data.splits import Examples, split_log
 from tim4rec_jax.evaluation.metrics import summarise
 from tim4rec_jax.evaluation.seen_targets import measured
 

@@ -19,10 +19,10 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from tim4rec_jax.config import ExperimentConfig
-from tim4rec_jax.data.examples import Examples, gather_windows
 from tim4rec_jax.data.interactions import InteractionLog
-from tim4rec_jax.data.length_groups import choose_lengths
 from tim4rec_jax.data.loader import timestamps_for_device
+from tim4rec_jax.data.packing import choose_lengths
+from tim4rec_jax.data.splits import Examples, gather_windows
 from tim4rec_jax.evaluation.metrics import check_top_k, rank_of_target, summarise
 from tim4rec_jax.evaluation.seen_targets import Measured, measured
 from tim4rec_jax.models import last_hidden

@@ -9,8 +9,8 @@ from typing import NamedTuple
 import numpy as np
 
 from tim4rec_jax.config import EvalConfig
-from tim4rec_jax.data.examples import Examples
 from tim4rec_jax.data.interactions import InteractionLog
+from tim4rec_jax.data.splits import Examples
 
 
 class Measured(NamedTuple):

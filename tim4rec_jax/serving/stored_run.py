@@ -9,8 +9,7 @@ import jax
 import numpy as np
 
 from tim4rec_jax.config import ExperimentConfig
-from tim4rec_jax.data.interactions import InteractionLog
-from tim4rec_jax.data.statistics import LogStatistics
+from tim4rec_jax.data.interactions import InteractionLog, LogStatistics
 from tim4rec_jax.models import SequentialModel, build_model, init_params
 from tim4rec_jax.run_dir import CHECKPOINTS, read_config, read_environment, read_histories, read_items
 from tim4rec_jax.run_manifest import read_manifest

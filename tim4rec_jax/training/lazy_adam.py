@@ -13,9 +13,8 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from tim4rec_jax.data.loader import Batch
+from tim4rec_jax.data.loader import Batch, PackedBatch
 from tim4rec_jax.data.negatives import Negatives
-from tim4rec_jax.data.packed_loader import PackedBatch
 from tim4rec_jax.parallel.item_table import TABLE, local_index
 
 _TABLE = (TABLE, "embedding")

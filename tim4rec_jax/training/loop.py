@@ -17,12 +17,10 @@ from jax import Array
 from rich.console import Console
 
 from tim4rec_jax.config import ExperimentConfig
-from tim4rec_jax.data.gaps import gap_statistics, training_span
 from tim4rec_jax.data.interactions import InteractionLog, with_precision
-from tim4rec_jax.data.length_groups import LengthGroup, plan_length_groups, plan_packed_rows
-from tim4rec_jax.data.loader import Loader
-from tim4rec_jax.data.packed_loader import make_loader
-from tim4rec_jax.data.splits import Split, split_log
+from tim4rec_jax.data.loader import Loader, make_loader
+from tim4rec_jax.data.packing import LengthGroup, plan_length_groups, plan_packed_rows
+from tim4rec_jax.data.splits import Split, gap_statistics, split_log, training_span
 from tim4rec_jax.evaluation.full_sort import FullSortEvaluator
 from tim4rec_jax.evaluation.seen_targets import measured
 from tim4rec_jax.files import locked

@@ -14,10 +14,9 @@ from jax.sharding import PartitionSpec as P
 
 from kernels.softmax_cross_entropy import softmax_cross_entropy
 from tim4rec_jax.config import ExperimentConfig, TrainConfig
-from tim4rec_jax.data.length_groups import LengthGroup
-from tim4rec_jax.data.loader import Batch, Loader
+from tim4rec_jax.data.loader import Batch, Loader, PackedBatch
 from tim4rec_jax.data.negatives import Negatives
-from tim4rec_jax.data.packed_loader import PackedBatch
+from tim4rec_jax.data.packing import LengthGroup
 from tim4rec_jax.models import SequentialModel, init_params, last_hidden
 from tim4rec_jax.parallel.item_table import (
     DATA_AXIS,

@@ -12,10 +12,9 @@ from rich.console import Console
 
 from tests.data.test_odd_input import LOG, loaded, refused
 from tests.data.test_readers import RECBOLE
-from tim4rec_jax.data import archives
-from tim4rec_jax.data.archives import unpack
+from tim4rec_jax.data import sources
 from tim4rec_jax.data.catalog import fetch
-from tim4rec_jax.data.sources import Source
+from tim4rec_jax.data.sources import Source, unpack
 
 
 def pack(path, data):
@@ -28,7 +27,7 @@ def pack(path, data):
 
 @pytest.mark.parametrize("name", ["log.inter.gz", "log.zip"])
 def test_what_unpacks_to_too_much_is_refused_before_it_is_held(tmp_path, monkeypatch, name):
-    monkeypatch.setattr(archives, "_FREE", 2**22)
+    monkeypatch.setattr(sources, "_FREE", 2**22)
     path, size = tmp_path / name, 100_000_000
     pack(path, LOG.encode() + b"u\ta\t1\n" * (size // 6))
     tracemalloc.start()
@@ -42,7 +41,7 @@ def test_what_unpacks_to_too_much_is_refused_before_it_is_held(tmp_path, monkeyp
 
 
 def test_an_archive_that_unpacks_to_too_much_leaves_nothing(tmp_path, monkeypatch):
-    monkeypatch.setattr(archives, "_FREE", 2**22)
+    monkeypatch.setattr(sources, "_FREE", 2**22)
     with tarfile.open(tmp_path / "a.tar.gz", "w:gz") as archive:
         info = tarfile.TarInfo("big")
         info.size = 10_000_000
@@ -104,7 +103,7 @@ def test_a_downloaded_zip_that_lies_or_is_locked_is_refused(tmp_path, how):
     archive.parent.mkdir()
     archive.write_bytes(broken_zip(how))
     with pytest.raises(ValueError, match=r"Amazon_Beauty\.zip (is not a complete zip archive|holds entry .* twice)"):
-        fetch("amazon-beauty", tmp_path, Console(file=io.StringIO()))
+        fetch("beauty", tmp_path, Console(file=io.StringIO()))
     assert list((tmp_path / "datasets").iterdir()) == []
 
 

@@ -1,51 +1,37 @@
-"""Ids and times of a log in one type, whatever type they were stored in; nothing changes without being counted."""
+"""The columns of a log in numbers, whatever type they were stored in; nothing changes without being counted.
 
-from collections.abc import Sequence
+Columns are given one type a piece of the log at a time, and ids become numbers at once, so that no log is ever held as
+text.
+"""
+
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
 import polars as pl
 
 from tim4rec_jax.checks import shown
 from tim4rec_jax.data.sources import Source
 
-LATEST_TIMESTAMP = 253_402_300_799  # the last second of the year 9999
+_LATEST_TIMESTAMP = 253_402_300_799  # the last second of the year 9999
 _TICKS = {"ms": 10**3, "us": 10**6, "ns": 10**9}
 _SECONDS_PER_DAY = 86_400
 _EXACT_FLOAT = 2**53  # up to here every whole number is a float64
 _TEXT = (pl.String, pl.Categorical, pl.Enum, pl.Binary, pl.Null)
 
 
-@dataclass(frozen=True)
-class RawLog:
-    """A log as read, before cleaning.
+class Table(NamedTuple):
+    """Three columns of a file or data frame, user, item and timestamp, and where its rows stand, for messages.
 
     Attributes:
-      frame: user (String), item (String), timestamp (Int64, epoch seconds), in file order.
-      blank_lines: lines without any field, left out.
-      rounded_timestamps: timestamps with a fraction of a second, rounded down.
-      fractions: Float64, of a second, what was rounded down of each row; orders events within a second. None for none.
-    """
-
-    frame: pl.DataFrame
-    blank_lines: int
-    rounded_timestamps: int
-    fractions: pl.Series | None = None
-
-
-class Raw(NamedTuple):
-    """Three columns of one file, user, item and timestamp, and where its rows stand, for messages.
-
-    Attributes:
-      frame: the columns, of any type that `check_type` lets pass.
-      source: the file.
+      source: the file, or what to call the data frame.
       first_line: line of row 0; 0 where rows are no lines (quoted text, Parquet).
-      ticks_per_second: unit of the times.
       first_row: number of row 0, from 0, where rows are no lines.
     """
 
     frame: pl.DataFrame
-    source: Source
+    source: Source | str
     first_line: int
     ticks_per_second: int = 1
     first_row: int = 0
@@ -57,18 +43,44 @@ class Raw(NamedTuple):
         return f"{self.source}, row {self.first_row + row + 1}"
 
 
-def check_type(source: Source, name: str, dtype: pl.DataType, *, is_time: bool) -> None:
-    """Refuses a column whose values are neither ids nor times.
+class TypedTable(NamedTuple):
+    """A piece of a log: user and item (String) and timestamp (Int64 seconds), and what `FactorizedLog` counts.
 
-    Args:
-      source: file, for the message.
-      name: of the column.
-      dtype: of the column.
-      is_time: the column holds times, else ids.
-
-    Raises:
-      ValueError: for nested, Boolean and other such types.
+    `fractions` is Float64, of a second, what was rounded down of each row; None for none.
     """
+
+    frame: pl.DataFrame
+    blank_lines: int
+    rounded_timestamps: int
+    fractions: pl.Series | None
+
+
+@dataclass(eq=False)
+class FactorizedLog:
+    """A log as read, before cleaning, in numbers.
+
+    Attributes:
+      users, items: int32 [rows], indices into `user_ids` and `item_ids`.
+      timestamps: int64 [rows], epoch seconds.
+      fractions: float64 [rows], of a second beyond `timestamps`; orders events within a second. None where all times
+        are whole.
+      user_ids, item_ids: distinct raw ids (String), by first appearance.
+      blank_lines: rows without any field, left out.
+      rounded_timestamps: timestamps with a fraction of a second, rounded down.
+    """
+
+    users: np.ndarray
+    items: np.ndarray
+    timestamps: np.ndarray
+    fractions: np.ndarray | None
+    user_ids: pl.Series
+    item_ids: pl.Series
+    blank_lines: int
+    rounded_timestamps: int
+
+
+def check_type(source: Source | str, name: str, dtype: pl.DataType, *, is_time: bool) -> None:
+    """Refuses a column whose values are neither ids nor times."""
     if dtype.is_nested():
         raise ValueError(
             f"{source}: column {shown(name)[1:-1]} holds lists or structs ({shown(str(dtype))[1:-1]}), not one value "
@@ -91,18 +103,17 @@ def id_text(ids: pl.Series) -> tuple[pl.Series, int | None]:
     return ids.cast(pl.String), None
 
 
-def typed(raw: Raw) -> RawLog:
-    """Gives the three columns their types.
-
-    Raises:
-      ValueError: for a missing id, a float id that is no whole number, or a timestamp that is missing, not a number,
-        negative or past the year 9999; the message names file and line.
-    """
+def typed(raw: Table) -> TypedTable:
+    """Gives the three columns their types."""
     numbered = raw.frame.with_row_index("row")
     filled = numbered.filter(~pl.all_horizontal(pl.col("user", "item", "timestamp").is_null()))
     ids = {}
     for name in ("user", "item"):
-        ids[name], bad = _ids(filled[name], filled["row"], raw, name)
+        try:
+            ids[name], bad = id_text(filled[name])
+        except pl.exceptions.PolarsError as error:
+            where = raw.where(filled["row"][0])
+            raise ValueError(f"{where} ff.: a {name} id is no UTF-8 text; write ids as text") from error
         if bad is not None:
             raise ValueError(
                 f"{raw.where(filled['row'][bad])}: {name} id {filled[name][bad]} is a float that is no whole number; "
@@ -116,7 +127,7 @@ def typed(raw: Raw) -> RawLog:
             )
     seconds, fractions = _seconds(filled["timestamp"], filled["row"], raw)
     rounded = 0 if fractions is None else int((fractions > 0).sum())
-    return RawLog(
+    return TypedTable(
         frame=pl.DataFrame({**ids, "timestamp": seconds}),
         blank_lines=numbered.height - filled.height,
         # Finer ticks are floored by definition; only a fraction of a second in seconds counts as rounded.
@@ -125,17 +136,10 @@ def typed(raw: Raw) -> RawLog:
     )
 
 
-def _ids(ids: pl.Series, rows: pl.Series, raw: Raw, name: str) -> tuple[pl.Series, int | None]:
-    try:
-        return id_text(ids)
-    except pl.exceptions.PolarsError as error:
-        raise ValueError(f"{raw.where(rows[0])} ff.: a {name} id is no UTF-8 text; write ids as text") from error
-
-
-def _seconds(times: pl.Series, rows: pl.Series, raw: Raw) -> tuple[pl.Series, pl.Series | None]:
+def _seconds(times: pl.Series, rows: pl.Series, raw: Table) -> tuple[pl.Series, pl.Series | None]:
     """Returns whole seconds (Int64), rounded down, and what was left of each (Float64) where there are finer times."""
     ticks, rest = _ticks(times)
-    limit = LATEST_TIMESTAMP * raw.ticks_per_second
+    limit = _LATEST_TIMESTAMP * raw.ticks_per_second
     bad = (~((ticks >= 0) & (ticks <= limit)).fill_null(False)).arg_true()
     if len(bad):
         first = bad[0]
@@ -189,6 +193,66 @@ def _complaint(given: object, value: float | None, ticks_per_second: int) -> str
         return f"timestamp {shown(given)} is negative; write {unit}, 0 or later"
     hint = "; are these milliseconds?" if ticks_per_second == 1 else ";"
     return f"timestamp {shown(given)} lies past the year 9999{hint} Write {unit}"
+
+
+class IdCoder:
+    """Numbers distinct ids 0, 1, ... in the order in which they first appear; int32 holds the numbers.
+
+    Polars keeps the numbers of a categorical type in one hash table that grows, so that a piece costs the same however
+    many ids are known already.
+    """
+
+    def __init__(self) -> None:
+        self._type = pl.Categorical(pl.Categories.random())
+        # The table lives as long as a column of its type.
+        self._anchor: pl.Series | None = None
+
+    @property
+    def ids(self) -> pl.Series:
+        """The ids seen so far (String), number i at position i."""
+        ids = self._type.categories.to_series() if self._anchor is not None else pl.Series(dtype=pl.String)
+        return ids.alias("id")
+
+    def codes(self, ids: pl.Series) -> np.ndarray:
+        """Returns the number of each id of a further piece, String without nulls, int32 [rows]."""
+        coded = ids.cast(self._type)
+        if self._anchor is None and len(coded):
+            self._anchor = coded.head(1)
+        return coded.to_physical().cast(pl.Int32).to_numpy()
+
+
+def factorize(pieces: Iterable[TypedTable]) -> FactorizedLog:
+    users, items = IdCoder(), IdCoder()
+    columns: tuple[list[np.ndarray], ...] = ([], [], [])
+    fractions: list[np.ndarray] = []
+    rows = blank_lines = rounded_timestamps = 0
+    for piece in pieces:
+        height = piece.frame.height
+        columns[0].append(users.codes(piece.frame["user"]))
+        columns[1].append(items.codes(piece.frame["item"]))
+        columns[2].append(piece.frame["timestamp"].to_numpy())
+        if piece.fractions is not None or fractions:
+            # Before the first piece with fractions, nothing is kept of the others.
+            fractions += [] if fractions else [np.zeros(rows, np.float64)]
+            fractions.append(np.zeros(height, np.float64) if piece.fractions is None else piece.fractions.to_numpy())
+        rows += height
+        blank_lines += piece.blank_lines
+        rounded_timestamps += piece.rounded_timestamps
+    return FactorizedLog(
+        *(_joined(parts, dtype) for parts, dtype in zip(columns, (np.int32, np.int32, np.int64), strict=True)),
+        fractions=_joined(fractions, np.float64) if fractions else None,
+        user_ids=users.ids,
+        item_ids=items.ids,
+        blank_lines=blank_lines,
+        rounded_timestamps=rounded_timestamps,
+    )
+
+
+def _joined(pieces: list[np.ndarray], dtype: type) -> np.ndarray:
+    """Joins pieces and empties the list, so that at most one column is held twice."""
+    whole = np.concatenate(pieces) if pieces else np.zeros(0, dtype)
+    pieces.clear()
+    return whole
 
 
 def column_names(names: Sequence[str]) -> str:
