@@ -16,28 +16,20 @@ import dataclasses
 import os
 import pathlib
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from rich import box
 from rich.console import Console
-from rich.table import Table
 
 from experiments.command_line import OptionParser, parse_settings, run_program
 from experiments.configs import config_names, load_config
-from experiments.published import PUBLISHED
+from experiments.published import final_tables
 from tim4rec_jax.config import DataConfig, EvalConfig, ExperimentConfig, ModelConfig, ParallelConfig, TrainConfig
 from tim4rec_jax.data.interactions import load_log
-from tim4rec_jax.data.splits import describe, split_log
+from tim4rec_jax.data.splits import split_log
 from tim4rec_jax.evaluation.baselines import popularity_metrics
-from tim4rec_jax.evaluation.seen_targets import describe_seen
 from tim4rec_jax.models import build_model
-from tim4rec_jax.parallel.processes import (
-    ProcessError,
-    initialize,
-    is_main,
-    quiet_unless_main,
-)
+from tim4rec_jax.parallel.processes import ProcessError, initialize, is_main, quiet_unless_main
 from tim4rec_jax.run_dir import write_results
 from tim4rec_jax.training.loop import only_writer, train, vocab_multiple, with_data
 from tim4rec_jax.training.signals import Interrupted, StopRequests, explain
@@ -84,28 +76,6 @@ def parse(argv: Sequence[str]) -> tuple[ExperimentConfig, pathlib.Path, bool]:
     return config, arguments.run_dir or pathlib.Path("runs") / base.name, arguments.resume
 
 
-def final_tables(
-    config: ExperimentConfig, rows: Sequence[tuple[str, Mapping[str, float], str]], seen_target_share: float | None
-) -> list[Table]:
-    """Our numbers and published ones side by side, a table for each list length."""
-    seen = describe_seen(config.eval, seen_target_share)
-    protocol = f"{describe(config.data)}, " if config.data.split == "temporal" else ""
-    tables = []
-    for k in config.eval.top_k:
-        columns = [f"{metric}@{k}" for metric in ("hit", "ndcg", "mrr")]
-        title = f"{config.name}: test, {protocol}full ranking, seen items {seen}"
-        table = Table(title=title, box=box.SIMPLE_HEAD)
-        table.add_column("model")
-        for column in columns:
-            table.add_column(column, justify="right", no_wrap=True)
-        table.add_column("source")
-        for name, metrics, source in rows:
-            if any(column in metrics for column in columns):
-                table.add_row(name, *(f"{metrics[c]:.4f}" if c in metrics else "–" for c in columns), source)
-        tables.append(table)
-    return tables
-
-
 def _name(config: ExperimentConfig) -> str:
     return config.model.name if config.model.use_time else f"{config.model.name}, time off"
 
@@ -137,8 +107,6 @@ def run(
         rows.append(("popularity", popularity_metrics(log, config), "this log, counts of the training part"))
     if is_main():
         write_results(run_dir, results | {"baselines": {name: metrics for name, metrics, _ in rows[1:]}})
-    if config.data.split == "leave_one_out":  # What is published here belongs to that protocol.
-        rows += [(row.model, row.metrics, row.source) for row in PUBLISHED.get(config.data.name, [])]
     console.print(*final_tables(config, rows, results.get("seen_target_share")))
     console.print(f"run folder: {run_dir}", soft_wrap=True)
 

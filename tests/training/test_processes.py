@@ -106,8 +106,9 @@ def test_two_processes_go_on_with_the_run_of_one(tmp_path, halfway, shards):
     assert ranks[0].equals(ranks[1])
     assert read_config(together).parallel.num_processes == 2
     assert "resuming at step 8" in texts[0] and f"run folder: {together}" in texts[0]
-    # The collectives of the CPU announce themselves; the program of the second process says nothing.
-    assert [line for line in texts[1].splitlines() if line and "[Gloo]" not in line] == []
+    # The collectives of the CPU announce themselves, sometimes on two lines; the second process itself says nothing.
+    own = [line for line in texts[1].splitlines() if line and "[Gloo]" not in line and "peer ranks" not in line]
+    assert own == []
 
 
 @pytest.mark.slow
