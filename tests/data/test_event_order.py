@@ -121,7 +121,7 @@ def entry_of(monkeypatch, **changes):
         ({"name": "custom"}, "data.name=custom is no published data set"),
         ({"name": "ml-1m"}, "ml-1m has 30 / 8 / 240 users / items / rows after 5-core; published are 6,040 /"),
         ({"name": "ml-1m", "k_core": 0}, "data.k_core=0, and the published logs are cleaned with 5"),
-        ({"name": "steam"}, "no published counts of steam are known to tell by what is in data.path"),
+        ({"name": "steam"}, "no published counts of steam are known to tell by what the log is"),
     ],
 )  # fmt: skip
 def test_the_published_order_is_for_published_logs_alone(tmp_path, changes, reason):

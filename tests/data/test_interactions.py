@@ -191,6 +191,9 @@ def test_what_is_no_log_and_settings_that_do_not_fit_are_refused():
         load_log([("u", "a", 1)])
     with pytest.raises(ValueError, match="data.path is of files, and a data frame is given"):
         load_log(frame(("u", "a", 1)), path="log.csv")
+    for columns in (("user", "item"), "user,item,time"):
+        with pytest.raises(ValueError, match="must be three names, of the user, item and time columns"):
+            load_log(frame(("u", "a", 1)), columns=columns)
     with pytest.raises(ValueError, match="a DataConfig says all settings itself"):
         load_log(DataConfig(), k_core=3)
     with pytest.raises(TypeError, match="no_such_setting"):

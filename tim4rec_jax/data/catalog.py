@@ -28,7 +28,6 @@ class CatalogEntry:
       name: what `data.name` calls it.
       title: full name.
       address: URL of the archive.
-      file_name: name of the archive in the downloads folder.
       checksum: "md5:..." or "sha256:..." as published; None where the publisher gives none.
       licence: terms in one line.
       format: format of the log inside.
@@ -39,89 +38,72 @@ class CatalogEntry:
     name: str
     title: str
     address: str
-    file_name: str
     checksum: str | None
     licence: str
     format: LogFormat
     log_file: str
     expected: tuple[int, int, int] | None
 
+    @property
+    def file_name(self) -> str:
+        """Name of the archive in the downloads folder."""
+        return self.address.rpartition("/")[2]
 
-_MOVIELENS_LICENCE = (
-    "research use; no redistribution and no commercial use without permission; acknowledge GroupLens "
-    "(https://grouplens.org/datasets/movielens/)"
-)
+
 _AMAZON_LICENCE = "no explicit licence; research use, cite McAuley et al. 2015 (https://jmcauley.ucsd.edu/data/amazon)"
-_RECBOLE = "https://recbole.s3-accelerate.amazonaws.com/ProcessedDatasets"
+
+
+def _movielens(name: str, title: str, md5: str, log_file: str, expected: tuple[int, int, int]) -> CatalogEntry:
+    licence = (
+        "research use; no redistribution and no commercial use without permission; acknowledge GroupLens "
+        "(https://grouplens.org/datasets/movielens/)"
+    )
+    address = f"https://files.grouplens.org/datasets/movielens/{name}.zip"
+    return CatalogEntry(name, title, address, f"md5:{md5}", licence, "movielens", log_file, expected)
+
+
+def _recbole(name: str, title: str, path: str, licence: str, expected: tuple[int, int, int] | None) -> CatalogEntry:
+    address = f"https://recbole.s3-accelerate.amazonaws.com/ProcessedDatasets/{path}"
+    return CatalogEntry(
+        name, f"{title}, as a RecBole atomic file", address, None, licence, "recbole", "*.inter", expected
+    )
+
 
 CATALOG: dict[str, CatalogEntry] = {
     entry.name: entry
     for entry in (
-        CatalogEntry(
-            name="ml-1m",
-            title="MovieLens 1M",
-            address="https://files.grouplens.org/datasets/movielens/ml-1m.zip",
-            file_name="ml-1m.zip",
-            checksum="md5:c4d9eecfca2ab87c1945afe126590906",
-            licence=_MOVIELENS_LICENCE,
-            format="movielens",
-            log_file="ratings.dat",
-            expected=(6_040, 3_416, 999_611),
+        _movielens("ml-1m", "MovieLens 1M", "c4d9eecfca2ab87c1945afe126590906", "ratings.dat", (6_040, 3_416, 999_611)),
+        _movielens("ml-100k", "MovieLens 100K", "0e33842e24a9c977be4e0107933c0723", "u.data", (943, 1_349, 99_287)),
+        _recbole(
+            "beauty",
+            "Amazon Beauty 2014, ratings",
+            "Amazon_ratings/Amazon_Beauty.zip",
+            _AMAZON_LICENCE,
+            (22_363, 12_101, 198_502),
         ),
-        CatalogEntry(
-            name="ml-100k",
-            title="MovieLens 100K",
-            address="https://files.grouplens.org/datasets/movielens/ml-100k.zip",
-            file_name="ml-100k.zip",
-            checksum="md5:0e33842e24a9c977be4e0107933c0723",
-            licence=_MOVIELENS_LICENCE,
-            format="movielens",
-            log_file="u.data",
-            expected=(943, 1_349, 99_287),
-        ),
-        CatalogEntry(
-            name="beauty",
-            title="Amazon Beauty 2014, ratings, as a RecBole atomic file",
-            address=f"{_RECBOLE}/Amazon_ratings/Amazon_Beauty.zip",
-            file_name="Amazon_Beauty.zip",
-            checksum=None,
-            licence=_AMAZON_LICENCE,
-            format="recbole",
-            log_file="*.inter",
-            expected=(22_363, 12_101, 198_502),
-        ),
-        CatalogEntry(
-            name="videogames",
-            title="Amazon Video Games 2014, ratings, as a RecBole atomic file",
-            address=f"{_RECBOLE}/Amazon_ratings/Amazon_Video_Games.zip",
-            file_name="Amazon_Video_Games.zip",
-            checksum=None,
-            licence=_AMAZON_LICENCE,
-            format="recbole",
-            log_file="*.inter",
-            expected=(24_303, 10_672, 231_780),
+        _recbole(
+            "videogames",
+            "Amazon Video Games 2014, ratings",
+            "Amazon_ratings/Amazon_Video_Games.zip",
+            _AMAZON_LICENCE,
+            (24_303, 10_672, 231_780),
         ),
         CatalogEntry(
             name="kuairand",
             title="KuaiRand-Pure, standard log of 8 to 21 April 2022",
             address="https://zenodo.org/records/10439422/files/KuaiRand-Pure.tar.gz",
-            file_name="KuaiRand-Pure.tar.gz",
             checksum="md5:0820331067a3784d9691136f772b35a7",
             licence="CC BY-SA 4.0; cite Gao et al. 2022 (https://kuairand.com)",
             format="kuairand",
             log_file="log_standard_4_08_to_4_21_pure.csv",
             expected=(23_951, 7_111, 1_134_420),
         ),
-        CatalogEntry(
-            name="steam",
-            title="Steam reviews, duplicates kept, as a RecBole atomic file",
-            address=f"{_RECBOLE}/Steam/not-merged/steam.zip",
-            file_name="steam.zip",
-            checksum=None,
-            licence="no explicit licence; research use, cite Kang & McAuley 2018 (https://cseweb.ucsd.edu/~jmcauley)",
-            format="recbole",
-            log_file="*.inter",
-            expected=None,
+        _recbole(
+            "steam",
+            "Steam reviews, duplicates kept",
+            "Steam/not-merged/steam.zip",
+            "no explicit licence; research use, cite Kang & McAuley 2018 (https://cseweb.ucsd.edu/~jmcauley)",
+            None,
         ),
     )
 }
@@ -191,24 +173,14 @@ def fetch(
     archive = cache_dir / "downloads" / entry.file_name
     if not archive.is_file():
         note(console, f"{entry.title}: {entry.licence}")
-        download(entry, archive, console)
+        _download(entry, archive, console)
     else:
         _verify(archive, entry, console)
     return unpack(archive, folder, max_unpacked_gb)
 
 
-def download(entry: CatalogEntry, archive: pathlib.Path, console: Console) -> None:
-    """Downloads an archive with a progress bar; `archive` appears only when it is complete and verified.
-
-    Args:
-      entry: what to download.
-      archive: target file.
-      console: where the progress bar goes.
-
-    Raises:
-      ValueError: for a wrong checksum.
-      ConnectionError: if the server cannot be reached or the transfer stops early.
-    """
+def _download(entry: CatalogEntry, archive: pathlib.Path, console: Console) -> None:
+    """Downloads an archive with a progress bar; `archive` appears only when it is complete and verified."""
     archive.parent.mkdir(parents=True, exist_ok=True)
     columns = TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn()
     try:

@@ -79,7 +79,7 @@ class LogStatistics:
 
     @property
     def mean_length(self) -> float:
-        """Events a user."""
+        """Events per user."""
         return self.rows / self.users
 
     @property
@@ -206,6 +206,10 @@ def load_log(
     if isinstance(source, DataConfig):
         require(columns is None and not settings, "a DataConfig says all settings itself; change them by its fields")
         return _load_ordered(source, None, console)
+    require(
+        columns is None or (len(columns) == 3 and not isinstance(columns, str)),
+        f"columns={shown(columns)} must be three names, of the user, item and time columns",
+    )
     names = {} if columns is None else dict(zip(("user_column", "item_column", "time_column"), columns, strict=True))
     if isinstance(source, str | os.PathLike):
         return _load_ordered(DataConfig(**{"name": "custom", "path": str(source)} | names | settings), None, console)
@@ -234,7 +238,7 @@ def _load_ordered(config: DataConfig, frame: pl.DataFrame | None, console: Conso
         catalog.find_entry(config.name)
     if config.timestamp_precision != "published":
         return _load(config, config.timestamp_precision, frame, console)
-    log, difference = None, _no_published_log(config)
+    log, difference = None, _no_published_log(config, given=config.path is not None or frame is not None)
     if difference is None:
         log = _load(config, "float32", frame, console)
         difference = catalog.expected_mismatch(config.name, log.num_users, log.num_items, log.num_rows)
@@ -248,15 +252,15 @@ def _load_ordered(config: DataConfig, frame: pl.DataFrame | None, console: Conso
     return _load(config, "int64", frame, console)
 
 
-def _no_published_log(config: DataConfig) -> str | None:
-    """Returns why a log cannot be the published data set of `data.name`, as far as the settings tell."""
+def _no_published_log(config: DataConfig, *, given: bool) -> str | None:
+    """Returns why a log, `given` or downloaded, cannot be the data set of `data.name`, as far as the settings tell."""
     entry = catalog.CATALOG.get(config.name)
     if entry is None:
         return f"data.name={config.name} is no published data set"
     if config.k_core != 5:
         return f"data.k_core={config.k_core}, and the published logs are cleaned with 5"
-    if config.path is not None and entry.expected is None:
-        return f"no published counts of {config.name} are known to tell by what is in data.path"
+    if given and entry.expected is None:
+        return f"no published counts of {config.name} are known to tell by what the log is"
     return None
 
 
@@ -546,7 +550,7 @@ class _SortedRows(NamedTuple):
       repeated: rows whose (user, item) occurs before.
       tied: rows with the same time as the row before of the same user, at the precision.
       reordered: users whose rows exact seconds would order otherwise.
-      changed_last_but_one, changed_last: users whose item in that place would be another then.
+      changed_last_but_one, changed_last: users whose item there would be another then.
     """
 
     items: np.ndarray
@@ -600,7 +604,7 @@ def _changes(users: np.ndarray, items: np.ndarray, exact: np.ndarray) -> tuple[i
 
     Args:
       users, items: [rows], sorted by user.
-      exact: int [rows], which of these rows exact seconds put in each place.
+      exact: int [rows], which of these rows exact seconds put where each stands.
     """
     last = np.flatnonzero(np.append(users[1:] != users[:-1], True))
     before = last[(last > 0) & (users[last] == users[last - 1])] - 1

@@ -158,7 +158,7 @@ class EpochRows(NamedTuple):
     Attributes:
       order: int [rows], the pattern's rows in the order they are trained on.
       windows: int [slots], the window in each slot of the pattern.
-      targets_before: int64 [rows + 1], targets in the rows before a place in that order.
+      targets_before: int64 [rows + 1], targets in the rows before each of that order.
     """
 
     order: np.ndarray
@@ -212,7 +212,7 @@ class PackedRows:
         return EpochRows(order, windows, np.concatenate([[0], np.cumsum(targets)]))
 
     def positions(self, epoch: EpochRows, first: int, num_rows: int, stop: int | None = None) -> PackedPositions:
-        """Lays out `num_rows` rows from place `first` of an epoch on; rows from `stop` on are all padding."""
+        """Lays out `num_rows` rows from the `first` of an epoch on; rows from `stop` on are all padding."""
         pattern, windows = self.pattern, self.windows
         length = pattern.max_len
         chosen = epoch.order[first : first + num_rows if stop is None else min(first + num_rows, stop)]
@@ -220,13 +220,13 @@ class PackedRows:
         slots = _ranges(pattern.bounds[chosen], counts)
         begins = np.repeat(np.arange(len(chosen)) * length, counts) + pattern.offsets[slots]
         held, sizes = epoch.windows[slots], pattern.lengths[slots]
-        places = _ranges(begins, sizes)
+        indices = _ranges(begins, sizes)
         context = np.repeat(begins + (windows.trained_from - windows.firsts)[held], sizes)
 
         rows = np.full(num_rows * length, -1, np.int32)
-        rows[places] = _ranges(self.first_rows[held], sizes)
+        rows[indices] = _ranges(self.first_rows[held], sizes)
         trained = np.zeros(num_rows * length, bool)
-        trained[places] = places >= context
+        trained[indices] = indices >= context
         # The column behind the last position takes the start of a padding that is not there.
         starts = np.zeros((num_rows, length + 1), bool)
         starts[begins // length, begins % length] = True

@@ -305,10 +305,10 @@ def _require_times(source: Source, data: bytes, delimiter: str) -> None:
     columns = [[float(field) for field in column if _is_number(field)] for column in zip(*rows, strict=True)]
     if not columns or not columns[3] or max(columns[3]) > _MOST_RATING:
         return
-    for place, column in enumerate(columns[:3], start=1):
+    for number, column in enumerate(columns[:3], start=1):
         if len(column) == len(rows) and min(column) > _LEAST_EPOCH:
             raise ValueError(
-                f"{source}: field 4, the time, holds {min(columns[3]):g} to {max(columns[3]):g}, and field {place} "
+                f"{source}: field 4, the time, holds {min(columns[3]):g} to {max(columns[3]):g}, and field {number} "
                 f"{column[0]:.0f} and the like; name the fields, as in data.columns=user,item,timestamp,rating"
             )
 

@@ -105,7 +105,7 @@ class SplitReport:
     Attributes:
       valid_from, test_from: the cuts, int seconds.
       train, valid, test: targets of each part.
-      first_events: users' first events, which have nothing before them to predict them from: one a user.
+      first_events: users' first events, which have nothing before them to predict them from: one per user.
       valid_not_targets, test_not_targets: further events of each period that `temporal_targets` does not choose.
       users_without_train, users_without_valid, users_without_test: users without a target in that part.
       items_not_in_train: items without an event in the training period; they stay in the ranking.
@@ -149,7 +149,7 @@ class Split:
       train: every prefix of length >= 1 of a user's training part.
       valid: what validates.
       test: what tests.
-      first_held_out: one example a user, the first event that is not trained on; its end is 0 for a user without
+      first_held_out: one example per user, the first event that is not trained on; its end is 0 for a user without
         training events, and the number of events for one with nothing else.
       report: of a temporal split.
     """
@@ -278,10 +278,10 @@ def _examples(firsts: np.ndarray, ends: np.ndarray) -> Examples:
     before = np.cumsum(counts) - counts
     num = int(counts.sum())
     # At tens of millions of examples an int64 would be the largest array of a run.
-    places = np.arange(num, dtype=np.int32 if num < 2**31 else np.int64)
-    places += np.repeat((firsts - before).astype(places.dtype), counts)
+    positions = np.arange(num, dtype=np.int32 if num < 2**31 else np.int64)
+    positions += np.repeat((firsts - before).astype(positions.dtype), counts)
     users = np.repeat(np.arange(len(counts), dtype=np.int32), counts)
-    return Examples(users, places.astype(np.int32, copy=False))
+    return Examples(users, positions.astype(np.int32, copy=False))
 
 
 def _targets(firsts: np.ndarray, ends: np.ndarray, targets: TemporalTargets) -> tuple[Examples, int]:
@@ -298,7 +298,7 @@ def _targets(firsts: np.ndarray, ends: np.ndarray, targets: TemporalTargets) -> 
 
 
 def _positions(log: InteractionLog) -> np.ndarray:
-    """Returns each row's place in its user's history."""
+    """Returns each row's position in its user's history."""
     return np.arange(log.num_rows) - np.repeat(log.offsets[:-1], np.diff(log.offsets))
 
 
@@ -314,8 +314,8 @@ def _events_before(log: InteractionLog, cut: int) -> np.ndarray:
 def _cuts_of_shares(timestamps: np.ndarray, valid_share: float, test_share: float) -> tuple[int, int]:
     """Returns the cuts from which on (valid_share + test_share) and test_share of all events lie, or a few more."""
     num = len(timestamps)
-    places = [min(max(num - round(share * num), 0), num - 1) for share in (valid_share + test_share, test_share)]
-    valid_from, test_from = (int(cut) for cut in np.partition(timestamps, places)[places])
+    ranks = [min(max(num - round(share * num), 0), num - 1) for share in (valid_share + test_share, test_share)]
+    valid_from, test_from = (int(cut) for cut in np.partition(timestamps, ranks)[ranks])
     if valid_from == test_from:
         raise ValueError(
             f"data.valid_share={valid_share} and data.test_share={test_share} of {num:,} events both begin at "

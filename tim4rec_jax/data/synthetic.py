@@ -59,7 +59,7 @@ def generate(config: SyntheticConfig) -> pl.DataFrame:
     """Draws the log; the same settings give the same rows.
 
     Args:
-      config: users, items, events a user, share of noise, seed.
+      config: users, items, events per user, share of noise, seed.
 
     Returns:
       Columns user (String, "1", "2", ...), item (String, "1", "2", ...), timestamp (Int64 seconds since 1970), in the

@@ -78,7 +78,7 @@ def read_titles(source: Source, ids: pl.Series | None = None) -> pl.DataFrame:
       ids: item ids (String) of a log; of several columns of ids the one counts that has most of them.
 
     Returns:
-      item (String) and title (String), one row an item; where an item is listed twice its first row counts.
+      item (String) and title (String), one row per item; where an item is listed twice its first row counts.
 
     Raises:
       ValueError: if the file cannot be read, or has no column of item ids or none of titles.
@@ -143,8 +143,8 @@ def _letters(name: str) -> str:
 
 def _known(names: Sequence[str], known: Sequence[str]) -> list[str]:
     """The names that are known, in the order of `known`."""
-    place = {name: i for i, name in enumerate(known)}
-    return sorted((n for n in dict.fromkeys(names) if _letters(n) in place), key=lambda name: place[_letters(name)])
+    rank = {name: i for i, name in enumerate(known)}
+    return sorted((n for n in dict.fromkeys(names) if _letters(n) in rank), key=lambda name: rank[_letters(name)])
 
 
 def _knows(names: Sequence[str]) -> int:
