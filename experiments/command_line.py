@@ -171,7 +171,11 @@ def _with_values(settings: Any, found: Mapping[str, Any], prefix: str = "--") ->
 
 
 def parse_settings(
-    cls: type[Settings], arguments: Sequence[str], default: Settings | None = None, **options: Any
+    cls: type[Settings],
+    arguments: Sequence[str],
+    default: Settings | None = None,
+    others: Sequence[Settings] = (),
+    **options: Any,
 ) -> Settings:
     """Reads dataclass settings from --field=value, --field value and, for yes or no, --field and --no-field.
 
@@ -181,6 +185,7 @@ def parse_settings(
       cls: the dataclass; its fields may be dataclasses.
       arguments: the command line without the program.
       default: settings to start from; `tyro.MISSING` marks those that must be given. None: those of the class.
+      others: settings that the same command line is also for; options of theirs alone are passed over.
       options: prog and description of `tyro.cli`.
 
     Raises:
@@ -192,7 +197,8 @@ def parse_settings(
         default = cls(**dict.fromkeys(needed, tyro.MISSING))
     if "--help" in arguments or "-h" in arguments:
         return tyro.cli(cls, args=["--help"], default=default, **options)
-    return _with_values(default, _read_options(arguments, dict(_options(default))))
+    known = {name: hint for settings in (*others, default) for name, hint in _options(settings)}
+    return _with_values(default, _read_options(arguments, known))
 
 
 class OptionParser(argparse.ArgumentParser):
@@ -218,7 +224,7 @@ def _flag(text: str) -> bool:
 
 OUT_OF_MEMORY = (
     "lower train.batch_size, train.microbatch_tokens, eval.batch_size or model.max_len, set "
-    "train.loss_implementation=xla, or use more devices (parallel.strategy, parallel.catalogue_shards); what was saved "
+    "train.loss_in_tiles, or use more devices (parallel.strategy, parallel.catalogue_shards); what was saved "
     "is kept for --resume"
 )
 

@@ -12,22 +12,15 @@ import tyro
 from experiments import train
 from experiments.command_line import OptionParser, parse_settings
 from experiments.configs import DATA_NAMES, MODEL_NAMES, load_config
-from experiments.family import exact_order, file_name
-from tim4rec_jax.config import DataConfig, EvalConfig, ExperimentConfig, ModelConfig, ParallelConfig, TrainConfig
+from experiments.family import RECIPES, exact_order, file_name
+from tim4rec_jax.config import DataConfig, EvalConfig, ExperimentConfig, ParallelConfig, TrainConfig
 from tim4rec_jax.data_config import DATA_ALIASES
+from tim4rec_jax.model_config import ModelConfig
 from tim4rec_jax.run_dir import CHANGEABLE_ON_RESUME, CONFIG, SHOWN_DIFFERENCES, read_config, read_environment
 
 # Settings that a model's numbers do not depend on, and those that the data answer for by their fingerprint.
 FREE = {name for name in CHANGEABLE_ON_RESUME if name not in ("train.epochs", "train.max_steps", "train.patience")}
-FREE |= {
-    "name",
-    "model.vocab_size",
-    "model.gap_mean",
-    "model.gap_std",
-    "model.first_second",
-    "model.last_second",
-    "eval.baselines",
-}
+FREE |= {"name", "model.vocab_size", "eval.baselines"}
 
 
 @dataclass(frozen=True)
@@ -35,7 +28,7 @@ class Arguments:
     """Trains models on one log with several seeds each and compares them.
 
     Attributes:
-      model, data, train, eval, parallel: settings for every model, each an option by its path.
+      model, data, train, eval, parallel: settings for every model that reads them, each an option by its path.
       data_set: the data, one of `DATA_NAMES`.
       models: names, separated by commas.
       seeds: how many, counted up from 2020, or the seeds themselves, separated by commas ("7," is seed 7 alone).
@@ -192,14 +185,17 @@ def parse(argv: Sequence[str]) -> tuple[Arguments, Plan]:
     found.data = DATA_ALIASES.get(found.data, found.data)
     if found.data not in DATA_NAMES:
         raise _nearest("data", found.data, DATA_NAMES)
-    arguments, configs, overrides = None, {}, {}
-    for model in parse_models(found.models):
-        base = load_config(f"{file_name(found.data)}_{model}")
-        # One order of events for all models: exact seconds, also where a paper's own experiment has another.
-        base = exact_order(base)
-        default = Arguments(base.model, base.data, base.train, base.eval, base.parallel, found.data, found.models)
+    configs, overrides = {}, {}
+    # One order of events for all models: exact seconds, also where a paper's own experiment has another.
+    data = file_name(found.data)
+    bases = {model: exact_order(load_config(f"{data}_{model}")) for model in parse_models(found.models)}
+    defaults = {
+        model: Arguments(base.model, base.data, base.train, base.eval, base.parallel, found.data, found.models)
+        for model, base in bases.items()
+    }
+    for model, base in bases.items():
         arguments = parse_settings(
-            Arguments, others, default, prog="experiments.compare",
+            Arguments, others, defaults[model], list(defaults.values()), prog="experiments.compare",
             description=f"Data: {', '.join(DATA_NAMES)}. Models: {', '.join(MODEL_NAMES)}.",
         )  # fmt: skip
         configs[model] = _resolved(base, arguments)
@@ -248,15 +244,22 @@ def _own_settings(configs: Mapping[str, ExperimentConfig], accepted: bool) -> di
     """Finds settings of data, training and evaluation in which the models differ.
 
     Raises:
-      ValueError: there are some and they are not accepted.
+      ValueError: there are some that are no model's recipe, and they are not accepted.
     """
     settings = {model: flat(config.to_dict()) for model, config in configs.items()}
     paths = [path for path in next(iter(settings.values())) if not path.startswith("model.") and path not in FREE]
     own = {path: {model: values[path] for model, values in settings.items()} for path in paths}
     own = {path: values for path, values in own.items() if len(set(values.values())) > 1}
-    if own and not accepted:
-        lines = (f"{path}: " + ", ".join(f"{m} {value}" for m, value in values.items()) for path, values in own.items())
-        options = " ".join(f"--{path}={next(iter(values.values()))}" for path, values in own.items())
+    unlike = {
+        path: alike
+        for path, values in own.items()
+        if len(set((alike := {m: v for m, v in values.items() if path not in RECIPES.get(m, ())}).values())) > 1
+    }
+    if unlike and not accepted:
+        lines = (
+            f"{path}: " + ", ".join(f"{m} {value}" for m, value in values.items()) for path, values in unlike.items()
+        )
+        options = " ".join(f"--{path}={next(iter(values.values()))}" for path, values in unlike.items())
         raise ValueError(
             "the models would not be trained alike:\n  " + "\n  ".join(lines) + f"\ngive one value for all, as in "
             f"{options}; or accept the differences with --own-settings, and the table will say so"
@@ -298,8 +301,8 @@ def require_same_settings(plan: Plan, fingerprint: str | None) -> None:
             continue
         old, new = flat(read_config(folder).to_dict()), flat(plan.config(model, seed).to_dict())
         for key in sorted(new):
-            if key not in FREE and old[key] != new[key]:
-                differences.setdefault(f"{key}: {old[key]!r} there, {new[key]!r} asked for", []).append(folder)
+            if key not in FREE and old.get(key) != new[key]:
+                differences.setdefault(f"{key}: {old.get(key)!r} there, {new[key]!r} asked for", []).append(folder)
         data = read_environment(folder)["data_fingerprint"]
         fingerprint = fingerprint or data
         if data != fingerprint:

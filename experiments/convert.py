@@ -38,7 +38,7 @@ from experiments.item_ids_file import as_csv, beside, digest, find_item_ids, row
 from experiments.settings_file import read_settings
 from experiments.torch_checkpoint_file import StateDict, read_state_dict, recognise, write_state_dict
 from tim4rec_jax.checks import listed, require, shortened, shown
-from tim4rec_jax.config import DataConfig, EvalConfig, ExperimentConfig, ModelConfig, TrainConfig
+from tim4rec_jax.config import DataConfig, EvalConfig, ExperimentConfig, TrainConfig
 from tim4rec_jax.data.interactions import InteractionLog, load_log, with_precision
 from tim4rec_jax.files import locked, remove_leftovers, replacing_folder, write_atomically
 from tim4rec_jax.interop.settings import (
@@ -49,6 +49,8 @@ from tim4rec_jax.interop.settings import (
     upstream_from_config,
 )
 from tim4rec_jax.interop.torch_checkpoint import params_from_torch, params_to_torch
+from tim4rec_jax.model_config import MixerConfig, ModelConfig
+from tim4rec_jax.models import model_class
 from tim4rec_jax.run_dir import CHECKPOINTS, ENVIRONMENT, create_run, read_config, read_environment, read_items
 from tim4rec_jax.serving.stored_run import load_model
 from tim4rec_jax.training.checkpoint import Checkpointer
@@ -58,20 +60,8 @@ from tim4rec_jax.training.step import TrainState, make_optimizer
 _TABLE = "item_embedding.weight"
 # Settings of speed and of training.
 _SAME_SCORES = {
-    "dtype", "chunk_size", "ssd_implementation", "conv_implementation", "scan_implementation", "kaiming_init",
-    "dropout", "time_dropout", "attention_dropout",
+    "dtype", "chunk_size", "kernels", "kaiming_init", "dropout", "time_dropout", "attention_dropout",
 }  # fmt: skip
-# Settings that a model does not read; those of the time branch come on top.
-_OF_ATTENTION = {"attention_heads", "inner_size", "time_span"}
-_OF_MIXERS = {"d_state", "d_conv", "expand", "head_dim", "use_ffn"}
-_UNREAD = {
-    "tim4rec": _OF_ATTENTION,
-    "mamba4rec": _OF_ATTENTION | {"head_dim", "use_time"},
-    "echomamba4rec": _OF_ATTENTION | {"head_dim", "use_time", "use_ffn"},
-    "sasrec": _OF_MIXERS | {"use_time", "time_span"},
-    "tisasrec": _OF_MIXERS,
-}
-
 
 # What describes a checkpoint to read.
 _OF_CHECKPOINTS = ("checkpoint", "settings", "model", "item_ids")
@@ -176,7 +166,8 @@ def _require_plausible(config: ModelConfig, state: Mapping[str, np.ndarray]) -> 
         )
     require(config.num_layers <= len(state), f"{config.num_layers} layers, but {len(state)} tensors in the checkpoint")
     held = sum(array.size for array in state.values())
-    sizes = {name: getattr(config, name) for name in _BOUNDED} | {"expand * d_model": config.expand * config.d_model}
+    sizes = {name: getattr(config, name) for name in _BOUNDED if hasattr(config, name)}
+    sizes |= {"expand * d_model": config.d_inner} if isinstance(config, MixerConfig) else {}
     for name, size in sizes.items():
         most = _LARGEST_SIZE if name in ("chunk_size", "max_len") else min(held, _LARGEST_SIZE)
         require(size <= most, f"{name}={shown(size)} must be at most {most:,} for a checkpoint of {held:,} numbers")
@@ -281,7 +272,8 @@ def from_checkpoint(arguments: Arguments, base: ExperimentConfig | None, console
     """
     _require_absent(arguments.output)
     model, params, stored = read_model(arguments, console)
-    if base is not None and base.model.name != model.name:
+    # The settings of TiM4Rec serve for the same model with time off.
+    if base is not None and model.name not in (base.model.name, model_class(base.model.name).without_time):
         raise ValueError(
             f"--config={base.name} is an experiment with {base.model.name}, the checkpoint is a {model.name}; name one "
             "on the same data with that model"
@@ -379,14 +371,8 @@ def to_checkpoint(run: pathlib.Path, output: pathlib.Path, console: Console) -> 
 
 def _not_expressible(ours: ModelConfig, back: ModelConfig) -> list[str]:
     """Settings that change scores and that the original program does not read."""
-    names = [field.name for field in dataclasses.fields(ModelConfig) if field.name not in _SAME_SCORES]
-    lost = [name for name in names if getattr(ours, name) != getattr(back, name)]
-    timed = ours.name == "tim4rec" and ours.use_time
-    return [f"{name}={getattr(ours, name)}" for name in lost if name not in _UNREAD[ours.name] | _unread_time(timed)]
-
-
-def _unread_time(timed: bool) -> set[str]:
-    return set() if timed else {"time_gate_per_position", "mask_padded_time", "log_time", "time_mode"}
+    names = [field.name for field in dataclasses.fields(ours) if field.name not in _SAME_SCORES]
+    return [f"{name}={getattr(ours, name)}" for name in names if getattr(ours, name) != getattr(back, name)]
 
 
 def program(argv: list[str]) -> int:

@@ -11,17 +11,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from experiments.command_line import OptionParser, parse_settings, read_value
+from experiments.command_line import parse_settings, read_value
 from experiments.comparison_plan import flat, parse_seeds, require_one_process
-from experiments.configs import config_names, load_config
+from experiments.configs import chosen, config_names
 from tim4rec_jax.checks import listed
-from tim4rec_jax.config import DataConfig, EvalConfig, ExperimentConfig, ModelConfig, ParallelConfig, TrainConfig
+from tim4rec_jax.config import DataConfig, EvalConfig, ExperimentConfig, ParallelConfig, TrainConfig
 from tim4rec_jax.files import write_atomically
+from tim4rec_jax.model_config import ModelConfig
 from tim4rec_jax.run_dir import CHANGEABLE_ON_RESUME
 
 PLAN = "sweep_plan.json"
 FORMAT_VERSION = 1
-_PARTS = {"model": ModelConfig, "train": TrainConfig}
+_PARTS = ("model", "train")
 # May change between two calls for the same sweep: no trial's numbers depend on them.
 _FREE = {name for name in CHANGEABLE_ON_RESUME if name not in ("train.epochs", "train.max_steps", "train.patience")}
 
@@ -125,10 +126,10 @@ class Plan:
         return dataclasses.replace(self.base, **changed)
 
 
-def _hint(path: str) -> Any:
+def _hint(path: str, base: ExperimentConfig) -> Any:
     """The type of a setting."""
     part, _, name = path.partition(".")
-    return typing.get_type_hints(_PARTS[part])[name]
+    return typing.get_type_hints(type(getattr(base, part)))[name]
 
 
 def _split(option: str, terms: Sequence[str], base: ExperimentConfig) -> dict[str, str]:
@@ -147,6 +148,8 @@ def _split(option: str, terms: Sequence[str], base: ExperimentConfig) -> dict[st
             raise ValueError(f"--{option} train.seed: seeds are given by --seeds, and a trial is their mean")
         if path == "model.vocab_size":
             raise ValueError(f"--{option} model.vocab_size: the data decide it")
+        if path in ("model.name", "model.module"):
+            raise ValueError(f"--{option} {path}: every model has settings of its own; sweep one, or compare them")
         if path in found:
             raise ValueError(f"--{option} {path} is there twice; give all its values at once")
         found[path] = text
@@ -161,7 +164,7 @@ def read_grid(terms: Sequence[str], base: ExperimentConfig) -> dict[str, tuple[A
     """
     grid = {}
     for path, text in _split("grid", terms, base).items():
-        values = tuple(read_value(path, _hint(path), part.strip()) for part in text.split(",") if part.strip())
+        values = tuple(read_value(path, _hint(path, base), part.strip()) for part in text.split(",") if part.strip())
         if not values:
             raise ValueError(f"--grid {path}={text} names no value; give at least one")
         if repeated := [value for value in values if values.count(value) > 1]:
@@ -179,9 +182,9 @@ def read_space(terms: Sequence[str], base: ExperimentConfig) -> dict[str, Range 
     space: dict[str, Range | tuple[Any, ...]] = {}
     for path, text in _split("space", terms, base).items():
         if ":" in text:
-            space[path] = _read_range(path, text)
+            space[path] = _read_range(path, text, base)
             continue
-        choices = tuple(read_value(path, _hint(path), part.strip()) for part in text.split("|") if part.strip())
+        choices = tuple(read_value(path, _hint(path, base), part.strip()) for part in text.split("|") if part.strip())
         if len(set(choices)) < 2 or len(set(choices)) < len(choices):
             raise ValueError(
                 f"--space {path}={text}: give two or more different choices as in a|b, or a range low:high"
@@ -190,12 +193,12 @@ def read_space(terms: Sequence[str], base: ExperimentConfig) -> dict[str, Range 
     return space
 
 
-def _read_range(path: str, text: str) -> Range:
+def _read_range(path: str, text: str, base: ExperimentConfig) -> Range:
     *words, low, high = text.split(":")
-    whole = _hint(path) in (int, int | None)
+    whole = _hint(path, base) in (int, int | None)
     if words not in ([], ["log"], ["int"]) or (words == ["int"] and not whole):
         raise ValueError(f"--space {path}={text}: expected low:high, or log:low:high for even steps in the logarithm")
-    ends = read_value(path, _hint(path), low), read_value(path, _hint(path), high)
+    ends = read_value(path, _hint(path, base), low), read_value(path, _hint(path, base), high)
     if any(isinstance(end, bool) or not isinstance(end, int | float) for end in ends):
         raise ValueError(f"--space {path}={text}: it is not a number; give choices as in a|b")
     if not ends[0] < ends[1]:
@@ -212,11 +215,9 @@ def parse(argv: Sequence[str]) -> Plan:
       ValueError: for an unknown experiment, setting or option (the nearest are shown), a value of a wrong type, a
         setting both varied and fixed, or options that do not go together.
     """
-    finder = OptionParser(add_help=False)
-    finder.add_argument("--config", default="quickstart")
-    name = finder.parse_known_args(argv)[0].config
-    file = load_config(name)
-    default = Arguments(file.model, file.data, file.train, file.eval, file.parallel, name)
+    file, model = chosen(argv)
+    name = file.name
+    default = Arguments(model, file.data, file.train, file.eval, file.parallel, name)
     given = parse_settings(
         Arguments, argv, default, prog="experiments.sweep", description=f"Experiments: {', '.join(config_names())}"
     )
@@ -236,7 +237,7 @@ def parse(argv: Sequence[str]) -> Plan:
         raise ValueError(f"--trials={given.trials} must be at least 1")
     grid, space = read_grid(given.grid, base), read_space(given.space, base)
     before, now = flat(file.to_dict()), flat(base.to_dict())
-    if both := [path for path in (grid or space) if before[path] != now[path]]:
+    if both := [path for path in (grid or space) if before.get(path, now[path]) != now[path]]:
         raise ValueError(f"--{both[0]} is given and varied; give it once")
     trials = given.trials or math.prod(map(len, grid.values()))
     seeds = parse_seeds(given.seeds, base.train.seed)

@@ -21,17 +21,19 @@ from dataclasses import dataclass
 
 from rich.console import Console
 
-from experiments.command_line import OptionParser, parse_settings, run_program
-from experiments.configs import config_names, load_config
+from experiments.command_line import parse_settings, run_program
+from experiments.configs import chosen, config_names
+from experiments.family import of_model
 from experiments.published import final_tables
-from tim4rec_jax.config import DataConfig, EvalConfig, ExperimentConfig, ModelConfig, ParallelConfig, TrainConfig
+from tim4rec_jax.config import DataConfig, EvalConfig, ExperimentConfig, ParallelConfig, TrainConfig
 from tim4rec_jax.data.interactions import load_log
 from tim4rec_jax.data.splits import split_log
 from tim4rec_jax.evaluation.baselines import popularity_metrics
-from tim4rec_jax.models import build_model
+from tim4rec_jax.model_config import ModelConfig
+from tim4rec_jax.models import model_class
 from tim4rec_jax.parallel.processes import ProcessError, initialize, is_main, quiet_unless_main
 from tim4rec_jax.run_dir import write_results
-from tim4rec_jax.training.loop import only_writer, train, vocab_multiple, with_data
+from tim4rec_jax.training.loop import only_writer, train, vocab_multiple
 from tim4rec_jax.training.signals import Interrupted, StopRequests, explain
 
 
@@ -62,11 +64,8 @@ def parse(argv: Sequence[str]) -> tuple[ExperimentConfig, pathlib.Path, bool]:
     Raises:
       ValueError: for an unknown experiment or option (the nearest are shown) or a value out of range.
     """
-    finder = OptionParser(add_help=False)
-    finder.add_argument("--config", default="quickstart")
-    name = finder.parse_known_args(argv)[0].config
-    base = load_config(name)
-    default = Arguments(base.model, base.data, base.train, base.eval, base.parallel, name)
+    base, model = chosen(argv)
+    default = Arguments(model, base.data, base.train, base.eval, base.parallel, base.name)
     arguments = parse_settings(
         Arguments, argv, default, prog="experiments.train", description=f"Experiments: {', '.join(config_names())}"
     )
@@ -74,10 +73,6 @@ def parse(argv: Sequence[str]) -> tuple[ExperimentConfig, pathlib.Path, bool]:
         base.name, arguments.model, arguments.data, arguments.train, arguments.eval, arguments.parallel
     )
     return config, arguments.run_dir or pathlib.Path("runs") / base.name, arguments.resume
-
-
-def _name(config: ExperimentConfig) -> str:
-    return config.model.name if config.model.use_time else f"{config.model.name}, time off"
 
 
 def run(
@@ -95,14 +90,15 @@ def run(
     if (multiple := vocab_multiple(config)) != config.model.vocab_multiple:
         console.print(f"model.vocab_multiple={multiple}: the item table gets so many rows, for equal shards on devices")
     options = {"resume": resume, "stop_requests": stop_requests}
-    results = train(config, log, run_dir, **options)
-    rows = [(_name(config), results["test"], f"this run, best epoch {results['best_epoch']} of {results['epochs']}")]
-    if "time_off" in config.eval.baselines and build_model(with_data(config, log).model).uses_time:
+    results, name = train(config, log, run_dir, **options), config.model.name
+    rows = [(name, results["test"], f"this run, best epoch {results['best_epoch']} of {results['epochs']}")]
+    if "time_off" in config.eval.baselines and (without_time := model_class(name).without_time) is not None:
         console.print("the same model with time off")
-        plain = dataclasses.replace(config, model=dataclasses.replace(config.model, use_time=False))
+        plain = dataclasses.replace(config, model=of_model(config.model, without_time))
         with only_writer(run_dir / "time_off"):
             other = train(plain, log, run_dir / "time_off", **options)
-        rows.append((_name(plain), other["test"], f"this run, best epoch {other['best_epoch']} of {other['epochs']}"))
+        about = f"this run, best epoch {other['best_epoch']} of {other['epochs']}"
+        rows.append((f"{name}, time off", other["test"], about))
     if "popularity" in config.eval.baselines:
         rows.append(("popularity", popularity_metrics(log, config), "this log, counts of the training part"))
     if is_main():

@@ -76,7 +76,7 @@ def test_changed_settings_of_a_run(tmp_path):
 @pytest.mark.slow
 def test_changed_command_lines():
     seen, refused = [], []
-    options = ["--model.max_len", "--model.dropout", "--model.use_time", "--train.epochs", "--train.loss",
+    options = ["--model.max_len", "--model.dropout", "--model.log_time", "--train.epochs", "--train.loss",
                "--eval.top_k", "--data.k_core", "--train.max_steps", "--parallel.strategy", "--config", "--resume",
                "--run_dir", "--model.", "--", "-x", "--train.learning-rate", "--data.synthetic.num_users"]  # fmt: skip
     words = st.one_of(
@@ -105,7 +105,7 @@ def test_changed_command_lines():
     ("change", "message"),
     [
         ({"max_len": "50"}, r"model.max_len='50' must be int"),
-        ({"use_time": 1}, r"model.use_time=1 must be bool"),
+        ({"log_time": 1}, r"model.log_time=1 must be bool"),
         ({"dropout": None}, r"model.dropout=None must be float"),
         ({"name": ["tim4rec"]}, r"model.name=\['tim4rec'\] must be str"),
     ],

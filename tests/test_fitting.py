@@ -85,7 +85,7 @@ def test_settings_of_an_experiment(in_folder):
 @pytest.mark.parametrize(
     ("model", "settings", "message"),
     [
-        ("tim4rec_casual", {}, "model='tim4rec_casual' is unknown; nearest: tim4rec_causal"),
+        ("tim4rec_casual", {}, "model.name='tim4rec_casual' is unknown; nearest: tim4rec_causal"),
         ("sasrec", {"epoch": 3}, "unknown setting 'epoch'; nearest: epochs"),
         ("sasrec", {"k_core": 3}, "setting 'k_core' is of reading the log; give it to load_log"),
         ("sasrec", {"epochs": 0}, "epochs=0 must be at least 1"),

@@ -13,9 +13,9 @@ GROUND = {"checks", "files", "json_files"}
 RUN = {"run_dir", "run_environment", "run_manifest"}
 ROOMS = {
     "data": {"config", "data_config"},
-    "layers": {"config"},
-    "models": {"config", "typing", "layers"},
-    "interop": {"config", "models"},
+    "layers": {"model_config"},
+    "models": {"model_config", "typing", "layers"},
+    "interop": {"model_config", "models"},
     "parallel": {"config", "models"},
     "evaluation": {"config", "data", "models", "parallel"},
     "training": {"config", "data", "models", "parallel", "evaluation", *RUN},

@@ -4,16 +4,29 @@ import importlib
 from typing import Any
 
 from tim4rec_jax import interop
-from tim4rec_jax.config import DataConfig, EvalConfig, ExperimentConfig, ModelConfig, TrainConfig
+from tim4rec_jax.config import DataConfig, EvalConfig, ExperimentConfig, TrainConfig
 from tim4rec_jax.data_config import SyntheticConfig
-from tim4rec_jax.models import MODELS, build_model
+from tim4rec_jax.model_config import ModelConfig
+from tim4rec_jax.models import MODELS, StateSpaceModel, build_model, register_model
 
 __version__ = "0.1.0"
 
 __all__ = [
-    "MODELS", "DataConfig", "EvalConfig", "ExperimentConfig", "ModelConfig", "Recommender", "SyntheticConfig",
-    "TrainConfig", "build_model", "fit", "interop", "load_log",
-]  # fmt: skip
+    "MODELS",
+    "DataConfig",
+    "EvalConfig",
+    "ExperimentConfig",
+    "ModelConfig",
+    "Recommender",
+    "StateSpaceModel",
+    "SyntheticConfig",
+    "TrainConfig",
+    "build_model",
+    "fit",
+    "interop",
+    "load_log",
+    "register_model",
+]
 
 # What reads logs and checkpoints is imported when it is asked for: it takes longer than all the rest.
 _LAZY = {

@@ -1,178 +1,29 @@
-"""Frozen settings of a model, its data, its training and its evaluation.
+"""Frozen settings of an experiment: its model (see `tim4rec_jax.models`), data, training, evaluation and devices.
 
-Every program resolves to one `ExperimentConfig`; derived sizes are cached properties, so no size is written twice.
+Every program resolves to one `ExperimentConfig`, which refuses what does not go together before anything is written.
 """
 
 import dataclasses
 from dataclasses import dataclass, field
-from functools import cache, cached_property
+from functools import cache, partial
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+import jax
+import jax.numpy as jnp
+
+from kernels.softmax_cross_entropy import softmax_cross_entropy
 from tim4rec_jax.checks import require
 from tim4rec_jax.data_config import DataConfig
+from tim4rec_jax.model_config import ModelConfig, require_sizes
+from tim4rec_jax.models import MODELS, full_config, import_model_module, init_params, model_class, require_x64
 from tim4rec_jax.parallel_config import ParallelConfig
 
-Dtype = Literal["float32", "bfloat16", "float64"]
 Baseline = Literal["popularity", "time_off"]
 SeenTargets = Literal["leave_out", "rank"]
-TimeMode = Literal["faithful", "causal"]
 Positions = Literal["last", "all"]
 Loss = Literal["ce", "bpr", "sampled_ce"]
 TableOptimizer = Literal["adam", "lazy_adam"]
-# What no machine trains, or compiles; other whole numbers need only fit into 32 bits.
-LARGEST = {"num_layers": 200, "d_model": 2**16, "expand": 2**10, "d_conv": 2**10, "max_len": 2**20, "inner_size": 2**20}
-LARGEST |= {"first_second": 2**53, "last_second": 2**53}
-
-
-def _require_rate(name: str, rate: float) -> None:
-    require(0.0 <= rate < 1.0, f"{name}={rate} must lie in [0, 1); use 0 to switch dropout off")
-
-
-def _require_sizes(settings: Any) -> None:
-    """Refuses whole numbers, also in tuples, that are beyond what can be meant."""
-    for field_ in dataclasses.fields(settings):
-        value, largest = getattr(settings, field_.name), LARGEST.get(field_.name, 2**31 - 1)
-        for number in value if isinstance(value, tuple) else (value,):
-            if isinstance(number, int) and abs(number) > largest:
-                shown = number if abs(number) < 2**63 else f"(about 2^{number.bit_length() - 1})"
-                raise ValueError(f"{field_.name}={shown} must be at most {largest}")
-
-
-@dataclass(frozen=True)
-class ModelConfig:
-    """Shape and behaviour of a sequential recommender (TiM4Rec, arXiv 2409.16182, and its family).
-
-    Attributes:
-      name: registered model, see `tim4rec_jax.models.MODELS`.
-      vocab_size: v, rows of the item embedding: every item plus row 0 for padding; 0 means "take it from the data".
-      vocab_multiple: the item embedding has so many more rows, never scored, that their number is a multiple of this;
-        equal parts of it can then lie on several devices (`parallel.catalogue_shards`).
-      max_len: l, positions the model reads; the faithful time path has parameters of this size.
-      d_model: d, width of the hidden state.
-      num_layers: mixer + feed-forward blocks.
-      d_state: n, width of the SSD state.
-      d_conv: taps of the causal depthwise convolutions.
-      expand: inner width e is `expand * d_model`.
-      head_dim: p, width of one head; must divide e.
-      chunk_size: c, positions handled densely at once; changes speed only.
-      dropout: rate on embeddings, mixer and feed-forward outputs, and on the raw time gaps.
-      time_dropout: rate inside the time branch.
-      norm_eps: epsilon of the norms (the feed-forward norm keeps 1e-12).
-      use_ffn: a feed-forward block follows each mixer.
-      use_time: the time-aware mask; off gives the SSD-only model (SSD4Rec).
-      time_mode: "faithful" is the paper's time branch, which mixes positions, so that the model is not causal and its
-        length is fixed; "causal" reads gaps up to each position only.
-      gap_mean, gap_std: of log1p(seconds) over the positive gaps of the training part, which the causal time branch is
-        standardised with; training fills them in from the data.
-      date_knots: values a channel of a piecewise linear function of the date that the causal model adds to its output;
-        0 for none.
-      first_second, last_second: of the training part, between which the knots lie; filled in likewise.
-      time_gate_per_position: the time channel's residual gate has a value a position (`p2p_residual`), else one a head.
-      kaiming_init: convolutions start N(0, 2 / (channels * d_conv)) with zero bias, else uniform(+-1/sqrt(d_conv)).
-      mask_padded_time: a padded position has a gap of 0 (the original: minus the last timestamp).
-      log_time: gaps are compressed to sign(gap) * log1p(|gap|) (the original: raw seconds).
-      attention_heads: heads of the attention models; must divide d.
-      inner_size: width inside the feed-forward blocks of the attention models.
-      attention_dropout: rate on attention weights.
-      time_span: largest gap in seconds that TiSASRec tells apart.
-      dtype: arithmetic; "bfloat16" keeps parameters, norms, softplus, decays and loss in float32.
-      ssd_implementation: backend of `kernels.ssd.ssd`; None picks by platform and shape.
-      conv_implementation: likewise of `kernels.causal_conv1d.causal_conv1d`.
-      scan_implementation: likewise of `kernels.selective_scan.selective_scan`.
-    """
-
-    name: str = "tim4rec"
-    vocab_size: int = 0
-    vocab_multiple: int = 1
-    max_len: int = 50
-    d_model: int = 64
-    num_layers: int = 2
-    d_state: int = 32
-    d_conv: int = 4
-    expand: int = 2
-    head_dim: int = 32
-    chunk_size: int = 32
-    dropout: float = 0.2
-    time_dropout: float = 0.2
-    norm_eps: float = 1e-12
-    use_ffn: bool = True
-    use_time: bool = True
-    time_mode: TimeMode = "faithful"
-    gap_mean: float = 0.0
-    gap_std: float = 1.0
-    date_knots: int = 64
-    first_second: int = 0
-    last_second: int = 1
-    time_gate_per_position: bool = False
-    kaiming_init: bool = True
-    mask_padded_time: bool = False
-    log_time: bool = False
-    attention_heads: int = 2
-    inner_size: int = 256
-    attention_dropout: float = 0.2
-    time_span: int = 256
-    dtype: Dtype = "float32"
-    ssd_implementation: str | None = None
-    conv_implementation: str | None = None
-    scan_implementation: str | None = None
-
-    def __post_init__(self) -> None:
-        _require_sizes(self)
-        sizes = (
-            "max_len", "d_model", "num_layers", "d_state", "d_conv", "expand", "head_dim", "chunk_size",
-            "attention_heads", "inner_size", "time_span", "vocab_multiple",
-        )  # fmt: skip
-        for name in sizes:
-            value = getattr(self, name)
-            require(value >= 1, f"{name}={value} must be at least 1")
-        require(self.vocab_size >= 0, f"vocab_size={self.vocab_size} must be at least 0 (0: taken from the data)")
-        if self.name in ("sasrec", "tisasrec"):
-            require(
-                self.d_model % self.attention_heads == 0,
-                f"attention_heads={self.attention_heads} must divide d_model={self.d_model}; "
-                f"choose one of {[h for h in range(1, self.d_model + 1) if self.d_model % h == 0]}",
-            )
-        elif self.name not in ("mamba4rec", "echomamba4rec"):
-            require(
-                self.d_inner % self.head_dim == 0,
-                f"head_dim={self.head_dim} must divide expand*d_model={self.d_inner}; "
-                f"choose one of {[p for p in (16, 32, 64, 128, 256) if self.d_inner % p == 0]}",
-            )
-        _require_rate("dropout", self.dropout)
-        _require_rate("time_dropout", self.time_dropout)
-        _require_rate("attention_dropout", self.attention_dropout)
-        require(
-            self.time_mode in get_args(TimeMode), f"time_mode={self.time_mode!r} must be one of {get_args(TimeMode)}"
-        )
-        require(self.date_knots != 1 and self.date_knots >= 0, f"date_knots={self.date_knots} must be 0, or at least 2")
-        require(
-            self.first_second < self.last_second,
-            f"first_second={self.first_second} must lie before last_second={self.last_second}",
-        )
-        require(self.gap_std > 0, f"gap_std={self.gap_std} must be positive")
-        require(self.norm_eps > 0, f"norm_eps={self.norm_eps} must be positive")
-        require(self.dtype in get_args(Dtype), f"dtype={self.dtype!r} must be one of {get_args(Dtype)}")
-
-    @cached_property
-    def embedding_rows(self) -> int:
-        """Rows of the item embedding: v, and those beyond it that fill the last multiple."""
-        return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
-
-    @cached_property
-    def d_inner(self) -> int:
-        """e, the width inside the mixer."""
-        return self.expand * self.d_model
-
-    @cached_property
-    def num_heads(self) -> int:
-        """h, heads of the SSD."""
-        return self.d_inner // self.head_dim
-
-    @cached_property
-    def activation(self) -> Literal["silu", "hard_swish"]:
-        """Activation of the convolutions: the original takes silu only where its fast kernel ran (heads in eights)."""
-        return "silu" if self.num_heads % 8 == 0 else "hard_swish"
 
 
 @dataclass(frozen=True)
@@ -196,8 +47,9 @@ class TrainConfig:
         least once), to this power: 0 is uniform, 1 the frequency itself.
       table_optimizer: "lazy_adam" updates the item table and its moments only where a step touches it, with
         "sampled_ce": a step then costs the same for a catalogue of any size. The moments of other rows do not decay.
-      loss_implementation: None computes all scores of a microbatch at once for "ce" (with `positions="all"` of some of
-        its positions, and in tiles for large catalogues); a backend of `kernels.softmax_cross_entropy` never does.
+      loss_in_tiles: "ce" never holds all scores of a microbatch, which saves memory, by the operator
+        `kernels.softmax_cross_entropy` in the backend of `model.kernels`; else it does (with `positions="all"` those of
+        some of its positions, and in tiles where the catalogue is large).
       positions: "last" trains on the last position of every prefix, as the papers do; "all" on every position of a
         window at once, with short histories packed into one row, which needs a causal model.
       window_context: positions of a later window of a long history that are read and not trained on again, so that
@@ -229,7 +81,7 @@ class TrainConfig:
     num_negatives: int | None = None
     negatives_power: float = 0.0
     table_optimizer: TableOptimizer = "adam"
-    loss_implementation: str | None = None
+    loss_in_tiles: bool = False
     positions: Positions = "last"
     window_context: int | None = None
     seed: int = 2020
@@ -242,7 +94,7 @@ class TrainConfig:
     tensorboard: bool = True
 
     def __post_init__(self) -> None:
-        _require_sizes(self)
+        require_sizes(self)
         for name in ("epochs", "batch_size", "length_groups", "log_every"):
             require(getattr(self, name) >= 1, f"{name}={getattr(self, name)} must be at least 1")
         for name in ("max_steps", "microbatch_tokens", "checkpoint_every"):
@@ -262,8 +114,8 @@ class TrainConfig:
         for name in ("patience", "warmup_steps", "weight_decay", "seed"):
             require(getattr(self, name) >= 0, f"{name}={getattr(self, name)} must be at least 0")
         require(
-            self.loss == "ce" or self.loss_implementation is None,
-            f"loss_implementation={self.loss_implementation!r} is for loss='ce'; leave it out for loss={self.loss!r}",
+            self.loss == "ce" or not self.loss_in_tiles,
+            f"loss_in_tiles=True is for loss='ce'; leave it out for loss={self.loss!r}",
         )
         self._require_sampling()
         require(self.learning_rate > 0, f"learning_rate={self.learning_rate} must be positive")
@@ -324,7 +176,7 @@ class EvalConfig:
     baselines: tuple[Baseline, ...] = ("popularity",)
 
     def __post_init__(self) -> None:
-        _require_sizes(self)
+        require_sizes(self)
         require(self.batch_size >= 1, f"batch_size={self.batch_size} must be at least 1")
         require(self.max_len is None or self.max_len >= 1, f"max_len={self.max_len} must be at least 1, or None")
         require(len(self.top_k) > 0 and min(self.top_k) >= 1, f"top_k={self.top_k} needs list lengths of at least 1")
@@ -334,7 +186,11 @@ class EvalConfig:
 
 @dataclass(frozen=True)
 class ExperimentConfig:
-    """One experiment: what `experiments.train` runs and what a run folder's config.json holds."""
+    """One experiment: what `experiments.train` runs and what a run folder's config.json holds.
+
+    Raises:
+      ValueError: for settings that do not go together.
+    """
 
     name: str
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -343,9 +199,66 @@ class ExperimentConfig:
     eval: EvalConfig = field(default_factory=EvalConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "model", full_config(self.model))
+        require_x64(self.model)
+        self._require_readable()
+        self._require_shardable()
+        if self.model.kernels is not None:
+            _require_offered(dataclasses.replace(self.model, vocab_size=2, vocab_multiple=1), self.train.loss_in_tiles)
+
+    def _require_readable(self) -> None:
+        """Refuses what the model cannot be trained on, or measured by."""
+        model, kind = self.model, model_class(self.model.name)
+        require(
+            self.train.positions == "last" or kind.packable,
+            "train.positions='all' needs a causal model that can start anew inside a row, which "
+            f"model.name={model.name!r} is not: take one of "
+            f"{', '.join(name for name, known in MODELS.items() if known.packable)}, or train.positions='last'",
+        )
+        require(
+            not kind.whole_seconds or self.data.timestamp_precision != "float32",
+            f"data.timestamp_precision='float32' rounds times, and model.name={model.name!r} reads whole seconds: give "
+            "int64",
+        )
+        require(
+            self.eval.max_len is None or self.eval.max_len <= model.max_len or kind.streamable,
+            f"eval.max_len={self.eval.max_len} is over the model's max_len={model.max_len}, and {model.name} reads no "
+            "more: train with a larger model.max_len, or take one of "
+            f"{', '.join(name for name, known in MODELS.items() if known.streamable)}",
+        )
+
+    def _require_shardable(self) -> None:
+        """Refuses what does not go with the item embedding in parts."""
+        shards, model = self.parallel.catalogue_shards, self.model
+        require(
+            shards == 1 or self.train.loss != "bpr",
+            f"parallel.catalogue_shards={shards} trains with train.loss='ce' or 'sampled_ce', not 'bpr'; use one of "
+            "them, or parallel.catalogue_shards=1",
+        )
+        require(
+            model.embedding_rows % shards == 0,
+            f"parallel.catalogue_shards={shards} must divide the {model.embedding_rows} rows of the item embedding "
+            f"(model.vocab_size={model.vocab_size}, model.vocab_multiple={model.vocab_multiple}); set "
+            f"model.vocab_multiple to a multiple of {shards}",
+        )
+
     def to_dict(self) -> dict[str, Any]:
         """Returns nested plain values, ready for JSON."""
         return dataclasses.asdict(self)
+
+
+@cache
+def _require_offered(config: ModelConfig, loss_in_tiles: bool) -> None:
+    """Refuses a backend that does not offer what the model asks of it, by what the operators themselves say."""
+    try:
+        jax.eval_shape(partial(init_params, model_class(config.name)(config)), jax.random.key(0))
+        if loss_in_tiles:
+            rows = jax.ShapeDtypeStruct((2, config.d_model), config.dtype)
+            loss = partial(softmax_cross_entropy, implementation=config.kernels)
+            jax.eval_shape(loss, rows, rows, jax.ShapeDtypeStruct((2,), jnp.int32))
+    except ValueError as error:
+        raise ValueError(f"model.kernels={config.kernels!r} does not offer this: {error}") from error
 
 
 def _fits(value: Any, hint: Any) -> bool:
@@ -366,19 +279,61 @@ def _hints(cls: type) -> dict[str, Any]:
     return get_type_hints(cls)
 
 
-# Settings of earlier versions that are gone, and the one value that every run may have had: what is now the only way.
-_RETIRED = {"model.time_features": "gap"}
+_MEASURED = ("gap_mean", "gap_std", "first_second", "last_second")
+_BACKENDS = ("ssd_implementation", "conv_implementation", "scan_implementation")
+_RETIRED = {"time_mode", "use_time", "time_features", *_MEASURED, *_BACKENDS}
+# What is one model now, from the former name, whether time was on, and its form.
+_FORMER_MODELS = {
+    ("tim4rec", True, "causal"): "tim4rec_causal",
+    ("tim4rec", False, "causal"): "ssd4rec",
+    ("tim4rec", False, "faithful"): "ssd4rec",
+    ("tisasrec", False, "causal"): "sasrec",
+    ("tisasrec", False, "faithful"): "sasrec",
+}
+
+
+def _upgraded(values: dict[str, Any]) -> dict[str, Any]:
+    """Returns settings of an earlier version as today's: one class of settings for all models, time by flags.
+
+    Statistics of the data are left out, for they stand with the parameters; where an older checkpoint has none they are
+    measured again.
+    """
+    model, train = values.get("model"), values.get("train")
+    if isinstance(train, dict) and "loss_implementation" in train:
+        backend = train["loss_implementation"]
+        rest = {name: value for name, value in train.items() if name != "loss_implementation"}
+        values = values | {"train": rest | {"loss_in_tiles": backend is not None}}
+    if not isinstance(model, dict) or not _RETIRED & set(model):
+        return values
+    require(
+        model.get("time_features", "gap") == "gap",
+        f"model.time_features={model.get('time_features')!r} is no longer offered, only 'gap'; use the version that "
+        "trained this run",
+    )
+    name, mode = model.get("name", "tim4rec"), model.get("time_mode", "faithful")
+    require(mode in ("faithful", "causal"), f"model.time_mode={mode!r} must be 'faithful' or 'causal'")
+    name = _FORMER_MODELS.get((name, bool(model.get("use_time", True)), mode), name)
+    backends = {model.get(flag) for flag in _BACKENDS} - {None}
+    backend = backends.pop() if len(backends) == 1 else None  # All of them compute the same.
+    kernels = backend.removesuffix("_interpreted") if isinstance(backend, str) else backend
+    read = {field.name for field in dataclasses.fields(model_class(name).Config)}
+    of_others = {field.name for known in MODELS.values() for field in dataclasses.fields(known.Config)} - read
+    kept = {key: value for key, value in model.items() if key not in _RETIRED | of_others}
+    return values | {"model": kept | {"name": name, "kernels": kernels}}
+
+
+def _model_config_class(values: Any) -> type[ModelConfig]:
+    """Returns the class of the settings of a model, whose module is imported where that has to be."""
+    require(isinstance(values, dict), f"model is {values!r} and must be a mapping of settings")
+    name, module = values.get("name", ModelConfig.name), values.get("module")
+    require(isinstance(name, str), f"model.name={name!r} must be str")
+    if isinstance(module, str) and name not in MODELS:
+        import_model_module(module)
+    return model_class(name).Config
 
 
 def _from_dict(cls: type, values: Any, path: str) -> Any:
     require(isinstance(values, dict), f"{path or 'the settings'} is {values!r} and must be a mapping of settings")
-    for key, only in _RETIRED.items():
-        if (name := key.removeprefix(path)) in values and "." not in name:
-            require(
-                values[name] == only,
-                f"{key}={values[name]!r} is no longer offered, only {only!r}; use the version that trained this run",
-            )
-            values = {other: value for other, value in values.items() if other != name}
     hints = _hints(cls)
     unknown = sorted(set(values) - set(hints))
     require(not unknown, f"unknown settings {[path + key for key in unknown]}; known: {sorted(hints)}")
@@ -387,7 +342,8 @@ def _from_dict(cls: type, values: Any, path: str) -> Any:
     found = {}
     for key, value in values.items():
         if dataclasses.is_dataclass(hints[key]):
-            found[key] = _from_dict(hints[key], value, f"{path}{key}.")
+            kind = _model_config_class(value) if hints[key] is ModelConfig else hints[key]
+            found[key] = _from_dict(kind, value, f"{path}{key}.")
             continue
         shown = getattr(hints[key], "__name__", hints[key])
         require(_fits(value, hints[key]), f"{path}{key}={value!r} must be {shown}")
@@ -400,9 +356,10 @@ def _is_required(field: dataclasses.Field) -> bool:
 
 
 def experiment_from_dict(values: dict[str, Any]) -> ExperimentConfig:
-    """Rebuilds an `ExperimentConfig` from `ExperimentConfig.to_dict()`.
+    """Rebuilds an `ExperimentConfig` from `ExperimentConfig.to_dict()`, also from that of an earlier version.
 
     Raises:
       ValueError: for unknown keys, and values of another type or out of range.
     """
-    return _from_dict(ExperimentConfig, values, "")
+    require(isinstance(values, dict), f"the settings is {values!r} and must be a mapping of settings")
+    return _from_dict(ExperimentConfig, _upgraded(values), "")

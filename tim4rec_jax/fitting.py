@@ -11,9 +11,9 @@ import jax
 import numpy as np
 import polars as pl
 
-from tim4rec_jax.config import DataConfig, EvalConfig, ExperimentConfig, ModelConfig, TrainConfig
+from tim4rec_jax.config import DataConfig, EvalConfig, ExperimentConfig, TrainConfig
 from tim4rec_jax.data.interactions import InteractionLog, load_log
-from tim4rec_jax.models import MODELS, build_model
+from tim4rec_jax.models import model_class
 from tim4rec_jax.serving.recommender import Recommender
 from tim4rec_jax.training.loop import only_writer, train
 
@@ -142,9 +142,8 @@ def _free_folder(name: str) -> pathlib.Path:
 
 def _default_config(log: InteractionLog, model: str) -> ExperimentConfig:
     """Returns settings that suit a model and a log."""
-    settings = _model_settings(model)
+    settings, packable = model_class(model).Config(), model_class(model).packable
     lengths = np.diff(log.offsets)
-    packable = build_model(dataclasses.replace(settings, vocab_size=log.num_items + 1)).packable
     longest = int(np.clip(lengths.max() - 1, 2, LONGEST if packable else settings.max_len))
     examples = int(np.maximum(lengths - 3, 0).sum()) if not packable else int(lengths.sum()) // longest
     batch_size = int(np.clip(examples // STEPS_PER_EPOCH, 1 if packable else 32, LARGEST_BATCH))
@@ -159,14 +158,6 @@ def _default_config(log: InteractionLog, model: str) -> ExperimentConfig:
     )
 
 
-def _model_settings(name: str) -> ModelConfig:
-    known = {"tim4rec_causal": {"name": "tim4rec", "time_mode": "causal"}, "ssd4rec": {"use_time": False}}
-    if name not in known | MODELS:
-        near = difflib.get_close_matches(str(name), known | MODELS, n=3, cutoff=0.4) or sorted(known | MODELS)
-        raise ValueError(f"model={name!r} is unknown; nearest: {', '.join(near)}")
-    return ModelConfig(**known.get(name, {"name": name}))
-
-
 def _with_settings(config: ExperimentConfig, settings: dict[str, Any]) -> ExperimentConfig:
     """Puts settings where their names belong.
 
@@ -174,7 +165,9 @@ def _with_settings(config: ExperimentConfig, settings: dict[str, Any]) -> Experi
       ValueError: there is no such name; the nearest are shown.
     """
     names = {
-        part: [field.name for field in dataclasses.fields(getattr(config, part)) if field.name != "name"]
+        part: [
+            field.name for field in dataclasses.fields(getattr(config, part)) if field.name not in ("name", "module")
+        ]
         for part in ("model", "train", "eval", "parallel")
     } | {"data": list(_OF_SPLITS)}
     changes: dict[str, dict[str, Any]] = {part: {} for part in names}

@@ -32,10 +32,11 @@ from experiments.benchmarks.timing import step_form, time_in_turns
 from experiments.benchmarks.train_step import Step, planned_memory
 from experiments.command_line import OptionParser
 from experiments.configs import load_config
-from tim4rec_jax.config import ExperimentConfig, ModelConfig, ParallelConfig
+from tim4rec_jax.config import ExperimentConfig, ParallelConfig
 from tim4rec_jax.data.loader import PackedBatch
 from tim4rec_jax.data.negatives import Negatives, Proposal, draw_negatives
 from tim4rec_jax.data.packing import plan_packed_rows
+from tim4rec_jax.model_config import ModelConfig
 from tim4rec_jax.models import build_model
 from tim4rec_jax.parallel.item_table import shardings
 from tim4rec_jax.parallel.mesh import make_layout
@@ -65,10 +66,9 @@ class _GivenBatches:
 
 def model_settings(options: argparse.Namespace, items: int, length: int, **changes: Any) -> ModelConfig:
     """Returns the settings of the experiment's model for a catalogue and rows of `length`."""
-    # The times of a log of a few years, which no log gives here; they decide no shape.
-    times = {"gap_mean": 8.0, "gap_std": 3.0, "first_second": 0, "last_second": 10**8}
-    changes |= times | (_TINY if options.tiny else {})
-    return dataclasses.replace(load_config(options.config).model, vocab_size=items + 1, max_len=length, **changes)
+    model = load_config(options.config).model
+    changes |= {name: size for name, size in _TINY.items() if hasattr(model, name)} if options.tiny else {}
+    return dataclasses.replace(model, vocab_size=items + 1, max_len=length, **changes)
 
 
 def settings_of(options: argparse.Namespace, items: int, shards: int, rows: int, length: int) -> ExperimentConfig:

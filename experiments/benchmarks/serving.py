@@ -79,7 +79,7 @@ def settings_of(options: argparse.Namespace) -> ExperimentConfig:
       ValueError: for an unknown configuration, or one whose model cannot go on from a state.
     """
     config = exact_order(load_config(options.config))
-    sizes = {"vocab_size": options.items + 1, "gap_mean": 8.0, "gap_std": 3.0, **(_TINY if options.tiny else {})}
+    sizes = {"vocab_size": options.items + 1, **(_TINY if options.tiny else {})}
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, **sizes))
     require_streamable(build_model(config.model))
     return config

@@ -1,4 +1,4 @@
-"""The training step: its savings one by one, its kernels on and off, six models side by side, and PyTorch's.
+"""The training step: its savings one by one, its kernels on and off, all models side by side, and PyTorch's.
 
 `run` (`experiments.benchmark train_step`) takes forms of it through the same real batches:
 padded          every layer at every one of max_len positions
@@ -48,7 +48,7 @@ from experiments.command_line import OptionParser
 from experiments.configs import MODEL_NAMES, load_config
 from experiments.family import file_name
 from experiments.train import parse as parse_experiment
-from tim4rec_jax.config import ExperimentConfig, ModelConfig, TrainConfig
+from tim4rec_jax.config import ExperimentConfig
 from tim4rec_jax.data.interactions import InteractionLog, load_log, with_precision
 from tim4rec_jax.data.loader import Batch, Loader, PrefixSampler
 from tim4rec_jax.data.packing import LengthGroup, plan_length_groups
@@ -62,12 +62,6 @@ from tim4rec_jax.training.step import init_state, make_optimizer, train_step
 from tim4rec_jax.typing import Array
 
 _BATCHES = 4
-# The setting of each operator's backend, and its value without our kernels.
-_SWITCHES = {
-    "ssd": (ModelConfig, "ssd_implementation", "xla"),
-    "conv": (ModelConfig, "conv_implementation", "xla"),
-    "loss": (TrainConfig, "loss_implementation", None),
-}
 # Data set -> rows of its item table, and the mean length of its training rows.
 _DATA = {"ml-1m": (3417, 118.0), "beauty": (12_102, 8.4)}
 # Of its batches in the paper, of 2048 rows.
@@ -226,7 +220,8 @@ def sized(name: str, about: tuple[int, float], tokens: int, **sizes: Any) -> Sha
       sizes: of the model.
     """
     config = load_config(name)
-    model = dataclasses.replace(config.model, vocab_size=about[0], **sizes)
+    read = {name: size for name, size in sizes.items() if hasattr(config.model, name)}
+    model = dataclasses.replace(config.model, vocab_size=about[0], **read)
     train = dataclasses.replace(config.train, batch_size=tokens // model.max_len)
     return Shape(dataclasses.replace(config, model=model, train=train), about[1])
 
@@ -235,8 +230,8 @@ def shapes(tiny: bool) -> tuple[Shape, ...]:
     """Returns the paper's two settings, with the number of items that the data sets have after cleaning."""
     if tiny:
         small = {"max_len": 8, "d_model": 16, "d_state": 16, "head_dim": 16, "dropout": 0.0}
-        small |= {"use_time": False, "use_ffn": False, "d_conv": 2}
-        return (sized("ml1m_tim4rec", _TINY_DATA, 32, **small),)
+        small |= {"use_ffn": False, "d_conv": 2}
+        return (sized("ml1m_ssd4rec", _TINY_DATA, 32, **small),)
     return tuple(sized(f"{file_name(data)}_tim4rec", about, _PAPER_TOKENS[data]) for data, about in _DATA.items())
 
 
@@ -288,19 +283,10 @@ class ResidentBatches:
         return batch
 
 
-def with_kernels(config: ExperimentConfig, kernels: tuple[str, ...], implementation: str) -> ExperimentConfig:
-    """Returns the settings with the named operators on our kernels and the others in plain JAX.
-
-    Args:
-      config: settings.
-      kernels: of "ssd", "conv" and "loss".
-      implementation: the kernels' name.
-    """
-    parts = {ModelConfig: config.model, TrainConfig: config.train}
-    for op, (owner, name, off) in _SWITCHES.items():
-        value = implementation if op in kernels else off
-        parts[owner] = dataclasses.replace(parts[owner], **{name: value})
-    return dataclasses.replace(config, model=parts[ModelConfig], train=parts[TrainConfig])
+def with_kernels(config: ExperimentConfig, kernels: str, *, loss: bool) -> ExperimentConfig:
+    """Returns the settings with all operators in one backend, also the loss or not."""
+    model, train = dataclasses.replace(config.model, kernels=kernels), config.train
+    return dataclasses.replace(config, model=model, train=dataclasses.replace(train, loss_in_tiles=loss))
 
 
 def our_form(config: ExperimentConfig, precision: str, groups: tuple[LengthGroup, ...], batches: list[Batch]) -> Form:
@@ -317,15 +303,13 @@ def compare_kernels(
     shape: Shape, precision: str, settings: Settings, batches: list[Batch], lengths: np.ndarray
 ) -> dict:
     """Times the step with kernels on and off, and PyTorch's, in turns; every row at full length."""
-    choices = {"kernels off": (), "kernels on": tuple(_SWITCHES)}
+    choices = {"kernels off": ("xla", False), "kernels on": (settings.implementation, True)}
     if precision == "tfloat32" and not settings.tiny:
-        choices |= {"kernel of ssd": ("ssd",), "kernels of ssd and conv": ("ssd", "conv")}
+        choices["kernels of ssd and conv"] = (settings.implementation, False)
     groups = groups_of(shape.config, lengths, max_groups=1, microbatch_tokens=None, platform="gpu")
     builders = {
-        name: functools.partial(
-            our_form, with_kernels(shape.config, kernels, settings.implementation), precision, groups, batches
-        )
-        for name, kernels in choices.items()
+        name: functools.partial(our_form, with_kernels(shape.config, kernels, loss=loss), precision, groups, batches)
+        for name, (kernels, loss) in choices.items()
     }
     forms, failed = build_all(builders)
     others, missing = torch_step_forms(shape.config, precision, batches, settings.tiny)
@@ -357,7 +341,7 @@ def sweep_groups(shape: Shape, precision: str, settings: Settings, batches: list
     tried = [(1, None), (2, tokens // 2), (4, tokens // 4), (6, tokens // 8), (6, tokens // 16)]
     if settings.tiny:
         tried = [(1, tokens // 2)]
-    config = with_kernels(shape.config, tuple(_SWITCHES), settings.implementation)
+    config = with_kernels(shape.config, settings.implementation, loss=True)
     plans = {
         f"length_groups={g}, microbatch_tokens={t}": groups_of(
             config, lengths, max_groups=g, microbatch_tokens=t, platform="gpu"

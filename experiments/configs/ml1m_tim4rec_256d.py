@@ -7,6 +7,7 @@ Command: python -m experiments.train --config=ml1m_tim4rec_256d
 import dataclasses
 
 from experiments.configs import ml1m_tim4rec
+from experiments.family import of_model
 from tim4rec_jax.config import ExperimentConfig
 
 
@@ -15,6 +16,6 @@ def config() -> ExperimentConfig:
     return dataclasses.replace(
         base,
         name="ml1m_tim4rec_256d",
-        model=dataclasses.replace(base.model, d_model=256, d_state=64, head_dim=128, use_time=False),
+        model=dataclasses.replace(of_model(base.model, "ssd4rec"), d_model=256, d_state=64, head_dim=128),
         train=dataclasses.replace(base.train, batch_size=512),
     )

@@ -6,14 +6,15 @@ little noise in the log bring the jump into the first epochs.
 Result: experiments/results/quickstart.json. Command: python -m experiments.train --config=quickstart
 """
 
-from tim4rec_jax.config import DataConfig, EvalConfig, ExperimentConfig, ModelConfig, TrainConfig
+from tim4rec_jax.config import DataConfig, EvalConfig, ExperimentConfig, TrainConfig
 from tim4rec_jax.data_config import SyntheticConfig
+from tim4rec_jax.models import TiM4RecConfig
 
 
 def config() -> ExperimentConfig:
     return ExperimentConfig(
         name="quickstart",
-        model=ModelConfig(
+        model=TiM4RecConfig(
             max_len=20, d_model=32, num_layers=1, d_state=16, expand=4, head_dim=4, dropout=0.0, time_dropout=0.0,
             kaiming_init=False, mask_padded_time=True, log_time=True,
         ),

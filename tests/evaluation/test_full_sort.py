@@ -9,12 +9,13 @@ import pytest
 
 from tests.evaluation.logs import random_log
 from tests.evaluation.toy_model import ToyModel, init_toy
+from tests.models.settings import settings_of
 from tim4rec_jax import build_model
 from tim4rec_jax.config import DataConfig, EvalConfig, ExperimentConfig, ModelConfig
 from tim4rec_jax.data.splits import Examples
 from tim4rec_jax.evaluation import full_sort
 from tim4rec_jax.evaluation.full_sort import FullSortEvaluator, evaluate
-from tim4rec_jax.models import init_params, last_hidden
+from tim4rec_jax.models import TiM4RecConfig, init_params, last_hidden
 
 MAX_LEN, NUM_ITEMS = 20, 37
 CONFIG = ExperimentConfig("toy", ModelConfig(max_len=MAX_LEN), eval=EvalConfig(batch_size=16, top_k=(10, 20)))
@@ -100,7 +101,9 @@ def test_targets_that_were_seen_are_left_out_and_counted(log, examples):
 
 def test_short_rows_of_a_time_aware_model_are_cut_exactly(log, examples, monkeypatch):
     monkeypatch.setattr(full_sort, "GROUP_PENALTY_TOKENS", {"cpu": 100})
-    settings = ModelConfig(vocab_size=NUM_ITEMS + 1, max_len=MAX_LEN, d_model=16, d_state=8, head_dim=16, num_layers=1)
+    settings = TiM4RecConfig(
+        vocab_size=NUM_ITEMS + 1, max_len=MAX_LEN, d_model=16, d_state=8, head_dim=16, num_layers=1
+    )
     model = build_model(settings)
     variables = {"params": init_params(model, jax.random.key(0))}
     evaluator = FullSortEvaluator(model, log, examples, CONFIG)
@@ -200,31 +203,30 @@ def test_longer_histories_than_trained(log, examples):
     """A model of any length reads as many events as asked for; one with parameters for its length refuses."""
 
     def with_lengths(model, trained, read):
-        shape = ModelConfig(
-            name=model, vocab_size=NUM_ITEMS + 1, max_len=trained, d_model=8, d_state=4, head_dim=4, inner_size=8,
-            num_layers=1, use_time=False, use_ffn=False,
+        shape = settings_of(
+            model, vocab_size=NUM_ITEMS + 1, max_len=trained, d_model=8, d_state=4, head_dim=4, inner_size=8,
+            num_layers=1, use_ffn=False,
         )  # fmt: skip
         return ExperimentConfig("test", shape, eval=EvalConfig(top_k=(10,), max_len=read))
 
-    long = with_lengths("tim4rec", 45, None)
+    long = with_lengths("ssd4rec", 45, None)
     params = init_params(build_model(long.model), jax.random.key(0))
     params = jax.tree.map(lambda p: 20 * p if p.ndim == 2 else p, params)
     expected = evaluate(build_model(long.model), params, log, examples, long).ranks
-    extended, short = (with_lengths("tim4rec", 4, read) for read in (45, None))
+    extended, short = (with_lengths("ssd4rec", 4, read) for read in (45, None))
     model = build_model(extended.model)
     np.testing.assert_array_equal(evaluate(model, params, log, examples, extended).ranks, expected)
     assert np.any(evaluate(model, params, log, examples, short).ranks != expected)
 
-    attention = with_lengths("sasrec", 4, 45)
     with pytest.raises(ValueError, match=r"eval.max_len=45 is over the model's max_len=4, and sasrec reads no more"):
-        FullSortEvaluator(build_model(attention.model), log, examples, attention)
+        with_lengths("sasrec", 4, 45)
 
 
 @pytest.mark.parametrize("model", ["tim4rec", "tisasrec"])
 def test_fewer_events_than_a_fixed_length_holds(log, examples, model):
     """The ranks are those of histories cut to as many events."""
-    shape = ModelConfig(
-        name=model, vocab_size=NUM_ITEMS + 1, max_len=MAX_LEN, d_model=8, d_state=4, head_dim=4, inner_size=8,
+    shape = settings_of(
+        model, vocab_size=NUM_ITEMS + 1, max_len=MAX_LEN, d_model=8, d_state=4, head_dim=4, inner_size=8,
         num_layers=1, use_ffn=False,
     )  # fmt: skip
     config = ExperimentConfig("test", shape, eval=EvalConfig(top_k=(10,), max_len=3))

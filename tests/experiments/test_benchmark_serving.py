@@ -30,7 +30,7 @@ def test_a_tiny_run(tmp_path, capsys):
         "tiny": True,
         "repeats": 2,
     }
-    assert record["settings"] == settings and record["model"]["use_time"] is False
+    assert record["settings"] == settings and record["model"]["name"] == "ssd4rec"
     growing = {(one["history"], one["form"]): one for one in record["history"]}
     assert set(growing) == {(10, "step"), (10, "window"), (10, "whole"), (1500, "step"), (1500, "window")}
     wide = {(one["users"], one["form"]): one for one in record["users"]}

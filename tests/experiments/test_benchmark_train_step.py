@@ -104,7 +104,7 @@ def test_the_papers_shapes(data, rows, length, vocab, model):
     config = train_step.shape_of(data, model, _options()).config
     assert (config.train.batch_size, config.model.max_len, config.model.vocab_size) == (rows, length, vocab)
     assert config.model.d_model == 64 and config.model.num_layers == 2
-    assert config.model.use_time == (model != "ssd4rec")
+    assert config.model.name == model
 
 
 def test_full_and_real_rows():
@@ -141,12 +141,12 @@ def test_lengths_have_the_mean_of_the_data(mean, longest):
     assert lengths.mean() == pytest.approx(mean, rel=0.01)
 
 
-def test_kernels_are_switched_one_by_one():
+def test_kernels_are_switched():
     config = train_step.shapes(True)[0].config
-    on = train_step.with_kernels(config, ("ssd", "loss"), "pallas_triton")
-    assert (on.model.ssd_implementation, on.model.conv_implementation) == ("pallas_triton", "xla")
-    assert on.train.loss_implementation == "pallas_triton"
-    assert train_step.with_kernels(on, (), "pallas_triton").train.loss_implementation is None
+    on = train_step.with_kernels(config, "pallas_triton", loss=True)
+    assert (on.model.kernels, on.train.loss_in_tiles) == ("pallas_triton", True)
+    off = train_step.with_kernels(on, "xla", loss=False)
+    assert (off.model.kernels, off.train.loss_in_tiles) == ("xla", False)
 
 
 @pytest.mark.parametrize(

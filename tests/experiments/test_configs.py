@@ -10,23 +10,25 @@ import pytest
 
 from experiments.configs import DATA_NAMES, MODEL_NAMES, config_names, load_config
 from experiments.family import file_name
+from tests.models.settings import settings_of
 from tim4rec_jax import build_model
-from tim4rec_jax.config import ExperimentConfig, ModelConfig, TrainConfig, experiment_from_dict
+from tim4rec_jax.config import ExperimentConfig, TrainConfig, experiment_from_dict
 from tim4rec_jax.data.loader import Batch
 from tim4rec_jax.data.packing import LengthGroup
+from tim4rec_jax.model_config import SSDConfig
 from tim4rec_jax.training.step import init_state, make_optimizer, train_step
 
-# Columns of the original programs' settings: l, d, n, head_dim, dropout, time dropout, eps, gate per position, Kaiming,
-# time, batch, learning rate, patience.
+# Columns of the original programs' settings: model, l, d, n, head_dim, dropout, eps, Kaiming, batch, learning rate,
+# patience; of the time branch: dropout, gate per position.
 EXPECTED = {
-    "ml1m_tim4rec": (200, 64, 32, 32, 0.2, 0.2, 1e-12, False, True, True, 2048, 1e-3, 20),
-    "ml1m_tim4rec_256d": (200, 256, 64, 128, 0.2, 0.2, 1e-12, False, True, False, 512, 1e-3, 20),
-    "ml1m_ssd4rec": (200, 64, 32, 32, 0.2, 0.2, 1e-12, False, True, False, 2048, 1e-3, 20),
-    "ml100k_tim4rec": (50, 64, 32, 32, 0.2, 0.2, 1e-12, False, True, True, 2048, 1e-3, 20),
-    "beauty_tim4rec": (50, 64, 32, 32, 0.4, 0.0, 1e-5, True, False, True, 2048, 1e-3, 20),
-    "videogames_tim4rec": (50, 64, 32, 32, 0.4, 0.0, 1e-5, True, False, True, 2048, 1e-3, 20),
-    "kuairand_tim4rec": (50, 64, 32, 32, 0.2, 0.0, 1e-10, False, False, False, 2048, 1e-3, 10),
-    "steam_tim4rec": (50, 64, 32, 32, 0.2, 0.2, 1e-10, False, True, True, 2048, 5e-4, 20),
+    "ml1m_tim4rec": ("tim4rec", 200, 64, 32, 32, 0.2, 1e-12, True, 2048, 1e-3, 20, 0.2, False),
+    "ml1m_tim4rec_256d": ("ssd4rec", 200, 256, 64, 128, 0.2, 1e-12, True, 512, 1e-3, 20),
+    "ml1m_ssd4rec": ("ssd4rec", 200, 64, 32, 32, 0.2, 1e-12, True, 2048, 1e-3, 20),
+    "ml100k_tim4rec": ("tim4rec", 50, 64, 32, 32, 0.2, 1e-12, True, 2048, 1e-3, 20, 0.2, False),
+    "beauty_tim4rec": ("tim4rec", 50, 64, 32, 32, 0.4, 1e-5, False, 2048, 1e-3, 20, 0.0, True),
+    "videogames_tim4rec": ("tim4rec", 50, 64, 32, 32, 0.4, 1e-5, False, 2048, 1e-3, 20, 0.0, True),
+    "kuairand_tim4rec": ("ssd4rec", 50, 64, 32, 32, 0.2, 1e-10, False, 2048, 1e-3, 10),
+    "steam_tim4rec": ("tim4rec", 50, 64, 32, 32, 0.2, 1e-10, True, 2048, 5e-4, 20, 0.2, False),
 }
 
 
@@ -35,10 +37,10 @@ def test_values_of_the_original_programs(name):
     config = load_config(name)
     model, train = config.model, config.train
     assert config.name == name
+    of_time = (model.time_dropout, model.time_gate_per_position) if model.name == "tim4rec" else ()
     assert EXPECTED[name] == (
-        model.max_len, model.d_model, model.d_state, model.head_dim, model.dropout, model.time_dropout, model.norm_eps,
-        model.time_gate_per_position, model.kaiming_init, model.use_time, train.batch_size, train.learning_rate,
-        train.patience,
+        model.name, model.max_len, model.d_model, model.d_state, model.head_dim, model.dropout, model.norm_eps,
+        model.kaiming_init, train.batch_size, train.learning_rate, train.patience, *of_time,
     )  # fmt: skip
     assert (model.num_layers, model.expand, model.d_conv, model.chunk_size, model.use_ffn) == (2, 2, 4, 32, True)
     assert (train.epochs, train.loss, train.weight_decay, train.clip_norm, train.schedule) == (
@@ -48,18 +50,18 @@ def test_values_of_the_original_programs(name):
     assert config.data.k_core == 5
 
 
-# Columns: registered model, with time, attention heads, dropout, batch, patience.
+# Columns: model, attention heads, dropout, batch, patience.
 FAMILY = {
-    "ml1m_mamba4rec": ("mamba4rec", True, 2, 0.2, 2048, 20),
-    "ml1m_echomamba4rec": ("echomamba4rec", True, 2, 0.2, 2048, 10),
-    "ml1m_sasrec": ("sasrec", True, 2, 0.2, 2048, 20),
-    "ml1m_tisasrec": ("tisasrec", True, 4, 0.2, 256, 20),
-    "beauty_ssd4rec": ("tim4rec", False, 2, 0.4, 2048, 20),
-    "beauty_mamba4rec": ("mamba4rec", True, 2, 0.4, 2048, 20),
-    "beauty_echomamba4rec": ("echomamba4rec", True, 2, 0.2, 2048, 10),
-    "beauty_sasrec": ("sasrec", True, 2, 0.4, 2048, 20),
-    "videogames_tisasrec": ("tisasrec", True, 4, 0.4, 256, 20),
-    "ml100k_tisasrec": ("tisasrec", True, 4, 0.2, 2048, 20),
+    "ml1m_mamba4rec": ("mamba4rec", None, 0.2, 2048, 20),
+    "ml1m_echomamba4rec": ("echomamba4rec", None, 0.2, 2048, 10),
+    "ml1m_sasrec": ("sasrec", 2, 0.2, 2048, 20),
+    "ml1m_tisasrec": ("tisasrec", 4, 0.2, 256, 20),
+    "beauty_ssd4rec": ("ssd4rec", None, 0.4, 2048, 20),
+    "beauty_mamba4rec": ("mamba4rec", None, 0.4, 2048, 20),
+    "beauty_echomamba4rec": ("echomamba4rec", None, 0.2, 2048, 10),
+    "beauty_sasrec": ("sasrec", 2, 0.4, 2048, 20),
+    "videogames_tisasrec": ("tisasrec", 4, 0.4, 256, 20),
+    "ml100k_tisasrec": ("tisasrec", 4, 0.2, 2048, 20),
 }
 
 
@@ -79,7 +81,7 @@ def test_values_of_the_causal_experiments(name):
         config.model.max_len, train.batch_size, train.epochs, config.model.dropout, train.learning_rate,
     )  # fmt: skip
     assert (train.schedule, train.warmup_steps) == ("cosine", 40)
-    assert (config.name, config.model.time_mode, config.train.positions) == (name, "causal", "all")
+    assert (config.name, config.model.name, config.train.positions) == (name, "tim4rec_causal", "all")
     base = load_config(name.removesuffix("_causal"))
     assert config.data == dataclasses.replace(base.data, timestamp_precision="int64")
 
@@ -89,7 +91,7 @@ def test_values_of_the_family(name):
     config = load_config(name)
     model, train = config.model, config.train
     assert FAMILY[name] == (
-        model.name, model.use_time, model.attention_heads, model.dropout, train.batch_size, train.patience,
+        model.name, getattr(model, "attention_heads", None), model.dropout, train.batch_size, train.patience,
     )  # fmt: skip
     base = load_config(name.partition("_")[0] + "_tim4rec")
     assert config.name == name and config.eval == base.eval
@@ -107,7 +109,7 @@ def test_only_the_papers_own_experiments_order_events_as_its_program_does():
 
 def test_every_config_is_covered():
     combinations = {f"{file_name(data)}_{model}" for data in DATA_NAMES for model in MODEL_NAMES}
-    assert set(config_names()) == {*EXPECTED, *CAUSAL, *combinations, "quickstart"}
+    assert set(config_names()) == {*EXPECTED, *combinations, "quickstart"}
     assert load_config("quickstart_tim4rec").model == load_config("quickstart").model
 
 
@@ -127,7 +129,7 @@ def prepare_a_step(model, train):
     lengths = np.array([1, model.max_len // 2, model.max_len], np.int32)
     items = np.random.default_rng(0).integers(1, model.vocab_size, (3, model.max_len), np.int32)
     items *= np.arange(model.max_len) < lengths[:, None]
-    timestamps = np.cumsum(items, axis=1).astype(np.float32)
+    timestamps = np.cumsum(items, axis=1).astype(np.int32)
     given = items, lengths, timestamps, np.array([3, 4, 5], np.int32), np.ones(3, np.float32)
     batch = Batch(*(jnp.asarray(a) for a in given))
 
@@ -155,7 +157,7 @@ def test_every_model_takes_a_step(model):
     """Narrow, for the compiler's sake."""
     config = load_config(f"quickstart_{model}")
     narrow = {"vocab_size": 30, "d_model": 8, "d_state": 4, "head_dim": 4, "inner_size": 8}
-    step, make_state = prepare_a_step(dataclasses.replace(config.model, **narrow), TrainConfig())
+    step, make_state = prepare_a_step(settings_of(**dataclasses.asdict(config.model) | narrow), TrainConfig())
     before = make_state()
     after, loss = jax.jit(step)(before)
     assert abs(float(loss) - np.log(30)) < 0.5
@@ -190,7 +192,7 @@ def test_unknown_config_shows_the_nearest():
 )
 def test_model_values_out_of_range(change, message):
     with pytest.raises(ValueError, match=message):
-        ModelConfig(**change)
+        SSDConfig(**change)
 
 
 @pytest.mark.parametrize(
@@ -213,13 +215,3 @@ def test_unknown_stored_setting_is_named():
     with pytest.raises(ValueError, match=r"unknown settings \['train.lerning_rate'\]"):
         experiment_from_dict(values)
     assert isinstance(experiment_from_dict(load_config("quickstart").to_dict()), ExperimentConfig)
-
-
-def test_a_setting_that_is_gone_is_read_where_it_said_what_is_now_the_only_way():
-    config = load_config("quickstart")
-    values = config.to_dict()
-    values["model"]["time_features"] = "gap"
-    assert experiment_from_dict(values) == config
-    values["model"]["time_features"] = "gap+bins"
-    with pytest.raises(ValueError, match=r"model.time_features='gap\+bins' is no longer offered, only 'gap'"):
-        experiment_from_dict(values)

@@ -1,6 +1,5 @@
 """experiments.convert: checkpoints of the original programs become run folders, and run folders checkpoints."""
 
-import dataclasses
 import hashlib
 import json
 import os
@@ -19,27 +18,27 @@ from experiments import convert, evaluate, recommend
 from experiments.benchmarks.torch_models import echomamba4rec, mamba4rec, sasrec, tim4rec, tisasrec
 from tests.edited_runs import reseal
 from tests.evaluation.logs import random_log
-from tim4rec_jax.config import ModelConfig
+from tests.models.settings import sibling
 from tim4rec_jax.data.splits import gather_windows
 from tim4rec_jax.interop import params_from_torch
 from tim4rec_jax.interop.settings import upstream_from_config
-from tim4rec_jax.models import last_hidden
+from tim4rec_jax.models import TiM4RecConfig, last_hidden
 from tim4rec_jax.run_dir import read_config, read_environment
 from tim4rec_jax.serving.stored_run import load_log, load_model
 from tim4rec_jax.training.logging import read_metrics
 from tim4rec_jax.training.loop import train
 
 ITEMS = 12
-SMALL = ModelConfig(vocab_size=ITEMS + 1, max_len=10, d_model=16, num_layers=1, d_state=4, head_dim=16)
+SMALL = TiM4RecConfig(vocab_size=ITEMS + 1, max_len=10, d_model=16, num_layers=1, d_state=4, head_dim=16)
 TWINS = {
     "TiM4Rec": (tim4rec.TiM4Rec, SMALL),
-    "SSD4Rec": (tim4rec.TiM4Rec, dataclasses.replace(SMALL, use_time=False)),
-    "Mamba4Rec": (mamba4rec.Mamba4Rec, dataclasses.replace(SMALL, name="mamba4rec", kaiming_init=False)),
+    "SSD4Rec": (tim4rec.TiM4Rec, sibling(SMALL, "ssd4rec")),
+    "Mamba4Rec": (mamba4rec.Mamba4Rec, sibling(SMALL, "mamba4rec", kaiming_init=False)),
     "EchoMamba4Rec": (
-        echomamba4rec.EchoMamba4Rec, dataclasses.replace(SMALL, name="echomamba4rec", kaiming_init=False),
+        echomamba4rec.EchoMamba4Rec, sibling(SMALL, "echomamba4rec", kaiming_init=False),
     ),
-    "SASRec": (sasrec.SASRec, dataclasses.replace(SMALL, name="sasrec", inner_size=32)),
-    "TiSASRec": (tisasrec.TiSASRec, dataclasses.replace(SMALL, name="tisasrec", inner_size=32)),
+    "SASRec": (sasrec.SASRec, sibling(SMALL, "sasrec", inner_size=32)),
+    "TiSASRec": (tisasrec.TiSASRec, sibling(SMALL, "tisasrec", inner_size=32)),
 }  # fmt: skip
 DATA = ["--data.k_core=0", "--eval.top_k", "3", "5", "--eval.monitor=ndcg@5", "--train.progress=false"]
 # As the original programs' files have them, beside the model.
@@ -285,7 +284,7 @@ def test_the_authors_program_with_time_off_is_ssd4rec(tmp_path, log_file, capsys
     options = _write(tmp_path, "SSD4Rec", settings=extra)
     output = tmp_path / "theirs"
     assert _main(capsys, *options, f"--output={output}", f"--data.path={log_file}", *DATA)[0] == 0
-    assert read_config(output).model.use_time is False
+    assert read_config(output).model.name == "ssd4rec"
     options = _write(tmp_path, "SSD4Rec", settings=extra | {"is_time": True})
     more = [f"--output={tmp_path / 'other'}", f"--data.path={log_file}", *DATA, "--model=SSD4Rec"]
     code, _, err = _main(capsys, *options, *more)

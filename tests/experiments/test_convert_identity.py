@@ -11,7 +11,8 @@ import torch
 
 from experiments import convert, evaluate
 from experiments.item_ids_file import as_csv, read_item_ids
-from tim4rec_jax.config import DataConfig, EvalConfig, ExperimentConfig, ModelConfig, TrainConfig
+from tests.models.settings import settings_of
+from tim4rec_jax.config import DataConfig, EvalConfig, ExperimentConfig, TrainConfig
 from tim4rec_jax.data.interactions import load_log
 from tim4rec_jax.models import build_model, init_params
 from tim4rec_jax.run_dir import read_environment, read_items
@@ -43,7 +44,7 @@ def _make_run(folder, frame, model="sasrec", **settings):
     size = dict(
         vocab_size=log.num_items + 1, max_len=6, d_model=16, num_layers=1, inner_size=16, d_state=4, head_dim=16
     )
-    config = ModelConfig(name=model, **size | settings)
+    config = settings_of(model, **size | settings)
     shapes = jax.eval_shape(functools.partial(init_params, build_model(config)), jax.random.key(0))
     random = np.random.default_rng(1)
     params = jax.tree.map(lambda leaf: np.asarray(random.normal(0, 0.5, leaf.shape), np.float32), shapes)
@@ -311,8 +312,8 @@ def test_leftovers_of_a_stopped_conversion_to_a_run_are_cleared(copied, written,
 
 
 def test_models_without_a_counterpart_say_so(tmp_path, capsys):
-    run = _make_run(tmp_path, _frame(), model="tim4rec", time_mode="causal", date_knots=4)
-    _refused(capsys, [f"--run={run}", f"--output={tmp_path / 'm.pth'}"], "the causal TiM4Rec (time_mode=causal) has no")
+    run = _make_run(tmp_path, _frame(), model="tim4rec_causal", date_knots=4)
+    _refused(capsys, [f"--run={run}", f"--output={tmp_path / 'm.pth'}"], "the model 'tim4rec_causal' has no")
     assert not list(tmp_path.glob("m.*"))
 
 

@@ -62,7 +62,7 @@ GRID = ["--grid", "train.learning_rate=1e-3,3e-3", "model.dropout=0.1,0.2"]
 
 
 def test_a_real_training(tmp_path, capsys):
-    argv = ["--config=quickstart_sasrec", "--grid", "train.learning_rate=3e-2", "--train.length_groups=1"]
+    argv = ["--config=quickstart_ssd4rec", "--grid", "train.learning_rate=3e-2", "--train.length_groups=1"]
     code, _, err = _main(capsys, tmp_path / "lr", *argv)
     assert code == 0, err
     record = json.loads((tmp_path / "lr" / "sweep.json").read_text())
@@ -70,7 +70,7 @@ def test_a_real_training(tmp_path, capsys):
     run = tmp_path / "lr" / "trial_0000" / "seed_2020"
     results, config = read_results(run), read_config(run)
     assert trial["valid"] == results["valid"]["ndcg@10"] and trial["error"] is None and trial["seconds"] > 0
-    assert (config.model.name, config.train.learning_rate, config.train.epochs) == ("sasrec", 0.03, 1)
+    assert (config.model.name, config.train.learning_rate, config.train.epochs) == ("ssd4rec", 0.03, 1)
     assert record["best"]["test"] == results["test"] and record["environment"]["data_fingerprint"]
     assert not (run / "time_off").exists()
     assert "cache_dir" not in record["settings"]["data"]
@@ -210,7 +210,7 @@ def test_a_folder_of_another_sweep_is_refused(tmp_path, capsys, trained, argv, l
         (["--grid", "train.epochs=many,2"], "train.epochs=many: expected a whole number"),
         (["--grid", "train.epochs=2.5"], "train.epochs=2.5: expected a whole number"),
         (["--grid", "train.clip_norm=None,inf"], "train.clip_norm=inf: expected a number or None"),
-        (["--grid", "model.use_time=maybe"], "model.use_time=maybe: expected true or false"),
+        (["--grid", "model.log_time=maybe"], "model.log_time=maybe: expected true or false"),
         (["--grid", "train.loss=ce,hinge"], "train.loss=hinge: expected one of ce, bpr"),
         (["--grid", "model.dropout="], "--grid model.dropout= names no value"),
         (["--grid", "model.dropout"], "--grid model.dropout: expected a setting, = and its values"),

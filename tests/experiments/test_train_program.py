@@ -41,9 +41,10 @@ SMALL = [
 ]  # fmt: skip
 
 
-# Where the model does not matter.
+# What any model reads, and a model for where it does not matter.
+SHAPE = [option for option in SMALL if not option.startswith(("--model.d_state", "--model.head_dim"))]
 FAST = [
-    *SMALL, "--model.name=sasrec", "--model.num_layers=1", "--model.inner_size=16", "--train.length_groups=1",
+    *SHAPE, "--model.name=sasrec", "--model.num_layers=1", "--model.inner_size=16", "--train.length_groups=1",
     "--eval.baselines", "popularity",
 ]  # fmt: skip
 
@@ -168,7 +169,7 @@ def test_both_loaders_train_alike(tmp_path):
 
 
 PACKED = [
-    *SMALL[1:], "--config=quickstart_sasrec", "--train.positions=all", "--train.batch_size=32", "--train.log_every=1",
+    *SHAPE[1:], "--config=quickstart_sasrec", "--train.positions=all", "--train.batch_size=32", "--train.log_every=1",
     "--eval.baselines", "popularity",
 ]  # fmt: skip
 

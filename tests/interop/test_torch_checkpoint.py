@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from experiments.benchmarks.torch_models import tim4rec as pytorch
-from tim4rec_jax import ModelConfig, build_model, interop
-from tim4rec_jax.models import init_params
+from tests.models.settings import sibling
+from tim4rec_jax import build_model, interop
+from tim4rec_jax.models import TiM4RecConfig, init_params
 
 # The TiM4Rec authors' names; every value differs from our default, and numbers come as YAML may read them.
 UPSTREAM = {
@@ -33,7 +34,7 @@ UPSTREAM = {
     "learning_rate": 0.001,
     "loss_type": "CE",
 }
-EXPECTED = ModelConfig(
+EXPECTED = TiM4RecConfig(
     name="tim4rec",
     vocab_size=0,
     d_model=32,
@@ -47,12 +48,11 @@ EXPECTED = ModelConfig(
     chunk_size=16,
     norm_eps=1e-5,
     use_ffn=False,
-    use_time=True,
     time_gate_per_position=True,
     kaiming_init=False,
     max_len=20,
 )
-SMALL = ModelConfig(vocab_size=11, max_len=6, d_model=8, head_dim=8, d_state=4)
+SMALL = TiM4RecConfig(vocab_size=11, max_len=6, d_model=8, head_dim=8, d_state=4)
 
 
 def without(settings, *names):
@@ -69,10 +69,7 @@ def test_every_setting_is_carried_over(name):
 
 def test_the_model_without_time_has_no_time_settings():
     settings = without(UPSTREAM, "is_time", "time_drop_out", "p2p_residual")
-    default = ModelConfig()
-    expected = dataclasses.replace(
-        EXPECTED, use_time=False, time_dropout=default.time_dropout, time_gate_per_position=False
-    )
+    expected = sibling(EXPECTED, "ssd4rec")
     assert interop.config_from_upstream("SSD4Rec", settings) == expected
     assert interop.config_from_upstream("TiM4Rec", settings | {"is_time": False}) == expected
 
@@ -109,10 +106,10 @@ def test_settings_of_a_wrong_kind(name, value, kind):
         interop.config_from_upstream("TiM4Rec", UPSTREAM | {name: value})
 
 
-@pytest.mark.parametrize(("name", "said"), [("tim4rec", "the causal TiM4Rec"), ("mine", "the model 'mine'")])
-def test_models_without_a_counterpart(name, said):
-    with pytest.raises(ValueError, match=f"{said}.* has no counterpart among the original programs"):
-        interop.settings.upstream_from_config(dataclasses.replace(SMALL, name=name, time_mode="causal"))
+@pytest.mark.parametrize("name", ["tim4rec_causal", "mine"])
+def test_models_without_a_counterpart(name):
+    with pytest.raises(ValueError, match=f"the model '{name}' has no counterpart among the original programs"):
+        interop.settings.upstream_from_config(dataclasses.replace(SMALL, name=name))
 
 
 def test_unknown_names_and_values_out_of_range():
@@ -120,7 +117,7 @@ def test_unknown_names_and_values_out_of_range():
         interop.config_from_upstream("TiM5Rec", UPSTREAM)
     with pytest.raises(ValueError, match=r"head_dim=48 must divide expand\*d_model=128"):
         interop.config_from_upstream("TiM4Rec", UPSTREAM | {"head_dim": 48})
-    known = "known: .'echomamba4rec', 'mamba4rec', 'sasrec', 'tim4rec', 'tisasrec'."
+    known = "known: .'echomamba4rec', 'mamba4rec', 'sasrec', 'ssd4rec', 'tim4rec', 'tisasrec'."
     with pytest.raises(ValueError, match=f"model 'other' has no PyTorch form here; {known}"):
         interop.params_to_torch(dataclasses.replace(SMALL, name="other"), {})
 
@@ -128,7 +125,7 @@ def test_unknown_names_and_values_out_of_range():
 CONFIGS = {
     "default": SMALL,
     "gate per position": dataclasses.replace(SMALL, time_gate_per_position=True, kaiming_init=False),
-    "time off": dataclasses.replace(SMALL, use_time=False),
+    "time off": sibling(SMALL, "ssd4rec"),
     "one layer, no feed-forward": dataclasses.replace(SMALL, num_layers=1, use_ffn=False),
 }
 by_config = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)

@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tim4rec_jax.config import ModelConfig
 from tim4rec_jax.layers.attention import (
     AttentionEncoder,
     CausalAttention,
@@ -17,6 +16,7 @@ from tim4rec_jax.layers.attention import (
     interval_values,
 )
 from tim4rec_jax.layers.rows import Rows
+from tim4rec_jax.models import SASRecConfig
 
 B, L, H, P, SPAN = 3, 7, 2, 5, 11
 
@@ -75,7 +75,7 @@ def sizes(jaxpr):
 def test_no_array_has_a_value_for_every_pair_and_channel():
     """Of what the whole stack computes, forward and backward with dropout; neither has the compiled program one."""
     b, length, d, rows = 2, 200, 128, 257
-    config = ModelConfig(max_len=length, d_model=d, attention_heads=4, num_layers=2)
+    config = SASRecConfig(max_len=length, d_model=d, attention_heads=4, num_layers=2)
     encoder = AttentionEncoder(config)
     embedded, real = jnp.zeros((b, length, d)), jnp.ones((b, length), bool)
     table = jnp.zeros((b, rows, d))
@@ -121,7 +121,7 @@ def test_intervals_are_clipped_whole_seconds_either_way():
 
 
 def test_weights_are_dropped_by_example_head_and_pair():
-    config = ModelConfig(max_len=40, d_model=16, attention_heads=4, attention_dropout=0.3)
+    config = SASRecConfig(max_len=40, d_model=16, attention_heads=4, attention_dropout=0.3)
     attention = CausalAttention(config)
 
     @functools.partial(jax.jit, static_argnums=2)
@@ -146,7 +146,7 @@ def test_weights_are_dropped_by_example_head_and_pair():
 def test_what_attends_to_what():
     """The weights themselves, read off by values that name their position: uniform over real items up to one's own."""
     length = 16
-    config = ModelConfig(max_len=length, d_model=length, attention_heads=1, attention_dropout=0.0)
+    config = SASRecConfig(max_len=length, d_model=length, attention_heads=1, attention_dropout=0.0)
     x = jnp.broadcast_to(jnp.eye(length), (2, length, length))
     zero = {"kernel": jnp.zeros((length, length)), "bias": jnp.zeros(length)}
     same = zero | {"kernel": jnp.eye(length)}

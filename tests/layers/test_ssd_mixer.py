@@ -5,16 +5,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tim4rec_jax.config import ModelConfig
 from tim4rec_jax.layers.rows import Rows
 from tim4rec_jax.layers.ssd_mixer import SSDMixer
+from tim4rec_jax.models import SSD4RecConfig
 
-SIZES = {"vocab_size": 10, "max_len": 20, "d_model": 16, "head_dim": 16, "d_state": 16, "use_time": False}
-KERNELS = {"ssd_implementation": "pallas_triton_interpreted"}
+SIZES = {"vocab_size": 10, "max_len": 20, "d_model": 16, "head_dim": 16, "d_state": 16}
+KERNELS = {"kernels": "pallas_triton_interpreted"}
 
 
 def mixer(**changes):
-    return SSDMixer(ModelConfig(**SIZES | changes))
+    return SSDMixer(SSD4RecConfig(**SIZES | changes))
 
 
 def variables_and_input():
@@ -55,7 +55,7 @@ def test_kernels_equal_plain_jax():
 
 def test_kernels_equal_plain_jax_on_rows_of_several_histories():
     starts = jnp.zeros((2, 20), bool).at[0, jnp.array([0, 7, 16])].set(True).at[1, 17].set(True)
-    plain, kernels = run({}, starts), run(KERNELS | {"conv_implementation": "pallas_triton_interpreted"}, starts)
+    plain, kernels = run({}, starts), run(KERNELS, starts)
     near(kernels[0], plain[0], 2e-6)
     jax.tree.map(lambda a, b: near(a, b, 2e-5), kernels[1], plain[1])
     # Where histories begin is what makes the difference.

@@ -14,20 +14,21 @@ import torch
 from experiments.benchmarks.torch_models import sasrec as pytorch
 from experiments.benchmarks.torch_models.tisasrec import TiSASRec as PyTorchTiSASRec
 from tests.models.calls import call, program
+from tests.models.settings import settings_of
 from tests.torch_reference.test_tim4rec_goldens import (
     assert_close_to_maximum,
     load_case,
     record_hidden_states,
     section,
 )
-from tim4rec_jax import ModelConfig, build_model, interop
+from tim4rec_jax import build_model, interop
 from tim4rec_jax.config import TrainConfig
-from tim4rec_jax.models import init_params
+from tim4rec_jax.models import SASRecConfig, init_params
 from tim4rec_jax.training.losses import cross_entropy
 from tim4rec_jax.training.step import make_optimizer
 
-SMALL = ModelConfig(
-    name="sasrec", vocab_size=23, max_len=12, d_model=16, attention_heads=4, inner_size=24, dropout=0.3,
+SMALL = SASRecConfig(
+    vocab_size=23, max_len=12, d_model=16, attention_heads=4, inner_size=24, dropout=0.3,
     attention_dropout=0.3, norm_eps=1e-5,
 )  # fmt: skip
 LENGTHS = np.array([12, 1, 3, 8])
@@ -78,8 +79,8 @@ def hidden_states(config):
 def config_of(name, arrays):
     settings = json.loads(arrays["config_json"].item())
     assert settings["hidden_act"] == "gelu" and settings["initializer_range"] == 0.02
-    return ModelConfig(
-        name=name, vocab_size=settings["n_items"], max_len=settings["MAX_ITEM_LIST_LENGTH"],
+    return settings_of(
+        name, vocab_size=settings["n_items"], max_len=settings["MAX_ITEM_LIST_LENGTH"],
         d_model=settings["hidden_size"], num_layers=settings["n_layers"], attention_heads=settings["n_heads"],
         inner_size=settings["inner_size"], dropout=settings["hidden_dropout_prob"],
         attention_dropout=settings["attn_dropout_prob"], norm_eps=settings["layer_norm_eps"],

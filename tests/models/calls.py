@@ -4,16 +4,16 @@ import functools
 
 import jax
 
-from tim4rec_jax.models import build_model, last_hidden, one_segment
+from tim4rec_jax.models import build_model, last_hidden, one_segment, variables
 
 
 def call(model, params, items, lengths, timestamps, where="all", **options):
     """Hidden states at "all" positions [b, l, d], or at the "last" real one [b, d]."""
     if where == "last":
-        return last_hidden(model, {"params": params}, items, lengths, timestamps, **options)
+        return last_hidden(model, variables(params), items, lengths, timestamps, **options)
     if not model.packable:
         options["segment_ids"] = one_segment(lengths, items.shape[1])
-    found = model.apply({"params": params}, items, timestamps, **options)
+    found = model.apply(variables(params), items, timestamps, **options)
     # With recorded intermediates there is a second result.
     return (found[0][0], found[1]) if "capture_intermediates" in options else found[0]
 

@@ -9,19 +9,19 @@ import numpy as np
 import pytest
 
 from tests.models.calls import program
-from tim4rec_jax import ModelConfig, build_model
+from tests.models.settings import sibling
+from tim4rec_jax import build_model
 from tim4rec_jax.layers.causal_time import DateOffset, gap_features
-from tim4rec_jax.models import init_params, one_segment
-from tim4rec_jax.models.causal_tim4rec import CausalTiM4Rec
+from tim4rec_jax.models import STATISTICS, CausalTiM4RecConfig, init_params, one_segment, variables
 
-CAUSAL = ModelConfig(
+CAUSAL = CausalTiM4RecConfig(
     vocab_size=40, max_len=12, d_model=16, d_state=8, head_dim=8, chunk_size=5, dropout=0.0, time_dropout=0.0,
-    norm_eps=1e-6, time_mode="causal", gap_mean=8.0, gap_std=3.0, date_knots=5, first_second=1_000,
-    last_second=40_000_000, dtype="float64",
+    norm_eps=1e-6, date_knots=5, dtype="float64",
 )  # fmt: skip
+TIMES = {"gap_mean": 8.0, "gap_std": 3.0, "first_second": 1_000, "last_second": 40_000_000}
 SETTINGS = {
     "time": CAUSAL,
-    "time off": dataclasses.replace(CAUSAL, use_time=False),
+    "time off": sibling(CAUSAL, "ssd4rec"),
     "one layer, no date": dataclasses.replace(CAUSAL, num_layers=1, use_ffn=False, date_knots=0),
 }
 
@@ -36,7 +36,9 @@ def perturbed(config):
     """Parameters far from their initial values, where every path counts."""
     params = init_params(build_model(config), jax.random.key(0))
     rng = np.random.default_rng(1)
-    return jax.tree.map(lambda p: jnp.asarray(p + 0.3 * rng.normal(size=p.shape), p.dtype), params)
+    params = jax.tree.map(lambda p: jnp.asarray(p + 0.3 * rng.normal(size=p.shape), p.dtype), params)
+    statistics = build_model(config).data_statistics(**TIMES)
+    return params | ({STATISTICS: statistics} if statistics else {})
 
 
 def history(length, seed=2, rows=3):
@@ -49,7 +51,7 @@ def history(length, seed=2, rows=3):
 @functools.cache
 def called(config):
     model = build_model(config)
-    return jax.jit(lambda params, *a, **k: model.apply({"params": params}, *a, **k))
+    return jax.jit(lambda params, *a, **k: model.apply(variables(params), *a, **k))
 
 
 def encode(config, params, items, timestamps, **options):
@@ -57,13 +59,13 @@ def encode(config, params, items, timestamps, **options):
 
 
 def empty_cache(config, params, rows):
-    return build_model(config).apply({"params": params}, rows, method="init_cache")
+    return build_model(config).apply(variables(params), rows, method="init_cache")
 
 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_no_position_reads_a_later_one(name):
     config = SETTINGS[name]
-    assert isinstance(build_model(config), CausalTiM4Rec) and build_model(config).causal
+    assert build_model(config).causal and build_model(config).causal
     params = perturbed(config)
     items, timestamps = history(9)
     before = encode(config, params, items, timestamps)
@@ -100,17 +102,15 @@ def test_features_of_an_events_time():
 
 
 def test_the_date_shifts_the_output_along_straight_lines():
-    config = dataclasses.replace(CAUSAL, date_knots=3, first_second=100, last_second=300)
+    config = dataclasses.replace(CAUSAL, date_knots=3)
     knots = np.random.default_rng(0).normal(size=(3, config.d_model))
     offset = DateOffset(config).apply(
-        {"params": {"knots": jnp.asarray(knots)}}, jnp.array([50, 100, 150, 200, 275, 400])
+        {"params": {"knots": jnp.asarray(knots)}}, jnp.array([50, 100, 150, 200, 275, 400]), 100, 300, 2 / 200
     )
     expected = [knots[0], knots[0], (knots[0] + knots[1]) / 2, knots[1], 0.25 * knots[1] + 0.75 * knots[2], knots[2]]
     np.testing.assert_allclose(offset, expected, rtol=0, atol=1e-14)
     with pytest.raises(ValueError, match=r"date_knots=1 must be 0, or at least 2"):
         dataclasses.replace(CAUSAL, date_knots=1)
-    with pytest.raises(ValueError, match=r"first_second=5 must lie before last_second=5"):
-        dataclasses.replace(CAUSAL, first_second=5, last_second=5)
 
 
 @pytest.mark.parametrize("name", SETTINGS)
@@ -193,7 +193,7 @@ def test_ten_thousand_events_one_by_one(dtype, tolerance):
     def step(cache, event):
         item, second = event
         given = item[None, None], second[None, None]
-        hidden, cache = model.apply({"params": params}, *given, cache=cache)
+        hidden, cache = model.apply(variables(params), *given, cache=cache)
         return cache, hidden[0, 0]
 
     start = empty_cache(config, params, 1)
@@ -214,5 +214,13 @@ def test_time_must_be_whole_seconds_for_every_position():
         encode(CAUSAL, params, items, timestamps.astype(jnp.float32))
     with pytest.raises(ValueError, match=r"timestamps have shape \(3, 4\), expected at least \(b, l\)=\(3, 5\)"):
         encode(CAUSAL, params, items, timestamps[:, :4])
-    with pytest.raises(ValueError, match=r"time_mode='casual' must be one of"):
-        dataclasses.replace(CAUSAL, time_mode="casual")
+
+
+def test_without_statistics_the_neutral_ones_are_taken():
+    params = perturbed(CAUSAL)
+    items, timestamps = history(5)
+    plain = {name: part for name, part in params.items() if name != STATISTICS}
+    neutral = plain | {STATISTICS: build_model(CAUSAL).data_statistics()}
+    found = encode(CAUSAL, plain, items, timestamps)
+    np.testing.assert_array_equal(found, encode(CAUSAL, neutral, items, timestamps))
+    assert np.abs(found - encode(CAUSAL, params, items, timestamps)).max() > 1e-3

@@ -1,87 +1,42 @@
 """What every registered model has to do, and one that is registered from outside: the contract of the one call."""
 
-import dataclasses
 import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import linen as nn
 
-from tim4rec_jax import ModelConfig, build_model
-from tim4rec_jax.layers.dense import Linear
-from tim4rec_jax.models import MODELS, SequentialModel, StateSpaceModel, init_params, last_hidden
+from tests.models.settings import settings_of
+from tim4rec_jax import build_model
+from tim4rec_jax.models import MODELS, STATISTICS, SequentialModel, init_params, last_hidden, variables
 
 L, V, D = 10, 30, 16
-SHAPE = ModelConfig(
-    vocab_size=V, max_len=L, d_model=D, d_state=4, head_dim=8, chunk_size=4, inner_size=24, num_layers=2, dropout=0.2,
-    time_dropout=0.2, attention_dropout=0.2, norm_eps=1e-6, gap_mean=8.0, gap_std=3.0, date_knots=4,
-    first_second=1_000, last_second=40_000_000,
-)  # fmt: skip
+SHAPE = {
+    "vocab_size": V, "max_len": L, "d_model": D, "d_state": 4, "head_dim": 8, "chunk_size": 4, "inner_size": 24,
+    "num_layers": 2, "dropout": 0.2, "time_dropout": 0.2, "attention_dropout": 0.2, "norm_eps": 1e-6, "date_knots": 4,
+}  # fmt: skip
+TIMES = {"gap_mean": 8.0, "gap_std": 3.0, "first_second": 1_000, "last_second": 40_000_000}
 
 
-class Recurrent(nn.Module):
-    """A block of a gated recurrent unit, as somebody who adds GRU4Rec writes it.
-
-    Attributes:
-      config: the model's settings.
-    """
-
-    config: ModelConfig
-
-    @nn.compact
-    def __call__(self, u, channel, rows, cache=None):
-        d = self.config.d_model
-        gates, new = Linear(2 * d, self.config.dtype, name="gates"), Linear(d, self.config.dtype, name="new")
-        starts = jnp.zeros_like(rows.real) if rows.starts is None else rows.starts
-
-        def step(h, now):
-            x, start, real = now
-            old = jnp.where(start[:, None], 0, h)
-            reset, keep = jnp.split(nn.sigmoid(gates(jnp.concatenate([x, old], axis=-1))), 2, axis=-1)
-            proposal = jnp.tanh(new(jnp.concatenate([x, reset * old], axis=-1)))
-            h = jnp.where(real[:, None], keep * old + (1 - keep) * proposal, h)
-            return h, h
-
-        h = jnp.zeros((u.shape[0], d), u.dtype) if cache is None else cache
-        outputs = []
-        for t in range(u.shape[1]):
-            h, y = step(h, (u[:, t], starts[:, t], rows.real[:, t]))
-            outputs.append(y)
-        return rows.at(jnp.stack(outputs, axis=1)), channel, None if cache is None else h
-
-    def init_cache(self, batch):
-        return jnp.zeros((batch, self.config.d_model), self.config.dtype)
+FORMS = [*(name for name in MODELS if name != "gru4rec"), "gru4rec"]
 
 
-class GRU4Rec(StateSpaceModel):
-    """Recurrent recommender, registered from outside."""
+@pytest.fixture(autouse=True, scope="module")
+def one_from_outside():
+    from tests.models import gru4rec
 
-    causal = packable = streamable = True
-
-    def block(self):
-        return Recurrent(self.config)
-
-
-@pytest.fixture(autouse=True)
-def one_from_outside(monkeypatch):
-    monkeypatch.setitem(MODELS, "gru4rec", GRU4Rec)
+    yield
+    MODELS.pop(gru4rec.GRU4RecConfig.name, None)
 
 
-FORMS = {
-    **{name: {"name": name} for name in MODELS},
-    "gru4rec": {"name": "gru4rec"},
-    "tim4rec causal": {"name": "tim4rec", "time_mode": "causal"},
-    "ssd4rec": {"name": "tim4rec", "use_time": False},
-}
 LENGTHS = np.array([10, 1, 6])
 
 
 @functools.cache
 def made(name):
     """The model, parameters far from their initial values, and the jitted call."""
-    model = build_model(dataclasses.replace(SHAPE, **FORMS[name]))
+    model = build_model(settings_of(name, **SHAPE))
     shapes = jax.eval_shape(functools.partial(init_params, model), jax.random.key(0))
     leaves, tree = jax.tree.flatten(shapes)
     rng = np.random.default_rng(0)
@@ -89,9 +44,11 @@ def made(name):
 
     @functools.partial(jax.jit, static_argnames="deterministic")
     def call(params, items, timestamps, seed=0, **options):
-        return model.apply({"params": params}, items, timestamps, rngs={"dropout": jax.random.key(seed)}, **options)
+        return model.apply(variables(params), items, timestamps, rngs={"dropout": jax.random.key(seed)}, **options)
 
-    return model, jax.tree.unflatten(tree, draws), call
+    params = jax.tree.unflatten(tree, draws)
+    statistics = model.data_statistics(**TIMES)
+    return model, params | ({STATISTICS: statistics} if statistics else {}), call
 
 
 def rows(seed=0):
@@ -113,9 +70,9 @@ class TestContract:
         assert isinstance(model, SequentialModel)
         hidden, cache = call(params, *rows())
         assert hidden.shape == (3, L, D) and cache is None and np.isfinite(hidden).all()
-        table = model.apply({"params": params}, method="item_table")
+        table = model.apply(variables(params), method="item_table")
         assert table.shape == (V, D)
-        scores = model.apply({"params": params}, hidden, method="score")
+        scores = model.apply(variables(params), hidden, method="score")
         assert scores.shape == (3, L, V)
         near(scores, hidden @ table.T, 1e-4)
 
@@ -126,7 +83,7 @@ class TestContract:
         for positions in (LENGTHS[:, None] - 1, np.stack([LENGTHS - 1, LENGTHS // 2], axis=1)):
             some, _ = call(params, items, times, positions=positions)
             near(some, np.take_along_axis(np.asarray(full), positions[..., None], axis=1))
-        near(last_hidden(model, {"params": params}, items, LENGTHS, times), full[np.arange(3), LENGTHS - 1])
+        near(last_hidden(model, variables(params), items, LENGTHS, times), full[np.arange(3), LENGTHS - 1])
 
     def test_one_segment_says_what_padding_says(self, name):
         _, params, call = made(name)
@@ -151,7 +108,7 @@ class TestContract:
         segments = np.array([[1] * 4 + [2] * 6, [1] + [0] * 9, [1] * 2 + [2] * 4 + [0] * 4], np.int32)
         if not model.packable:
             with pytest.raises(ValueError, match="is not packable: segment_ids go up to 2"):
-                model.apply({"params": params}, items, times, segment_ids=segments)
+                model.apply(variables(params), items, times, segment_ids=segments)
             return
         packed, _ = call(params, items, times, segment_ids=segments)
         for row, first, end in ((0, 0, 4), (0, 4, 10), (1, 0, 1), (2, 0, 2), (2, 2, 6)):
@@ -166,10 +123,10 @@ class TestContract:
         items, times = rows()
         if not model.streamable:
             with pytest.raises(ValueError, match="is not streamable"):
-                model.apply({"params": params}, 1, method="init_cache")
+                model.apply(variables(params), 1, method="init_cache")
             return
         whole, _ = call(params, items, times)
-        cache, parts = model.apply({"params": params}, 3, method="init_cache"), []
+        cache, parts = model.apply(variables(params), 3, method="init_cache"), []
         for piece in (slice(0, 3), slice(3, 4), slice(4, 10)):
             hidden, cache = call(params, items[:, piece], times[:, piece], cache=cache)
             parts.append(hidden)
@@ -194,4 +151,4 @@ class TestContract:
         items, times = rows()
         for wrong in (np.ones((3, L - 1), np.int32), np.ones((3, L), np.float32)):
             with pytest.raises(ValueError, match=r"segment_ids are .*, expected integers of the items' shape"):
-                model.apply({"params": params}, items, times, segment_ids=wrong)
+                model.apply(variables(params), items, times, segment_ids=wrong)

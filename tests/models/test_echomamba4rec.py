@@ -17,6 +17,7 @@ from tests.models.attention_cases import (
     program,
     spread,
 )
+from tests.models.settings import sibling
 from tests.models.test_mamba4rec import SMALL as MAMBA4REC
 from tests.models.test_mamba4rec import (
     check_bfloat16,
@@ -33,7 +34,7 @@ from tim4rec_jax import build_model, interop
 from tim4rec_jax.interop.mamba_names import ECHOMAMBA4REC_UNUSED
 from tim4rec_jax.layers.spectral_filter import spectral_filter
 
-SMALL = dataclasses.replace(MAMBA4REC, name="echomamba4rec", num_layers=1)
+SMALL = sibling(MAMBA4REC, "echomamba4rec", num_layers=1)
 
 
 def test_the_original_in_float32(golden_dir):

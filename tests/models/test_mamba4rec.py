@@ -33,23 +33,24 @@ from tests.models.attention_cases import (
 )
 from tests.models.calls import call
 from tests.models.packing_cases import check_packing
+from tests.models.settings import settings_of
 from tests.torch_reference.test_tim4rec_goldens import (
     assert_close_to_maximum,
     load_case,
     record_hidden_states,
     section,
 )
-from tim4rec_jax import ModelConfig, build_model, interop
+from tim4rec_jax import build_model, interop
 from tim4rec_jax.config import TrainConfig
 from tim4rec_jax.interop import torch_checkpoint
 from tim4rec_jax.interop.mamba_names import ECHOMAMBA4REC_UNUSED, echomamba4rec_names, mamba4rec_names
-from tim4rec_jax.models import MODELS
+from tim4rec_jax.models import MODELS, Mamba4RecConfig
 from tim4rec_jax.models.echomamba4rec import EchoMamba4Rec
 from tim4rec_jax.models.mamba4rec import Mamba4Rec
 from tim4rec_jax.training.step import make_optimizer
 
-SMALL = ModelConfig(
-    name="mamba4rec", vocab_size=23, max_len=12, d_model=16, d_state=8, dropout=0.3, norm_eps=1e-5, kaiming_init=False
+SMALL = Mamba4RecConfig(
+    vocab_size=23, max_len=12, d_model=16, d_state=8, dropout=0.3, norm_eps=1e-5, kaiming_init=False
 )
 TWINS = {"mamba4rec": pytorch.Mamba4Rec, "echomamba4rec": PyTorchEchoMamba4Rec}
 NAMES = {"mamba4rec": mamba4rec_names, "echomamba4rec": echomamba4rec_names}
@@ -66,8 +67,8 @@ def registered(monkeypatch):
 
 def config_of(name, arrays):
     settings = json.loads(arrays["config_json"].item())
-    return ModelConfig(
-        name=name, vocab_size=settings["n_items"], max_len=settings["MAX_ITEM_LIST_LENGTH"],
+    return settings_of(
+        name, vocab_size=settings["n_items"], max_len=settings["MAX_ITEM_LIST_LENGTH"],
         d_model=settings["hidden_size"], num_layers=settings["num_layers"], d_state=settings["d_state"],
         d_conv=settings["d_conv"], expand=settings["expand"], dropout=settings["dropout_prob"], kaiming_init=False,
     )  # fmt: skip
@@ -247,12 +248,10 @@ def check_implementations(config):
     items, _ = batch(config)
     params = spread(config)
     expected = program(config, "last")(params, items, LENGTHS, None)
-    named = dataclasses.replace(config, scan_implementation="reference", conv_implementation="reference")
+    named = dataclasses.replace(config, kernels="reference")
     np.testing.assert_allclose(program(named, "last")(params, items, LENGTHS, None), expected, rtol=0, atol=1e-4)
-    for field in ("scan_implementation", "conv_implementation"):
-        wrong = dataclasses.replace(config, **{field: "fortran"})
-        with pytest.raises(ValueError, match="implementation='fortran' must be one of"):
-            program(wrong, "all").trace(params, items, LENGTHS, None)
+    with pytest.raises(ValueError, match="model.kernels='fortran' is not offered by kernels"):
+        dataclasses.replace(config, kernels="fortran")
 
 
 def check_too_many_positions(config):

@@ -7,12 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tim4rec_jax import ModelConfig, build_model
-from tim4rec_jax.models import init_params, one_segment
+from tim4rec_jax import build_model
+from tim4rec_jax.models import Mamba4RecConfig, init_params, one_segment
 
-TINY = ModelConfig(
-    name="mamba4rec", vocab_size=40, max_len=12, d_model=16, d_state=4, dropout=0.0, norm_eps=1e-6, dtype="float64"
-)
+TINY = Mamba4RecConfig(vocab_size=40, max_len=12, d_model=16, d_state=4, dropout=0.0, norm_eps=1e-6, dtype="float64")
 SETTINGS = {"two layers": TINY, "one layer": dataclasses.replace(TINY, num_layers=1, use_ffn=False)}
 
 

@@ -10,14 +10,15 @@ import numpy as np
 import pytest
 
 from tests.models.calls import call, program
-from tim4rec_jax import ModelConfig, build_model
-from tim4rec_jax.models import init_params
+from tests.models.settings import sibling
+from tim4rec_jax import build_model
+from tim4rec_jax.models import TiM4RecConfig, init_params
 
-SMALL = ModelConfig(
+SMALL = TiM4RecConfig(
     vocab_size=23, max_len=12, d_model=16, head_dim=8, d_state=4, chunk_size=5, dropout=0.3, time_dropout=0.3,
     norm_eps=1e-5,
 )  # fmt: skip
-TIME_OFF = dataclasses.replace(SMALL, use_time=False)
+TIME_OFF = sibling(SMALL, "ssd4rec")
 LENGTHS = np.array([12, 1, 3, 8])
 
 
@@ -56,14 +57,14 @@ BEAUTY = {"vocab_size": 12_102, "kaiming_init": False, "time_gate_per_position":
 
 @pytest.mark.parametrize(("settings", "count"), [(KUAIRAND, 593_498), (BEAUTY, 917_856)])
 def test_parameter_counts_of_known_settings(settings, count):
-    shapes = shapes_of(ModelConfig(max_len=50, **settings))
+    shapes = shapes_of(TiM4RecConfig(max_len=50, **settings))
     assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == count
 
 
 @pytest.mark.parametrize("kaiming", [True, False])
 def test_initial_values(kaiming):
     # Heads of width 1 give many steps and decays to average.
-    config = ModelConfig(vocab_size=500, max_len=50, head_dim=1, num_layers=1, kaiming_init=kaiming)
+    config = TiM4RecConfig(vocab_size=500, max_len=50, head_dim=1, num_layers=1, kaiming_init=kaiming)
     params = initial(config)
     layer, time = params["layers_0"], params["layers_0"]["mixer"]["time"]
     mixer = layer["mixer"]
@@ -233,7 +234,7 @@ def test_models_that_cannot_be_built():
     with pytest.raises(ValueError, match="model.name='tim4rek' is unknown; nearest: tim4rec"):
         build_model(dataclasses.replace(SMALL, name="tim4rek"))
     with pytest.raises(
-        ValueError, match="model.name='zzz' is unknown; nearest: echomamba4rec, mamba4rec, sasrec, tim4rec, tisasrec"
+        ValueError, match="model.name='zzz' is unknown; nearest: echomamba4rec, mamba4rec, sasrec, ssd4rec, tim4rec, "
     ):
         build_model(dataclasses.replace(SMALL, name="zzz"))
     for size in (0, 1):

@@ -50,7 +50,7 @@ def inputs_of(config, arrays):
     items, lengths, targets = (
         jnp.asarray(arrays[f"in/{name}"], jnp.int32) for name in ("item_seq", "item_seq_len", "pos_items")
     )
-    timestamps = jnp.asarray(arrays["in/timestamps"]) if config.use_time else None
+    timestamps = jnp.asarray(arrays["in/timestamps"]) if config.name == "tim4rec" else None
     return items, lengths, timestamps, targets
 
 

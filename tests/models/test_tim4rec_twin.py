@@ -10,11 +10,13 @@ import torch
 
 from experiments.benchmarks.torch_models import tim4rec as pytorch
 from tests.models.calls import call
+from tests.models.settings import sibling
 from tests.torch_reference.perturbed import perturbed
-from tim4rec_jax import ModelConfig, build_model, interop
+from tim4rec_jax import build_model, interop
+from tim4rec_jax.models import TiM4RecConfig
 from tim4rec_jax.training.losses import cross_entropy
 
-BASE = ModelConfig(
+BASE = TiM4RecConfig(
     vocab_size=23, max_len=12, d_model=16, head_dim=8, d_state=4, chunk_size=5, dropout=0.0, time_dropout=0.0,
     norm_eps=1e-5, dtype="float64",
 )  # fmt: skip
@@ -24,11 +26,11 @@ CONFIGS = {
         BASE, time_gate_per_position=True, head_dim=4, mask_padded_time=True, log_time=True, use_ffn=False
     ),
     "one layer, log gaps, a wide filter": dataclasses.replace(BASE, num_layers=1, log_time=True, d_conv=5, d_state=6),
-    "time off, three layers, no feed-forward": dataclasses.replace(
-        BASE, use_time=False, num_layers=3, use_ffn=False, head_dim=16, chunk_size=64
+    "time off, three layers, no feed-forward": sibling(
+        BASE, "ssd4rec", num_layers=3, use_ffn=False, head_dim=16, chunk_size=64
     ),
-    "time off, one layer, silu, masked gaps": dataclasses.replace(
-        BASE, use_time=False, num_layers=1, head_dim=2, expand=1, mask_padded_time=True
+    "time off, one layer, silu, masked gaps": sibling(
+        BASE, "ssd4rec", num_layers=1, head_dim=2, expand=1, mask_padded_time=True
     ),
 }
 LENGTHS = np.array([12, 1, 3, 10])

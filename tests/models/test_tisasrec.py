@@ -22,14 +22,14 @@ from tests.models.attention_cases import (
     check_twin_on_settings,
     one_thread,  # noqa: F401
     program,
-    shapes_of,
     spread,
 )
 from tests.models.attention_cases import SMALL as SASREC
+from tests.models.settings import sibling
 from tim4rec_jax import build_model
 from tim4rec_jax.layers.rows import Rows
 
-SMALL = dataclasses.replace(SASREC, name="tisasrec", time_span=30)
+SMALL = sibling(SASREC, "tisasrec", time_span=30)
 PLAIN = dataclasses.replace(SMALL, dropout=0.0, attention_dropout=0.0)
 
 
@@ -52,9 +52,8 @@ def test_the_twin_on_other_settings(changes, x64):
     check_twin_on_settings(dataclasses.replace(SMALL, **changes))
 
 
-@pytest.mark.parametrize("use_time", [True, False])
-def test_state_dicts_round_trip(use_time):
-    check_round_trip(dataclasses.replace(SMALL, use_time=use_time))
+def test_state_dicts_round_trip():
+    check_round_trip(SMALL)
 
 
 def test_the_model_is_causal():
@@ -102,17 +101,6 @@ def test_float32_seconds_of_today_blur_what_integers_tell_apart():
     today = (timestamps + 978_000_001) * (np.arange(12) < LENGTHS[:, None])
     exact = np.asarray(run(params, items, LENGTHS, today))
     assert np.abs(run(params, items, LENGTHS, today.astype(np.float32)) - exact).max() > 1e-2
-
-
-def test_without_time_it_is_sasrec():
-    config = dataclasses.replace(PLAIN, use_time=False)
-    same = dataclasses.replace(config, name="sasrec")
-    assert build_model(SMALL).uses_time and not build_model(config).uses_time
-    params = spread(config)
-    assert jax.tree.structure(params) == jax.tree.structure(shapes_of(same))
-    items, _ = batch()
-    given = params, items, LENGTHS, None
-    np.testing.assert_array_equal(program(config, "all")(*given), program(same, "all")(*given))
 
 
 def test_examples_drop_values_of_the_interval_tables():

@@ -26,11 +26,11 @@ CONFIGS = {
     ),
     "seconds": make_config(norm_eps=1e-6),
     "causal": make_causal_config(num_layers=2, use_ffn=True),
-    "ssd4rec": make_config(use_time=False, norm_eps=1e-6),
-    "mamba4rec": make_config(name="mamba4rec", **SMALL),
-    "echomamba4rec": make_config(name="echomamba4rec", **SMALL),
-    "sasrec": make_config(name="sasrec", **SMALL),
-    "tisasrec": make_config(name="tisasrec", **SMALL),
+    "ssd4rec": make_config("ssd4rec", norm_eps=1e-6),
+    "mamba4rec": make_config("mamba4rec", **SMALL),
+    "echomamba4rec": make_config("echomamba4rec", **SMALL),
+    "sasrec": make_config("sasrec", **SMALL),
+    "tisasrec": make_config("tisasrec", **SMALL),
 }
 STREAMABLE = ("causal", "ssd4rec", "mamba4rec")
 TIMES = {"faithful": np.float32, "seconds": np.int32, "causal": np.int32, "tisasrec": np.int32}

@@ -42,7 +42,7 @@ def test_history_with_times(run, capsys):
 
 
 def test_model_without_time_says_that_times_are_not_read(log, tmp_path, capsys):
-    make_run(tmp_path / "run", log, make_config(use_time=False))
+    make_run(tmp_path / "run", log, make_config("ssd4rec"))
     _, out, _ = _main(capsys, f"--run={tmp_path / 'run'}", "--history=i1", "--k=1")
     assert "this model does not read times" in " ".join(out.split())
 

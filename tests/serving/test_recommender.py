@@ -10,6 +10,7 @@ import polars as pl
 import pytest
 
 from tests.edited_runs import make_old
+from tests.models.settings import sibling
 from tests.serving.tiny_run import MAX_LEN, NUM_ITEMS
 from tim4rec_jax.models import build_model, init_params, last_hidden
 from tim4rec_jax.serving import recommender as recommender_module
@@ -208,12 +209,12 @@ def test_items_that_do_not_fit_the_model(run, tmp_path):
         Recommender.from_run(copy)
 
 
-@pytest.mark.parametrize(("read", "settings"), [(5, {}), (25, {"use_time": False})])
-def test_as_many_events_are_read_as_in_evaluation(recommender, histories, read, settings):
+@pytest.mark.parametrize(("read", "name"), [(5, "tim4rec"), (25, "ssd4rec")])
+def test_as_many_events_are_read_as_in_evaluation(recommender, histories, read, name):
     """Fewer than the model holds, or more where it reads any length; the rest of a history changes nothing."""
     config = dataclasses.replace(
         recommender.config,
-        model=dataclasses.replace(recommender.config.model, **settings),
+        model=sibling(recommender.config.model, name),
         eval=dataclasses.replace(recommender.config.eval, max_len=read),
     )
     model = build_model(config.model)
@@ -231,7 +232,7 @@ def test_as_many_events_are_read_as_in_evaluation(recommender, histories, read, 
     longer = dataclasses.replace(
         config, model=dataclasses.replace(config.model, max_len=100), eval=recommender.config.eval
     )
-    if settings:
+    if name == "ssd4rec":
         whole = Recommender(
             build_model(longer.model), params, longer, item_ids=recommender.item_ids, titles=None,
             histories=recommender._histories,
@@ -240,6 +241,6 @@ def test_as_many_events_are_read_as_in_evaluation(recommender, histories, read, 
 
 
 def test_more_events_than_a_fixed_length_are_refused(recommender):
-    config = dataclasses.replace(recommender.config, eval=dataclasses.replace(recommender.config.eval, max_len=13))
+    asked = dataclasses.replace(recommender.config.eval, max_len=13)
     with pytest.raises(ValueError, match=r"eval.max_len=13 is over the model's max_len=12, and tim4rec reads no more"):
-        Recommender(recommender.model, {}, config, item_ids=[], titles=None, histories=recommender._histories)
+        dataclasses.replace(recommender.config, eval=asked)

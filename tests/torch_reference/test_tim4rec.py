@@ -9,10 +9,11 @@ import torch
 
 from experiments.benchmarks.torch_models.ssd import ssd_chunked, ssd_sequential
 from experiments.benchmarks.torch_models.tim4rec import TiM4Rec
+from tests.models.settings import sibling
 from tests.torch_reference.perturbed import perturbed
-from tim4rec_jax.config import ModelConfig
+from tim4rec_jax.models import TiM4RecConfig
 
-SMALL = ModelConfig(vocab_size=40, max_len=12, d_model=16, head_dim=8, d_state=4, chunk_size=5, dropout=0.0)
+SMALL = TiM4RecConfig(vocab_size=40, max_len=12, d_model=16, head_dim=8, d_state=4, chunk_size=5, dropout=0.0)
 
 
 def batch(config, rows=4, seed=0):
@@ -57,14 +58,14 @@ def test_strong_decay_gives_finite_gradients():
 
 
 def test_parameter_count_of_the_kuairand_setting():
-    model = TiM4Rec(ModelConfig(vocab_size=7112, max_len=50, kaiming_init=False))
+    model = TiM4Rec(TiM4RecConfig(vocab_size=7112, max_len=50, kaiming_init=False))
     assert sum(parameter.numel() for parameter in model.parameters()) == 593_498
 
 
 @pytest.mark.parametrize("kaiming", [True, False])
 def test_initial_values(kaiming):
     torch.manual_seed(0)
-    config = ModelConfig(vocab_size=500, max_len=50, kaiming_init=kaiming)
+    config = TiM4RecConfig(vocab_size=500, max_len=50, kaiming_init=kaiming)
     state = TiM4Rec(config).state_dict()
     mixer = "ssd_layers.0.ssd."
     for name in ("item_embedding.weight", mixer + "in_proj.weight", mixer + "mlp4time_scale.1.weight"):
@@ -100,7 +101,9 @@ def test_time_changes_the_output_only_where_it_is_used():
     shifted = times + torch.arange(12) ** 2 * 5000 * (times > 0)
     for use_time in (True, False):
         torch.manual_seed(0)
-        config = dataclasses.replace(SMALL, use_time=use_time, mask_padded_time=True, log_time=True, dtype="float64")
+        config = sibling(
+            SMALL, "tim4rec" if use_time else "ssd4rec", mask_padded_time=True, log_time=True, dtype="float64"
+        )
         model = TiM4Rec(config)
         initial = {key: value.float() for key, value in model.state_dict().items()}
         model.load_state_dict(perturbed(initial))
@@ -122,7 +125,7 @@ def test_masked_and_log_compressed_gaps():
 
 def test_one_layer_has_no_residual():
     torch.manual_seed(0)
-    model = TiM4Rec(dataclasses.replace(SMALL, num_layers=1, use_ffn=False, use_time=False))
+    model = TiM4Rec(sibling(SMALL, "ssd4rec", num_layers=1, use_ffn=False))
     items, lengths, _ = batch(SMALL)
     u = model.in_layer_norm(model.item_embedding(items))
     expected = model.ssd_layers[0].layer_norm(model.ssd_layers[0].ssd(u)[0])

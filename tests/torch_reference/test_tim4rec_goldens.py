@@ -9,8 +9,8 @@ import torch
 
 from experiments.benchmarks.torch_models.ssd import ssd_chunked, ssd_sequential
 from experiments.benchmarks.torch_models.tim4rec import TiM4Rec
+from tests.models.settings import settings_of
 from tests.torch_reference.perturbed import perturbed
-from tim4rec_jax.config import ModelConfig
 
 CASES = ("tim4rec_small", "tim4rec_beauty", "tim4rec_notime", "tim4rec_ml1m", "ssd4rec")
 ADAM_STEPS = 5
@@ -36,7 +36,8 @@ def section(arrays, prefix):
 def config_of(arrays):
     """Returns our settings for those of the original program."""
     settings = json.loads(arrays["config_json"].item())
-    return ModelConfig(
+    return settings_of(
+        "tim4rec" if settings.get("is_time", False) else "ssd4rec",
         vocab_size=settings["n_items"],
         max_len=settings["MAX_ITEM_LIST_LENGTH"],
         d_model=settings["hidden_size"],
@@ -50,7 +51,6 @@ def config_of(arrays):
         time_dropout=settings.get("time_drop_out", 0.0),
         norm_eps=settings["norm_eps"],
         use_ffn=settings["is_ffn"],
-        use_time=settings.get("is_time", False),
         time_gate_per_position=settings.get("p2p_residual", False),
         kaiming_init=settings["is_kai_ming_init"],
     )

@@ -22,13 +22,14 @@ from tim4rec_jax.data.loader import make_loader
 from tim4rec_jax.data.packing import LengthGroup
 from tim4rec_jax.data.splits import leave_one_out
 from tim4rec_jax.evaluation.full_sort import FullSortEvaluator
+from tim4rec_jax.models import SASRecConfig, SSD4RecConfig
 from tim4rec_jax.parallel.mesh import make_layout
 from tim4rec_jax.training.checkpoint import Checkpointer
 from tim4rec_jax.training.step import init_state, make_optimizer, train_step
 
 STEPS, HALF, SEED = 50, 25, 3
-MODEL = ModelConfig(
-    name="sasrec", vocab_size=23, max_len=12, d_model=8, attention_heads=2, inner_size=8, dropout=0.3,
+MODEL = SASRecConfig(
+    vocab_size=23, max_len=12, d_model=8, attention_heads=2, inner_size=8, dropout=0.3,
     attention_dropout=0.2, norm_eps=1e-5, num_layers=1, dtype="float64",
 )  # fmt: skip
 # Neither is a multiple of 8.
@@ -113,10 +114,9 @@ def everything() -> dict:
 
 def with_kernels() -> list[list[float]]:
     """Losses of the interpreted kernels on one device and on all."""
-    names = ("ssd_implementation", "conv_implementation")
-    model = ModelConfig(
-        vocab_size=23, max_len=12, d_model=16, head_dim=16, d_state=16, num_layers=1, use_ffn=False, use_time=False,
-        **dict.fromkeys(names, "pallas_triton_interpreted"),
+    model = SSD4RecConfig(
+        vocab_size=23, max_len=12, d_model=16, head_dim=16, d_state=16, num_layers=1, use_ffn=False,
+        kernels="pallas_triton_interpreted",
     )  # fmt: skip
     losses = []
     for strategy in ("single", "sharded"):

@@ -16,14 +16,15 @@ import jax
 import numpy as np
 
 from tests.evaluation.logs import random_log
-from tim4rec_jax import DataConfig, ExperimentConfig, ModelConfig, TrainConfig, build_model
+from tests.models.settings import settings_of
+from tim4rec_jax import DataConfig, ExperimentConfig, TrainConfig, build_model
 from tim4rec_jax.config import EvalConfig, ParallelConfig
 from tim4rec_jax.data.loader import make_loader
 from tim4rec_jax.data.packing import LengthGroup
 from tim4rec_jax.data.splits import leave_one_out
 from tim4rec_jax.evaluation.full_sort import FullSortEvaluator
 from tim4rec_jax.models import last_hidden
-from tim4rec_jax.parallel.item_table import require_shardable, sharded_top_k
+from tim4rec_jax.parallel.item_table import sharded_top_k
 from tim4rec_jax.parallel.mesh import make_layout
 from tim4rec_jax.serving.recommender import best_columns
 from tim4rec_jax.training.checkpoint import Checkpointer
@@ -34,7 +35,7 @@ STEPS, HALF, SEED = 20, 10, 3
 VOCAB, MULTIPLE = 45, 16
 MODELS = {
     "last": {"name": "sasrec", "attention_heads": 2, "inner_size": 8, "attention_dropout": 0.2},
-    "all": {"use_time": False, "head_dim": 8, "d_state": 8},
+    "all": {"name": "ssd4rec", "head_dim": 8, "d_state": 8},
 }
 # Neither is a multiple of 8.
 BATCH = {"last": 21, "all": 5}
@@ -51,7 +52,7 @@ class Training:
 
     def __init__(self, positions: str, shards: int) -> None:
         train = TrainConfig(positions=positions, batch_size=BATCH[positions], learning_rate=1e-2, clip_norm=0.5)
-        model = ModelConfig(
+        model = settings_of(
             **MODELS[positions], vocab_size=VOCAB, vocab_multiple=MULTIPLE, max_len=12, d_model=8, num_layers=1,
             dropout=0.3, norm_eps=1e-5, dtype="float64",
         )  # fmt: skip
@@ -59,7 +60,6 @@ class Training:
         self.config = ExperimentConfig(
             "test", model, DataConfig(loader="device"), train, EvalConfig(5, top_k=(5, 10)), parallel
         )
-        require_shardable(self.config)
         self.layout = make_layout(parallel)
         places = self.layout.batch_indices(train.batch_size)
         self.loader = make_loader(self.config, log(), leave_one_out(log()).train, places)

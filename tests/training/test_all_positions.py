@@ -11,26 +11,27 @@ import pytest
 
 from tests.evaluation.logs import random_log
 from tests.models.attention_cases import spread
+from tests.models.settings import settings_of
 from tests.training.test_step import reveal_gradients
 from tim4rec_jax import DataConfig, ExperimentConfig, ModelConfig, TrainConfig, build_model
 from tim4rec_jax.data.loader import make_loader
 from tim4rec_jax.data.packing import LengthGroup
 from tim4rec_jax.data.splits import gather_windows, leave_one_out
-from tim4rec_jax.models import last_hidden
+from tim4rec_jax.models import SASRecConfig, last_hidden
 from tim4rec_jax.training import losses as loss_functions
 from tim4rec_jax.training.losses import weighted_cross_entropy
-from tim4rec_jax.training.step import TrainState, init_state, make_optimizer, require_packable, train_step
+from tim4rec_jax.training.step import TrainState, init_state, make_optimizer, train_step
 
 MAX_LEN, ITEMS = 12, 22
-MODEL = ModelConfig(
-    name="sasrec", vocab_size=ITEMS + 1, max_len=MAX_LEN, d_model=16, attention_heads=2, inner_size=24, dropout=0.3,
+MODEL = SASRecConfig(
+    vocab_size=ITEMS + 1, max_len=MAX_LEN, d_model=16, attention_heads=2, inner_size=24, dropout=0.3,
     attention_dropout=0.2, norm_eps=1e-5, num_layers=2,
 )  # fmt: skip
 PLAIN = dataclasses.replace(MODEL, dropout=0.0, attention_dropout=0.0)
 FAMILY = (
     {"name": "sasrec"},
     {"name": "mamba4rec"},
-    {"name": "tim4rec", "time_mode": "causal", "head_dim": 8, "time_dropout": 0.0},
+    {"name": "tim4rec_causal", "head_dim": 8, "time_dropout": 0.0},
 )
 
 
@@ -117,7 +118,7 @@ def test_its_loss_and_gradients_are_those_of_all_prefixes():
 
 @pytest.mark.parametrize("changes", FAMILY, ids=lambda changes: changes["name"])
 def test_its_loss_and_gradients_are_those_of_all_prefixes_to_the_last_digits(changes, x64):
-    check_against_prefixes(dataclasses.replace(PLAIN, **changes, dtype="float64"), 1e-11)
+    check_against_prefixes(settings_of(**dataclasses.asdict(PLAIN) | changes | {"dtype": "float64"}), 1e-11)
 
 
 def test_microbatches_do_not_matter_with_dropout():
@@ -147,9 +148,8 @@ def test_pieces_of_the_loss_give_the_whole_sum(monkeypatch, num_trained, impleme
     def expected(hidden, table):
         return jnp.sum(weights * optax.softmax_cross_entropy_with_integer_labels(hidden @ table.T, targets))
 
-    total, gradients = jax.jit(functools.partial(weighted_cross_entropy, implementation=implementation))(
-        hidden, table, targets, weights
-    )
+    loss = functools.partial(weighted_cross_entropy, in_tiles=implementation is not None, kernels=implementation)
+    total, gradients = jax.jit(loss)(hidden, table, targets, weights)
     wanted, wanted_gradients = expected(hidden, table)
     np.testing.assert_allclose(total, wanted, rtol=1e-5)
     for mine, other in zip(gradients, wanted_gradients, strict=True):
@@ -165,7 +165,7 @@ def test_the_loss_is_computed_where_there_is_weight_only():
     assert loss_functions.loss_positions(2000) == 256
     # The second piece of 256 would reach into what has none.
     hidden[500:512] = 0
-    total, (d_hidden, d_table) = jax.jit(functools.partial(weighted_cross_entropy, implementation="xla"))(
+    total, (d_hidden, d_table) = jax.jit(functools.partial(weighted_cross_entropy, in_tiles=True, kernels="xla"))(
         hidden, jnp.ones((6, 4)), jnp.zeros(2000, jnp.int32), weights
     )
     assert total == pytest.approx(500 * np.log(6), rel=1e-5)
@@ -204,11 +204,8 @@ def test_backends_of_the_loss_agree():
     payload, state = only_batch(loader), state_of(PLAIN)
     expected = step_of(config, 20, loader)(state, loader.resident, payload)
     for name in ("reference", "xla"):
-        named = config_of(PLAIN, 20, loss_implementation=name)
+        named = config_of(dataclasses.replace(PLAIN, kernels=name), 20, loss_in_tiles=True)
         assert_alike(step_of(named, 20, loader)(state, loader.resident, payload), expected, 5e-6)
-    wrong = config_of(PLAIN, 20, loss_implementation="fortran")
-    with pytest.raises(ValueError, match="implementation='fortran' must be one of"):
-        step_of(wrong, 20, loader).trace(state, loader.resident, payload)
 
 
 def test_scores_of_a_piece_that_are_too_many_go_in_tiles(monkeypatch):
@@ -218,8 +215,7 @@ def test_scores_of_a_piece_that_are_too_many_go_in_tiles(monkeypatch):
         monkeypatch.setattr(loss_functions, "_SCORE_BYTES", bytes_at_once)
         shapes = [jax.ShapeDtypeStruct(s, t) for s, t in (((256, 4), "float32"), ((9999, 4), "float32"))]
         shapes += [jax.ShapeDtypeStruct((256,), "int32"), jax.ShapeDtypeStruct((256,), "float32")]
-        loss = functools.partial(weighted_cross_entropy, implementation=None)
-        return "256x9999xf32" in jax.jit(loss).lower(*shapes).as_text()
+        return "256x9999xf32" in jax.jit(functools.partial(weighted_cross_entropy)).lower(*shapes).as_text()
 
     assert widest(4 * 256 * 9999) and not widest(4 * 256 * 9999 - 1)
 
@@ -238,12 +234,6 @@ def test_padding_alone_is_finite():
 
 @pytest.mark.parametrize("name", ["tim4rec", "tisasrec", "echomamba4rec"])
 def test_models_that_cannot_start_anew_inside_a_row_are_refused(name):
-    model = ModelConfig(name=name, vocab_size=9)
-    config = ExperimentConfig("test", model, train=TrainConfig(positions="all"))
-    message = (
-        f"train.positions='all' needs a causal model .* model.name='{name}' with model.time_mode='faithful' is not: "
-        ".* model.time_mode='causal' .* train.positions='last'"
-    )
+    message = f"train.positions='all' needs a causal model .* model.name='{name}' is not: .*, or train.positions='last'"
     with pytest.raises(ValueError, match=message):
-        require_packable(config, build_model(model))
-    require_packable(dataclasses.replace(config, train=TrainConfig()), build_model(model))
+        ExperimentConfig("test", ModelConfig(name=name), train=TrainConfig(positions="all"))

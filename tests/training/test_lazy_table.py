@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 
 from tests.evaluation.logs import random_log
-from tim4rec_jax import DataConfig, ExperimentConfig, ModelConfig, TrainConfig, build_model
+from tim4rec_jax import DataConfig, ExperimentConfig, TrainConfig, build_model
 from tim4rec_jax.config import ParallelConfig
 from tim4rec_jax.data.loader import make_loader
 from tim4rec_jax.data.negatives import Negatives, draw_negatives, make_proposal
 from tim4rec_jax.data.packing import LengthGroup
 from tim4rec_jax.data.splits import leave_one_out
+from tim4rec_jax.models import SASRecConfig
 from tim4rec_jax.parallel.item_table import shardings
 from tim4rec_jax.parallel.mesh import make_layout
 from tim4rec_jax.training.checkpoint import Checkpointer
@@ -23,8 +24,8 @@ from tim4rec_jax.training.losses import cross_entropy, sampled_cross_entropy
 from tim4rec_jax.training.step import init_state, make_optimizer, train_step
 
 STEPS = 20
-MODEL = ModelConfig(
-    name="sasrec", vocab_size=23, max_len=12, d_model=8, attention_heads=2, inner_size=8, dropout=0.3,
+MODEL = SASRecConfig(
+    vocab_size=23, max_len=12, d_model=8, attention_heads=2, inner_size=8, dropout=0.3,
     attention_dropout=0.2, norm_eps=1e-5, num_layers=1, dtype="float64",
 )  # fmt: skip
 BATCH = {"last": 6, "all": 3}

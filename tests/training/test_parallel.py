@@ -1,6 +1,5 @@
 """One device, `shard_map` and `pmap` give the same losses and ranks; devices exchange gradients and no more."""
 
-import dataclasses
 import functools
 import json
 import re
@@ -13,6 +12,7 @@ import pytest
 
 from tests.evaluation.logs import random_log
 from tests.kernels.codegen import capture
+from tests.models.settings import sibling
 from tests.training.fake_devices import ROOT, environment
 from tests.training.test_step import GROUPED, MODEL, GivenBatches, batch_of
 from tim4rec_jax import DataConfig, ExperimentConfig, ModelConfig, TrainConfig, build_model
@@ -88,9 +88,8 @@ def test_interpreted_kernels_on_eight_devices(on_eight):
 
 
 def test_compiled_kernels_lower_inside_the_sharded_step():
-    kernels = dict.fromkeys(("ssd_implementation", "conv_implementation"), "pallas_triton")
-    model_config = dataclasses.replace(MODEL, num_layers=2, head_dim=16, d_state=16, use_time=False, **kernels)
-    config = ExperimentConfig("test", model_config, train=TrainConfig(loss_implementation="pallas_triton"))
+    model_config = sibling(MODEL, "ssd4rec", num_layers=2, head_dim=16, d_state=16, kernels="pallas_triton")
+    config = ExperimentConfig("test", model_config, train=TrainConfig(loss_in_tiles=True))
     model, optimizer = build_model(model_config), make_optimizer(config.train, 1)
     layout = make_layout(ParallelConfig("sharded"))
     state = jax.eval_shape(lambda: init_state(model, optimizer, 0))

@@ -7,10 +7,11 @@ from tests.training.seeded_runs import LOADERS
 from tim4rec_jax.run_dir import read_environment
 
 SHORT = [*OPTIONS, "--train.epochs=1", "--train.tensorboard=false"]
+READ_BY_ALL = [option for option in SHORT if not option.startswith("--model.inner_size")]
 WAYS = {
     "prefixes": SHORT,
     "all positions": [
-        *SHORT, "--model.name=tim4rec", "--model.time_mode=causal", "--model.d_state=8", "--model.head_dim=16",
+        *READ_BY_ALL, "--model.name=tim4rec_causal", "--model.d_state=8", "--model.head_dim=16",
         "--train.positions=all", "--data.timestamp_precision=int64",
     ],
 }  # fmt: skip

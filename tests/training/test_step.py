@@ -10,22 +10,23 @@ import optax
 import pytest
 import torch
 
-from tim4rec_jax import ExperimentConfig, ModelConfig, TrainConfig, build_model
+from tests.models.settings import sibling
+from tim4rec_jax import ExperimentConfig, TrainConfig, build_model
 from tim4rec_jax.data.loader import Batch
 from tim4rec_jax.data.packing import LengthGroup
-from tim4rec_jax.models import init_params
+from tim4rec_jax.models import TiM4RecConfig, init_params
 from tim4rec_jax.training.step import TrainState, init_state, learning_rate_schedule, make_optimizer, train_step
 
 ROWS, MAX_LEN = 10, 12
 LENGTHS = [12, 1, 3, 5, 4, 7, 1, 5, 6, 2]
 PLAIN = (LengthGroup(MAX_LEN, ROWS),)
 GROUPED = (LengthGroup(MAX_LEN, 3), LengthGroup(5, 4))
-MODEL = ModelConfig(
+MODEL = TiM4RecConfig(
     vocab_size=23, max_len=MAX_LEN, d_model=16, head_dim=8, d_state=4, chunk_size=5, dropout=0.3, time_dropout=0.2,
     norm_eps=1e-5, num_layers=1, use_ffn=False,
 )  # fmt: skip
 DEEP = dataclasses.replace(MODEL, num_layers=2, dtype="float64")
-TIME_OFF = dataclasses.replace(MODEL, use_time=False)
+TIME_OFF = sibling(MODEL, "ssd4rec")
 DOUBLE = dataclasses.replace(TIME_OFF, dtype="float64")
 
 

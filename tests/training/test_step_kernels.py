@@ -8,20 +8,22 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tim4rec_jax import ExperimentConfig, ModelConfig, TrainConfig, build_model
+from tests.models.settings import sibling
+from tim4rec_jax import ExperimentConfig, TrainConfig, build_model
 from tim4rec_jax.data.loader import Batch, PackedBatch
 from tim4rec_jax.data.packing import LengthGroup
+from tim4rec_jax.models import TiM4RecConfig
 from tim4rec_jax.training.step import init_state, make_optimizer, train_step
 
 ROWS, MAX_LEN, VOCAB, STEPS = 6, 18, 40, 20
-MODEL = ModelConfig(vocab_size=VOCAB, max_len=MAX_LEN, d_model=16, head_dim=16, d_state=16, time_dropout=0.1)
+MODEL = TiM4RecConfig(vocab_size=VOCAB, max_len=MAX_LEN, d_model=16, head_dim=16, d_state=16, time_dropout=0.1)
 GROUPS = (LengthGroup(MAX_LEN, 4), LengthGroup(7, 3))
 KERNELS = {
     "everything": (
-        {"ssd_implementation": "pallas_triton_interpreted", "conv_implementation": "pallas_triton_interpreted"},
-        {"loss_implementation": "pallas_triton_interpreted"},
+        {"kernels": "pallas_triton_interpreted"},
+        {"loss_in_tiles": True},
     ),
-    "loss in tiles": ({}, {"loss_implementation": "xla"}),
+    "loss in tiles": ({}, {"loss_in_tiles": True}),
 }
 
 
@@ -84,7 +86,7 @@ def test_the_step_that_is_run_has_kernels_in_it():
 
 PACKED_STEPS = 5
 # Two histories and padding in a row, which has 18 positions.
-PACKED = dataclasses.replace(MODEL, name="tim4rec", time_mode="causal")
+PACKED = sibling(MODEL, "tim4rec_causal")
 
 
 def packed_batches():
@@ -134,5 +136,5 @@ def test_the_step_on_all_positions_has_kernels_in_it():
 
 
 def test_a_fused_loss_is_for_cross_entropy_only():
-    with pytest.raises(ValueError, match="loss_implementation='xla' is for loss='ce'; leave it out for loss='bpr'"):
-        TrainConfig(loss="bpr", loss_implementation="xla")
+    with pytest.raises(ValueError, match="loss_in_tiles=True is for loss='ce'; leave it out for loss='bpr'"):
+        TrainConfig(loss="bpr", loss_in_tiles=True)

@@ -25,7 +25,7 @@ from tim4rec_jax.data.packing import choose_lengths
 from tim4rec_jax.data.splits import Examples, gather_windows
 from tim4rec_jax.evaluation.metrics import check_top_k, rank_of_target, summarise
 from tim4rec_jax.evaluation.seen_targets import Measured, measured
-from tim4rec_jax.models import last_hidden
+from tim4rec_jax.models import last_hidden, variables
 from tim4rec_jax.parallel.item_table import (
     ITEM_TILE,
     MODEL_AXIS,
@@ -134,11 +134,10 @@ def _rank_rows(
 ) -> tuple[jax.Array, jax.Array]:
     """Ranks the rows' targets; returns ranks [b] int32 and whether all scores of a row are finite [b] bool."""
     windows = gather_windows(*log, users, ends, max_len, xp=jnp)
-    variables = {"params": params}
     # Models of fixed length ask for all their timestamps, also where fewer events are read.
     timestamps = jnp.pad(windows.timestamps, ((0, 0), (0, time_len - max_len)))
     inputs = windows.items[:, :length], windows.lengths, timestamps
-    hidden = sharded_last_hidden(model, params, *inputs) if sharded else last_hidden(model, variables, *inputs)
+    hidden = sharded_last_hidden(model, params, *inputs) if sharded else last_hidden(model, variables(params), *inputs)
 
     def rank_tile(rows: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
         hidden, targets, users, ends = rows
@@ -148,7 +147,7 @@ def _rank_rows(
                 users, ends = jax.lax.all_gather((users, ends), MODEL_AXIS, tiled=True)
                 seen = gather_windows(*log, users, ends, seen_len, xp=jnp).items
             return sharded_ranks(hidden, targets, params[TABLE]["embedding"], seen, vocab_size=model.config.vocab_size)
-        scores = model.apply(variables, hidden, method="score")
+        scores = model.apply(variables(params), hidden, method="score")
         excluded = None
         if seen_len:
             seen = gather_windows(*log, users, ends, seen_len, xp=jnp).items
@@ -160,23 +159,9 @@ def _rank_rows(
     return ranks.reshape(-1), finite.reshape(-1)
 
 
-def positions_read(model: nn.Module, config: ExperimentConfig) -> int:
-    """Returns how many events of a history are read, at most: eval.max_len, or the model's max_len.
-
-    Args:
-      model: of `config.model`.
-      config: reads model.max_len and eval.max_len.
-
-    Raises:
-      ValueError: more are asked for than the model can read.
-    """
-    trained, asked = config.model.max_len, config.eval.max_len
-    if asked is not None and asked > trained and not model.streamable:
-        raise ValueError(
-            f"eval.max_len={asked} is over the model's max_len={trained}, and {config.model.name} reads no more: train "
-            "with a larger model.max_len, or take a causal state-space model (model.time_mode=causal or use_time=false)"
-        )
-    return trained if asked is None else asked
+def positions_read(config: ExperimentConfig) -> int:
+    """Returns how many events of a history are read, at most: eval.max_len, or the model's max_len."""
+    return config.model.max_len if config.eval.max_len is None else config.eval.max_len
 
 
 class FullSortEvaluator:
@@ -210,7 +195,7 @@ class FullSortEvaluator:
         if len(examples.users) == 0:
             raise ValueError("there are 0 examples to evaluate; does the log have users with at least 3 events?")
         check_top_k(config.eval.top_k, log.num_items, "eval.top_k")
-        self._max_len = positions_read(model, config)
+        self._max_len = positions_read(config)
         self.model, self.config, self._mesh = model, config, mesh
         self.measured = measured(log, examples, config.eval)
         examples = self.measured.examples

@@ -2,8 +2,8 @@
 
 from collections.abc import Iterator
 
-from tim4rec_jax.config import ModelConfig
 from tim4rec_jax.interop.torch_names import Entry, linear, norm
+from tim4rec_jax.model_config import AttentionConfig
 
 
 def _layer(index: int) -> Iterator[Entry]:
@@ -18,7 +18,7 @@ def _layer(index: int) -> Iterator[Entry]:
     yield from norm((*ours, "ffn_norm"), f"{feed_forward}.LayerNorm")
 
 
-def sasrec_names(config: ModelConfig) -> Iterator[Entry]:
+def sasrec_names(config: AttentionConfig) -> Iterator[Entry]:
     """Names every parameter of SASRec (RecBole's form)."""
     yield Entry(("item_embedding", "embedding"), "item_embedding.weight")
     yield Entry(("encoder", "position_embedding", "embedding"), "position_embedding.weight")
@@ -27,9 +27,8 @@ def sasrec_names(config: ModelConfig) -> Iterator[Entry]:
     yield from norm(("encoder", "norm"), "LayerNorm")
 
 
-def tisasrec_names(config: ModelConfig) -> Iterator[Entry]:
+def tisasrec_names(config: AttentionConfig) -> Iterator[Entry]:
     """Names every parameter of TiSASRec."""
     yield from sasrec_names(config)
-    if config.use_time:
-        yield Entry(("interval_keys", "embedding"), "time_matrix_K_emb.weight")
-        yield Entry(("interval_values", "embedding"), "time_matrix_V_emb.weight")
+    yield Entry(("interval_keys", "embedding"), "time_matrix_K_emb.weight")
+    yield Entry(("interval_values", "embedding"), "time_matrix_V_emb.weight")

@@ -5,8 +5,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from tim4rec_jax.config import ModelConfig
 from tim4rec_jax.interop.torch_names import Entry, conv, linear, norm
+from tim4rec_jax.model_config import MixerConfig
 
 # The original EchoMamba4Rec stores an attention block in each of its layers that it never calls.
 ECHOMAMBA4REC_UNUSED = re.compile(r"mamba_layers\.\d+\.multi_query_transformer_block\.")
@@ -33,7 +33,7 @@ def _embedding() -> Iterator[Entry]:
     yield from norm(("embedding_norm",), "LayerNorm")
 
 
-def mamba4rec_names(config: ModelConfig) -> Iterator[Entry]:
+def mamba4rec_names(config: MixerConfig) -> Iterator[Entry]:
     """Names every parameter of Mamba4Rec."""
     yield from _embedding()
     for index in range(config.num_layers):
@@ -46,7 +46,7 @@ def mamba4rec_names(config: ModelConfig) -> Iterator[Entry]:
             yield from norm((ours, "ffn", "norm"), f"{theirs}.ffn.LayerNorm")
 
 
-def echomamba4rec_names(config: ModelConfig) -> Iterator[Entry]:
+def echomamba4rec_names(config: MixerConfig) -> Iterator[Entry]:
     """Names every parameter of EchoMamba4Rec; what `ECHOMAMBA4REC_UNUSED` matches has no counterpart here."""
     yield from _embedding()
     for index in range(config.num_layers):

@@ -1,21 +1,19 @@
-"""Settings of the original PyTorch programs as a `ModelConfig`."""
+"""Settings of the original PyTorch programs as those of our models."""
 
+import dataclasses
 import difflib
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from tim4rec_jax.checks import listed, shown
-from tim4rec_jax.config import ModelConfig
+from tim4rec_jax.model_config import ModelConfig
+from tim4rec_jax.models import model_class
 
-# Original model -> ours, and what its name alone settles.
-_MODELS: dict[str, tuple[str, dict[str, Any]]] = {
-    "tim4rec": ("tim4rec", {}),
-    "ssd4rec": ("tim4rec", {"use_time": False}),
-    "sasrec": ("sasrec", {}),
-    "tisasrec": ("tisasrec", {}),
-    "mamba4rec": ("mamba4rec", {"kaiming_init": False, "norm_eps": 1e-12}),
-    "echomamba4rec": ("echomamba4rec", {"kaiming_init": False, "norm_eps": 1e-12}),
+# What the name of an original model alone settles.
+_SETTLED: dict[str, dict[str, Any]] = {
+    "mamba4rec": {"kaiming_init": False, "norm_eps": 1e-12},
+    "echomamba4rec": {"kaiming_init": False, "norm_eps": 1e-12},
 }
 UPSTREAM_NAMES = ("TiM4Rec", "SSD4Rec", "SASRec", "TiSASRec", "Mamba4Rec", "EchoMamba4Rec")
 # What the original programs can vary and ours cannot.
@@ -70,8 +68,9 @@ _ATTENTION: _Fields = {
     "layer_norm_eps": ("norm_eps", _number),
     "MAX_ITEM_LIST_LENGTH": ("max_len", _whole_number),
 }
+# With `timed` off TiM4Rec is SSD4Rec.
 _WITH_TIME: _Fields = {
-    "is_time": ("use_time", _flag),
+    "is_time": ("timed", _flag),
     "time_drop_out": ("time_dropout", _number),
     "p2p_residual": ("time_gate_per_position", _flag),
 }
@@ -119,8 +118,8 @@ _KINDS: dict[Callable[[Any], Any], str] = {
 
 def _known_model(model_name: str) -> str:
     key = model_name.lower()
-    if key not in _MODELS:
-        near = difflib.get_close_matches(key[:100], _MODELS, n=3, cutoff=0.3) or sorted(_MODELS)
+    if key not in _FIELDS:
+        near = difflib.get_close_matches(key[:100], _FIELDS, n=3, cutoff=0.3) or sorted(_FIELDS)
         raise ValueError(f"model_name={shown(model_name)} is unknown; nearest: {', '.join(near)}")
     return key
 
@@ -176,15 +175,14 @@ def upstream_from_config(config: ModelConfig) -> tuple[str, dict[str, Any]]:
     Raises:
       ValueError: for a model that none of the original programs has.
     """
-    timeless = config.name == "tim4rec" and not config.use_time
-    if config.name not in _MODELS or (config.name == "tim4rec" and config.use_time and config.time_mode == "causal"):
-        kind = "the causal TiM4Rec (time_mode=causal)" if config.name in _MODELS else f"the model {shown(config.name)}"
+    name = next((name for name in UPSTREAM_NAMES if name.lower() == config.name), None)
+    if name is None:
         raise ValueError(
-            f"{kind} has no counterpart among the original programs, which are {', '.join(UPSTREAM_NAMES)}"
+            f"the model {shown(config.name)} has no counterpart among the original programs, which are "
+            f"{', '.join(UPSTREAM_NAMES)}"
         )
-    key = _known_model("ssd4rec" if timeless else config.name)
-    name = next(name for name in UPSTREAM_NAMES if name.lower() == key)
-    settings = {upstream: getattr(config, field) for upstream, (field, _) in _FIELDS[key].items()}
+    ours = {"timed": True, **dataclasses.asdict(config)}
+    settings = {upstream: ours[field] for upstream, (field, _) in _FIELDS[config.name].items()}
     return name, settings | {"n_items": config.vocab_size}
 
 
@@ -203,8 +201,7 @@ def config_from_upstream(model_name: str, settings: Mapping[str, Any]) -> ModelC
       ValueError: for an unknown model, or listing every missing setting and every value of a wrong type.
     """
     key = _known_model(model_name)
-    ours, given = _MODELS[key]
-    fields, values = _FIELDS[key], dict(given)
+    fields, values = _FIELDS[key], dict(_SETTLED.get(key, {}))
     missing = [name for name in fields if name not in settings]
     # Time off makes the settings of the time branch irrelevant.
     if settings.get("is_time") is False:
@@ -224,4 +221,6 @@ def config_from_upstream(model_name: str, settings: Mapping[str, Any]) -> ModelC
             problems.append(f"{name}={shown(settings[name], 40)} is not a {_KINDS[convert]}")
     if problems:
         raise ValueError(f"the settings do not describe a {model_name}: {listed(problems)}")
-    return ModelConfig(name=ours, **values)
+    ours = model_class(key if values.pop("timed", True) else "ssd4rec").Config
+    read = {field.name for field in dataclasses.fields(ours)}
+    return ours(**{name: value for name, value in values.items() if name in read})

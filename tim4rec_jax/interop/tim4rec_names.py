@@ -2,11 +2,11 @@
 
 from collections.abc import Iterator
 
-from tim4rec_jax.config import ModelConfig
 from tim4rec_jax.interop.torch_names import Entry, conv, linear, norm
+from tim4rec_jax.model_config import SSDConfig
 
 
-def _layer(config: ModelConfig, index: int) -> Iterator[Entry]:
+def _layer(config: SSDConfig, index: int, timed: bool) -> Iterator[Entry]:
     ours, theirs = f"layers_{index}", f"ssd_layers.{index}"
     mixer, ssd = (ours, "mixer"), f"{theirs}.ssd"
     for name in ("dt_bias", "A_log", "D"):
@@ -15,7 +15,7 @@ def _layer(config: ModelConfig, index: int) -> Iterator[Entry]:
     yield from linear((*mixer, "in_proj"), f"{ssd}.in_proj")
     yield from linear((*mixer, "out_proj"), f"{ssd}.out_proj")
     yield from conv((*mixer, "conv"), f"{ssd}.conv1d")
-    if config.use_time:
+    if timed:
         time = (*mixer, "time")
         yield from conv((*time, "conv_1"), f"{ssd}.conv1d4time_1")
         yield from conv((*time, "conv_2"), f"{ssd}.conv1d4time_2")
@@ -30,11 +30,20 @@ def _layer(config: ModelConfig, index: int) -> Iterator[Entry]:
         yield from norm((ours, "ffn", "norm"), f"{theirs}.ffn.layer_norm")
 
 
-def tim4rec_names(config: ModelConfig) -> Iterator[Entry]:
-    """Names every parameter; of SSD4Rec too, which is TiM4Rec with time off."""
+def tim4rec_names(config: SSDConfig) -> Iterator[Entry]:
+    """Names every parameter of TiM4Rec."""
+    return _names(config, timed=True)
+
+
+def ssd4rec_names(config: SSDConfig) -> Iterator[Entry]:
+    """Names every parameter of SSD4Rec."""
+    return _names(config, timed=False)
+
+
+def _names(config: SSDConfig, *, timed: bool) -> Iterator[Entry]:
     yield Entry(("item_embedding", "embedding"), "item_embedding.weight")
     yield from norm(("embedding_norm",), "in_layer_norm")
-    if config.use_time:
+    if timed:
         yield from norm(("time_norm",), "layer_norm_time")
     for index in range(config.num_layers):
-        yield from _layer(config, index)
+        yield from _layer(config, index, timed)

@@ -12,17 +12,18 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from tim4rec_jax.checks import listed
-from tim4rec_jax.config import ModelConfig
 from tim4rec_jax.interop.attention_names import sasrec_names, tisasrec_names
 from tim4rec_jax.interop.mamba_names import ECHOMAMBA4REC_UNUSED, echomamba4rec_names, mamba4rec_names
-from tim4rec_jax.interop.tim4rec_names import tim4rec_names
+from tim4rec_jax.interop.tim4rec_names import ssd4rec_names, tim4rec_names
 from tim4rec_jax.interop.torch_names import Entry
+from tim4rec_jax.model_config import ModelConfig
 from tim4rec_jax.models import build_model, init_params
 
 _NAMES: dict[str, Callable[[ModelConfig], Iterator[Entry]]] = {
     "echomamba4rec": echomamba4rec_names,
     "mamba4rec": mamba4rec_names,
     "sasrec": sasrec_names,
+    "ssd4rec": ssd4rec_names,
     "tim4rec": tim4rec_names,
     "tisasrec": tisasrec_names,
 }

@@ -8,11 +8,11 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
 
-from tim4rec_jax.config import ModelConfig
 from tim4rec_jax.layers.dense import Linear, layer_norm, wide
 from tim4rec_jax.layers.dropout import Dropout
 from tim4rec_jax.layers.item_embedding import embedding_table
 from tim4rec_jax.layers.rows import Rows
+from tim4rec_jax.model_config import AttentionConfig
 
 # Added to a score rather than put in its place: a row that may look at nothing (all of it padding) stays finite.
 MASKED_SCORE = -10000.0
@@ -103,7 +103,7 @@ class CausalAttention(nn.Module):
       config: the model's settings.
     """
 
-    config: ModelConfig
+    config: AttentionConfig
 
     def setup(self) -> None:
         config = self.config
@@ -165,7 +165,7 @@ class AttentionLayer(nn.Module):
       config: the model's settings.
     """
 
-    config: ModelConfig
+    config: AttentionConfig
 
     def setup(self) -> None:
         config = self.config
@@ -192,7 +192,7 @@ class AttentionEncoder(nn.Module):
       config: the model's settings.
     """
 
-    config: ModelConfig
+    config: AttentionConfig
 
     def setup(self) -> None:
         config = self.config

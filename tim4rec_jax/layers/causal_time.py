@@ -5,11 +5,11 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
 
-from tim4rec_jax.config import ModelConfig
 from tim4rec_jax.layers.convolution import CausalConv
 from tim4rec_jax.layers.dense import Linear, layer_norm, wide
 from tim4rec_jax.layers.dropout import Dropout
 from tim4rec_jax.layers.rows import Rows
+from tim4rec_jax.model_config import SSDConfig
 
 _INNER = 4
 _NORM_EPS = 1e-5
@@ -18,7 +18,7 @@ _DATE_STD = 1e-3
 TimeCache = tuple[Array, Array]
 
 
-def gap_features(gaps: Array, firsts: Array, *, mean: float, std: float, dtype: jnp.dtype) -> Array:
+def gap_features(gaps: Array, firsts: Array, *, mean: float | Array, std: float | Array, dtype: jnp.dtype) -> Array:
     """Describes the time since the event before.
 
       f = [(log1p(gap) - mean) / std if gap > 0 else 0,  gap == 0,  first event]
@@ -26,7 +26,7 @@ def gap_features(gaps: Array, firsts: Array, *, mean: float, std: float, dtype: 
     Args:
       gaps: [b, l] seconds, at least 0; not read where `firsts`.
       firsts: bool [b, l], no event before it is known.
-      mean, std: of log1p(gap) over the positive gaps of the training part.
+      mean, std: of log1p(gap) over the positive gaps of the training part; numbers, or arrays [].
       dtype: of the result.
 
     Returns:
@@ -52,7 +52,7 @@ class CausalTimeChannel(nn.Module):
       config: the model's settings.
     """
 
-    config: ModelConfig
+    config: SSDConfig
 
     def setup(self) -> None:
         config = self.config
@@ -102,18 +102,18 @@ class DateOffset(nn.Module):
       config: the model's settings.
     """
 
-    config: ModelConfig
+    config: SSDConfig
 
     @nn.compact
-    def __call__(self, timestamps: Array) -> Array:
-        """Maps whole seconds [...] to [..., d]."""
+    def __call__(self, timestamps: Array, first: Array, last: Array, knots_per_second: Array) -> Array:
+        """Maps whole seconds [...] to [..., d]; the rest describes the knots, (m - 1) / (last - first) rounded once."""
         config = self.config
         dtype = wide(config.dtype)
         shape = (config.date_knots, config.d_model)
         knots = self.param("knots", nn.initializers.normal(_DATE_STD), shape, dtype)
         # The difference is exact in whole seconds; its share is not.
-        since = jnp.clip(timestamps, config.first_second, config.last_second) - config.first_second
-        place = since.astype(dtype) * ((config.date_knots - 1) / (config.last_second - config.first_second))
+        since = jnp.clip(timestamps, first, last) - first
+        place = since.astype(dtype) * knots_per_second
         before = jnp.clip(jnp.floor(place).astype(jnp.int32), 0, config.date_knots - 2)
         weight = (place - before)[..., None]
         return ((1 - weight) * knots[before] + weight * knots[before + 1]).astype(config.dtype)

@@ -5,10 +5,10 @@ from collections.abc import Callable
 from flax import linen as nn
 from jax import Array
 
-from tim4rec_jax.config import ModelConfig
 from tim4rec_jax.layers.dense import Linear, layer_norm
 from tim4rec_jax.layers.dropout import Dropout
 from tim4rec_jax.layers.rows import Rows
+from tim4rec_jax.model_config import ModelConfig
 
 FEED_FORWARD_EPS = 1e-12
 

@@ -4,8 +4,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
 
-from tim4rec_jax.config import ModelConfig
 from tim4rec_jax.layers.dense import INIT_STD, wide
+from tim4rec_jax.model_config import ModelConfig
 
 
 def embedding_table(rows: int, config: ModelConfig) -> nn.Embed:

@@ -8,15 +8,15 @@ from flax import linen as nn
 from jax import Array
 
 from kernels.selective_scan import selective_scan
-from tim4rec_jax.config import ModelConfig
 from tim4rec_jax.layers.convolution import CausalConv
 from tim4rec_jax.layers.dense import Linear, wide
 from tim4rec_jax.layers.rows import Rows
+from tim4rec_jax.model_config import MixerConfig
 
 _WIDTH_A_RANK = 16
 
 
-def dt_rank(config: ModelConfig) -> int:
+def dt_rank(config: MixerConfig) -> int:
     """Returns the rank of the map to the steps, ceil(d / 16)."""
     return -(-config.d_model // _WIDTH_A_RANK)
 
@@ -52,15 +52,13 @@ class MambaMixer(nn.Module):
       config: the model's settings.
     """
 
-    config: ModelConfig
+    config: MixerConfig
 
     def setup(self) -> None:
         config = self.config
         dtype, inner = wide(config.dtype), config.d_inner
         self.in_proj = Linear(2 * inner, config.dtype, use_bias=False)
-        self.conv = CausalConv(
-            inner, config.d_conv, "silu", config.kaiming_init, config.dtype, config.conv_implementation
-        )
+        self.conv = CausalConv(inner, config.d_conv, "silu", config.kaiming_init, config.dtype, config.kernels)
         self.x_proj = Linear(dt_rank(config) + 2 * config.d_state, config.dtype, use_bias=False)
         self.dt_proj = Linear(inner, config.dtype, use_bias=False)
         self.dt_bias = self.param("dt_bias", nn.initializers.zeros_init(), (inner,), dtype)
@@ -93,7 +91,7 @@ class MambaMixer(nn.Module):
         scanned = selective_scan(
             x, self.dt_proj(r), -jnp.exp(self.A_log), B, C, D=self.D, dt_bias=self.dt_bias, initial_state=before,
             return_final_state=cache is not None, lengths=lengths, starts=rows.starts,
-            implementation=config.scan_implementation,
+            implementation=config.kernels,
         )  # fmt: skip
         y, after = (scanned, None) if cache is None else scanned
         z = self.in_proj(rows.at(u), [slice(inner, None)])

@@ -6,11 +6,11 @@ from typing import Any
 from flax import linen as nn
 from jax import Array
 
-from tim4rec_jax.config import ModelConfig
 from tim4rec_jax.layers.dense import layer_norm
 from tim4rec_jax.layers.dropout import Dropout
 from tim4rec_jax.layers.feed_forward import FeedForward
 from tim4rec_jax.layers.rows import Rows
+from tim4rec_jax.model_config import ModelConfig
 
 
 class ResidualBlock(nn.Module):

@@ -5,10 +5,10 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
 
-from tim4rec_jax.config import ModelConfig
 from tim4rec_jax.layers.dense import INIT_STD, layer_norm, wide
 from tim4rec_jax.layers.dropout import Dropout
 from tim4rec_jax.layers.rows import Rows
+from tim4rec_jax.model_config import ModelConfig
 
 
 def spectral_filter(x: Array, weight: Array) -> Array:

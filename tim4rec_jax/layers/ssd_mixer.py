@@ -1,6 +1,7 @@
 """The Mamba-2 mixer with an optional time factor on its steps."""
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -9,13 +10,12 @@ from flax import linen as nn
 from jax import Array
 
 from kernels.ssd import ssd, ssd_last, ssd_step, step_size
-from tim4rec_jax.config import ModelConfig
-from tim4rec_jax.layers.causal_time import CausalTimeChannel, TimeCache
+from tim4rec_jax.layers.causal_time import TimeCache
 from tim4rec_jax.layers.convolution import CausalConv
 from tim4rec_jax.layers.dense import Linear, wide
 from tim4rec_jax.layers.norms import gated_rms_norm
 from tim4rec_jax.layers.rows import Rows, take_at
-from tim4rec_jax.layers.time_channel import TimeChannel
+from tim4rec_jax.model_config import SSDConfig
 
 STEP_RANGE = (1e-3, 1e-1)
 STEP_FLOOR = 1e-4
@@ -57,9 +57,11 @@ class SSDMixer(nn.Module):
 
     Attributes:
       config: the model's settings.
+      time_type: makes the time branch from them, `TimeChannel` or `CausalTimeChannel`; None is time off.
     """
 
-    config: ModelConfig
+    config: SSDConfig
+    time_type: Callable[[SSDConfig], nn.Module] | None = None
 
     def setup(self) -> None:
         config = self.config
@@ -68,15 +70,15 @@ class SSDMixer(nn.Module):
         self.in_proj = Linear(2 * inner + 2 * state + heads, config.dtype)
         self.conv = CausalConv(
             inner + 2 * state, config.d_conv, config.activation, config.kaiming_init, config.dtype,
-            config.conv_implementation,
+            config.kernels,
         )  # fmt: skip
         self.dt_bias = self.param("dt_bias", _dt_bias_init, (heads,), dtype)
         self.A_log = self.param("A_log", _decay_init, (heads,), dtype)
         self.D = self.param("D", nn.initializers.ones_init(), (heads,), dtype)
         self.norm_scale = self.param("norm_scale", nn.initializers.ones_init(), (inner,), dtype)
         self.out_proj = Linear(config.d_model, config.dtype)
-        if config.use_time:
-            self.time = CausalTimeChannel(config) if config.time_mode == "causal" else TimeChannel(config)
+        if self.time_type is not None:
+            self.time = self.time_type(config)
 
     def __call__(
         self, u: Array, channel: Array | None, rows: Rows, cache: MixerState | None = None
@@ -109,7 +111,7 @@ class SSDMixer(nn.Module):
         x = x.reshape(*x.shape[:2], config.num_heads, config.head_dim)
         A, options = -jnp.exp(self.A_log), {"D": self.D, "dt_bias": self.dt_bias, "lengths": lengths}
         self.sow("intermediates", "step_size", step_size(dt, self.dt_bias))
-        options |= {"chunk_size": config.chunk_size, "implementation": config.ssd_implementation}
+        options |= {"chunk_size": config.chunk_size, "implementation": config.kernels}
         if cache is None:
             y, after = ssd(x, dt, A, B, C, **options, starts=rows.starts), None
         elif u.shape[1] == 1:
@@ -165,5 +167,5 @@ class SSDMixer(nn.Module):
         return MixerState(
             jnp.zeros((batch, config.d_conv - 1, config.d_inner + 2 * config.d_state), config.dtype),
             jnp.zeros((batch, config.num_heads, config.head_dim, config.d_state), wide(config.dtype)),
-            self.time.init_cache(batch) if config.use_time else None,
+            None if self.time_type is None else self.time.init_cache(batch),
         )

@@ -5,11 +5,11 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
 
-from tim4rec_jax.config import ModelConfig
 from tim4rec_jax.layers.convolution import CausalConv
 from tim4rec_jax.layers.dense import Linear, layer_norm, wide
 from tim4rec_jax.layers.dropout import Dropout
 from tim4rec_jax.layers.rows import Rows
+from tim4rec_jax.model_config import SSDConfig
 
 
 def time_gaps(timestamps: Array, lengths: Array, *, mask_padded: bool, log: bool, dtype: jnp.dtype) -> Array:
@@ -51,7 +51,7 @@ class TimeChannel(nn.Module):
       config: the model's settings.
     """
 
-    config: ModelConfig
+    config: SSDConfig
 
     def setup(self) -> None:
         config = self.config

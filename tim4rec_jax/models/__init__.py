@@ -1,47 +1,156 @@
-"""The models by name."""
+"""The models by name, and how others join them."""
 
+import dataclasses
 import difflib
+import importlib
+import pathlib
+import sys
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
-from tim4rec_jax.config import ModelConfig
 from tim4rec_jax.layers.rows import one_segment
-from tim4rec_jax.models.causal_tim4rec import CausalTiM4Rec
-from tim4rec_jax.models.echomamba4rec import EchoMamba4Rec
-from tim4rec_jax.models.mamba4rec import Mamba4Rec
-from tim4rec_jax.models.recommender import Cache, SequentialModel, StateSpaceModel, last_hidden
-from tim4rec_jax.models.sasrec import SASRec
-from tim4rec_jax.models.tim4rec import TiM4Rec
-from tim4rec_jax.models.tisasrec import TiSASRec
+from tim4rec_jax.model_config import ModelConfig
+from tim4rec_jax.models.echomamba4rec import EchoMamba4Rec, EchoMamba4RecConfig
+from tim4rec_jax.models.mamba4rec import Mamba4Rec, Mamba4RecConfig
+from tim4rec_jax.models.recommender import STATISTICS, Cache, SequentialModel, StateSpaceModel, last_hidden, variables
+from tim4rec_jax.models.sasrec import SASRec, SASRecConfig
+from tim4rec_jax.models.ssd4rec import SSD4Rec, SSD4RecConfig
+from tim4rec_jax.models.tim4rec import TiM4Rec, TiM4RecConfig
+from tim4rec_jax.models.tim4rec_causal import CausalTiM4Rec, CausalTiM4RecConfig
+from tim4rec_jax.models.tisasrec import TiSASRec, TiSASRecConfig
 
-MODELS = {
-    "echomamba4rec": EchoMamba4Rec,
-    "mamba4rec": Mamba4Rec,
-    "sasrec": SASRec,
+MODELS: dict[str, type[SequentialModel]] = {
     "tim4rec": TiM4Rec,
+    "tim4rec_causal": CausalTiM4Rec,
+    "ssd4rec": SSD4Rec,
+    "mamba4rec": Mamba4Rec,
+    "echomamba4rec": EchoMamba4Rec,
+    "sasrec": SASRec,
     "tisasrec": TiSASRec,
 }
+
+
+# Modules whose import registers a model from outside.
+_REGISTERED_BY: dict[str, str] = {}
+
+
+def register_model(name: str, Config: type[ModelConfig], Module: type[SequentialModel]) -> None:
+    """Adds a model: it is then built, trained, evaluated and served as the library's own are.
+
+    A run folder names the module that calls this, and every program imports it first: register on import.
+
+    Args:
+      name: as in `--model.name`.
+      Config: frozen dataclass that inherits from `ModelConfig` and has `name` as its default name.
+      Module: its call is `SequentialModel.__call__`; has `Config` from now on.
+
+    Raises:
+      ValueError: the name is another model's, or the classes are not such.
+    """
+    known = MODELS.get(name)
+    # A module that is imported again registers again.
+    if known is not None and (name not in _REGISTERED_BY or known.__qualname__ != Module.__qualname__):
+        raise ValueError(f"model {name!r} is registered already, by {known.__module__}.{known.__qualname__}")
+    for given, base in ((Config, ModelConfig), (Module, SequentialModel)):
+        if not issubclass(given, base):
+            raise ValueError(f"model {name!r}: {given.__name__} must inherit from {base.__name__}")
+    if Config().name != name:
+        raise ValueError(f"{Config.__name__} has name={Config().name!r}; write `name: str = {name!r}` into it")
+    Module.Config = Config
+    MODELS[name], _REGISTERED_BY[name] = Module, _importable(sys._getframe(1).f_globals)
+
+
+def _importable(caller: dict[str, Any]) -> str:
+    """The name by which other programs import a module; that of a program's file is not "__main__" there."""
+    if caller["__name__"] != "__main__":
+        return caller["__name__"]
+    spec, file = caller.get("__spec__"), caller.get("__file__")
+    return spec.name if spec else pathlib.Path(file).stem if file else "__main__"
+
+
+def model_class(name: str) -> type[SequentialModel]:
+    """Returns a registered model.
+
+    Raises:
+      ValueError: for an unknown name; the nearest are shown.
+    """
+    if name not in MODELS:
+        near = difflib.get_close_matches(str(name), MODELS, n=3, cutoff=0.5) or sorted(MODELS)
+        raise ValueError(
+            f"model.name={name!r} is unknown; nearest: {', '.join(near)}; of your own: give --model.module too"
+        )
+    return MODELS[name]
+
+
+def import_model_module(module: str) -> str | None:
+    """Imports a module that registers a model.
+
+    Args:
+      module: its name, as in an import statement; `my_models:GRU4Rec` says which of its models is meant.
+
+    Returns:
+      The name under which the class behind the colon is registered, or the only one of the module; else None.
+
+    Raises:
+      ValueError: it cannot be imported, or does not register the class.
+    """
+    name, _, wanted = module.partition(":")
+    try:
+        imported = importlib.import_module(name)
+    except Exception as error:
+        raise ValueError(
+            f"model.module={name} cannot be imported ({type(error).__name__}: {str(error)[:80]}); put its folder on "
+            "PYTHONPATH, or start the program there"
+        ) from error
+    names = [model for model, by in _REGISTERED_BY.items() if by == name]
+    if wanted:
+        names = [model for model in names if MODELS[model] is getattr(imported, wanted, None)]
+    if not names:
+        raise ValueError(f"model.module={module}: {name} registers no such model; call register_model there")
+    return names[0] if len(names) == 1 else None
+
+
+def full_config(config: ModelConfig) -> ModelConfig:
+    """Returns settings in the class of their model; a plain `ModelConfig` has the model's own at their defaults.
+
+    `module` becomes whoever registered the model, None for the library's own.
+
+    Raises:
+      ValueError: for an unknown name, or settings of another model.
+    """
+    model = model_class(config.name)
+    if type(config) is ModelConfig and model.Config is not ModelConfig:
+        config = model.Config(**{field.name: getattr(config, field.name) for field in dataclasses.fields(config)})
+    if not isinstance(config, model.Config):
+        raise ValueError(
+            f"model.name={config.name!r} with {type(config).__name__}: give {model.Config.__name__}, the settings of "
+            "that model"
+        )
+    module = _REGISTERED_BY.get(config.name)
+    return config if config.module == module else dataclasses.replace(config, module=module)
 
 
 def build_model(config: ModelConfig) -> SequentialModel:
     """Returns the Linen module of a model.
 
     Raises:
-      ValueError: for an unknown name, an empty vocabulary, or float64 without JAX's 64-bit mode.
+      ValueError: for an unknown name, settings of another model, an empty vocabulary, or float64 without JAX's 64-bit
+        mode.
     """
-    if config.name not in MODELS:
-        near = difflib.get_close_matches(config.name, MODELS, n=3, cutoff=0.5) or sorted(MODELS)
-        raise ValueError(f"model.name={config.name!r} is unknown; nearest: {', '.join(near)}")
+    config = full_config(config)
     if config.vocab_size < 2:
         raise ValueError(f"vocab_size={config.vocab_size} must be at least 2: the padding row and one item")
+    require_x64(config)
+    return model_class(config.name)(config)
+
+
+def require_x64(config: ModelConfig) -> None:
+    """Raises ValueError for float64 without JAX's 64-bit mode."""
     if config.dtype == "float64" and not jax.config.jax_enable_x64:
         raise ValueError("dtype='float64' needs JAX's 64-bit mode: set JAX_ENABLE_X64=1")
-    if config.name == "tim4rec" and (config.time_mode == "causal" or not config.use_time):
-        return CausalTiM4Rec(config)
-    return MODELS[config.name](config)
 
 
 def init_params(model: SequentialModel, key: Array) -> dict[str, Any]:
@@ -56,6 +165,27 @@ def init_params(model: SequentialModel, key: Array) -> dict[str, Any]:
 
 
 __all__ = [
-    "MODELS", "Cache", "SequentialModel", "StateSpaceModel", "build_model", "init_params", "last_hidden",
+    "MODELS",
+    "STATISTICS",
+    "Cache",
+    "CausalTiM4RecConfig",
+    "EchoMamba4RecConfig",
+    "Mamba4RecConfig",
+    "ModelConfig",
+    "SASRecConfig",
+    "SSD4RecConfig",
+    "SequentialModel",
+    "StateSpaceModel",
+    "TiM4RecConfig",
+    "TiSASRecConfig",
+    "build_model",
+    "full_config",
+    "import_model_module",
+    "init_params",
+    "last_hidden",
+    "model_class",
     "one_segment",
-]  # fmt: skip
+    "register_model",
+    "require_x64",
+    "variables",
+]

@@ -1,16 +1,18 @@
 """EchoMamba4Rec: selective state spaces in both directions behind a filter over frequencies."""
 
+from dataclasses import dataclass
+
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from tim4rec_jax.config import ModelConfig
 from tim4rec_jax.layers.dense import layer_norm
 from tim4rec_jax.layers.dropout import Dropout
 from tim4rec_jax.layers.gated_linear_unit import GatedLinearUnit
 from tim4rec_jax.layers.mamba_mixer import MambaMixer
 from tim4rec_jax.layers.rows import Rows
 from tim4rec_jax.layers.spectral_filter import SpectralFilter
+from tim4rec_jax.model_config import MixerConfig
 from tim4rec_jax.models.recommender import Cache, SequentialModel
 from tim4rec_jax.typing import Array
 
@@ -26,7 +28,7 @@ class BidirectionalMamba(nn.Module):
       config: the model's settings.
     """
 
-    config: ModelConfig
+    config: MixerConfig
 
     def setup(self) -> None:
         config = self.config
@@ -56,7 +58,7 @@ class EchoMamba4RecBlock(nn.Module):
       config: the model's settings.
     """
 
-    config: ModelConfig
+    config: MixerConfig
 
     def setup(self) -> None:
         config = self.config
@@ -73,6 +75,13 @@ class EchoMamba4RecBlock(nn.Module):
         return self.glu(self.steps[-1](x, rows), rows)
 
 
+@dataclass(frozen=True)
+class EchoMamba4RecConfig(MixerConfig):
+    """Settings of `EchoMamba4Rec`."""
+
+    name: str = "echomamba4rec"
+
+
 class EchoMamba4Rec(SequentialModel):
     """Bidirectional Mamba with spectral filtering for sequential recommendation (Wang et al. 2024, arXiv 2406.02638).
 
@@ -81,6 +90,8 @@ class EchoMamba4Rec(SequentialModel):
     `num_layers` counts the blocks and the bidirectional steps in each, so n layers hold n^2 pairs of mixers. The
     Fourier transform and the flip read the padding, so a row is always computed at max_len positions.
     """
+
+    Config = EchoMamba4RecConfig
 
     def setup(self) -> None:
         super().setup()

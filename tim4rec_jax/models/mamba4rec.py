@@ -1,14 +1,28 @@
 """Mamba4Rec: selective state spaces over items."""
 
+from dataclasses import dataclass
 from functools import partial
 
 import jax
 
 from tim4rec_jax.layers.mamba_mixer import MambaMixer
 from tim4rec_jax.layers.residual_block import ResidualBlock
+from tim4rec_jax.model_config import MixerConfig
 from tim4rec_jax.models.recommender import StateSpaceModel
 
 _exact_gelu = partial(jax.nn.gelu, approximate=False)
+
+
+@dataclass(frozen=True)
+class Mamba4RecConfig(MixerConfig):
+    """Settings of `Mamba4Rec`.
+
+    Attributes:
+      use_ffn: a feed-forward block follows each mixer.
+    """
+
+    name: str = "mamba4rec"
+    use_ffn: bool = True
 
 
 class Mamba4Rec(StateSpaceModel):
@@ -19,6 +33,7 @@ class Mamba4Rec(StateSpaceModel):
     The feed-forward part has the exact GELU.
     """
 
+    Config = Mamba4RecConfig
     causal = packable = streamable = True
 
     def block(self) -> ResidualBlock:

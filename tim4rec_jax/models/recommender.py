@@ -7,13 +7,31 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from tim4rec_jax.config import ModelConfig
 from tim4rec_jax.layers.dense import layer_norm
 from tim4rec_jax.layers.dropout import Dropout
 from tim4rec_jax.layers.item_embedding import item_embedding, table_rows, tied_scores
 from tim4rec_jax.layers.residual_block import ResidualBlock
 from tim4rec_jax.layers.rows import Rows, one_segment, rows_of
+from tim4rec_jax.model_config import ModelConfig
 from tim4rec_jax.typing import Array, Float, Hidden, Int, Items, Lengths, Timestamps
+
+# Collection of what a model has to know of its training data beside the parameters.
+STATISTICS = "data_statistics"
+
+
+def variables(params: Any) -> dict[str, Any]:
+    """Returns the collections of `model.apply`.
+
+    Args:
+      params: parameter tree, in which the model's data statistics may stand under `STATISTICS`: so they are saved,
+        exported and moved to devices with the parameters.
+    """
+    if STATISTICS not in params:
+        return {"params": params}
+    return {
+        "params": {name: part for name, part in params.items() if name != STATISTICS},
+        STATISTICS: params[STATISTICS],
+    }
 
 
 class Cache(NamedTuple):
@@ -44,14 +62,21 @@ class SequentialModel(nn.Module):
       packable: a row may hold several histories, told apart by `segment_ids`.
       streamable: `cache` is offered, no parameter depends on the length, and rows of any length are read.
       uses_time: timestamps change the output.
+      whole_seconds: they must be exact (`data.timestamp_precision`).
+      without_time: name of the model that is this one without its time branch.
+      Config: class of the settings, the model's own beside those that all models read.
     """
 
     config: ModelConfig
+
+    Config: ClassVar[type[ModelConfig]] = ModelConfig
 
     causal: ClassVar[bool] = False
     packable: ClassVar[bool] = False
     streamable: ClassVar[bool] = False
     uses_time: ClassVar[bool] = False
+    whole_seconds: ClassVar[bool] = False
+    without_time: ClassVar[str | None] = None
 
     def setup(self) -> None:
         self.item_embedding = item_embedding(self.config)
@@ -121,6 +146,15 @@ class SequentialModel(nn.Module):
           ValueError: the model is not streamable.
         """
         raise ValueError(f"{type(self).__name__} is not streamable: it has no cache")
+
+    def data_statistics(self, **times: float | int) -> dict[str, np.ndarray]:
+        """Returns what the model has to know of its training data, for the collection `STATISTICS`.
+
+        Args:
+          times: gap_mean and gap_std of log1p(seconds) over the positive gaps of the training part, its first_second
+            and last_second; neutral values where there are none.
+        """
+        return {}
 
     def item_table(self) -> Float[Array, "v d"]:
         """Returns E, [v, d] in the arithmetic's dtype."""

@@ -1,9 +1,19 @@
 """SASRec: causal self-attention over items and their positions."""
 
+from dataclasses import dataclass
+
 from tim4rec_jax.layers.attention import AttentionEncoder
 from tim4rec_jax.layers.rows import Rows
+from tim4rec_jax.model_config import AttentionConfig
 from tim4rec_jax.models.recommender import Cache, SequentialModel
 from tim4rec_jax.typing import Array
+
+
+@dataclass(frozen=True)
+class SASRecConfig(AttentionConfig):
+    """Settings of `SASRec`."""
+
+    name: str = "sasrec"
 
 
 class SASRec(SequentialModel):
@@ -14,6 +24,7 @@ class SASRec(SequentialModel):
     See `layers.attention` for the layer.
     """
 
+    Config = SASRecConfig
     causal = packable = True
 
     def setup(self) -> None:

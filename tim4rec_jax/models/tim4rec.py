@@ -1,5 +1,8 @@
 """TiM4Rec: state space duality with a time-aware mask, as the paper and its program have it."""
 
+from dataclasses import dataclass
+from functools import partial
+
 from flax import linen as nn
 
 from tim4rec_jax.layers.dense import layer_norm, wide
@@ -7,9 +10,27 @@ from tim4rec_jax.layers.dropout import Dropout
 from tim4rec_jax.layers.residual_block import ResidualBlock
 from tim4rec_jax.layers.rows import Rows
 from tim4rec_jax.layers.ssd_mixer import SSDMixer
-from tim4rec_jax.layers.time_channel import time_gaps
+from tim4rec_jax.layers.time_channel import TimeChannel, time_gaps
+from tim4rec_jax.model_config import SSDConfig
 from tim4rec_jax.models.recommender import Cache, StateSpaceModel
 from tim4rec_jax.typing import Array
+
+
+@dataclass(frozen=True)
+class TiM4RecConfig(SSDConfig):
+    """Settings of `TiM4Rec`, some of whose parameters are of size max_len.
+
+    Attributes:
+      time_dropout: rate inside the time branch; the raw gaps have `dropout`.
+      time_gate_per_position: the time channel's residual gate has a value per position (`p2p_residual`), else per head.
+      mask_padded_time: a padded position has a gap of 0 (the original: minus the last timestamp).
+      log_time: gaps are compressed to sign(gap) * log1p(|gap|) (the original: raw seconds).
+    """
+
+    time_dropout: float = 0.2
+    time_gate_per_position: bool = False
+    mask_padded_time: bool = False
+    log_time: bool = False
 
 
 class TiM4Rec(StateSpaceModel):
@@ -18,30 +39,26 @@ class TiM4Rec(StateSpaceModel):
       x_0 = LayerNorm(Dropout(E[items])),    T_0 = LayerNorm_l(Dropout(gaps)),    x_i, T_i = block_i(x_{i-1}, T_{i-1})
       score = E x_last
 
-    The time branch mixes positions, so the model is not causal and its length is fixed; with time off `build_model`
-    takes `CausalTiM4Rec`, which is the same then. Only timestamps need max_len columns: the item branch is causal, so
-    items may be cut.
+    The time branch mixes positions, so the model is not causal and its length is fixed. Only timestamps need max_len
+    columns: the item branch is causal, so items may be cut.
     """
 
-    @property
-    def uses_time(self) -> bool:
-        return self.config.use_time
+    Config = TiM4RecConfig
+    uses_time = True
+    without_time = "ssd4rec"
 
     def setup(self) -> None:
         super().setup()
         config = self.config
-        if config.use_time:
-            self.time_dropout = Dropout(config.dropout)
-            self.time_norm = layer_norm(config.norm_eps, wide(config.dtype).name)
+        self.time_dropout = Dropout(config.dropout)
+        self.time_norm = layer_norm(config.norm_eps, wide(config.dtype).name)
 
     def block(self) -> ResidualBlock:
-        return ResidualBlock(self.config, SSDMixer, nn.hard_swish)
+        return ResidualBlock(self.config, partial(SSDMixer, time_type=TimeChannel), nn.hard_swish)
 
     def time_channel(self, timestamps: Array | None, rows: Rows, cache: Cache | None) -> Array | None:
         """Returns T_0 [b, 1, max_len], shared by the heads."""
         config = self.config
-        if not config.use_time:
-            return None
         gaps = time_gaps(
             self.full_timestamps(timestamps, rows.real), rows.lengths, mask_padded=config.mask_padded_time,
             log=config.log_time, dtype=wide(config.dtype),

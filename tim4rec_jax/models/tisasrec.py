@@ -1,5 +1,7 @@
 """TiSASRec: causal self-attention that also reads the time between any two events."""
 
+from dataclasses import dataclass
+
 import jax.numpy as jnp
 from flax import linen as nn
 
@@ -7,8 +9,21 @@ from tim4rec_jax.layers.attention import AttentionEncoder, Intervals
 from tim4rec_jax.layers.dropout import Dropout
 from tim4rec_jax.layers.item_embedding import embedding_table
 from tim4rec_jax.layers.rows import Rows
+from tim4rec_jax.model_config import AttentionConfig
 from tim4rec_jax.models.recommender import Cache, SequentialModel
 from tim4rec_jax.typing import Array
+
+
+@dataclass(frozen=True)
+class TiSASRecConfig(AttentionConfig):
+    """Settings of `TiSASRec`.
+
+    Attributes:
+      time_span: largest gap in seconds that is told apart.
+    """
+
+    name: str = "tisasrec"
+    time_span: int = 256
 
 
 class TiSASRec(SequentialModel):
@@ -24,28 +39,21 @@ class TiSASRec(SequentialModel):
     and drops single values of the result, so pairs drop apart. Here an example drops values of the tables, [b,
     time_span + 1, d]: each value is dropped at the same rate, as there alike in all layers, but pairs of one example
     that are equally far apart (all that are time_span or more apart, too) share what they drop.
-
-    With `use_time` off this is SASRec.
     """
 
-    causal = True
-
-    @property
-    def uses_time(self) -> bool:
-        return self.config.use_time
+    Config = TiSASRecConfig
+    causal = uses_time = True
+    without_time = "sasrec"
 
     def setup(self) -> None:
         super().setup()
         self.encoder = AttentionEncoder(self.config)
-        if self.config.use_time:
-            self.interval_keys, self.interval_values = (
-                embedding_table(self.config.time_span + 1, self.config) for _ in range(2)
-            )
-            self.key_dropout, self.value_dropout = (Dropout(self.config.dropout) for _ in range(2))
+        self.interval_keys, self.interval_values = (
+            embedding_table(self.config.time_span + 1, self.config) for _ in range(2)
+        )
+        self.key_dropout, self.value_dropout = (Dropout(self.config.dropout) for _ in range(2))
 
-    def _intervals(self, items: Array, timestamps: Array | None, rows: Rows) -> Intervals | None:
-        if not self.config.use_time:
-            return None
+    def _intervals(self, items: Array, timestamps: Array | None, rows: Rows) -> Intervals:
         timestamps = self.full_timestamps(timestamps, items)
 
         def dropped(table: nn.Embed, dropout: Dropout) -> Array:

@@ -16,8 +16,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from kernels.softmax_cross_entropy import log_sum_exp
-from tim4rec_jax.config import ExperimentConfig
-from tim4rec_jax.models.recommender import SequentialModel, last_hidden
+from tim4rec_jax.models.recommender import SequentialModel, last_hidden, variables
 
 PyTree = Any
 DATA_AXIS, MODEL_AXIS = "data", "model"
@@ -29,24 +28,6 @@ ITEM_TILE = 8192
 
 Carry = TypeVar("Carry")
 Step = Callable[[Carry, Array, Array, Array], Carry]
-
-
-def require_shardable(config: ExperimentConfig) -> None:
-    """Raises ValueError where the settings do not go with `parallel.catalogue_shards`."""
-    shards, model = config.parallel.catalogue_shards, config.model
-    if shards == 1:
-        return
-    if config.train.loss == "bpr":
-        raise ValueError(
-            f"parallel.catalogue_shards={shards} trains with train.loss='ce' or 'sampled_ce', not 'bpr'; use one of "
-            "them, or parallel.catalogue_shards=1"
-        )
-    if model.embedding_rows % shards:
-        raise ValueError(
-            f"parallel.catalogue_shards={shards} must divide the {model.embedding_rows} rows of the item embedding "
-            f"(model.vocab_size={model.vocab_size}, model.vocab_multiple={model.vocab_multiple}); set "
-            f"model.vocab_multiple to a multiple of {shards}"
-        )
 
 
 def partition_specs(tree: PyTree) -> PyTree:
@@ -113,7 +94,7 @@ def sharded_last_hidden(model: SequentialModel, params: PyTree, items: Array, *i
     """Returns `models.last_hidden` of this device's rows inside `shard_map`, from a shard of the table."""
     ids, items = ids_read(items)
     small, small_params = with_rows(model, params, fetch_rows(params[TABLE]["embedding"], ids))
-    return last_hidden(small, {"params": small_params}, items, *inputs).astype(model.config.dtype)
+    return last_hidden(small, variables(small_params), items, *inputs).astype(model.config.dtype)
 
 
 def _own(array: Array, size: int) -> Array:

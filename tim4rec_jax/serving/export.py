@@ -16,7 +16,7 @@ from jax import export
 
 from tim4rec_jax.evaluation.metrics import check_top_k
 from tim4rec_jax.files import locked, replacing_folder
-from tim4rec_jax.models import build_model, last_hidden
+from tim4rec_jax.models import build_model, last_hidden, variables
 from tim4rec_jax.serving.recommender import Recommender, best_columns
 
 EXPORT_FORMAT = 1
@@ -56,8 +56,7 @@ def flat_arrays(tree: Any) -> dict[str, Any]:
 
 def _portable(model: nn.Module) -> nn.Module:
     """The same model in operators that every platform runs."""
-    plain = {name: "xla" for name in ("ssd_implementation", "conv_implementation", "scan_implementation")}
-    return build_model(dataclasses.replace(model.config, **plain))
+    return build_model(dataclasses.replace(model.config, kernels="xla"))
 
 
 def _row_by_row(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -76,20 +75,20 @@ def _programs(model: nn.Module, params: Any, time_dtype: Any, max_len: int, k: i
     names = list(flat_arrays(params))
     b, s = export.symbolic_shape("b, s")
 
-    def variables(parameters: dict[str, jax.Array]) -> dict[str, Any]:
-        return {"params": jax.tree.unflatten(structure, [parameters[name] for name in names])}
+    def collections(parameters: dict[str, jax.Array]) -> dict[str, Any]:
+        return variables(jax.tree.unflatten(structure, [parameters[name] for name in names]))
 
     def shape(*sizes: Any, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(sizes, dtype)
 
     def rank(parameters: Any, hidden: jax.Array, excluded: jax.Array) -> tuple[jax.Array, jax.Array]:
-        scores = model.apply(variables(parameters), hidden, method="score")
+        scores = model.apply(collections(parameters), hidden, method="score")
         best, indices, _ = best_columns(scores, excluded, k)
         return jnp.where(best > -jnp.inf, indices, 0).astype(jnp.int32), best
 
     def recommend(parameters: Any, items: Any, lengths: Any, *rest: Any) -> tuple[jax.Array, jax.Array]:
         def encode(items: Any, lengths: Any, timestamps: Any = None) -> jax.Array:
-            return last_hidden(model, variables(parameters), items, lengths, timestamps)
+            return last_hidden(model, collections(parameters), items, lengths, timestamps)
 
         return rank(parameters, _row_by_row(encode)(items, lengths, *rest[:-1]), rest[-1])
 
@@ -102,7 +101,7 @@ def _programs(model: nn.Module, params: Any, time_dtype: Any, max_len: int, k: i
     if not model.streamable:
         return programs
 
-    empty = jax.eval_shape(lambda p: model.apply({"params": p}, 1, method="init_cache"), params)
+    empty = jax.eval_shape(lambda p: model.apply(variables(p), 1, method="init_cache"), params)
     state_structure, state_names = jax.tree.structure(empty), list(flat_arrays(empty))
 
     def step(parameters: Any, state: Any, item: Any, *timestamp: Any) -> tuple[Any, jax.Array]:
@@ -111,7 +110,7 @@ def _programs(model: nn.Module, params: Any, time_dtype: Any, max_len: int, k: i
             seconds = timestamp[0][:, None] if timestamp else None
             segments = jnp.ones((1, 1), jnp.int32)
             hidden, after = model.apply(
-                variables(parameters), item[:, None], seconds, segment_ids=segments, cache=before
+                collections(parameters), item[:, None], seconds, segment_ids=segments, cache=before
             )
             return flat_arrays(after), hidden[:, 0]
 
@@ -159,7 +158,7 @@ def _export(name: str, program: _Program, platforms: Sequence[str], folder: path
 
 def _write_items(recommender: Recommender, file: pathlib.Path) -> None:
     model, n = recommender.model, recommender.num_items
-    rows = np.asarray(model.apply({"params": recommender.params}, method="item_table").astype(jnp.float32))[1:]
+    rows = np.asarray(model.apply(variables(recommender.params), method="item_table").astype(jnp.float32))[1:]
     table = pl.DataFrame(
         {
             "index": np.arange(1, n + 1, dtype=np.int32),

@@ -18,7 +18,7 @@ from tim4rec_jax.config import ExperimentConfig
 from tim4rec_jax.data.loader import timestamps_for_device
 from tim4rec_jax.evaluation.full_sort import positions_read
 from tim4rec_jax.evaluation.metrics import check_top_k
-from tim4rec_jax.models import last_hidden
+from tim4rec_jax.models import last_hidden, variables
 from tim4rec_jax.run_dir import read_histories, read_items
 from tim4rec_jax.serving.stored_run import load_model
 
@@ -122,9 +122,8 @@ def _top_k(
     k: int,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The k best items after each history, see `best_columns`."""
-    variables = {"params": params}
-    hidden = last_hidden(model, variables, items, lengths, timestamps)
-    return best_columns(model.apply(variables, hidden, method="score"), excluded, k)
+    hidden = last_hidden(model, variables(params), items, lengths, timestamps)
+    return best_columns(model.apply(variables(params), hidden, method="score"), excluded, k)
 
 
 class Recommender:
@@ -144,16 +143,13 @@ class Recommender:
 
         Args:
           model: from `build_model(config.model)`.
-          params: its parameter tree.
+          params: its parameter tree, see `models.variables`.
           config: reads model.max_len, eval.max_len and data.timestamp_precision.
           item_ids: raw id of item 1, 2, ...
           titles: title of item 1, 2, ..., or None where no titles are known.
           histories: columns user_id (String), items (List of item indices), timestamps (List of int64 seconds).
-
-        Raises:
-          ValueError: eval.max_len is more than the model can read.
         """
-        self.max_len = positions_read(model, config)
+        self.max_len = positions_read(config)
         self.model, self.params, self.config = model, params, config
         self.item_ids, self.titles = list(item_ids), None if titles is None else list(titles)
         self.num_items = len(self.item_ids)

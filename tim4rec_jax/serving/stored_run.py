@@ -6,11 +6,13 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from tim4rec_jax.config import ExperimentConfig
 from tim4rec_jax.data.interactions import InteractionLog, LogStatistics
-from tim4rec_jax.models import SequentialModel, build_model, init_params
+from tim4rec_jax.data.splits import split_log, training_times
+from tim4rec_jax.models import STATISTICS, SequentialModel, build_model, init_params, variables
 from tim4rec_jax.run_dir import CHECKPOINTS, read_config, read_environment, read_histories, read_items
 from tim4rec_jax.run_manifest import read_manifest
 from tim4rec_jax.training.checkpoint import Checkpointer
@@ -22,7 +24,8 @@ class StoredModel(NamedTuple):
     Attributes:
       config: the run's resolved settings.
       model: the Linen module.
-      params: its best parameters, on the device.
+      params: its best parameters, and its statistics of the data among them, on the device; `variables` are the
+        collections of `model.apply`.
       step: optimiser steps after which they were saved.
     """
 
@@ -30,6 +33,10 @@ class StoredModel(NamedTuple):
     model: SequentialModel
     params: Any
     step: int
+
+    @property
+    def variables(self) -> dict[str, Any]:
+        return variables(self.params)
 
 
 def load_model(run: pathlib.Path, *, report: Callable[[str], None] = print) -> StoredModel:
@@ -51,6 +58,8 @@ def load_model(run: pathlib.Path, *, report: Callable[[str], None] = print) -> S
         report(f"{run} is of a version without a manifest: whether its files were changed since cannot be told")
     model = build_model(config.model)
     template = jax.eval_shape(functools.partial(init_params, model), jax.random.key(0))
+    if statistics := model.data_statistics():
+        template[STATISTICS] = {name: jax.ShapeDtypeStruct(a.shape, a.dtype) for name, a in statistics.items()}
     with Checkpointer(run / CHECKPOINTS, report=report) as checkpointer:
         restored = checkpointer.restore_best(template)
     if restored is None:
@@ -58,6 +67,11 @@ def load_model(run: pathlib.Path, *, report: Callable[[str], None] = print) -> S
             f"{run / CHECKPOINTS} holds no best checkpoint: the run has not finished its first validation; train on"
         )
     step, params, _ = restored
+    if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(params)):
+        # Earlier versions kept them among the settings.
+        log = load_log(run)
+        times = training_times(log, split_log(log, config.data))
+        params[STATISTICS] = jax.tree.map(jnp.asarray, model.data_statistics(**times))
     return StoredModel(config, model, params, step)
 
 

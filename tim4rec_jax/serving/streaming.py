@@ -13,7 +13,7 @@ import numpy as np
 
 from tim4rec_jax.data.loader import timestamps_for_device
 from tim4rec_jax.evaluation.metrics import check_top_k
-from tim4rec_jax.models import one_segment
+from tim4rec_jax.models import MODELS, one_segment, variables
 from tim4rec_jax.serving.recommender import SCORE_TILE_BYTES, best_columns, items_left, next_power_of_two
 
 State = Any
@@ -26,11 +26,9 @@ def require_streamable(model: nn.Module) -> None:
       ValueError: with what to train instead.
     """
     if not model.streamable:
-        config = model.config
-        form = f" with time_mode={config.time_mode!r}" if config.name == "tim4rec" else ""
         raise ValueError(
-            f"the model {config.name!r}{form} cannot go on from a state: it reads its whole history again for every "
-            "event; train tim4rec with model.time_mode='causal' or with model.use_time off, or mamba4rec"
+            f"the model {model.config.name!r} cannot go on from a state: it reads its whole history again for every "
+            f"event; train one of {', '.join(name for name, known in MODELS.items() if known.streamable)}"
         )
 
 
@@ -46,7 +44,7 @@ def fingerprint(model: nn.Module, params: Any, item_ids: Sequence[str]) -> str:
 
 @functools.partial(jax.jit, static_argnames=("model", "batch"))
 def _init_state(params: Any, *, model: nn.Module, batch: int) -> State:
-    return model.apply({"params": params}, batch, method="init_cache")
+    return model.apply(variables(params), batch, method="init_cache")
 
 
 @functools.partial(jax.jit, static_argnames="model", donate_argnames="state")
@@ -55,7 +53,7 @@ def _extend(
 ) -> tuple[State, jax.Array]:
     """The next state, and the hidden state after the last event of each row [b, d]."""
     segments = one_segment(lengths, items.shape[1])
-    hidden, state = model.apply({"params": params}, items, timestamps, segment_ids=segments, cache=state)
+    hidden, state = model.apply(variables(params), items, timestamps, segment_ids=segments, cache=state)
     return state, hidden[jnp.arange(items.shape[0]), jnp.maximum(lengths, 1) - 1]
 
 
@@ -83,7 +81,7 @@ def extend_rows(
     """
     before = jax.tree.map(lambda leaf: leaf.at[rows].get(mode="clip"), table[0])
     segments = one_segment(lengths, items.shape[1])
-    hidden, state = model.apply({"params": params}, items, timestamps, segment_ids=segments, cache=before)
+    hidden, state = model.apply(variables(params), items, timestamps, segment_ids=segments, cache=before)
     last = hidden[jnp.arange(items.shape[0]), jnp.maximum(lengths, 1) - 1]
     return jax.tree.map(lambda leaf, new: leaf.at[rows].set(new, mode="drop"), table, (state, last))
 
@@ -92,7 +90,7 @@ def extend_rows(
 def _top_k(
     params: Any, hidden: jax.Array, excluded: jax.Array, *, model: nn.Module, k: int
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    return best_columns(model.apply({"params": params}, hidden, method="score"), excluded, k)
+    return best_columns(model.apply(variables(params), hidden, method="score"), excluded, k)
 
 
 def _label(labels: Sequence[str] | None, row: int) -> str:
@@ -127,9 +125,7 @@ class Streamer:
 
     def state_bytes(self) -> int:
         """Returns the bytes of one history's state, of its hidden state and nothing else."""
-        shapes = jax.eval_shape(
-            lambda params: self.model.apply({"params": params}, 1, method="init_cache"), self.params
-        )
+        shapes = jax.eval_shape(lambda params: self.model.apply(variables(params), 1, method="init_cache"), self.params)
         hidden = self.model.config.d_model * jnp.dtype(self.model.config.dtype).itemsize
         return hidden + sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes))
 

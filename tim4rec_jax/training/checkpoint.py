@@ -26,6 +26,7 @@ import numpy as np
 
 from tim4rec_jax.files import sync_folder, write_atomically
 from tim4rec_jax.json_files import read_sealed, sealed
+from tim4rec_jax.models import STATISTICS
 from tim4rec_jax.run_manifest import identity
 from tim4rec_jax.training.array_files import as_text, describe, read_arrays, write_arrays
 
@@ -183,6 +184,7 @@ class Checkpointer:
 
         Args:
           template: tree of arrays, `jax.ShapeDtypeStruct`s or numbers; gives structure, shapes, dtypes and placement.
+            What it has under `STATISTICS`, and a checkpoint of an earlier version has not, is returned as it is.
 
         Raises:
           ValueError: the checkpoint's tree does not fit, or it is another run's.
@@ -398,7 +400,7 @@ def _require_fit(path: pathlib.Path, saved: dict[str, Any], wanted: dict[str, st
     differences = [
         f"{name}: {stored.get(name, 'absent')} in the checkpoint, {wanted.get(name, 'absent')} in this program"
         for name in sorted(stored.keys() | wanted.keys())
-        if stored.get(name) != wanted.get(name)
+        if stored.get(name) != wanted.get(name) and not (name not in stored and name.startswith(f"{STATISTICS}."))
     ]
     if differences:
         raise ValueError(
@@ -414,7 +416,10 @@ def _read_tree(path: pathlib.Path, manifest: dict[str, Any], template: PyTree) -
     hosts = {name: np.empty(saved[name]["data"], dtype) for name, dtype in dtypes.items()}
     if wanted := {name: host for name, host in hosts.items() if host.size}:
         hosts |= read_arrays(path, wanted)
-    leaves = [placed(hosts[name], leaf, saved[name]["key_impl"]) for name, leaf in named_leaves(template).items()]
+    leaves = [
+        placed(hosts[name], leaf, saved[name]["key_impl"]) if name in saved else leaf
+        for name, leaf in named_leaves(template).items()
+    ]
     return jax.tree.unflatten(jax.tree.structure(template), leaves)
 
 

@@ -20,12 +20,11 @@ from tim4rec_jax.config import ExperimentConfig
 from tim4rec_jax.data.interactions import InteractionLog, with_precision
 from tim4rec_jax.data.loader import Loader, make_loader
 from tim4rec_jax.data.packing import LengthGroup, plan_length_groups, plan_packed_rows
-from tim4rec_jax.data.splits import Split, gap_statistics, split_log, training_span
+from tim4rec_jax.data.splits import Split, split_log, training_times
 from tim4rec_jax.evaluation.full_sort import FullSortEvaluator
 from tim4rec_jax.evaluation.seen_targets import measured
 from tim4rec_jax.files import locked
-from tim4rec_jax.models import SequentialModel, build_model
-from tim4rec_jax.parallel.item_table import require_shardable
+from tim4rec_jax.models import STATISTICS, SequentialModel, build_model
 from tim4rec_jax.parallel.mesh import Layout, make_layout
 from tim4rec_jax.parallel.processes import (
     is_main,
@@ -65,7 +64,6 @@ from tim4rec_jax.training.step import (
     init_state,
     learning_rate_schedule,
     make_optimizer,
-    require_packable,
     train_step,
 )
 
@@ -125,17 +123,10 @@ def vocab_multiple(config: ExperimentConfig) -> int:
 
 
 def with_data(config: ExperimentConfig, log: InteractionLog) -> ExperimentConfig:
-    """Fills in what the data decide: the order of events, the catalogue's size, and the times of a causal time branch.
-
-    So is what `vocab_multiple` says of its shards.
-    """
-    known: dict[str, Any] = {"vocab_size": log.num_items + 1, "vocab_multiple": vocab_multiple(config)}
-    if config.model.time_mode == "causal":
-        split = split_log(log, config.data)
-        known["gap_mean"], known["gap_std"] = gap_statistics(log, split)
-        known["first_second"], known["last_second"] = training_span(log, split)
+    """Fills in what the data decide: the order of events, and the catalogue's size and its shards."""
+    sizes = {"vocab_size": log.num_items + 1, "vocab_multiple": vocab_multiple(config)}
     return dataclasses.replace(
-        config, model=dataclasses.replace(config.model, **known), data=with_precision(config.data, log)
+        config, model=dataclasses.replace(config.model, **sizes), data=with_precision(config.data, log)
     )
 
 
@@ -174,8 +165,9 @@ class Setup:
         if len(self.split.test.users) == 0:
             raise ValueError("the log has 0 test targets; give more users, or longer histories")
         self.model: SequentialModel = build_model(config.model)
-        require_packable(config, self.model)
-        require_shardable(config)
+        measures = self.model.data_statistics(**training_times(log, self.split))
+        # Beside the parameters: with them they are saved and evaluated, and no step changes them.
+        self.statistics = {STATISTICS: measures} if measures else {}
         self.layout: Layout = make_layout(config.parallel)
         indices = self.layout.batch_indices(config.train.batch_size)
         self.loader: Loader = make_loader(config, log, self.split.train, indices)
@@ -213,7 +205,8 @@ class Setup:
 
     def compile_step(self, state: TrainState, batch: Any) -> Any:
         """Compiles the step; the state is donated, so an update needs no second copy of it."""
-        step = functools.partial(train_step, self.model, self.optimizer, self.config, self.groups, self.loader)
+        fixed = self.model, self.optimizer, self.config, self.groups, self.loader
+        step = functools.partial(train_step, *fixed, statistics=self.statistics)
         return self.layout.compile_step(step).lower(state, self.device_data, batch).compile()
 
 
@@ -440,7 +433,7 @@ def _validate_epoch(session: Session, state: TrainState, progress: Progress) -> 
     # Whatever happens in validation then costs no epoch.
     session.save(state, progress, seconds)
     session.rest(progress)
-    result = session.setup.validate(state.params)
+    result = session.setup.validate({**state.params, **session.setup.statistics})
     return_freed_memory()
     progress.stop = progress.stop.after(result.metrics[monitor], progress.epoch)
     total, count = progress.epoch_losses
@@ -460,7 +453,8 @@ def _validate_epoch(session: Session, state: TrainState, progress: Progress) -> 
     shown = {monitor: result.metrics[monitor], "best": progress.stop.best}
     bar.end_epoch(progress.epoch, loss=loss, seconds=seconds, rate=rate, metrics=shown)
     if progress.stop.improved:
-        session.checkpoints.save_best(progress.step, state.params, {"epoch": progress.epoch, "valid": result.metrics})
+        best = {**state.params, **session.setup.statistics}
+        session.checkpoints.save_best(progress.step, best, {"epoch": progress.epoch, "valid": result.metrics})
     if session.is_last(progress):
         # The seconds are what a run that ended inside an epoch needs to go on with it.
         progress = dataclasses.replace(progress, finished=True, seconds=seconds)
@@ -477,18 +471,17 @@ def _test(session: Session, state: TrainState, progress: Progress) -> dict[str, 
     """Tests the best epoch once and writes results.json; its costs are known to the process that writes."""
     setup, config, run_dir = session.setup, session.config, session.run_dir
     session.rest(progress)
-    restored = restored_everywhere(session.checkpoints.restore_best, state.params)
+    restored = restored_everywhere(session.checkpoints.restore_best, {**state.params, **setup.statistics})
     if restored is None:
         raise ValueError(f"{run_dir} has no best checkpoint; remove the folder and train again")
     step, params, info = restored
     started = time.perf_counter()
     test = FullSortEvaluator(setup.model, setup.log, setup.split.test, config, mesh=setup.layout.mesh)
-    result = test(setup.layout.shard(params))
+    result = test({**setup.layout.shard(params), **setup.statistics})
     seconds = time.perf_counter() - started
     session.logger.log("test", step=step, epoch=info["epoch"], seconds=seconds, **result.metrics)
     results = {
         "model": config.model.name,
-        "use_time": config.model.use_time,
         "seed": config.train.seed,
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(state.params)),
         "epochs": progress.epoch,

@@ -99,21 +99,27 @@ def loss_positions(num_positions: int) -> int:
 
 
 def _losses(
-    hidden: Array, table: Array, targets: Array, implementation: str | None, negatives: Negatives | None
+    hidden: Array, table: Array, targets: Array, in_tiles: bool, kernels: str | None, negatives: Negatives | None
 ) -> Array:
     """Softmax cross-entropy [t] of a piece."""
     if negatives is not None:
         return sampled_cross_entropy(hidden, table, targets, negatives)
     wide = jnp.promote_types(jnp.float32, hidden.dtype)
-    if implementation is None and hidden.shape[0] * table.shape[0] * wide.itemsize <= _SCORE_BYTES:
+    if not in_tiles and hidden.shape[0] * table.shape[0] * wide.itemsize <= _SCORE_BYTES:
         return cross_entropy(jnp.matmul(hidden, table.T, preferred_element_type=wide), targets)
-    return softmax_cross_entropy(hidden, table, targets, implementation=implementation)
+    return softmax_cross_entropy(hidden, table, targets, implementation=kernels)
 
 
 def weighted_cross_entropy(
-    hidden: Array, table: Array, targets: Array, weights: Array, implementation: str | None,
+    hidden: Array,
+    table: Array,
+    targets: Array,
+    weights: Array,
+    *,
+    in_tiles: bool = False,
+    kernels: str | None = None,
     negatives: Negatives | None = None,
-) -> tuple[Array, tuple[Array, Array]]:  # fmt: skip
+) -> tuple[Array, tuple[Array, Array]]:
     """Returns the weighted sum of the softmax cross-entropy and its gradients, computed only where weights are not 0.
 
       sum_t weight_t (log sum_v exp(h_t . E_v) - h_t . E_target)
@@ -126,8 +132,8 @@ def weighted_cross_entropy(
       table: [v, d].
       targets: int [t].
       weights: [t], float32 or wider.
-      implementation: backend of `kernels.softmax_cross_entropy`; None computes all scores of a piece at once where
-        they are few, and leaves the choice to the operator where they are not.
+      in_tiles: by `kernels.softmax_cross_entropy`; else all scores of a piece are computed at once where they are few.
+      kernels: backend of that operator, or None.
       negatives: estimate the sum over v from these, see `losses.sampled_cross_entropy`; None computes it.
 
     Returns:
@@ -142,7 +148,7 @@ def weighted_cross_entropy(
     )
 
     def loss_sum(hidden: Array, table: Array, targets: Array, weights: Array) -> Array:
-        return jnp.sum(weights * _losses(hidden, table, targets, implementation, negatives))
+        return jnp.sum(weights * _losses(hidden, table, targets, in_tiles, kernels, negatives))
 
     def add_piece(k: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         total, d_hidden, d_table = carry

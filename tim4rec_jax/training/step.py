@@ -1,7 +1,8 @@
 """One optimiser step: losses and gradients by microbatches of rows of like length, one update."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 import flax.struct
@@ -17,7 +18,7 @@ from tim4rec_jax.config import ExperimentConfig, TrainConfig
 from tim4rec_jax.data.loader import Batch, Loader, PackedBatch
 from tim4rec_jax.data.negatives import Negatives
 from tim4rec_jax.data.packing import LengthGroup
-from tim4rec_jax.models import SequentialModel, init_params, last_hidden
+from tim4rec_jax.models import SequentialModel, init_params, last_hidden, variables
 from tim4rec_jax.parallel.item_table import (
     DATA_AXIS,
     ROW_AXES,
@@ -42,6 +43,7 @@ from tim4rec_jax.training.losses import (
 PyTree = Any
 Rows = Batch | PackedBatch
 Carry = TypeVar("Carry")
+Statistics = Mapping[str, Any]
 # Folded into a step's key for its negatives, which are the same for all rows and on all devices.
 _NEGATIVES = 0x6E656761
 
@@ -61,17 +63,6 @@ class TrainState:
     params: Any
     opt_state: Any
     key: Array
-
-
-def require_packable(config: ExperimentConfig, model: SequentialModel) -> None:
-    """Raises ValueError where `train.positions="all"` is asked of a model that cannot be trained so."""
-    if config.train.positions == "last" or model.packable:
-        return
-    raise ValueError(
-        "train.positions='all' needs a causal model that can start anew inside a row, which "
-        f"model.name={config.model.name!r} with model.time_mode={config.model.time_mode!r} is not: use 'tim4rec' with "
-        "model.time_mode='causal' or model.use_time=false, 'mamba4rec' or 'sasrec', or train.positions='last'"
-    )
 
 
 def learning_rate_schedule(config: TrainConfig, total_steps: int) -> optax.Schedule:
@@ -102,15 +93,17 @@ def init_state(model: SequentialModel, optimizer: optax.GradientTransformation, 
     return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), jax.random.key_data(dropout_key))
 
 
-def _encode(model: SequentialModel, params: PyTree, rows: Rows, example_ids: Array, key: Array) -> Array:
+def _encode(
+    model: SequentialModel, params: PyTree, rows: Rows, example_ids: Array, key: Array, statistics: Statistics
+) -> Array:
     """Returns hidden states with dropout, [b, d] of last positions or [b, l, d]; a row's follow from its id alone."""
-    options = {"deterministic": False, "example_ids": example_ids}
+    read, options = variables({**params, **statistics}), {"deterministic": False, "example_ids": example_ids}
     if isinstance(rows, Batch):
         dropout_key, _ = jax.random.split(key)
         options["rngs"] = {"dropout": dropout_key}
-        return last_hidden(model, {"params": params}, rows.items, rows.lengths, rows.timestamps, **options)
+        return last_hidden(model, read, rows.items, rows.lengths, rows.timestamps, **options)
     options |= {"rngs": {"dropout": key}, "segment_ids": rows.segment_ids}
-    return model.apply({"params": params}, rows.items, rows.timestamps, **options)[0]
+    return model.apply(read, rows.items, rows.timestamps, **options)[0]
 
 
 def _loss_of_last(
@@ -121,17 +114,18 @@ def _loss_of_last(
     example_ids: Array,
     key: Array,
     negatives: Negatives | None,
+    statistics: Statistics,
 ) -> Array:
     """Returns the weighted sum of the losses at the rows' last positions."""
-    hidden = _encode(model, params, rows, example_ids, key)
+    hidden = _encode(model, params, rows, example_ids, key, statistics)
     if negatives is not None:
-        table = model.apply({"params": params}, method="item_table")
+        table = model.apply(variables(params), method="item_table")
         return jnp.sum(rows.weights * sampled_cross_entropy(hidden, table, rows.targets, negatives))
-    if config.loss_implementation is not None:
-        table = model.apply({"params": params}, method="item_table")
-        losses = softmax_cross_entropy(hidden, table, rows.targets, implementation=config.loss_implementation)
+    if config.loss_in_tiles:
+        table = model.apply(variables(params), method="item_table")
+        losses = softmax_cross_entropy(hidden, table, rows.targets, implementation=model.config.kernels)
         return jnp.sum(rows.weights * losses)
-    scores = model.apply({"params": params}, hidden, method="score")
+    scores = model.apply(variables(params), hidden, method="score")
     if config.loss == "ce":
         return jnp.sum(rows.weights * cross_entropy(scores, rows.targets))
     _, negative_key = jax.random.split(key)
@@ -149,16 +143,23 @@ def _packed_value_and_grad(
     example_ids: Array,
     key: Array,
     negatives: Negatives | None,
+    statistics: Statistics,
 ) -> tuple[Array, PyTree]:
     """Returns the weighted sum of the losses at every position of packed rows and its gradient."""
 
     def encode(params: PyTree) -> tuple[Array, Array]:
-        hidden = _encode(model, params, rows, example_ids, key)
-        return hidden.reshape(rows.items.size, -1), model.apply({"params": params}, method="item_table")
+        hidden = _encode(model, params, rows, example_ids, key, statistics)
+        return hidden.reshape(rows.items.size, -1), model.apply(variables(params), method="item_table")
 
     (hidden, table), pull_back = jax.vjp(encode, params)
     total, gradients = weighted_cross_entropy(
-        hidden, table, rows.targets.ravel(), rows.weights.ravel(), config.loss_implementation, negatives
+        hidden,
+        table,
+        rows.targets.ravel(),
+        rows.weights.ravel(),
+        in_tiles=config.loss_in_tiles,
+        kernels=model.config.kernels,
+        negatives=negatives,
     )
     return total, pull_back(gradients)[0]
 
@@ -223,22 +224,24 @@ def value_and_grad(
     key: Array,
     first_id: Array | int = 0,
     negatives: Negatives | None = None,
+    statistics: Statistics = MappingProxyType({}),
 ) -> tuple[Array, PyTree]:
     """Returns the weighted sum of a batch's losses and its gradient, computed in microbatches.
 
     Args:
       model: causal and packable, if the batch is packed.
-      config: names the loss and its backend.
+      config: names the loss.
       params: parameter tree.
       batch: rows of one device.
       groups: see `fold_microbatches`.
       key: of the step's dropout.
       first_id: index of the first of these rows in the whole batch.
       negatives: of the step, with the sampled cross-entropy.
+      statistics: as in `train_step`.
     """
 
     def of_rows(rows: Rows, index: Array) -> tuple[Array, PyTree]:
-        given = rows, first_id + index, key, negatives
+        given = rows, first_id + index, key, negatives, statistics
         if isinstance(rows, PackedBatch):
             return _packed_value_and_grad(model, config, params, *given)
         return jax.value_and_grad(functools.partial(_loss_of_last, model, config))(params, *given)
@@ -258,6 +261,7 @@ def _sharded_value_and_grad(
     groups: tuple[LengthGroup, ...],
     key: Array,
     first_id: Array,
+    statistics: Statistics,
 ) -> tuple[Array, PyTree]:
     """Does what `value_and_grad` does with the softmax over a sharded table, inside `jax.shard_map`.
 
@@ -272,7 +276,7 @@ def _sharded_value_and_grad(
     batch = batch.replace(items=items)
 
     def encode(params: PyTree, rows: Rows, index: Array) -> Array:
-        return _encode(small, params, rows, first_id + index, key)
+        return _encode(small, params, rows, first_id + index, key, statistics)
 
     def is_real(rows: Rows) -> Array:
         return jnp.any(rows.weights.reshape(rows.weights.shape[0], -1) != 0, axis=1)
@@ -291,7 +295,7 @@ def _sharded_value_and_grad(
             shard,
             batch.targets.ravel(),
             vocab_size=model.config.vocab_size,
-            implementation=config.loss_implementation,
+            implementation=model.config.kernels,
         )
         return jnp.sum(batch.weights.ravel() * losses)
 
@@ -321,6 +325,7 @@ def _gradient(
     *,
     axis: Axis | None,
     sharded: bool,
+    statistics: Statistics,
 ) -> tuple[Array, PyTree, Array | None]:
     """Returns the mean loss, its gradient, and with lazy Adam the ids of the table's rows that it holds.
 
@@ -333,7 +338,7 @@ def _gradient(
     sampled, lazy = config.train.loss == "sampled_ce", config.train.table_optimizer == "lazy_adam"
     ids, num_rows = None, model.config.embedding_rows
     if sharded and not sampled:
-        total, grads = _sharded_value_and_grad(model, config.train, params, batch, groups, key, first_id)
+        total, grads = _sharded_value_and_grad(model, config.train, params, batch, groups, key, first_id, statistics)
     else:
         reader, read, negatives = model, params, None
         if sampled:
@@ -343,7 +348,7 @@ def _gradient(
             table = params[TABLE]["embedding"]
             rows = fetch_rows(table, ids) if sharded else table.at[ids].get(mode="fill", fill_value=0)
             reader, read = with_rows(model, params, rows)
-        total, grads = value_and_grad(reader, config.train, read, batch, groups, key, first_id, negatives)
+        total, grads = value_and_grad(reader, config.train, read, batch, groups, key, first_id, negatives, statistics)
     # Of one dtype with the rest, so that the devices need one sum only.
     weight = jnp.sum(batch.weights).astype(total.dtype)
     if axis is not None:
@@ -373,6 +378,7 @@ def train_step(
     *,
     mesh: Mesh | None = None,
     axis: Axis | None = None,
+    statistics: Statistics = MappingProxyType({}),
 ) -> tuple[TrainState, Array]:
     """Makes one update from the mean loss of the batch's targets.
 
@@ -387,12 +393,13 @@ def train_step(
       payload: one of the loader's, see `data.loader.Loader`.
       mesh: devices of a step on global arrays, with the item table in shards along "model"; None is one device.
       axis: name of the devices' axis under `jax.pmap`, in place of a mesh.
+      statistics: {`STATISTICS`: of the model}, or nothing; they stand beside the parameters and have no gradient.
 
     Returns:
       The new state and the mean loss [], both on the device.
     """
     sharded = num_shards(mesh) > 1
-    gradient = functools.partial(_gradient, model, config, groups, loader, sharded=sharded)
+    gradient = functools.partial(_gradient, model, config, groups, loader, sharded=sharded, statistics=statistics)
     update = functools.partial(lazy_update, optimizer, sharded=sharded)
     if mesh is None:
         gradient = functools.partial(gradient, axis=axis)

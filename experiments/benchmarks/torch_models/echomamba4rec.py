@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from experiments.benchmarks.torch_models.mamba4rec import Mamba, Mamba4Rec
-from tim4rec_jax.config import ModelConfig
+from tim4rec_jax.model_config import ModelConfig
 
 _DIRECTION_NORM_EPS = 1e-5
 _GLU_NORM_EPS = 1e-12

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from experiments.benchmarks.torch_models.selective_scan import selective_scan_sequential
-from tim4rec_jax.config import ModelConfig
+from tim4rec_jax.model_config import ModelConfig
 
 _INITIAL_STD = 0.02
 _FEED_FORWARD_NORM_EPS = 1e-12

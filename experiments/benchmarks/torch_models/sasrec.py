@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from tim4rec_jax.config import ModelConfig
+from tim4rec_jax.model_config import ModelConfig
 
 _INITIAL_STD = 0.02
 _MASKED_SCORE = -10000.0

@@ -11,7 +11,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from experiments.benchmarks.torch_models.ssd import ssd_chunked
-from tim4rec_jax.config import ModelConfig
+from tim4rec_jax.model_config import SSDConfig
+from tim4rec_jax.models import TiM4RecConfig
 
 _INITIAL_STD = 0.02
 _FEED_FORWARD_NORM_EPS = 1e-12
@@ -47,7 +48,7 @@ class GatedRMSNorm(nn.Module):
 class Mixer(nn.Module):
     """The time-aware SSD mixer: (hidden [b,l,d], time channel [b,h,l] or None) to the same pair."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: SSDConfig) -> None:
         super().__init__()
         e, n, h, length = config.d_inner, config.d_state, config.num_heads, config.max_len
         self.config = config
@@ -57,7 +58,7 @@ class Mixer(nn.Module):
         self.D = nn.Parameter(torch.ones(h))
         self.in_proj = nn.Linear(config.d_model, 2 * e + 2 * n + h)
         self.conv1d = _causal_conv(e + 2 * n, config)
-        if config.use_time:
+        if isinstance(config, TiM4RecConfig):
             self.conv1d4time_1 = _causal_conv(h, config)
             self.conv1d4time_2 = _causal_conv(h, config)
             self.mlp4time_scale = nn.Sequential(
@@ -100,7 +101,7 @@ class Mixer(nn.Module):
 class FeedForward(nn.Module):
     """LayerNorm(Dropout(fc2(Dropout(hard_swish(fc1 h)))) + h), inner width 4d."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: SSDConfig) -> None:
         super().__init__()
         self.fc1 = nn.Linear(config.d_model, 4 * config.d_model)
         self.fc2 = nn.Linear(4 * config.d_model, config.d_model)
@@ -116,7 +117,7 @@ class FeedForward(nn.Module):
 class Layer(nn.Module):
     """Mixer, residual (only where there are several layers), norm, feed-forward."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: SSDConfig) -> None:
         super().__init__()
         self.residual = config.num_layers > 1
         self.ssd = Mixer(config)
@@ -143,7 +144,7 @@ class TiM4Rec(nn.Module):
       ValueError: for a `vocab_size` of 0 or another `dtype`.
     """
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: SSDConfig) -> None:
         super().__init__()
         if config.vocab_size < 1:
             raise ValueError(f"vocab_size={config.vocab_size} must be at least 1; take it from the data first")
@@ -153,7 +154,7 @@ class TiM4Rec(nn.Module):
         self.item_embedding = nn.Embedding(config.vocab_size, config.d_model, padding_idx=0)
         self.dropout = nn.Dropout(config.dropout)
         self.in_layer_norm = nn.LayerNorm(config.d_model, eps=config.norm_eps)
-        if config.use_time:
+        if isinstance(config, TiM4RecConfig):
             self.layer_norm_time = nn.LayerNorm(config.max_len, eps=config.norm_eps)
         self.ssd_layers = nn.ModuleList(Layer(config) for _ in range(config.num_layers))
         self.apply(self._initialise)
@@ -187,10 +188,10 @@ class TiM4Rec(nn.Module):
         Args:
           item_seq: i64[b,l], padded on the right with 0.
           lengths: i64[b], items in each row, at least 1.
-          timestamps: [b,l] seconds, padded with 0; needed if `use_time`.
+          timestamps: [b,l] seconds, padded with 0; not needed with the settings of SSD4Rec.
         """
         hidden = self.in_layer_norm(self.dropout(self.item_embedding(item_seq)))
-        time = self.time_channel(timestamps, lengths) if self.config.use_time else None
+        time = self.time_channel(timestamps, lengths) if isinstance(self.config, TiM4RecConfig) else None
         for layer in self.ssd_layers:
             hidden, time = layer(hidden, time)
         return hidden[torch.arange(len(lengths), device=lengths.device), lengths - 1]
@@ -209,5 +210,5 @@ def _initial_dt_bias(num_heads: int) -> torch.Tensor:
     return step + torch.log(-torch.expm1(-step))
 
 
-def _causal_conv(channels: int, config: ModelConfig) -> nn.Conv1d:
+def _causal_conv(channels: int, config: SSDConfig) -> nn.Conv1d:
     return nn.Conv1d(channels, channels, config.d_conv, groups=channels, padding=config.d_conv - 1)

@@ -17,13 +17,10 @@ class TiSASRec(SASRec):
 
     def _make_tables(self) -> None:
         config = self.config
-        if config.use_time:
-            self.time_matrix_K_emb = nn.Embedding(config.time_span + 1, config.d_model)
-            self.time_matrix_V_emb = nn.Embedding(config.time_span + 1, config.d_model)
+        self.time_matrix_K_emb = nn.Embedding(config.time_span + 1, config.d_model)
+        self.time_matrix_V_emb = nn.Embedding(config.time_span + 1, config.d_model)
 
     def time_pairs(self, timestamps):
         """Returns the embeddings of min(|time_i - time_j|, time_span), two of [b,l,l,d]."""
-        if not self.config.use_time:
-            return None
         interval = (timestamps[:, :, None] - timestamps[:, None, :]).abs().clamp(max=self.config.time_span).long()
         return self.dropout(self.time_matrix_K_emb(interval)), self.dropout(self.time_matrix_V_emb(interval))

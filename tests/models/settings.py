@@ -1,0 +1,20 @@
+"""Settings of any model from those of several."""
+
+import dataclasses
+from typing import Any
+
+from tim4rec_jax.model_config import ModelConfig
+from tim4rec_jax.models import model_class
+
+
+def settings_of(name: str | None = None, /, **values: Any) -> ModelConfig:
+    """Returns the settings of a model; what it does not read is left out."""
+    name = name or values["name"]
+    kind = model_class(name).Config
+    read = {field.name for field in dataclasses.fields(kind)}
+    return kind(**{key: value for key, value in values.items() if key in read} | {"name": name})
+
+
+def sibling(config: ModelConfig, name: str, **changes: Any) -> ModelConfig:
+    """Returns the settings of another model: all that both read, and changes."""
+    return settings_of(name, **dataclasses.asdict(config) | changes)
