@@ -17,7 +17,6 @@ import os
 import pathlib
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from rich.console import Console
 
@@ -33,11 +32,11 @@ from tim4rec_jax.model_config import ModelConfig
 from tim4rec_jax.models import model_class
 from tim4rec_jax.parallel.processes import ProcessError, initialize, is_main, quiet_unless_main
 from tim4rec_jax.run_dir import write_results
-from tim4rec_jax.training.loop import only_writer, train, vocab_multiple
-from tim4rec_jax.training.signals import Interrupted, StopRequests, explain
+from tim4rec_jax.training.loop import only_writer, train
+from tim4rec_jax.training.signals import StopRequests
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Arguments:
     """Options of the program; the settings start from the named experiment.
 
@@ -59,46 +58,34 @@ class Arguments:
 
 
 def parse(argv: Sequence[str]) -> tuple[ExperimentConfig, pathlib.Path, bool]:
-    """Reads the command line into the experiment's settings, the run folder and whether to resume.
-
-    Raises:
-      ValueError: for an unknown experiment or option (the nearest are shown) or a value out of range.
-    """
+    """Reads settings, the run folder and whether to resume; ValueError names the nearest of what is unknown."""
     base, model = chosen(argv)
     default = Arguments(model, base.data, base.train, base.eval, base.parallel, base.name)
-    arguments = parse_settings(
-        Arguments, argv, default, prog="experiments.train", description=f"Experiments: {', '.join(config_names())}"
-    )
-    config = ExperimentConfig(
-        base.name, arguments.model, arguments.data, arguments.train, arguments.eval, arguments.parallel
-    )
-    return config, arguments.run_dir or pathlib.Path("runs") / base.name, arguments.resume
+    about = f"Experiments: {', '.join(config_names())}"
+    given = parse_settings(Arguments, argv, default, prog="experiments.train", description=about)
+    config = ExperimentConfig(base.name, given.model, given.data, given.train, given.eval, given.parallel)
+    return config, given.run_dir or pathlib.Path("runs") / base.name, given.resume
 
 
-def run(
-    config: ExperimentConfig, run_dir: pathlib.Path, resume: bool, console: Console, stop_requests: StopRequests
-) -> None:
-    """Trains the model and its baselines and prints the final table.
-
-    Raises:
-      ValueError: another process is writing the run folder, or the settings do not fit it, the data or each other.
-    """
+def run(config: ExperimentConfig, run_dir: pathlib.Path, resume: bool, console: Console, stops: StopRequests) -> None:
+    """Trains the model and its baselines and prints the final table."""
     log = load_log(config.data)
     console.print(log.statistics.table(config.data.name))
     if report := split_log(log, config.data).report:
         console.print(report.table())
-    if (multiple := vocab_multiple(config)) != config.model.vocab_multiple:
-        console.print(f"model.vocab_multiple={multiple}: the item table gets so many rows, for equal shards on devices")
-    options = {"resume": resume, "stop_requests": stop_requests}
-    results, name = train(config, log, run_dir, **options), config.model.name
-    rows = [(name, results["test"], f"this run, best epoch {results['best_epoch']} of {results['epochs']}")]
+
+    def trained(name: str, config: ExperimentConfig, folder: pathlib.Path) -> dict:
+        results = train(config, log, folder, resume=resume, stop_requests=stops)
+        rows.append((name, results["test"], f"this run, best epoch {results['best_epoch']} of {results['epochs']}"))
+        return results
+
+    rows, name = [], config.model.name
+    results = trained(name, config, run_dir)
     if "time_off" in config.eval.baselines and (without_time := model_class(name).without_time) is not None:
         console.print("the same model with time off")
         plain = dataclasses.replace(config, model=of_model(config.model, without_time))
         with only_writer(run_dir / "time_off"):
-            other = train(plain, log, run_dir / "time_off", **options)
-        about = f"this run, best epoch {other['best_epoch']} of {other['epochs']}"
-        rows.append((f"{name}, time off", other["test"], about))
+            trained(f"{name}, time off", plain, run_dir / "time_off")
     if "popularity" in config.eval.baselines:
         rows.append(("popularity", popularity_metrics(log, config), "this log, counts of the training part"))
     if is_main():
@@ -112,13 +99,9 @@ def program(argv: list[str]) -> int:
     config, run_dir, resume = parse(argv)
     initialize(config.parallel)
     with quiet_unless_main():
-        console = Console()
         try:
-            with StopRequests() as stop_requests, only_writer(run_dir):
-                run(config, run_dir, resume, console, stop_requests)
-        except Interrupted as stopped:
-            console.print(explain(stopped), soft_wrap=True, markup=False)
-            return stopped.exit_code
+            with StopRequests() as stops, only_writer(run_dir):
+                run(config, run_dir, resume, Console(), stops)
         except ProcessError as error:
             print(f"error: {error}", file=sys.stderr, flush=True)
             # JAX's orderly end at exit waits for all processes, and one of them is gone.

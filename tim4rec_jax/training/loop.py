@@ -103,10 +103,14 @@ def train(
       CheckpointError: a save failed; the checkpoint before it is kept.
       ProcessError: another process was lost.
     """
-    config = with_data(config, log)
+    given, config = config, with_data(config, log)
     require_same_start(config, log.fingerprint)
     setup = Setup(config, log)
     with _session(setup, pathlib.Path(run_dir), resume, stop_requests) as session:
+        if (multiple := config.model.vocab_multiple) != given.model.vocab_multiple:
+            session.bar.report(
+                f"model.vocab_multiple={multiple}: the item embedding gets so many rows, for equal shards"
+            )
         state, progress = setup.init_state(), Progress(stop=EarlyStop(config.train.patience))
         if resume:
             state, progress = _restore(session, state, progress)
@@ -116,15 +120,11 @@ def train(
         return _test(session, state, progress)
 
 
-def vocab_multiple(config: ExperimentConfig) -> int:
-    """Returns `model.vocab_multiple`, filled in where the item table has to lie in equal shards."""
-    shards, given = config.parallel.catalogue_shards, config.model.vocab_multiple
-    return math.lcm(EQUAL_SHARDS, shards) if shards > 1 and given == 1 else given
-
-
 def with_data(config: ExperimentConfig, log: InteractionLog) -> ExperimentConfig:
-    """Fills in what the data decide: the order of events, and the catalogue's size and its shards."""
-    sizes = {"vocab_size": log.num_items + 1, "vocab_multiple": vocab_multiple(config)}
+    """Fills in what the data decide: the order of events, the catalogue's size, and rows that make shards equal."""
+    shards, multiple = config.parallel.catalogue_shards, config.model.vocab_multiple
+    multiple = math.lcm(EQUAL_SHARDS, shards) if shards > 1 and multiple == 1 else multiple
+    sizes = {"vocab_size": log.num_items + 1, "vocab_multiple": multiple}
     return dataclasses.replace(
         config, model=dataclasses.replace(config.model, **sizes), data=with_precision(config.data, log)
     )
