@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 
-from tests.training.fake_devices import ROOT, environment
+from tests.parallel.fake_devices import ROOT, environment
 from tim4rec_jax.run_dir import CHECKPOINTS, read_config, read_results
 from tim4rec_jax.serving.stored_run import load_log
 from tim4rec_jax.training.checkpoint import Checkpointer

@@ -13,7 +13,7 @@ import pytest
 from tests.evaluation.logs import random_log
 from tests.kernels.codegen import capture
 from tests.models.settings import sibling
-from tests.training.fake_devices import ROOT, environment
+from tests.parallel.fake_devices import ROOT, environment
 from tests.training.test_step import GROUPED, MODEL, GivenBatches, batch_of
 from tim4rec_jax import DataConfig, ExperimentConfig, ModelConfig, TrainConfig, build_model
 from tim4rec_jax.config import ParallelConfig, experiment_from_dict
@@ -33,7 +33,7 @@ def on_eight(tmp_path_factory):
 
     @functools.cache
     def run(part):
-        command = [sys.executable, "-m", "tests.training.eight_devices", str(folder / part), part]
+        command = [sys.executable, "-m", "tests.parallel.eight_devices", str(folder / part), part]
         done = subprocess.run(command, cwd=ROOT, env=environment(8), capture_output=True, text=True, timeout=3000)
         assert done.returncode == 0, done.stderr[-4000:]
         return json.loads((folder / part).read_text())

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from tests.training.fake_devices import ROOT, environment
+from tests.parallel.fake_devices import ROOT, environment
 from tim4rec_jax import ExperimentConfig, ModelConfig, TrainConfig, build_model
 from tim4rec_jax.config import ParallelConfig
 from tim4rec_jax.models import SASRecConfig, init_params
@@ -29,7 +29,7 @@ ROWS, WIDTH, VOCAB = 48, 8, 45
 def on_eight(tmp_path_factory):
     """What `sharded_catalogue` writes."""
     output = tmp_path_factory.mktemp("eight") / "found.json"
-    command = [sys.executable, "-m", "tests.training.sharded_catalogue", str(output)]
+    command = [sys.executable, "-m", "tests.parallel.sharded_catalogue", str(output)]
     done = subprocess.run(command, cwd=ROOT, env=environment(8), capture_output=True, text=True, timeout=3000)
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads(output.read_text())

@@ -1,6 +1,6 @@
 """A program that trains models whose item embedding lies in parts on 8 fake devices and writes down what came out.
 
-    XLA_FLAGS=--xla_force_host_platform_device_count=8 python -m tests.training.sharded_catalogue out.json
+    XLA_FLAGS=--xla_force_host_platform_device_count=8 python -m tests.parallel.sharded_catalogue out.json
 
 It is a process of its own because the number of devices is fixed when JAX starts.
 """

@@ -16,7 +16,7 @@ import polars as pl
 import pytest
 
 from experiments import comparison_plan, sweep_plan, train
-from tests.training.fake_devices import ROOT, environment
+from tests.parallel.fake_devices import ROOT, environment
 from tim4rec_jax.run_dir import read_config, read_environment, read_results
 from tim4rec_jax.training.logging import read_metrics
 

@@ -1,6 +1,6 @@
 """A program that trains one model on 8 fake devices in every way and writes down what came out, as JSON.
 
-    XLA_FLAGS=--xla_force_host_platform_device_count=8 python -m tests.training.eight_devices out.json
+    XLA_FLAGS=--xla_force_host_platform_device_count=8 python -m tests.parallel.eight_devices out.json
 
 It is a process of its own because the number of devices is fixed when JAX starts.
 """
