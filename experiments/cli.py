@@ -23,8 +23,9 @@ from rich.text import Text
 from tim4rec_jax.checks import listed, shortened
 from tim4rec_jax.config import ExperimentConfig
 from tim4rec_jax.files import write_atomically
+from tim4rec_jax.parallel.processes import ProcessError, is_main
 from tim4rec_jax.training.checkpoint import CheckpointError
-from tim4rec_jax.training.processes import ProcessError
+from tim4rec_jax.training.signals import Interrupted, explain
 
 Settings = TypeVar("Settings")
 EXPECTED_ERRORS = (
@@ -298,6 +299,10 @@ def run_program(program: Callable[[list[str]], int], argv: Sequence[str] | None 
     """
     try:
         return program(list(sys.argv[1:] if argv is None else argv))
+    except Interrupted as stopped:
+        if is_main():
+            print(explain(stopped))
+        return stopped.exit_code
     except EXPECTED_ERRORS as error:
         print(f"error: {one_line(f'{error}{_disk_advice(error)}') or type(error).__name__}", file=sys.stderr)
     except RecursionError:

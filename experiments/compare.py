@@ -21,7 +21,7 @@ from experiments.comparison.report import write_report
 from experiments.family import file_name
 from experiments.runs import Job, is_finished, options, processor_shares, train_all
 from tim4rec_jax.data.interactions import load_log
-from tim4rec_jax.training.interruption import exit_code
+from tim4rec_jax.training.signals import exit_code
 
 
 def train_missing(plan: Plan, jobs: int, console: Console) -> tuple[dict[str, str], int | None]:

@@ -18,8 +18,8 @@ from experiments.configs import load_config
 from tim4rec_jax.config import ExperimentConfig
 from tim4rec_jax.parallel_config import ParallelConfig
 from tim4rec_jax.run_dir import CHANGEABLE_ON_RESUME, METRICS, RESULTS, TEST_RANKS, read_results
-from tim4rec_jax.training.interruption import handled
 from tim4rec_jax.training.logging import read_metrics
+from tim4rec_jax.training.signals import handled
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 POLL_SECONDS = 0.2

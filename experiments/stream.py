@@ -42,7 +42,7 @@ from tim4rec_jax.serving.event_stream import (
     take_rest,
 )
 from tim4rec_jax.serving.user_table import LAST_SECOND
-from tim4rec_jax.training.interruption import handled
+from tim4rec_jax.training.signals import handled
 
 
 def check(options: StreamOptions) -> StreamOptions:

@@ -48,7 +48,7 @@ from tim4rec_jax.data.interactions import load_log, with_precision
 from tim4rec_jax.files import locked, write_atomically
 from tim4rec_jax.model_config import ModelConfig
 from tim4rec_jax.run_dir import environment, read_results
-from tim4rec_jax.training.interruption import Interrupted
+from tim4rec_jax.training.signals import Interrupted
 
 ERROR, MARKDOWN, RECORD, JOURNAL = "error.txt", "sweep.md", "sweep.json", "optuna.journal"
 WHY_ONE_TEST = (

@@ -12,51 +12,31 @@ Every setting of `tim4rec_jax.config` is an option by its path. Exit codes: 0 do
 error), 130 stopped by Ctrl-C and 0 by SIGTERM with the state saved.
 """
 
-import contextlib
 import dataclasses
-import math
 import os
 import pathlib
 import sys
-import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Sequence
 
-from rich import box
 from rich.console import Console
-from rich.table import Table
 
 from experiments.cli import parse_settings, run_program
-from experiments.comparison.published import PUBLISHED
+from experiments.comparison.published import final_tables
 from experiments.configs import chosen, config_names
 from experiments.family import of_model
 from tim4rec_jax.config import DataConfig, EvalConfig, ExperimentConfig, ParallelConfig, TrainConfig
-from tim4rec_jax.data.interactions import InteractionLog, load_log, with_precision
-from tim4rec_jax.data.splits import describe, split_log
-from tim4rec_jax.evaluation.baselines import popularity_counts, popularity_ranks
-from tim4rec_jax.evaluation.metrics import summarise
-from tim4rec_jax.evaluation.seen_targets import describe_seen, measured
-from tim4rec_jax.files import locked
+from tim4rec_jax.data.interactions import load_log
+from tim4rec_jax.data.splits import split_log
+from tim4rec_jax.evaluation.baselines import popularity_metrics
 from tim4rec_jax.model_config import ModelConfig
 from tim4rec_jax.models import model_class
-from tim4rec_jax.run_dir import create_run, discard_run, has_begun, read_config, write_config, write_results
-from tim4rec_jax.training.interruption import Interrupted, StopRequests, explain
-from tim4rec_jax.training.loop import Trainer
-from tim4rec_jax.training.processes import (
-    ProcessError,
-    initialize,
-    is_main,
-    on_main,
-    quiet_unless_main,
-    require_same_start,
-)
-
-# Rows of an item embedding in parts are filled up to a multiple of this, so that a run may go on with 2, 4, 8 .. parts.
-EQUAL_PARTS = 64
+from tim4rec_jax.parallel.processes import ProcessError, initialize, is_main, quiet_unless_main
+from tim4rec_jax.run_dir import write_results
+from tim4rec_jax.training.loop import only_writer, train
+from tim4rec_jax.training.signals import StopRequests
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Arguments:
     """Options of the program; the settings start from the named experiment.
 
@@ -78,158 +58,38 @@ class Arguments:
 
 
 def parse(argv: Sequence[str]) -> tuple[ExperimentConfig, pathlib.Path, bool]:
-    """Reads the command line into the experiment's settings, the run folder and whether to resume.
-
-    Raises:
-      ValueError: for an unknown experiment or option (the nearest are shown) or a value out of range.
-    """
+    """Reads settings, the run folder and whether to resume; ValueError names the nearest of what is unknown."""
     base, model = chosen(argv)
     default = Arguments(model, base.data, base.train, base.eval, base.parallel, base.name)
-    arguments = parse_settings(
-        Arguments, argv, default, prog="experiments.train", description=f"Experiments: {', '.join(config_names())}"
-    )
-    config = ExperimentConfig(
-        base.name, arguments.model, arguments.data, arguments.train, arguments.eval, arguments.parallel
-    )
-    return config, arguments.run_dir or pathlib.Path("runs") / base.name, arguments.resume
+    about = f"Experiments: {', '.join(config_names())}"
+    given = parse_settings(Arguments, argv, default, prog="experiments.train", description=about)
+    config = ExperimentConfig(base.name, given.model, given.data, given.train, given.eval, given.parallel)
+    return config, given.run_dir or pathlib.Path("runs") / base.name, given.resume
 
 
-def vocab_multiple(config: ExperimentConfig) -> int:
-    """Returns `model.vocab_multiple`, filled in where the item embedding has to lie in equal parts on devices."""
-    shards, given = config.parallel.catalogue_shards, config.model.vocab_multiple
-    return math.lcm(EQUAL_PARTS, shards) if shards > 1 and given == 1 else given
-
-
-def with_data(config: ExperimentConfig, log: InteractionLog) -> ExperimentConfig:
-    """Fills in what the data decide: the order of events, and the catalogue's size and its parts."""
-    sizes = {"vocab_size": log.num_items + 1, "vocab_multiple": vocab_multiple(config)}
-    return dataclasses.replace(
-        config, model=dataclasses.replace(config.model, **sizes), data=with_precision(config.data, log)
-    )
-
-
-def train_one(
-    config: ExperimentConfig,
-    log: InteractionLog,
-    run_dir: pathlib.Path,
-    resume: bool,
-    stop_requests: StopRequests | None = None,
-) -> dict[str, Any]:
-    """Makes or opens the run folder and trains; returns the results with wall time added.
-
-    A start that is refused leaves no run folder, and one that was there as it was.
-    """
-    config = with_data(config, log)
-    require_same_start(config, log.fingerprint)
-    trainer = Trainer(config, log, run_dir, resume=resume, stop_requests=stop_requests)
-    before = on_main(lambda: read_config(run_dir) if has_begun(run_dir) else None)
-    on_main(lambda: create_run(run_dir, config, log, resume=resume))
-    started = time.perf_counter()
-    try:
-        results = trainer.run()
-    except Interrupted:
-        raise
-    except Exception:
-        if is_main() and not trainer.has_stepped:
-            with contextlib.suppress(OSError):  # Of a full disk the error above is the one to tell.
-                discard_run(run_dir) if before is None else write_config(run_dir, before)
-        raise
-    results |= {"wall_seconds_of_this_process": time.perf_counter() - started}
-    if is_main():
-        write_results(run_dir, results)
-    return results
-
-
-@contextlib.contextmanager
-def only_writer(run_dir: pathlib.Path) -> Iterator[None]:
-    """Holds the lock of a run folder in process 0, which writes it.
-
-    Raises:
-      ValueError: another process is writing it.
-      ProcessError: in the other processes, if it raised in process 0.
-    """
-    run_dir = run_dir.resolve()
-    with contextlib.ExitStack() as stack:
-
-        def lock() -> None:
-            run_dir.parent.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(locked(run_dir))
-
-        on_main(lock)
-        yield
-
-
-def popularity(config: ExperimentConfig, log: InteractionLog) -> dict[str, float]:
-    """Test metrics of ranking by popularity in the training part."""
-    split = split_log(log, config.data)
-    counts, test = popularity_counts(log, split.first_held_out), measured(log, split.test, config.eval).examples
-    ranks = popularity_ranks(log, counts, test, exclude_seen=config.eval.exclude_seen)
-    return summarise(ranks, config.eval.top_k)
-
-
-def final_tables(
-    config: ExperimentConfig, rows: Sequence[tuple[str, Mapping[str, float], str]], seen_target_share: float | None
-) -> list[Table]:
-    """Our numbers and published ones side by side, a table for each list length."""
-    seen = describe_seen(config.eval, seen_target_share)
-    protocol = f"{describe(config.data)}, " if config.data.split == "temporal" else ""
-    tables = []
-    for k in config.eval.top_k:
-        columns = [f"{metric}@{k}" for metric in ("hit", "ndcg", "mrr")]
-        title = f"{config.name}: test, {protocol}full ranking, seen items {seen}"
-        table = Table(title=title, box=box.SIMPLE_HEAD)
-        table.add_column("model")
-        for column in columns:
-            table.add_column(column, justify="right", no_wrap=True)
-        table.add_column("source")
-        for name, metrics, source in rows:
-            if any(column in metrics for column in columns):
-                table.add_row(name, *(f"{metrics[c]:.4f}" if c in metrics else "–" for c in columns), source)
-        tables.append(table)
-    return tables
-
-
-def run(
-    config: ExperimentConfig, run_dir: pathlib.Path, resume: bool, console: Console, stop_requests: StopRequests
-) -> None:
-    """Trains the model and its baselines and prints the final table.
-
-    Raises:
-      ValueError: another process is writing the run folder, or the settings do not fit it, the data or each other.
-    """
-    with only_writer(run_dir):
-        _run(config, run_dir, resume, console, stop_requests)
-
-
-def _run(
-    config: ExperimentConfig, run_dir: pathlib.Path, resume: bool, console: Console, stop_requests: StopRequests
-) -> None:
+def run(config: ExperimentConfig, run_dir: pathlib.Path, resume: bool, console: Console, stops: StopRequests) -> None:
+    """Trains the model and its baselines and prints the final table."""
     log = load_log(config.data)
     console.print(log.statistics.table(config.data.name))
-    report = split_log(log, config.data).report
-    if report:
+    if report := split_log(log, config.data).report:
         console.print(report.table())
-    if (multiple := vocab_multiple(config)) != config.model.vocab_multiple:
-        console.print(
-            f"model.vocab_multiple={multiple}: the item embedding gets so many rows, for equal parts of it on devices"
-        )
-    results = train_one(config, log, run_dir, resume, stop_requests)
-    name = config.model.name
-    rows = [(name, results["test"], f"this run, best epoch {results['best_epoch']} of {results['epochs']}")]
+
+    def trained(name: str, config: ExperimentConfig, folder: pathlib.Path) -> dict:
+        results = train(config, log, folder, resume=resume, stop_requests=stops)
+        rows.append((name, results["test"], f"this run, best epoch {results['best_epoch']} of {results['epochs']}"))
+        return results
+
+    rows, name = [], config.model.name
+    results = trained(name, config, run_dir)
     if "time_off" in config.eval.baselines and (without_time := model_class(name).without_time) is not None:
         console.print("the same model with time off")
         plain = dataclasses.replace(config, model=of_model(config.model, without_time))
         with only_writer(run_dir / "time_off"):
-            other = train_one(plain, log, run_dir / "time_off", resume, stop_requests)
-        rows.append(
-            (f"{name}, time off", other["test"], f"this run, best epoch {other['best_epoch']} of {other['epochs']}")
-        )
+            trained(f"{name}, time off", plain, run_dir / "time_off")
     if "popularity" in config.eval.baselines:
-        rows.append(("popularity", popularity(config, log), "this log, counts of the training part"))
+        rows.append(("popularity", popularity_metrics(log, config), "this log, counts of the training part"))
     if is_main():
         write_results(run_dir, results | {"baselines": {name: metrics for name, metrics, _ in rows[1:]}})
-    if config.data.split == "leave_one_out":  # What is published here belongs to that protocol.
-        rows += [(row.model, row.metrics, row.source) for row in PUBLISHED.get(config.data.name, [])]
     console.print(*final_tables(config, rows, results.get("seen_target_share")))
     console.print(f"run folder: {run_dir}", soft_wrap=True)
 
@@ -239,13 +99,9 @@ def program(argv: list[str]) -> int:
     config, run_dir, resume = parse(argv)
     initialize(config.parallel)
     with quiet_unless_main():
-        console = Console()
         try:
-            with StopRequests() as stop_requests:
-                run(config, run_dir, resume, console, stop_requests)
-        except Interrupted as stopped:
-            console.print(explain(stopped), soft_wrap=True, markup=False)
-            return stopped.exit_code
+            with StopRequests() as stops, only_writer(run_dir):
+                run(config, run_dir, resume, Console(), stops)
         except ProcessError as error:
             print(f"error: {error}", file=sys.stderr, flush=True)
             # JAX's orderly end at exit waits for all processes, and one of them is gone.

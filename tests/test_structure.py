@@ -15,10 +15,11 @@ ROOMS = {
     "data": {"config", "data_config"},
     "layers": {"model_config"},
     "models": {"model_config", "typing", "layers"},
-    "evaluation": {"config", "data", "models"},
-    "training": {"config", "data", "models", "evaluation", *RUN},
-    "serving": {"config", "data", "models", "evaluation", *RUN, "training"},
-    "interop": {"config", "data", "model_config", "models", *RUN, "training", "serving"},
+    "parallel": {"config", "models"},
+    "evaluation": {"config", "data", "models", "parallel"},
+    "training": {"config", "data", "models", "parallel", "evaluation", *RUN},
+    "serving": {"config", "data", "models", "parallel", "evaluation", *RUN, "training"},
+    "interop": {"config", "data", "model_config", "models", "parallel", *RUN, "training", "serving"},
 }
 
 

@@ -22,13 +22,18 @@ __all__ = [
     "SyntheticConfig",
     "TrainConfig",
     "build_model",
+    "fit",
     "interop",
     "load_log",
     "register_model",
 ]
 
 # What reads logs and checkpoints is imported when it is asked for: it takes longer than all the rest.
-_LAZY = {"Recommender": "tim4rec_jax.serving.recommender", "load_log": "tim4rec_jax.data.interactions"}
+_LAZY = {
+    "Recommender": "tim4rec_jax.serving.recommender",
+    "fit": "tim4rec_jax.fitting",
+    "load_log": "tim4rec_jax.data.interactions",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -14,7 +14,7 @@ class ParallelConfig:
     """Which devices and processes train together; batches and losses do not depend on it, but for rounding.
 
     Attributes:
-      strategy: "single" trains on one device; "sharded" spreads every batch over all devices by `jax.shard_map`; "pmap"
+      strategy: "single" trains on one device; "sharded" spreads every batch over all devices, as global arrays; "pmap"
         does so by `jax.pmap`, in one process only; "auto" is "sharded" where there are several devices, else "single".
       catalogue_shards: devices that a copy of the item embedding is spread over, which no device then ever holds whole;
         must divide the number of devices of a process. 1 keeps it whole on each of them.

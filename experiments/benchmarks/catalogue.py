@@ -38,11 +38,10 @@ from tim4rec_jax.data.negatives import Negatives, Proposal, draw_negatives
 from tim4rec_jax.data.packing import plan_packed_rows
 from tim4rec_jax.model_config import ModelConfig
 from tim4rec_jax.models import build_model
-from tim4rec_jax.models.catalogue_shards import shardings
+from tim4rec_jax.parallel.item_table import shardings
+from tim4rec_jax.parallel.mesh import make_layout
 from tim4rec_jax.run_dir import environment
-from tim4rec_jax.training.catalogue_parallel import choose_optimizer, choose_step
-from tim4rec_jax.training.parallel import make_layout
-from tim4rec_jax.training.step import init_state
+from tim4rec_jax.training.step import init_state, make_optimizer, train_step
 
 _DEVICE_COUNT = "--xla_force_host_platform_device_count"
 _BYTES = {"f64": 8, "s64": 8, "f32": 4, "s32": 4, "u32": 4, "bf16": 2, "f16": 2, "pred": 1, "s8": 1, "u8": 1}
@@ -86,7 +85,7 @@ class LayoutStep:
     def __init__(self, config: ExperimentConfig) -> None:
         """Compiles the step from shapes and where they lie."""
         self.config, self.layout = config, make_layout(config.parallel)
-        model, optimizer = build_model(config.model), choose_optimizer(config, 1000)
+        model, optimizer = build_model(config.model), make_optimizer(config.train, 1000)
         self._make_state = functools.partial(init_state, model, optimizer, config.train.seed)
         groups = plan_packed_rows(
             config.model.max_len,
@@ -95,8 +94,8 @@ class LayoutStep:
             platform=jax.default_backend(),
         )
         loader = _GivenBatches(config.model.vocab_size, config.train.num_negatives)
-        step = functools.partial(choose_step(config), model, optimizer, config, groups, loader)
-        self.step = Step(self.layout.wrap(step), self._shapes(), self.batch(0))
+        step = functools.partial(train_step, model, optimizer, config, groups, loader)
+        self.step = Step(self.layout.compile_step(step), self._shapes(), self.batch(0))
 
     def _shapes(self) -> Any:
         """Returns the state's shapes, and on several devices how they are sharded."""
@@ -117,11 +116,11 @@ class LayoutStep:
         starts[:, 0] = True
         times = np.cumsum(rng.integers(0, 86_400, shape), axis=1).astype(np.int32)
         segment_ids = np.cumsum(starts, axis=1, dtype=np.int32)
-        return self.layout.split(PackedBatch(items, segment_ids, times, targets, np.ones(shape, np.float32)))
+        return self.layout.shard_batch(PackedBatch(items, segment_ids, times, targets, np.ones(shape, np.float32)))
 
     def start(self) -> Step:
         """Returns the step with its initial state, where it lies."""
-        self.step.state = jax.block_until_ready(self.layout.create(self._make_state))
+        self.step.state = jax.block_until_ready(self.layout.init_sharded(self._make_state))
         return self.step
 
     def run(self, steps: int) -> dict[str, Any]:

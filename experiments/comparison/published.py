@@ -1,6 +1,14 @@
-"""Numbers that others printed, to stand beside ours; each with its source."""
+"""Numbers that others printed, each with its source, and ours beside them."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+
+from rich import box
+from rich.table import Table
+
+from tim4rec_jax.config import ExperimentConfig
+from tim4rec_jax.data.splits import describe
+from tim4rec_jax.evaluation.seen_targets import describe_seen
 
 
 @dataclass(frozen=True)
@@ -51,3 +59,27 @@ PUBLISHED: dict[str, list[Published]] = {
         _row("TiM4Rec", _PAPER, 0.1109, 0.0611, 0.0463),
     ],
 }  # fmt: skip
+
+
+def final_tables(
+    config: ExperimentConfig, rows: Sequence[tuple[str, Mapping[str, float], str]], seen_target_share: float | None
+) -> list[Table]:
+    """Returns our numbers and published ones side by side, a table for each list length."""
+    if config.data.split == "leave_one_out":  # What is published here belongs to that protocol.
+        rows = [*rows, *((row.model, row.metrics, row.source) for row in PUBLISHED.get(config.data.name, []))]
+    seen = describe_seen(config.eval, seen_target_share)
+    protocol = f"{describe(config.data)}, " if config.data.split == "temporal" else ""
+    tables = []
+    for k in config.eval.top_k:
+        columns = [f"{metric}@{k}" for metric in ("hit", "ndcg", "mrr")]
+        title = f"{config.name}: test, {protocol}full ranking, seen items {seen}"
+        table = Table(title=title, box=box.SIMPLE_HEAD)
+        table.add_column("model")
+        for column in columns:
+            table.add_column(column, justify="right", no_wrap=True)
+        table.add_column("source")
+        for name, metrics, source in rows:
+            if any(column in metrics for column in columns):
+                table.add_row(name, *(f"{metrics[c]:.4f}" if c in metrics else "–" for c in columns), source)
+        tables.append(table)
+    return tables

@@ -14,7 +14,7 @@ import pytest
 import torch
 import yaml
 
-from experiments import convert, evaluate, recommend, train
+from experiments import convert, evaluate, recommend
 from experiments.benchmarks.torch_models import echomamba4rec, mamba4rec, sasrec, tim4rec, tisasrec
 from tests.edited_runs import reseal
 from tests.evaluation.logs import random_log
@@ -26,6 +26,7 @@ from tim4rec_jax.models import TiM4RecConfig, last_hidden
 from tim4rec_jax.run_dir import read_config, read_environment
 from tim4rec_jax.serving.stored_run import load_log, load_model
 from tim4rec_jax.training.logging import read_metrics
+from tim4rec_jax.training.loop import train
 
 ITEMS = 12
 SMALL = TiM4RecConfig(vocab_size=ITEMS + 1, max_len=10, d_model=16, num_layers=1, d_state=4, head_dim=16)
@@ -142,7 +143,7 @@ def test_training_goes_on_from_the_checkpoint(tmp_path, log_file, capsys):
     assert _main(capsys, *options, "--data.name=custom", *DATA, *more)[0] == 0
     config = read_config(output)
     before = load_model(output).params
-    train.train_one(config, load_log(output), output, resume=True)
+    train(config, load_log(output), output, resume=True)
     assert [line["epoch"] for line in read_metrics(output) if line["kind"] == "valid"] == [1]
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), load_model(output).params, before)
 

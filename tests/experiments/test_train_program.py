@@ -19,6 +19,7 @@ from experiments.comparison.published import PUBLISHED
 from tests.quick_flags import quick_flags
 from tests.training.ctrl_c import ctrl_c_at
 from tim4rec_jax.data.splits import split_log
+from tim4rec_jax.evaluation.baselines import popularity_metrics
 from tim4rec_jax.run_dir import (
     CHECKPOINTS,
     read_config,
@@ -30,7 +31,7 @@ from tim4rec_jax.run_dir import (
 from tim4rec_jax.serving import stored_run
 from tim4rec_jax.training.checkpoint import Checkpointer
 from tim4rec_jax.training.logging import read_metrics
-from tim4rec_jax.training.loop import Trainer
+from tim4rec_jax.training.loop import Session, Setup
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 SMALL = [
@@ -101,7 +102,7 @@ def test_a_temporal_split_from_training_to_recommendations(tmp_path, capsys):
     config, log = read_config(folder), stored_run.load_log(folder)
     split = split_log(log, config.data)
     assert results["split"] == dataclasses.asdict(split.report) and split.report.test == len(read_test_ranks(folder))
-    assert results["baselines"]["popularity"] == train.popularity(config, log)
+    assert results["baselines"]["popularity"] == popularity_metrics(log, config)
     arguments = evaluate.parse([f"--run={folder}"])
     assert evaluate.run(arguments).metrics == pytest.approx(results["test"], abs=1e-12)
     # Histories are whole: what tests is read when the next item is recommended.
@@ -205,7 +206,7 @@ def _state(folder: pathlib.Path) -> tuple[int, list[np.ndarray]]:
 def _template(folder, config):
     from tim4rec_jax.serving.stored_run import load_log
 
-    return Trainer(config, load_log(folder), folder, resume=False).state
+    return Setup(config, load_log(folder)).init_state()
 
 
 def _start(arguments: list[str]) -> subprocess.Popen:
@@ -292,15 +293,15 @@ def test_memory_that_runs_out_is_one_line_and_nothing_saved_is_lost(
     def fail(*_):
         raise error
 
-    original, taken = Trainer._compiled_step, []
+    original, taken = Session.compiled_step, []
 
-    def some_steps(self, payload):
+    def some_steps(self, state, batch):
         taken.append(1)
-        return fail if len(taken) > 7 else original(self, payload)
+        return fail if len(taken) > 7 else original(self, state, batch)
 
     with monkeypatch.context() as patch:
         if place == "training":
-            patch.setattr(Trainer, "_compiled_step", some_steps)
+            patch.setattr(Session, "compiled_step", some_steps)
         else:
             patch.setattr("tim4rec_jax.training.loop.FullSortEvaluator.__call__", fail)
         assert train.main(options) == 2

@@ -1,26 +1,39 @@
-"""The Python of the front page runs as it stands there, on a tiny run."""
+"""The Python of the front page runs as it stands there, on a small log."""
 
 import pathlib
 import re
 
-from tim4rec_jax.run_dir import read_histories
+import numpy as np
+import polars as pl
 
 README = pathlib.Path(__file__).resolve().parents[2] / "README.md"
 
 
-def blocks() -> list[str]:
-    return re.findall(r"^```python\n(.*?)^```$", README.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+def block(word: str) -> str:
+    text = README.read_text(encoding="utf-8")
+    blocks = re.findall(r"^```python\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+    [code] = [code for code in blocks if word in code]
+    return code
 
 
-def test_recommending_from_a_run(run, capsys):
-    [code] = [block for block in blocks() if "Recommender" in block]
-    user = read_histories(run)["user_id"][0]
-    exec(code.replace('"runs/mine"', repr(str(run))).replace('"42"', repr(user)), {})
-    assert len(capsys.readouterr().out.splitlines()) == 10
+def test_from_a_log_to_recommendations(tmp_path, monkeypatch, capsys):
+    """With fewer epochs, and on users 1 to 60 and items 1 to 40."""
+    monkeypatch.chdir(tmp_path)
+    rng = np.random.default_rng(0)
+    user = np.repeat(np.arange(1, 61), 12)
+    columns = {"user": user, "item": rng.integers(1, 41, user.size), "timestamp": 978_300_000 + np.arange(user.size)}
+    pl.DataFrame(columns).write_csv("log.csv")
+    code = block("fit")
+    assert "epochs=20" in code
+    names = {}
+    exec(code.replace("epochs=20", "epochs=1"), names)
+    run, shown = names["run"], capsys.readouterr().out
+    assert run.run_dir.resolve() == tmp_path / "runs" / "tim4rec_causal-1"
+    assert str(run.metrics["test"]["ndcg@10"]) in shown and "shape: (20, 4)" in shown
+    assert len(names["items"]) == 10
 
 
 def test_a_model_alone():
-    [code] = [block for block in blocks() if "build_model" in block]
     names = {}
-    exec(code, names)
+    exec(block("build_model"), names)
     assert names["hidden"].shape == (1, 1, 64) and names["scores"].shape == (1, 1, 3417)

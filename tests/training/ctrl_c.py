@@ -6,19 +6,19 @@ from collections.abc import Iterator
 
 import pytest
 
-from tim4rec_jax.training.loop import Trainer
+from tim4rec_jax.training.loop import Session
 
 
 @contextlib.contextmanager
 def ctrl_c_at(step: int) -> Iterator[None]:
     """Runs trained in the body get SIGINT when the line of this step is logged."""
-    log_line = Trainer._log_line
+    log_line = Session.log_line
 
-    def stop(trainer, number):
-        log_line(trainer, number)
-        if number == step:
+    def stop(session, progress):
+        log_line(session, progress)
+        if progress.step == step:
             signal.raise_signal(signal.SIGINT)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Trainer, "_log_line", stop)
+        patch.setattr(Session, "log_line", stop)
         yield

@@ -8,12 +8,12 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 
-from tests.training.fake_devices import ROOT, environment
+from tests.parallel.fake_devices import ROOT, environment
 from tim4rec_jax.run_dir import CHECKPOINTS, read_config, read_results
 from tim4rec_jax.serving.stored_run import load_log
 from tim4rec_jax.training.checkpoint import Checkpointer
 from tim4rec_jax.training.logging import read_metrics
-from tim4rec_jax.training.loop import Trainer
+from tim4rec_jax.training.loop import Setup
 
 # 33 steps in 3 epochs, with checkpoints and validations between them.
 OPTIONS = [
@@ -44,7 +44,7 @@ def lines(folder: pathlib.Path) -> list[tuple]:
 
 def require_same_runs(folders: Sequence[pathlib.Path], reference: pathlib.Path) -> None:
     """Asserts that runs ended with the bits of another, and wrote down the same on the way."""
-    template = Trainer(read_config(reference), load_log(reference), reference, resume=False).state
+    template = Setup(read_config(reference), load_log(reference)).init_state()
 
     def state(folder):
         with Checkpointer(folder / CHECKPOINTS) as checkpoints:

@@ -19,18 +19,19 @@ from typing import Any
 from experiments import train
 from tests.training.killed_runs import finish, options_of, start
 from tim4rec_jax.evaluation.full_sort import FullSortEvaluator
-from tim4rec_jax.training.loop import Trainer
+from tim4rec_jax.training import loop
+from tim4rec_jax.training.loop import Session, Setup
 
 # What is interrupted: owner, function, at which call, and whether Python is held too.
 MOMENTS: dict[str, tuple[Any, str, int, bool]] = {
     "reading the log": (train, "load_log", 1, True),
-    "making the run folder": (train, "create_run", 1, False),
-    "compiling": (Trainer, "_compiled_step", 1, True),
-    "between steps": (Trainer, "_log_line", 5, False),
+    "making the run folder": (loop, "create_run", 1, False),
+    "compiling": (Setup, "compile_step", 1, True),
+    "between steps": (Session, "log_line", 5, False),
     "first validation": (FullSortEvaluator, "__call__", 1, True),
     "later validation": (FullSortEvaluator, "__call__", 2, False),
-    "after validation": (Trainer, "_is_last", 2, False),
-    "test": (Trainer, "_test", 1, False),
+    "after validation": (Session, "is_last", 2, False),
+    "test": (loop, "_test", 1, False),
     "the last table": (train, "final_tables", 1, False),
 }
 
@@ -55,7 +56,7 @@ def hold(owner: Any, name: str, count: int, marker: pathlib.Path, wait: Callable
         if len(calls) == count:
             marker.touch()
             # After a step a request is met when the step's work is done.
-            time.sleep(0.5) if name == "_log_line" else wait()
+            time.sleep(0.5) if name == "log_line" else wait()
         return original(*arguments, **options)
 
     setattr(owner, name, held)

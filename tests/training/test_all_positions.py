@@ -18,8 +18,8 @@ from tim4rec_jax.data.loader import make_loader
 from tim4rec_jax.data.packing import LengthGroup
 from tim4rec_jax.data.splits import gather_windows, leave_one_out
 from tim4rec_jax.models import SASRecConfig, last_hidden
-from tim4rec_jax.training import all_positions
-from tim4rec_jax.training.all_positions import weighted_cross_entropy
+from tim4rec_jax.training import losses as loss_functions
+from tim4rec_jax.training.losses import weighted_cross_entropy
 from tim4rec_jax.training.step import TrainState, init_state, make_optimizer, train_step
 
 MAX_LEN, ITEMS = 12, 22
@@ -136,7 +136,7 @@ def test_microbatches_do_not_matter_with_dropout():
 @pytest.mark.parametrize("implementation", ["xla", None])
 @pytest.mark.parametrize("num_trained", [0, 1, 300, 301, 700])
 def test_pieces_of_the_loss_give_the_whole_sum(monkeypatch, num_trained, implementation):
-    monkeypatch.setattr(all_positions, "loss_positions", lambda num_positions: 100)
+    monkeypatch.setattr(loss_functions, "loss_positions", lambda num_positions: 100)
     rng = np.random.default_rng(0)
     hidden, table = (jnp.asarray(rng.normal(size=(n, 8)), jnp.float32) for n in (730, 30))
     targets = jnp.asarray(rng.integers(0, 30, 730))
@@ -162,7 +162,7 @@ def test_the_loss_is_computed_where_there_is_weight_only():
     hidden[500:] = np.nan
     weights = np.zeros(2000, np.float32)
     weights[:500] = 1
-    assert all_positions.loss_positions(2000) == 256
+    assert loss_functions.loss_positions(2000) == 256
     # The second piece of 256 would reach into what has none.
     hidden[500:512] = 0
     total, (d_hidden, d_table) = jax.jit(functools.partial(weighted_cross_entropy, in_tiles=True, kernels="xla"))(
@@ -174,7 +174,7 @@ def test_the_loss_is_computed_where_there_is_weight_only():
 
 @pytest.mark.parametrize(("positions", "expected"), [(100, 100), (256, 256), (2000, 256), (2050, 257), (51200, 6400)])
 def test_an_eighth_of_the_positions_goes_at_once(positions, expected):
-    assert all_positions.loss_positions(positions) == expected
+    assert loss_functions.loss_positions(positions) == expected
 
 
 def test_same_seed_same_bits_and_steps_lower_the_loss():
@@ -212,7 +212,7 @@ def test_scores_of_a_piece_that_are_too_many_go_in_tiles(monkeypatch):
     """Without a named backend the largest array holds either all scores of a piece, or none of their number."""
 
     def widest(bytes_at_once):
-        monkeypatch.setattr(all_positions, "_SCORE_BYTES", bytes_at_once)
+        monkeypatch.setattr(loss_functions, "_SCORE_BYTES", bytes_at_once)
         shapes = [jax.ShapeDtypeStruct(s, t) for s, t in (((256, 4), "float32"), ((9999, 4), "float32"))]
         shapes += [jax.ShapeDtypeStruct((256,), "int32"), jax.ShapeDtypeStruct((256,), "float32")]
         return "256x9999xf32" in jax.jit(functools.partial(weighted_cross_entropy)).lower(*shapes).as_text()

@@ -7,7 +7,7 @@ import pytest
 
 from tests.training.forked_runs import OPTIONS, require_same_runs, run_forking
 from tests.training.stopped_runs import MOMENTS
-from tim4rec_jax.training.interruption import Interrupted, StopRequests
+from tim4rec_jax.training.signals import Interrupted, StopRequests
 
 
 @pytest.mark.slow
@@ -48,7 +48,7 @@ def test_at_rest_they_end_what_runs_at_once():
 def test_a_save_that_failed_is_not_called_saved(capsys, monkeypatch):
     """Where the process has to end without Python's main thread."""
     codes = []
-    monkeypatch.setattr("tim4rec_jax.training.interruption.os._exit", codes.append)
+    monkeypatch.setattr("tim4rec_jax.training.signals.os._exit", codes.append)
 
     def fail():
         raise OSError("no room")

@@ -351,14 +351,14 @@ def gap_statistics(log: InteractionLog, split: Split) -> tuple[float, float]:
     return float(logs.mean()), std if std > 1e-6 else 1.0  # Less is rounding.
 
 
-def _training_times(log: InteractionLog, split: Split) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the second of each training target's input, and of the target."""
-    rows = log.offsets[split.train.users] + split.train.ends
-    return log.timestamps[rows - 1], log.timestamps[rows]
-
-
 def training_times(log: InteractionLog, split: Split) -> dict[str, Any]:
     """Returns gap_mean, gap_std, first_second and last_second of the training part, as `data_statistics` takes them."""
     mean, std = gap_statistics(log, split)
     first, last = training_span(log, split)
     return {"gap_mean": mean, "gap_std": std, "first_second": first, "last_second": last}
+
+
+def _training_times(log: InteractionLog, split: Split) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the second of each training target's input, and of the target."""
+    rows = log.offsets[split.train.users] + split.train.ends
+    return log.timestamps[rows - 1], log.timestamps[rows]

@@ -7,8 +7,11 @@ from typing import NamedTuple
 
 import numpy as np
 
+from tim4rec_jax.config import ExperimentConfig
 from tim4rec_jax.data.interactions import InteractionLog
-from tim4rec_jax.data.splits import Examples
+from tim4rec_jax.data.splits import Examples, split_log
+from tim4rec_jax.evaluation.metrics import summarise
+from tim4rec_jax.evaluation.seen_targets import measured
 
 
 def popularity_counts(log: InteractionLog, first_held_out: Examples) -> np.ndarray:
@@ -92,6 +95,19 @@ class Transitions(NamedTuple):
         """Returns the items that followed `item` and how often."""
         row = slice(self.offsets[item], self.offsets[item + 1])
         return self.items[row], self.counts[row]
+
+
+def popularity_metrics(log: InteractionLog, config: ExperimentConfig) -> dict[str, float]:
+    """Returns the test metrics of ranking by popularity in the training part.
+
+    Args:
+      log: the cleaned log.
+      config: reads data.split and eval.
+    """
+    split = split_log(log, config.data)
+    counts, test = popularity_counts(log, split.first_held_out), measured(log, split.test, config.eval).examples
+    ranks = popularity_ranks(log, counts, test, exclude_seen=config.eval.exclude_seen)
+    return summarise(ranks, config.eval.top_k)
 
 
 def transition_counts(log: InteractionLog, first_held_out: Examples) -> Transitions:

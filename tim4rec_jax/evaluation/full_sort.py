@@ -2,8 +2,8 @@
 
 No [users, v] matrix exists: users are encoded in batches and scored in tiles. Rows are sorted by length once and worked
 through in a few static lengths, so a short history is not computed at max_len. Given a mesh, its devices share the
-users of every batch, and only ranks are exchanged; where the item embedding lies in parts on them, see
-`evaluation.catalogue_parts`.
+users of every batch, and only ranks are exchanged; where the item table is sharded over them, see
+`parallel.item_table`.
 """
 
 import dataclasses
@@ -23,18 +23,17 @@ from tim4rec_jax.data.interactions import InteractionLog
 from tim4rec_jax.data.loader import timestamps_for_device
 from tim4rec_jax.data.packing import choose_lengths
 from tim4rec_jax.data.splits import Examples, gather_windows
-from tim4rec_jax.evaluation.catalogue_parts import ITEM_TILE, rank_on_parts
 from tim4rec_jax.evaluation.metrics import check_top_k, rank_of_target, summarise
 from tim4rec_jax.evaluation.seen_targets import Measured, measured
 from tim4rec_jax.models import last_hidden, variables
-from tim4rec_jax.models.catalogue_shards import (
+from tim4rec_jax.parallel.item_table import (
+    ITEM_TILE,
     MODEL_AXIS,
     TABLE,
-    fetch_rows,
     num_shards,
-    on_working_table,
     partition_specs,
-    working_ids,
+    sharded_last_hidden,
+    sharded_ranks,
 )
 
 SCORE_TILE_BYTES = 64 * 2**20
@@ -104,8 +103,8 @@ def _rank_batch(
     params: Any, log: _DeviceLog, users: jax.Array, ends: jax.Array, *, mesh: Mesh | None, **options: Any
 ) -> tuple[jax.Array, jax.Array]:
     """Ranks one batch's targets, whose rows are shared among the devices of the mesh; see `_rank_rows`."""
-    in_parts = num_shards(mesh) > 1
-    rank_rows = functools.partial(_rank_rows_on_parts if in_parts else _rank_rows, **options)
+    sharded = num_shards(mesh) > 1
+    rank_rows = functools.partial(_rank_rows, sharded=sharded, **options)
     if mesh is None:
         return rank_rows(params, log, users, ends)
     axes = mesh.axis_names
@@ -113,7 +112,7 @@ def _rank_batch(
     def rank_share(*arguments: Any) -> tuple[jax.Array, jax.Array]:
         return jax.lax.all_gather(rank_rows(*arguments), axes, tiled=True)
 
-    specs = (partition_specs(params) if in_parts else P(), P(), P(axes), P(axes))
+    specs = (partition_specs(params) if sharded else P(), P(), P(axes), P(axes))
     return jax.shard_map(rank_share, mesh=mesh, in_specs=specs, out_specs=P(), check_vma=False)(
         params, log, users, ends
     )
@@ -131,57 +130,29 @@ def _rank_rows(
     length: int,
     tile: int,
     seen_len: int,
+    sharded: bool,
 ) -> tuple[jax.Array, jax.Array]:
     """Ranks the rows' targets; returns ranks [b] int32 and whether all scores of a row are finite [b] bool."""
     windows = gather_windows(*log, users, ends, max_len, xp=jnp)
     # Models of fixed length ask for all their timestamps, also where fewer events are read.
     timestamps = jnp.pad(windows.timestamps, ((0, 0), (0, time_len - max_len)))
     inputs = windows.items[:, :length], windows.lengths, timestamps
-    hidden = last_hidden(model, variables(params), *inputs)
+    hidden = sharded_last_hidden(model, params, *inputs) if sharded else last_hidden(model, variables(params), *inputs)
 
     def rank_tile(rows: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
         hidden, targets, users, ends = rows
+        if sharded:
+            seen = None
+            if seen_len:
+                users, ends = jax.lax.all_gather((users, ends), MODEL_AXIS, tiled=True)
+                seen = gather_windows(*log, users, ends, seen_len, xp=jnp).items
+            return sharded_ranks(hidden, targets, params[TABLE]["embedding"], seen, vocab_size=model.config.vocab_size)
         scores = model.apply(variables(params), hidden, method="score")
         excluded = None
         if seen_len:
             seen = gather_windows(*log, users, ends, seen_len, xp=jnp).items
             excluded = jnp.zeros(scores.shape, bool).at[jnp.arange(tile)[:, None], seen].set(True)
         return rank_of_target(scores, targets, excluded=excluded), jnp.isfinite(scores).all(axis=1)
-
-    tiles = jax.tree.map(lambda x: x.reshape(-1, tile, *x.shape[1:]), (hidden, windows.targets, users, ends))
-    ranks, finite = jax.lax.map(rank_tile, tiles)
-    return ranks.reshape(-1), finite.reshape(-1)
-
-
-def _rank_rows_on_parts(
-    params: Any,
-    log: _DeviceLog,
-    users: jax.Array,
-    ends: jax.Array,
-    *,
-    model: nn.Module,
-    max_len: int,
-    time_len: int,
-    length: int,
-    tile: int,
-    seen_len: int,
-) -> tuple[jax.Array, jax.Array]:
-    """Does what `_rank_rows` does, on a device that has a part of the item embedding."""
-    windows = gather_windows(*log, users, ends, max_len, xp=jnp)
-    shard = params[TABLE]["embedding"]
-    ids, items = working_ids(windows.items[:, :length])
-    small, small_params = on_working_table(model, params, fetch_rows(shard, ids))
-    timestamps = jnp.pad(windows.timestamps, ((0, 0), (0, time_len - max_len)))
-    inputs = items, windows.lengths, timestamps
-    hidden = last_hidden(small, variables(small_params), *inputs).astype(model.config.dtype)
-
-    def rank_tile(rows: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
-        hidden, targets, users, ends = rows
-        seen = None
-        if seen_len:
-            users, ends = jax.lax.all_gather((users, ends), MODEL_AXIS, tiled=True)
-            seen = gather_windows(*log, users, ends, seen_len, xp=jnp).items
-        return rank_on_parts(hidden, targets, shard, seen, vocab_size=model.config.vocab_size)
 
     tiles = jax.tree.map(lambda x: x.reshape(-1, tile, *x.shape[1:]), (hidden, windows.targets, users, ends))
     ranks, finite = jax.lax.map(rank_tile, tiles)
@@ -214,8 +185,8 @@ class FullSortEvaluator:
           log: the cleaned log.
           examples: what to predict, by user and end position.
           config: reads model.max_len, eval.max_len, data.timestamp_precision and eval.
-          mesh: devices that share the work, [data, model] as in `training.parallel`, with the item embedding of the
-            parameters in parts along "model" where that has several devices; None is one device.
+          mesh: devices that share the work, [data, model] as in `parallel.mesh`, with the item table of the
+            parameters in shards along "model" where that has several devices; None is one device.
 
         Raises:
           ValueError: without examples, or without any whose target is new where seen ones are left out, for a k larger

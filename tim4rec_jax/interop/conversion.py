@@ -33,7 +33,7 @@ from tim4rec_jax.models import model_class
 from tim4rec_jax.run_dir import CHECKPOINTS, ENVIRONMENT, create_run, read_config, read_environment, read_items
 from tim4rec_jax.serving.stored_run import load_model
 from tim4rec_jax.training.checkpoint import Checkpointer
-from tim4rec_jax.training.loop import Position
+from tim4rec_jax.training.progress import Progress
 from tim4rec_jax.training.step import TrainState, make_optimizer
 
 _TABLE = "item_embedding.weight"
@@ -189,7 +189,7 @@ def make_run(
             write_atomically(unfinished / ENVIRONMENT, (json.dumps(environment, indent=2) + "\n").encode())
             with Checkpointer(unfinished / CHECKPOINTS) as checkpoints:
                 checkpoints.save_best(0, params, {"converted_from": dict(source)})
-                checkpoints.save_latest(0, state, Position().to_dict())
+                checkpoints.save_latest(0, state, Progress().to_dict())
 
 
 def require_absent(output: pathlib.Path) -> None:

@@ -12,7 +12,7 @@ import os
 import pathlib
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -21,11 +21,20 @@ import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore as ts
 
-from tim4rec_jax.training.checkpoint_leaves import as_text, describe
-
 _ARRAYS = "arrays"
 # Behind an array's name, the file that says its shape (zarr, version 2).
 _ABOUT = "/.zarray"
+
+
+def describe(leaf: Any) -> tuple[tuple[int, ...], str]:
+    """Returns shape and dtype of a leaf, those of a typed PRNG key as JAX shows them."""
+    leaf = leaf if hasattr(leaf, "dtype") else np.asarray(leaf)
+    return tuple(leaf.shape), str(leaf.dtype)
+
+
+def as_text(shape: Sequence[int], dtype: str) -> str:
+    """Returns shape and dtype as in float32[2,3]."""
+    return f"{dtype}[{','.join(map(str, shape))}]"
 
 
 def write_arrays(folder: pathlib.Path, arrays: Mapping[str, np.ndarray]) -> None:

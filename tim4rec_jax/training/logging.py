@@ -1,20 +1,25 @@
-"""What a run says while it trains: metrics.jsonl, TensorBoard events, training curves and the progress bar.
+"""What a run says while it trains: metrics.jsonl, TensorBoard events, curves, the progress bar, memory it holds.
 
 A line of metrics.jsonl is one strict JSON object with "kind" first. A number that is not finite is written as the
 string "NaN", "Infinity" or "-Infinity", which `read_metrics` turns back into the number.
 """
 
 import contextlib
+import ctypes
 import errno
 import json
 import math
 import os
 import pathlib
+import resource
+import secrets
+import sys
 import time
 from collections.abc import Mapping
 from io import FileIO
 from typing import Any, Literal, get_args
 
+import jax
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -100,9 +105,6 @@ class MetricLogger:
         }
         with named_in_errors(self._tensorboard):
             if self._events is None:
-                # Imported where it is wanted: tensorboardX takes PyTorch along wherever that is installed.
-                from tim4rec_jax.training.event_files import EventFile
-
                 self._events = EventFile(self._tensorboard, self._purge_step)
             self._events.add(line["step"], scalars)
 
@@ -143,6 +145,46 @@ class MetricLogger:
         self._stream.close()
         if self._events is not None:
             self._events.close()
+
+
+class EventFile:
+    """One TensorBoard event file of scalars, written at once: a full disk is an error in the call that finds it.
+
+    tensorboardX's SummaryWriter hands events to a thread; if that dies of a full disk, the tenth event after it waits
+    for ever.
+
+    Args:
+      folder: of the event files; made if it is not there.
+      purge_step: TensorBoard hides what older files say of this step and later ones; None hides nothing.
+    """
+
+    def __init__(self, folder: pathlib.Path, purge_step: int | None = None) -> None:
+        # Imported where it is wanted: tensorboardX takes PyTorch along wherever that is installed.
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto.event_pb2 import Event, SessionLog
+        from tensorboardX.summary import scalar
+
+        self._event = lambda step, name, value: Event(wall_time=time.time(), step=step, summary=scalar(name, value))
+        folder.mkdir(parents=True, exist_ok=True)
+        # File names carry whole seconds of a clock that may be set back: a second file must not overwrite the first.
+        self._writer = EventsWriter(str(folder / "events"), f".{secrets.token_hex(8)}")
+        if purge_step is not None:
+            self._writer.write_event(Event(step=purge_step, session_log=SessionLog(status=SessionLog.START)))
+        self._writer.flush()
+
+    def add(self, step: int, values: Mapping[str, float]) -> None:
+        """Writes scalars of one step, which are with the operating system when the call returns.
+
+        Raises:
+          OSError: they cannot be written.
+        """
+        for name, value in values.items():
+            self._writer.write_event(self._event(step, name, value))
+        self._writer.flush()
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._writer.close()
 
 
 def read_metrics(run_dir: pathlib.Path) -> list[dict[str, Any]]:
@@ -350,3 +392,37 @@ class TrainingProgress:
     def report(self, message: str) -> None:
         """Prints a line above the bar."""
         self._console.print(message, markup=False, highlight=False, soft_wrap=True)
+
+
+def return_freed_memory() -> None:
+    """Gives memory that compilation used and freed back to the system; glibc keeps gigabytes of it otherwise."""
+    if sys.platform == "linux":
+        try:
+            ctypes.CDLL("libc.so.6").malloc_trim(0)
+        except (OSError, AttributeError):  # another C library: nothing to return by this name
+            return
+
+
+def resident_mb() -> float | None:
+    """Memory this process holds now, in MiB; None where the system does not say."""
+    try:
+        pages = int(pathlib.Path("/proc/self/statm").read_text().split()[1])
+    except OSError:
+        return None
+    return pages * resource.getpagesize() / 2**20
+
+
+def peak_resident_bytes() -> int:
+    """The most memory this process has held, in bytes."""
+    try:
+        # getrusage would do, but on Linux it starts from the peak of the process that started this one.
+        status = pathlib.Path("/proc/self/status").read_text()
+        return int(status.partition("VmHWM:")[2].split()[0]) * 1024
+    except (OSError, IndexError):
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024
+
+
+def peak_device_bytes() -> int | None:
+    """The most memory held on the first device; None where it keeps no count, as the CPU."""
+    return (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")

@@ -1,7 +1,7 @@
-"""Ends of training that were asked for: Ctrl-C, SIGTERM, and with several processes the preemption of any of them.
+"""Ends that are asked for: Ctrl-C, SIGTERM, and with several processes the preemption of any of them.
 
-A run is at rest while every step taken is saved, or being saved: before the first step, while it compiles, validates
-and tests. There it ends at once. Elsewhere it ends after the step that is running, with a save.
+A run that trains is at rest while every step taken is saved, or being saved: before the first step, while it compiles,
+validates and tests. There it ends at once. Elsewhere it ends after the step that is running, with a save.
 """
 
 import contextlib

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tim4rec_jax.training.early_stop import EarlyStop
+from tim4rec_jax.training.progress import EarlyStop
 
 
 def follow(values, patience):

@@ -13,14 +13,14 @@ import pytest
 from tests.evaluation.logs import random_log
 from tests.kernels.codegen import capture
 from tests.models.settings import sibling
-from tests.training.fake_devices import ROOT, environment
+from tests.parallel.fake_devices import ROOT, environment
 from tests.training.test_step import GROUPED, MODEL, GivenBatches, batch_of
 from tim4rec_jax import DataConfig, ExperimentConfig, ModelConfig, TrainConfig, build_model
 from tim4rec_jax.config import ParallelConfig, experiment_from_dict
 from tim4rec_jax.data.loader import make_loader
 from tim4rec_jax.data.splits import leave_one_out
+from tim4rec_jax.parallel.mesh import make_layout
 from tim4rec_jax.run_dir import CHANGEABLE_ON_RESUME
-from tim4rec_jax.training.parallel import make_layout
 from tim4rec_jax.training.step import init_state, make_optimizer, train_step
 
 BYTES = {"f64": 8, "f32": 4, "s64": 8, "s32": 4, "u32": 4, "pred": 1}
@@ -33,7 +33,7 @@ def on_eight(tmp_path_factory):
 
     @functools.cache
     def run(part):
-        command = [sys.executable, "-m", "tests.training.eight_devices", str(folder / part), part]
+        command = [sys.executable, "-m", "tests.parallel.eight_devices", str(folder / part), part]
         done = subprocess.run(command, cwd=ROOT, env=environment(8), capture_output=True, text=True, timeout=3000)
         assert done.returncode == 0, done.stderr[-4000:]
         return json.loads((folder / part).read_text())
@@ -95,7 +95,7 @@ def test_compiled_kernels_lower_inside_the_sharded_step():
     state = jax.eval_shape(lambda: init_state(model, optimizer, 0))
     step = functools.partial(train_step, model, optimizer, config, GROUPED[:1], GivenBatches())
     batch = batch_of([12] * (2 * layout.num_devices))
-    kernels = {kernel.name for kernel in capture(layout.wrap(step), state, (), batch)}
+    kernels = {kernel.name for kernel in capture(layout.compile_step(step), state, (), batch)}
     assert kernels >= {"ssd_forward", "ssd_backward", "causal_conv1d_backward"}
 
 
@@ -123,11 +123,11 @@ def test_parts_of_a_batch_are_the_batch(positions, name):
 def test_layouts():
     single, sharded = make_layout(ParallelConfig("single")), make_layout(ParallelConfig("auto"))
     count = jax.device_count()
-    assert (single.num_devices, single.places(10)) == (1, range(10))
+    assert (single.num_devices, single.batch_indices(10)) == (1, range(10))
     assert (sharded.strategy, sharded.num_devices, sharded.mesh.axis_names) == ("sharded", count, ("data", "model"))
     assert sharded.mesh.shape == {"data": count, "model": 1}
-    assert sharded.places(4 * count + 1) == range(5 * count)
-    assert make_layout(ParallelConfig("pmap")).split(np.arange(2 * count)).shape == (count, 2)
+    assert sharded.batch_indices(4 * count + 1) == range(5 * count)
+    assert make_layout(ParallelConfig("pmap")).shard_batch(np.arange(2 * count)).shape == (count, 2)
 
 
 @pytest.mark.parametrize(

@@ -9,11 +9,10 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from tim4rec_jax.config import ParallelConfig
-from tim4rec_jax.evaluation.catalogue_parts import rank_on_parts, top_k_on_parts
 from tim4rec_jax.evaluation.metrics import rank_of_target
-from tim4rec_jax.models.catalogue_shards import MODEL_AXIS, ROW_AXES
+from tim4rec_jax.parallel.item_table import MODEL_AXIS, ROW_AXES, local_top_k, sharded_ranks
+from tim4rec_jax.parallel.mesh import make_layout
 from tim4rec_jax.serving.recommender import best_columns
-from tim4rec_jax.training.parallel import make_layout
 
 # Parts of 10 rows, the last ones no items; tiles of 4, whose last overlaps the one before.
 ITEMS, ROWS, TILE, HISTORIES, WIDTH = 37, 40, 4, 12, 3
@@ -41,9 +40,9 @@ def on_parts(what):
 
     def body(hidden, shard, targets, excluded):
         if what == "best":
-            return top_k_on_parts(hidden, shard, excluded, 9, vocab_size=ITEMS, tile=TILE)
+            return local_top_k(hidden, shard, excluded, 9, vocab_size=ITEMS, tile=TILE)
         seen = jax.lax.all_gather(excluded, MODEL_AXIS, tiled=True) if what == "rank, seen excluded" else None
-        return rank_on_parts(hidden, targets, shard, seen, vocab_size=ITEMS, tile=TILE)
+        return sharded_ranks(hidden, targets, shard, seen, vocab_size=ITEMS, tile=TILE)
 
     specs = (rows, P(MODEL_AXIS), rows, rows)
     return jax.jit(jax.shard_map(body, mesh=mesh(), in_specs=specs, out_specs=rows, check_vma=False))

@@ -17,12 +17,11 @@ from tim4rec_jax.data.negatives import Negatives, draw_negatives, make_proposal
 from tim4rec_jax.data.packing import LengthGroup
 from tim4rec_jax.data.splits import leave_one_out
 from tim4rec_jax.models import SASRecConfig
-from tim4rec_jax.models.catalogue_shards import shardings
-from tim4rec_jax.training.catalogue_parallel import choose_optimizer, choose_step
+from tim4rec_jax.parallel.item_table import shardings
+from tim4rec_jax.parallel.mesh import make_layout
 from tim4rec_jax.training.checkpoint import Checkpointer
 from tim4rec_jax.training.losses import cross_entropy, sampled_cross_entropy
-from tim4rec_jax.training.parallel import make_layout
-from tim4rec_jax.training.step import init_state
+from tim4rec_jax.training.step import init_state, make_optimizer, train_step
 
 STEPS = 20
 MODEL = SASRecConfig(
@@ -47,14 +46,14 @@ class Training:
         model = dataclasses.replace(model, vocab_size=vocab_size or model.vocab_size)
         config = ExperimentConfig("test", model, DataConfig(), settings, parallel=ParallelConfig(strategy, shards))
         self.layout = make_layout(config.parallel)
-        places = self.layout.places(settings.batch_size)
+        places = self.layout.batch_indices(settings.batch_size)
         self.loader = make_loader(config, log(), leave_one_out(log()).train, places)
-        self.model, self.optimizer = build_model(model), choose_optimizer(config, STEPS)
+        self.model, self.optimizer = build_model(model), make_optimizer(settings, STEPS)
         rows = self.layout.rows_per_device(settings.batch_size)
         groups = (LengthGroup(12, min(rows, 2) if positions == "last" else 1),)
-        step = functools.partial(choose_step(config), self.model, self.optimizer, config, groups, self.loader)
+        step = functools.partial(train_step, self.model, self.optimizer, config, groups, self.loader)
         self.resident = self.layout.replicate(self.loader.resident)
-        self.wrapped = self.layout.wrap(step)
+        self.wrapped = self.layout.compile_step(step)
 
     @functools.cached_property
     def step(self):
@@ -62,11 +61,11 @@ class Training:
         return self.wrapped.lower(self.start(), self.resident, self.payload(0)).compile()
 
     def start(self):
-        return self.layout.create(lambda: init_state(self.model, self.optimizer, 3))
+        return self.layout.init_sharded(lambda: init_state(self.model, self.optimizer, 3))
 
     def payload(self, number):
         epoch, batch = divmod(number, self.loader.num_batches)
-        return self.layout.split(next(self.loader.epoch(epoch + 1, batch)))
+        return self.layout.shard_batch(next(self.loader.epoch(epoch + 1, batch)))
 
     def go_on(self, state, first, last):
         """Returns the state after the steps `first` to `last` - 1, and their losses."""
@@ -235,7 +234,7 @@ def test_what_parts_trained_goes_on_on_one_device_and_elsewhere(tmp_path, x64):
         checkpoints.save_latest(3, half, {})
         _, saved, _ = checkpoints.restore_latest(jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), half))
     for training in trainings:
-        _, rest = training.go_on(training.layout.place(saved), 3, 6)
+        _, rest = training.go_on(training.layout.shard(saved), 3, 6)
         np.testing.assert_allclose(rest, losses[3:], rtol=0, atol=1e-10)
 
 

@@ -11,23 +11,16 @@ import types
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from tests.training.fake_devices import ROOT, environment
+from tests.parallel.fake_devices import ROOT, environment
 from tim4rec_jax import ExperimentConfig, ModelConfig, TrainConfig, build_model
 from tim4rec_jax.config import ParallelConfig
 from tim4rec_jax.models import SASRecConfig, init_params
-from tim4rec_jax.models.catalogue_shards import MODEL_AXIS, ROW_AXES, TABLE
-from tim4rec_jax.training.catalogue_parallel import (
-    catalogue_cross_entropy,
-    clip_by_global_norm,
-    make_sharded_optimizer,
-)
+from tim4rec_jax.parallel.item_table import MODEL_AXIS, ROW_AXES, TABLE, sharded_cross_entropy
+from tim4rec_jax.parallel.mesh import make_layout
 from tim4rec_jax.training.losses import cross_entropy
-from tim4rec_jax.training.parallel import make_layout
-from tim4rec_jax.training.step import make_optimizer
 
 ROWS, WIDTH, VOCAB = 48, 8, 45
 
@@ -36,7 +29,7 @@ ROWS, WIDTH, VOCAB = 48, 8, 45
 def on_eight(tmp_path_factory):
     """What `sharded_catalogue` writes."""
     output = tmp_path_factory.mktemp("eight") / "found.json"
-    command = [sys.executable, "-m", "tests.training.sharded_catalogue", str(output)]
+    command = [sys.executable, "-m", "tests.parallel.sharded_catalogue", str(output)]
     done = subprocess.run(command, cwd=ROOT, env=environment(8), capture_output=True, text=True, timeout=3000)
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads(output.read_text())
@@ -119,7 +112,7 @@ def test_cross_entropy_over_parts():
 
     def own(hidden, shard, targets, weights):
         def loss(hidden, shard):
-            losses = catalogue_cross_entropy(hidden, shard, targets, vocab_size=VOCAB)
+            losses = sharded_cross_entropy(hidden, shard, targets, vocab_size=VOCAB)
             return jnp.sum(weights * losses), losses
 
         (_, losses), gradients = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(hidden, shard)
@@ -136,28 +129,6 @@ def test_cross_entropy_over_parts():
     (_, losses), gradients = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(hidden, table)
     for actual, expected in zip(sharded(hidden, table, targets, weights), (losses, *gradients), strict=True):
         np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("max_norm", [0.5, 1e3])
-def test_clipping_by_the_norm_of_all_parts(max_norm):
-    rng = np.random.default_rng(2)
-    gradients = {TABLE: {"embedding": rng.normal(size=(ROWS, WIDTH))}, "other": rng.normal(size=5)}
-    gradients = jax.tree.map(lambda g: g.astype(np.float32), gradients)
-    specs = {TABLE: {"embedding": P(MODEL_AXIS)}, "other": P()}
-    clip = lambda g: clip_by_global_norm(max_norm).update(g, optax.EmptyState())[0]  # noqa: E731
-    options = {"mesh": layout().mesh, "in_specs": (specs,), "out_specs": specs, "check_vma": False}
-    clipped = jax.jit(jax.shard_map(clip, **options))(gradients)
-    expected, _ = optax.clip_by_global_norm(max_norm).update(gradients, optax.EmptyState())
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), clipped, expected)
-
-
-@pytest.mark.parametrize("clip_norm", [None, 1.0])
-def test_states_of_both_optimisers_have_one_tree(clip_norm):
-    config = TrainConfig(clip_norm=clip_norm, weight_decay=0.1, warmup_steps=2)
-    shapes = [
-        jax.eval_shape(make(config, 5).init, {"a": jnp.ones(3)}) for make in (make_optimizer, make_sharded_optimizer)
-    ]
-    assert jax.tree.structure(shapes[0]) == jax.tree.structure(shapes[1])
 
 
 def test_rows_beyond_the_catalogue_change_nothing():
@@ -212,7 +183,7 @@ def test_a_mesh_in_parts():
     many = make_layout(ParallelConfig("sharded", catalogue_shards=2))
     count = jax.device_count()
     assert many.mesh.shape == {"data": count // 2, "model": 2} and many.catalogue_shards == 2
-    assert many.num_devices == count and many.places(4 * count) == range(4 * count)
+    assert many.num_devices == count and many.batch_indices(4 * count) == range(4 * count)
     experiment(vocab_multiple=8)
 
 

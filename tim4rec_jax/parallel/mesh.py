@@ -1,6 +1,6 @@
-"""The training step on one device, or on many: by `jax.shard_map` over a mesh, or by `jax.pmap`.
+"""The training step on one device, or on many: by global arrays over a mesh, or by `jax.pmap`.
 
-Every batch is cut into one piece of consecutive rows a device; the state lies whole on each of them, or with
+Every batch is cut into one piece of consecutive rows per device; the state lies whole on each of them, or with
 `parallel.catalogue_shards` all of it but the item embedding.
 """
 
@@ -15,8 +15,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from tim4rec_jax.config import ParallelConfig
-from tim4rec_jax.models.catalogue_shards import DATA_AXIS, MODEL_AXIS, ROW_AXES, num_shards, partition_specs, shardings
-from tim4rec_jax.training.processes import broadcast
+from tim4rec_jax.parallel.item_table import DATA_AXIS, MODEL_AXIS, ROW_AXES, num_shards, shardings
+from tim4rec_jax.parallel.processes import broadcast
 
 PyTree = Any
 
@@ -47,8 +47,8 @@ class Layout:
         """Returns the rows of a batch on each device; what is over on the last ones is filled with weight 0."""
         return -(-batch_size // self.num_devices)
 
-    def places(self, batch_size: int) -> range:
-        """Returns the places of the filled batch that lie on this process's devices."""
+    def batch_indices(self, batch_size: int) -> range:
+        """Returns the indices in the filled batch of the rows on this process's devices."""
         if self.mesh is None:
             return range(batch_size)
         rows = self.rows_per_device(batch_size) * len(self.mesh.local_devices)
@@ -60,7 +60,7 @@ class Layout:
             return jax.device_put(tree)
         return _put(tree, jax.tree.map(lambda _: NamedSharding(self.mesh, P()), tree))
 
-    def place(self, state: PyTree) -> PyTree:
+    def shard(self, state: PyTree) -> PyTree:
         """Puts a state or parameters, whole on the host, where training wants them; no device gets more than its part.
 
         Args:
@@ -70,7 +70,7 @@ class Layout:
             return self.replicate(state)
         return _put(state, shardings(self.mesh, state))
 
-    def create(self, make: Callable[[], PyTree]) -> PyTree:
+    def init_sharded(self, make: Callable[[], PyTree]) -> PyTree:
         """Makes a state where training wants it, the same in every process.
 
         Args:
@@ -81,8 +81,8 @@ class Layout:
         # All processes run one program, and no device ever holds all of the embedding.
         return jax.jit(make, out_shardings=shardings(self.mesh, jax.eval_shape(make)))()
 
-    def split(self, payload: PyTree) -> PyTree:
-        """Puts a loader's payload, the rows of `places`, on this process's devices."""
+    def shard_batch(self, payload: PyTree) -> PyTree:
+        """Puts a loader's batch, the rows of `batch_indices`, on this process's devices."""
         if self.strategy == "single":
             return payload
         if self.strategy == "pmap":
@@ -90,50 +90,35 @@ class Layout:
         sharding = NamedSharding(self.mesh, P(ROW_AXES))
         return jax.tree.map(lambda a: jax.make_array_from_process_local_data(sharding, a), payload)
 
-    def wrap(self, step: Callable[..., tuple[PyTree, PyTree]]) -> Any:
+    def compile_step(self, step: Callable[..., tuple[PyTree, PyTree]]) -> Any:
         """Returns the jitted step over all devices; it donates the state.
 
         Args:
-          step: (state, resident, payload, axis=) -> (state, loss), the work of one device; it names the axis over which
-            it sums, unless the embedding is in parts, where that is known.
+          step: (state, device_data, batch_spec, mesh=, axis=) -> (state, loss): given a mesh the work of all its
+            devices, given the name of an axis that of one device of `jax.pmap`.
         """
-        if self.mesh is None:
-            return jax.jit(step, donate_argnums=0)
-        if self.catalogue_shards > 1:
-            return jax.jit(functools.partial(self._on_parts, step), donate_argnums=0)
-        step = functools.partial(step, axis=DATA_AXIS)
         if self.strategy == "pmap":
             return jax.pmap(
-                step, axis_name=DATA_AXIS, in_axes=(None, None, 0), out_axes=None, donate_argnums=0,
+                functools.partial(step, axis=DATA_AXIS),
+                axis_name=DATA_AXIS,
+                in_axes=(None, None, 0),
+                out_axes=None,
+                donate_argnums=0,
                 devices=list(self.mesh.devices.flat),
-            )  # fmt: skip
-        # JAX's check of what varies over the mesh would turn away interpreted kernels. A test makes it for the others.
-        return jax.jit(
-            jax.shard_map(
-                step, mesh=self.mesh, in_specs=(P(), P(), P(DATA_AXIS)), out_specs=P(), check_vma=False
-            ),
-            donate_argnums=0,
-        )  # fmt: skip
-
-    def _on_parts(
-        self, step: Callable[..., tuple[PyTree, PyTree]], state: PyTree, resident: PyTree, payload: PyTree
-    ) -> tuple[PyTree, PyTree]:
-        specs = partition_specs(state)
-        return jax.shard_map(
-            step, mesh=self.mesh, in_specs=(specs, P(), P(ROW_AXES)), out_specs=(specs, P()), check_vma=False
-        )(state, resident, payload)  # fmt: skip
+            )
+        return jax.jit(functools.partial(step, mesh=self.mesh), donate_argnums=0)
 
 
-def _put(tree: PyTree, places: PyTree) -> PyTree:
+def _put(tree: PyTree, placement: PyTree) -> PyTree:
     """Puts the arrays of a tree, equal in every process, where the tree of shardings says."""
     if jax.process_count() == 1:
-        return jax.device_put(tree, places)
+        return jax.device_put(tree, placement)
 
-    def put(leaf: Any, place: NamedSharding) -> jax.Array:
+    def put(leaf: Any, sharding: NamedSharding) -> jax.Array:
         host = np.asarray(leaf)
-        return jax.make_array_from_callback(host.shape, place, lambda index: host[index])
+        return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
 
-    return jax.tree.map(put, tree, places)
+    return jax.tree.map(put, tree, placement)
 
 
 def make_layout(config: ParallelConfig) -> Layout:

@@ -1,6 +1,6 @@
 """A program that trains models whose item embedding lies in parts on 8 fake devices and writes down what came out.
 
-    XLA_FLAGS=--xla_force_host_platform_device_count=8 python -m tests.training.sharded_catalogue out.json
+    XLA_FLAGS=--xla_force_host_platform_device_count=8 python -m tests.parallel.sharded_catalogue out.json
 
 It is a process of its own because the number of devices is fixed when JAX starts.
 """
@@ -24,11 +24,10 @@ from tim4rec_jax.data.packing import LengthGroup
 from tim4rec_jax.data.splits import leave_one_out
 from tim4rec_jax.evaluation.full_sort import FullSortEvaluator
 from tim4rec_jax.models import last_hidden
+from tim4rec_jax.parallel.item_table import sharded_top_k
+from tim4rec_jax.parallel.mesh import make_layout
 from tim4rec_jax.serving.recommender import best_columns
-from tim4rec_jax.serving.sharded_top_k import sharded_top_k
-from tim4rec_jax.training.catalogue_parallel import catalogue_train_step, make_sharded_optimizer
 from tim4rec_jax.training.checkpoint import Checkpointer
-from tim4rec_jax.training.parallel import make_layout
 from tim4rec_jax.training.step import init_state, make_optimizer, train_step
 
 STEPS, HALF, SEED = 20, 10, 3
@@ -62,27 +61,26 @@ class Training:
             "test", model, DataConfig(loader="device"), train, EvalConfig(5, top_k=(5, 10)), parallel
         )
         self.layout = make_layout(parallel)
-        places = self.layout.places(train.batch_size)
+        places = self.layout.batch_indices(train.batch_size)
         self.loader = make_loader(self.config, log(), leave_one_out(log()).train, places)
         self.model = build_model(model)
-        make, step = (make_sharded_optimizer, catalogue_train_step) if shards > 1 else (make_optimizer, train_step)
-        self.optimizer = make(train, STEPS)
+        self.optimizer = make_optimizer(train, STEPS)
         rows = self.layout.rows_per_device(train.batch_size)
         groups = (LengthGroup(12, min(rows, 2)), LengthGroup(5, rows)) if positions == "last" else (LengthGroup(12, 1),)
-        step = functools.partial(step, self.model, self.optimizer, self.config, groups, self.loader)
+        step = functools.partial(train_step, self.model, self.optimizer, self.config, groups, self.loader)
         self.resident = self.layout.replicate(self.loader.resident)
-        payload = self.layout.split(next(self.loader.epoch(1)))
-        self.step = self.layout.wrap(step).lower(self.start(), self.resident, payload).compile()
+        payload = self.layout.shard_batch(next(self.loader.epoch(1)))
+        self.step = self.layout.compile_step(step).lower(self.start(), self.resident, payload).compile()
 
     def start(self):
-        return self.layout.create(lambda: init_state(self.model, self.optimizer, SEED))
+        return self.layout.init_sharded(lambda: init_state(self.model, self.optimizer, SEED))
 
     def go_on(self, state, first: int, last: int):
         """Returns the state after the steps `first` to `last` - 1, and their losses."""
         losses = []
         for number in range(first, last):
             epoch, batch = divmod(number, self.loader.num_batches)
-            payload = self.layout.split(next(self.loader.epoch(epoch + 1, batch)))
+            payload = self.layout.shard_batch(next(self.loader.epoch(epoch + 1, batch)))
             state, loss = self.step(state, self.resident, payload)
             losses.append(float(loss))
         return state, losses
@@ -137,13 +135,13 @@ def trainings(positions: str) -> dict:
         half, losses = training.go_on(initial, 0, HALF)
         saved = saved_and_read(half)
         other = trained[LAYOUTS[(number + 1) % len(LAYOUTS)]]
-        _, record["elsewhere"] = other.go_on(other.layout.place(saved), HALF, STEPS)
-        state, rest = training.go_on(training.layout.place(saved), HALF, STEPS)
+        _, record["elsewhere"] = other.go_on(other.layout.shard(saved), HALF, STEPS)
+        state, rest = training.go_on(training.layout.shard(saved), HALF, STEPS)
         memory = training.step.memory_analysis()
         record |= {"losses": losses + rest, "hlo": training.step.as_text(), "arguments": memory.argument_size_in_bytes}
         # The same parameters everywhere, or ranks could differ by rounding.
         measured = measured or jax.device_get(state.params)
-        params = training.layout.place(measured)
+        params = training.layout.shard(measured)
         if positions == "last":
             record["ranks"] = [training.ranks(params, exclude) for exclude in (False, True)]
             record["best"] = training.best(params)

@@ -17,7 +17,7 @@ import pytest
 
 from experiments import sweep, train
 from experiments.comparison import plan
-from tests.training.fake_devices import ROOT, environment
+from tests.parallel.fake_devices import ROOT, environment
 from tim4rec_jax.run_dir import read_config, read_environment, read_results
 from tim4rec_jax.training.logging import read_metrics
 
@@ -107,8 +107,9 @@ def test_two_processes_go_on_with_the_run_of_one(tmp_path, halfway, shards):
     assert ranks[0].equals(ranks[1])
     assert read_config(together).parallel.num_processes == 2
     assert "resuming at step 8" in texts[0] and f"run folder: {together}" in texts[0]
-    # The collectives of the CPU announce themselves; the program of the second process says nothing.
-    assert [line for line in texts[1].splitlines() if line and "[Gloo]" not in line] == []
+    # The collectives of the CPU announce themselves, sometimes on two lines; the second process itself says nothing.
+    own = [line for line in texts[1].splitlines() if line and "[Gloo]" not in line and "peer ranks" not in line]
+    assert own == []
 
 
 @pytest.mark.slow

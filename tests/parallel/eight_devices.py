@@ -1,6 +1,6 @@
 """A program that trains one model on 8 fake devices in every way and writes down what came out, as JSON.
 
-    XLA_FLAGS=--xla_force_host_platform_device_count=8 python -m tests.training.eight_devices out.json
+    XLA_FLAGS=--xla_force_host_platform_device_count=8 python -m tests.parallel.eight_devices out.json
 
 It is a process of its own because the number of devices is fixed when JAX starts.
 """
@@ -23,8 +23,8 @@ from tim4rec_jax.data.packing import LengthGroup
 from tim4rec_jax.data.splits import leave_one_out
 from tim4rec_jax.evaluation.full_sort import FullSortEvaluator
 from tim4rec_jax.models import SASRecConfig, SSD4RecConfig
+from tim4rec_jax.parallel.mesh import make_layout
 from tim4rec_jax.training.checkpoint import Checkpointer
-from tim4rec_jax.training.parallel import make_layout
 from tim4rec_jax.training.step import init_state, make_optimizer, train_step
 
 STEPS, HALF, SEED = 50, 25, 3
@@ -60,15 +60,15 @@ class Training:
             ParallelConfig(strategy),
         )
         self.layout = make_layout(self.config.parallel)
-        places = self.layout.places(train.batch_size)
+        places = self.layout.batch_indices(train.batch_size)
         self.loader = make_loader(self.config, log(), leave_one_out(log()).train, places)
         self.model, self.optimizer = build_model(model), make_optimizer(train, STEPS)
         rows = self.layout.rows_per_device(train.batch_size)
         groups = (LengthGroup(12, min(rows, 2)), LengthGroup(5, rows)) if positions == "last" else (LengthGroup(12, 1),)
         step = functools.partial(train_step, self.model, self.optimizer, self.config, groups, self.loader)
         self.resident = self.layout.replicate(self.loader.resident)
-        state, payload = self.start(), self.layout.split(next(self.loader.epoch(1)))
-        self.step = self.layout.wrap(step).lower(state, self.resident, payload).compile()
+        state, payload = self.start(), self.layout.shard_batch(next(self.loader.epoch(1)))
+        self.step = self.layout.compile_step(step).lower(state, self.resident, payload).compile()
 
     def start(self):
         return self.layout.replicate(init_state(self.model, self.optimizer, SEED))
@@ -78,7 +78,7 @@ class Training:
         losses = []
         for number in range(first, last):
             epoch, batch = divmod(number, self.loader.num_batches)
-            payload = self.layout.split(next(self.loader.epoch(epoch + 1, batch)))
+            payload = self.layout.shard_batch(next(self.loader.epoch(epoch + 1, batch)))
             state, loss = self.step(state, self.resident, payload)
             losses.append(float(loss))
         return state, losses

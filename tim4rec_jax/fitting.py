@@ -1,0 +1,184 @@
+"""From a log to a trained model in one call: `tim4rec_jax.fit`."""
+
+import dataclasses
+import difflib
+import pathlib
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any
+
+import jax
+import numpy as np
+import polars as pl
+
+from tim4rec_jax.config import DataConfig, EvalConfig, ExperimentConfig, TrainConfig
+from tim4rec_jax.data.interactions import InteractionLog, load_log
+from tim4rec_jax.models import model_class
+from tim4rec_jax.serving.recommender import Recommender
+from tim4rec_jax.training.loop import only_writer, train
+
+# Steps of an epoch that batches are made small enough for, positions that a model reads at most unless told.
+STEPS_PER_EPOCH, LARGEST_BATCH, LONGEST = 50, 1024, 200
+# Of a log that is read already, the settings that still decide something.
+_OF_SPLITS = ("split", "valid_share", "test_share", "valid_from", "test_from", "temporal_targets", "loader")
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class FittedRun:
+    """A trained model and its run folder.
+
+    Attributes:
+      run_dir: the run folder, which every program of `experiments` reads.
+      config: its settings.
+      results: what its results.json holds.
+    """
+
+    run_dir: pathlib.Path
+    config: ExperimentConfig
+    results: dict[str, Any]
+
+    @property
+    def metrics(self) -> dict[str, dict[str, float]]:
+        """Metrics of the best epoch, {"valid": {"ndcg@10": ...}, "test": ...}."""
+        return {part: self.results[part] for part in ("valid", "test")}
+
+    @cached_property
+    def recommender(self) -> Recommender:
+        """Recommends after any history, see `Recommender`."""
+        return Recommender.from_run(self.run_dir)
+
+    def recommend(self, users: Sequence[Any], k: int = 10, *, exclude_seen: bool = False) -> pl.DataFrame:
+        """Returns the k items that come next most likely for users of the log.
+
+        Args:
+          users: raw user ids.
+          k: items per user.
+          exclude_seen: leave out what a user has had already.
+
+        Returns:
+          Columns user_id, rank (from 1), item_id, title (where titles are known) and score; users in the order given.
+
+        Raises:
+          ValueError: for an unknown user, or a k that the catalogue cannot fill.
+        """
+        if isinstance(users, str):
+            raise ValueError(f"users={users!r} must be a list of raw user ids; give [{users!r}]")
+        users = [str(user) for user in users]
+        histories = [self.recommender.history_of_user(user) for user in users]
+        lists = self.recommender.recommend(histories, k, exclude_seen=exclude_seen) if users else []
+        schema = {"user_id": pl.String, "rank": pl.Int32, "item_id": pl.String, "title": pl.String, "score": pl.Float32}
+        rows = [
+            (user, rank, item.item_id, item.title, item.score)
+            for user, items in zip(users, lists, strict=True)
+            for rank, item in enumerate(items, start=1)
+        ]
+        table = pl.DataFrame(rows, schema=schema, orient="row")
+        return table if self.recommender.titles is not None else table.drop("title")
+
+    def __repr__(self) -> str:
+        about = f"best epoch {self.results['best_epoch']} of {self.results['epochs']}, run folder {self.run_dir}"
+        parts = [
+            f"  {part}: " + ", ".join(f"{name} {value:.4f}" for name, value in values.items())
+            for part, values in self.metrics.items()
+        ]
+        return "\n".join([f"FittedRun: {self.config.name}, {about}", *parts])
+
+
+def fit(
+    log: InteractionLog | ExperimentConfig,
+    model: str | ExperimentConfig = "tim4rec_causal",
+    *,
+    run_dir: str | pathlib.Path | None = None,
+    resume: bool = False,
+    **settings: Any,
+) -> FittedRun:
+    """Trains a model on a log, tests its best epoch and leaves a run folder.
+
+    Without settings, a model that can be trained on every position of packed rows is, over 20 epochs; others are on
+    every prefix, until validation does not improve. Rows are as long as the longest history, up to 200 (50) events, and
+    batches so small that an epoch has 50 steps.
+
+    Args:
+      log: from `load_log`; or all settings of an experiment, whose log is then read.
+      model: name of a model, see `MODELS`; or all settings of an experiment, for this log.
+      run_dir: new folder; None is the first of runs/<name>-1, runs/<name>-2 .. that is not there, by the name of the
+        model or the experiment.
+      resume: go on with the run in `run_dir`, which must have been begun with the same settings.
+      **settings: by their names in the settings of the model, then of `TrainConfig`, `EvalConfig`, `ParallelConfig`,
+        and for the split of `DataConfig`: epochs=5, d_model=128, seed=1, progress=False, split="temporal" ...
+
+    Returns:
+      The run, with its metrics, and recommendations for users of the log.
+
+    Raises:
+      TypeError: `log` is no log.
+      ValueError: for an unknown model or setting (the nearest is named), a log without anything to train on, or
+        settings that do not go together.
+      FileExistsError: `run_dir` holds this run already.
+    """
+    if isinstance(log, ExperimentConfig):
+        model, log = log, load_log(log.data)
+    if not isinstance(log, InteractionLog):
+        raise TypeError(
+            f"fit takes a log from load_log, not {type(log).__name__}; load_log reads files and data frames"
+        )
+    if log.num_rows == 0:
+        raise ValueError("the log has 0 events; give one with events of several users")
+    config = _with_settings(_default_config(log, model) if isinstance(model, str) else model, settings)
+    if run_dir is None and jax.process_count() > 1:
+        raise ValueError(f"{jax.process_count()} processes train together: give run_dir, one folder for all of them")
+    run_dir = _free_folder(config.name) if run_dir is None else pathlib.Path(run_dir)
+    with only_writer(run_dir):
+        results = train(config, log, run_dir, resume=resume)
+    return FittedRun(run_dir, config, results)
+
+
+def _free_folder(name: str) -> pathlib.Path:
+    number = 1
+    while (folder := pathlib.Path("runs") / f"{name}-{number}").exists():
+        number += 1
+    return folder
+
+
+def _default_config(log: InteractionLog, model: str) -> ExperimentConfig:
+    """Returns settings that suit a model and a log."""
+    settings, packable = model_class(model).Config(), model_class(model).packable
+    lengths = np.diff(log.offsets)
+    longest = int(np.clip(lengths.max() - 1, 2, LONGEST if packable else settings.max_len))
+    examples = int(np.maximum(lengths - 3, 0).sum()) if not packable else int(lengths.sum()) // longest
+    batch_size = int(np.clip(examples // STEPS_PER_EPOCH, 1 if packable else 32, LARGEST_BATCH))
+    schedule = {"positions": "all", "epochs": 20, "schedule": "cosine", "warmup_steps": 40} if packable else {}
+    top_k = tuple(k for k in EvalConfig().top_k if k <= log.num_items) or (log.num_items,)
+    return ExperimentConfig(
+        model,
+        dataclasses.replace(settings, max_len=longest),
+        DataConfig(name="custom", timestamp_precision=log.statistics.timestamp_precision),
+        TrainConfig(**{"batch_size": batch_size, "patience": 10} | schedule),
+        EvalConfig(top_k=top_k, monitor=f"ndcg@{top_k[0]}"),
+    )
+
+
+def _with_settings(config: ExperimentConfig, settings: dict[str, Any]) -> ExperimentConfig:
+    """Puts settings where their names belong.
+
+    Raises:
+      ValueError: there is no such name; the nearest are shown.
+    """
+    names = {
+        part: [
+            field.name for field in dataclasses.fields(getattr(config, part)) if field.name not in ("name", "module")
+        ]
+        for part in ("model", "train", "eval", "parallel")
+    } | {"data": list(_OF_SPLITS)}
+    changes: dict[str, dict[str, Any]] = {part: {} for part in names}
+    for name, value in settings.items():
+        part = next((part for part, own in names.items() if name in own), None)
+        if part is None:
+            if name in DataConfig.__dataclass_fields__:
+                raise ValueError(f"setting {name!r} is of reading the log; give it to load_log")
+            known = [own for part in names.values() for own in part]
+            near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+            raise ValueError(f"unknown setting {name!r}; nearest: {', '.join(near) if near else 'none'}")
+        changes[part][name] = value
+    parts = {part: dataclasses.replace(getattr(config, part), **own) for part, own in changes.items() if own}
+    return dataclasses.replace(config, **parts)
