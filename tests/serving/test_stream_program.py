@@ -297,7 +297,7 @@ def test_warm_users(causal_run, causal_recommender, log, tmp_path, capsys):
 def test_only_causal_runs(run, tmp_path, capsys):
     code, _, err = main(capsys, f"--run={run}")
     assert code == 2 and err.count("\n") == 1
-    assert "the model 'tim4rec' cannot go on from a state" in err and "beauty_ssd4rec" in err
+    assert "the model 'tim4rec' cannot go on from a state" in err and "ssd4rec, mamba4rec" in err
 
 
 def test_refusals(causal_run, tmp_path, capsys):
