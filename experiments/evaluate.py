@@ -9,6 +9,7 @@ The numbers of the test part equal those that training printed at its end (resul
 --baselines nothing trained is measured: popularity and a Markov chain on an experiment's log, in the same way.
 """
 
+import contextlib
 import dataclasses
 import pathlib
 import sys
@@ -78,26 +79,19 @@ def parse(argv: list[str]) -> Arguments:
 def recorded_metrics(arguments: Arguments) -> dict[str, float]:
     """The numbers training wrote for the same measurement; empty where there are none to compare with."""
     stored, asked = read_config(arguments.run).eval, arguments.eval
-    names = ("exclude_seen", "seen_targets", "max_len")
-    if arguments.split != "test" or any(getattr(asked, name) != getattr(stored, name) for name in names):
-        return {}
-    try:
-        return read_results(arguments.run).get("test", {})
-    except FileNotFoundError:
-        return {}
+    alike = all(getattr(asked, name) == getattr(stored, name) for name in ("exclude_seen", "seen_targets", "max_len"))
+    with contextlib.suppress(FileNotFoundError):
+        return read_results(arguments.run).get("test", {}) if alike and arguments.split == "test" else {}
+    return {}
 
 
 def evidence(arguments: Arguments) -> dict[str, Any]:
     """What an evaluation is remembered by beside its numbers; folders of the machine are left out."""
     stored, trained = read_config(arguments.run), read_environment(arguments.run)
-    command = cli.command_without_folders(sys.orig_argv)
+    about = environment(trained["data_fingerprint"], command=cli.command_without_folders(sys.orig_argv))
     run = {"name": stored.name, "seed": stored.train.seed, "max_len": stored.model.max_len}
-    return {
-        "environment": environment(trained["data_fingerprint"], command=command),
-        "run": run | {"git_commit": trained["git_commit"]},
-        "split": arguments.split,
-        "eval": dataclasses.asdict(arguments.eval),
-    }
+    run |= {"git_commit": trained["git_commit"]}
+    return {"environment": about, "run": run, "split": arguments.split, "eval": dataclasses.asdict(arguments.eval)}
 
 
 @cli.program
@@ -109,7 +103,7 @@ def main(argv: list[str]) -> int:
     arguments = parse(argv)
     if arguments.output is not None:
         require_no_run_file(arguments.output)
-    asked, users = arguments.eval, "users"
+    asked = arguments.eval
     settings = EvalConfig(**dataclasses.asdict(asked), monitor=f"ndcg@{asked.top_k[0]}")
     result = evaluate_run(arguments.run, settings, split=arguments.split, report=cli.note)
     errors = standard_errors(result.ranks, asked.top_k) if len(result.ranks) > 1 else None
@@ -118,12 +112,9 @@ def main(argv: list[str]) -> int:
         measured = {"users": len(result.ranks), **result.measured.report()}
         cli.write_json(arguments.output, evidence(arguments) | measured | numbers)
     config = dataclasses.replace(read_config(arguments.run), eval=settings)
-    if config.data.split == "temporal" and config.data.temporal_targets == "all":
-        users = "targets"
-    recorded = recorded_metrics(arguments)
-    columns = (result.metrics, errors or {}, recorded)
+    columns = (result.metrics, errors or {}, recorded_metrics(arguments))
     rows = [(name, *(f"{of[name]:.4f}" if name in of else "–" for of in columns)) for name in result.metrics]
-    title = f"{arguments.run} · {arguments.split} · {len(result.ranks):,} {users} · {result.seconds:.1f} s"
+    title = f"{arguments.run} · {arguments.split} · {len(result.ranks):,} targets · {result.seconds:.1f} s"
     caption = f"{result.measured.protocol(config, arguments.split)}; padding excluded; ties in the target's favour"
     header = ("metric", "value", "standard error", "results.json")
     Console().print(cli.table(header, rows, title=title, caption=caption))
