@@ -29,6 +29,7 @@ from tim4rec_jax.run_dir import (
     read_test_ranks,
 )
 from tim4rec_jax.serving import stored_run
+from tim4rec_jax.serving.stored_run import evaluate_run
 from tim4rec_jax.training.checkpoint import Checkpointer
 from tim4rec_jax.training.logging import read_metrics
 from tim4rec_jax.training.loop import Session, Setup
@@ -83,8 +84,7 @@ def test_evaluate_repeats_the_test_numbers(finished, capsys):
     shown = capsys.readouterr().out
     for value in read_results(finished)["test"].values():
         assert f"{value:.4f}" in shown
-    arguments = evaluate.parse([f"--run={finished}"])
-    assert evaluate.run(arguments).metrics == pytest.approx(read_results(finished)["test"], abs=1e-12)
+    assert evaluate_run(finished).metrics == pytest.approx(read_results(finished)["test"], abs=1e-12)
 
 
 def test_recommend_answers_from_the_run(finished, capsys):
@@ -103,8 +103,7 @@ def test_a_temporal_split_from_training_to_recommendations(tmp_path, capsys):
     split = split_log(log, config.data)
     assert results["split"] == dataclasses.asdict(split.report) and split.report.test == len(read_test_ranks(folder))
     assert results["baselines"]["popularity"] == popularity_metrics(log, config)
-    arguments = evaluate.parse([f"--run={folder}"])
-    assert evaluate.run(arguments).metrics == pytest.approx(results["test"], abs=1e-12)
+    assert evaluate_run(folder).metrics == pytest.approx(results["test"], abs=1e-12)
     # Histories are whole: what tests is read when the next item is recommended.
     assert recommend.main([f"--run={folder}", f"--user={log.user_ids[0]}", "--k=5"]) == 0
     other = [*argv, f"--run_dir={folder}", "--data.temporal_targets=last", "--resume"]
@@ -123,8 +122,7 @@ def test_a_catalogue_in_parts_from_training_to_recommendations(tmp_path, capsys,
     assert train.main([*options, "--parallel.catalogue_shards=2", "--train.max_steps=6"]) == 0
     assert "model.vocab_multiple=64: the item embedding gets so many rows" in capsys.readouterr().out
     assert read_config(folder).model.embedding_rows == 64 > read_config(folder).model.vocab_size
-    arguments = evaluate.parse([f"--run={folder}"])
-    assert evaluate.run(arguments).metrics == pytest.approx(read_results(folder)["test"], abs=1e-12)
+    assert evaluate_run(folder).metrics == pytest.approx(read_results(folder)["test"], abs=1e-12)
     assert recommend.main([f"--run={folder}", "--user=7", "--k=5"]) == 0
     alone = [*options, "--parallel.strategy=single", "--resume", "--train.max_steps=9"]
     assert train.main(alone) == 2
