@@ -14,7 +14,7 @@ import torch
 from experiments.benchmarks.torch_models import sasrec as pytorch
 from experiments.benchmarks.torch_models.tisasrec import TiSASRec as PyTorchTiSASRec
 from tests.models.calls import call, program
-from tests.models.settings import settings_of
+from tests.models.settings import settings_of, sibling
 from tests.torch_reference.test_tim4rec_goldens import (
     assert_close_to_maximum,
     load_case,
@@ -209,7 +209,7 @@ def batch(config=SMALL, seed=0):
 
 def check_twin_on_settings(config):
     """Outputs and every gradient, in float64."""
-    config = dataclasses.replace(config, dropout=0.0, attention_dropout=0.0, dtype="float64")
+    config = sibling(config, config.name, dropout=0.0, attention_dropout=0.0, dtype="float64")
     twin = TWINS[config.name](config)
     torch.manual_seed(1)
     initial = TWINS[config.name](dataclasses.replace(config, dtype="float32")).state_dict()

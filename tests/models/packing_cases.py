@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from tests.models.attention_cases import spread
+from tests.models.settings import sibling
 from tim4rec_jax import build_model
 
 # The lengths of the histories in three rows; what is left of a row is padding.
@@ -30,9 +31,8 @@ def packed_rows(config, length=12):
 
 def check_packing(config):
     """In float64 a history's hidden states are those it has alone, and nothing of its neighbours has a gradient."""
-    config = dataclasses.replace(
-        config, vocab_size=60, max_len=12, dtype="float64", dropout=0.0, attention_dropout=0.0, time_dropout=0.0
-    )
+    off = {"dropout": 0.0, "attention_dropout": 0.0}
+    config = sibling(config, config.name, vocab_size=60, max_len=12, dtype="float64", **off)
     model = build_model(config)
     assert model.packable and model.causal
     params = jax.tree.map(

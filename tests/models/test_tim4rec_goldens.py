@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.models.settings import sibling
 from tests.torch_reference.perturbed import perturbed
 from tests.torch_reference.test_tim4rec_goldens import CASES, assert_close_to_maximum, load_case, section
 from tim4rec_jax import build_model, interop
@@ -43,7 +44,7 @@ def config_of(name, arrays):
     config = interop.config_from_upstream("ssd4rec" if name == "ssd4rec" else "tim4rec", settings)
     assert config.kaiming_init == settings["is_kai_ming_init"]
     assert config.dropout == 0
-    return dataclasses.replace(config, kaiming_init=True, time_dropout=0.0)
+    return sibling(config, config.name, kaiming_init=True, time_dropout=0.0)
 
 
 def inputs_of(config, arrays):
