@@ -1,0 +1,209 @@
+"""Writes the tables of the READMEs from the committed records, so that no number in them is typed by hand.
+
+    python -m experiments.tables
+
+A table stands between `<!-- table: NAME -->` and `<!-- end -->`, a function below says what it holds, a test compares.
+"""
+
+import functools
+import json
+import pathlib
+import re
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from experiments.published import PUBLISHED
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "experiments" / "results"
+DOCUMENTS = (ROOT / "README.md", RESULTS / "README.md", ROOT / "kernels" / "README.md")
+AT_10 = ("hit@10", "ndcg@10", "mrr@10")
+
+
+@functools.cache
+def record(name: str) -> Any:
+    """Returns a committed record."""
+    return json.loads((RESULTS / f"{name}.json").read_text())
+
+
+def fraction(value: float | None, digits: int = 4) -> str:
+    """Returns a share as tables print it, without the 0 in front; nothing for None."""
+    return "" if value is None else f"{value:.{digits}f}".removeprefix("0")
+
+
+def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Returns a Markdown table."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("|" + "|".join(f" {cell} " if cell != "---" else cell for cell in line) + "|" for line in lines)
+
+
+def all_positions() -> str:
+    """MovieLens-100K: every position against every prefix, means and deviations over the seeds."""
+    names = {
+        "causal time branch": "`ml100k_tim4rec_causal`, 20 epochs of every position",
+        "time off": "time off",
+        "faithful, every prefix": "faithful TiM4Rec, 2 epochs of every prefix",
+    }
+    by_name = {row["name"]: row for row in record("ml100k_all_positions")["rows"]}
+    rows = []
+    for name, shown in names.items():
+        metrics, runs = by_name[name]["metrics"], by_name[name]["runs"]
+        values = [
+            f"{fraction(metrics[m]['mean'])} ± {fraction(metrics[m]['deviation'])}" for m in ("hit@10", "ndcg@10")
+        ]
+        rows.append([shown, *values, f"{statistics.median(run['train_seconds'] for run in runs):.0f}"])
+    return markdown(["", "hit@10", "ndcg@10", "seconds per run, one core"], rows)
+
+
+def _run_row(shown: str, name: str) -> list[str]:
+    results = record(name)["results"]
+    epochs = f"{results['best_epoch']} of {results['epochs']}"
+    return [f"{shown} ([run]({name}.json))", *(fraction(results["test"][m]) for m in AT_10), epochs]
+
+
+def beauty_runs() -> str:
+    """Amazon Beauty to early stop, beside the original program."""
+    original = {row.model: row for row in PUBLISHED["amazon-beauty"] if "original program" in row.source}
+    rows = [_run_row("TiM4Rec, this library", "beauty_tim4rec")]
+    rows.append(_original_row("TiM4Rec", original["TiM4Rec"]))
+    rows.append(_run_row("time off, this library", "beauty_tim4rec_time_off"))
+    rows.append(_original_row("time off", original["TiM4Rec, time off"]))
+    rows.append(_popularity_row("beauty_tim4rec"))
+    return markdown(["", *AT_10, "best epoch"], rows)
+
+
+def _original_row(shown: str, row: Any) -> list[str]:
+    epochs = row.source.rpartition(", ")[2]
+    return [f"{shown}, the original PyTorch program", *(fraction(row.metrics[m]) for m in AT_10), epochs]
+
+
+def _popularity_row(name: str) -> list[str]:
+    return ["popularity", *(fraction(record(name)["results"]["baselines"]["popularity"][m]) for m in AT_10), ""]
+
+
+def ml100k_runs() -> str:
+    """MovieLens-100K to early stop."""
+    rows = [_run_row("TiM4Rec", "ml100k_tim4rec"), _run_row("time off", "ml100k_tim4rec_time_off")]
+    return markdown(["", *AT_10, "best epoch"], [*rows, _popularity_row("ml100k_tim4rec")])
+
+
+def baselines() -> str:
+    """Counting baselines on two logs."""
+    logs = {"ml-100k": "MovieLens-100K", "amazon-beauty": "Amazon Beauty"}
+    models = {"Markov": "item-to-item Markov chain", "popularity": "popularity"}
+    return markdown(
+        ["", *AT_10],
+        [
+            [f"{shown}, {model}", *(fraction(record("baselines")[log]["metrics"][name][m]) for m in AT_10)]
+            for log, shown in logs.items()
+            for name, model in models.items()
+        ],
+    )
+
+
+def quickstart() -> str:
+    """The log that quickstart makes."""
+    results, columns = record("quickstart")["results"], ("hit@1", "hit@5", "ndcg@10")
+    off = next(name for name in results["baselines"] if "time off" in name)
+    rows = {"TiM4Rec": results["test"], "the same with time off": results["baselines"][off]}
+    rows["popularity"] = results["baselines"]["popularity"]
+    return markdown(
+        ["", *columns], [[name, *(fraction(values[m], 3) for m in columns)] for name, values in rows.items()]
+    )
+
+
+def step_forms() -> str:
+    """A training step's forms against PyTorch."""
+    found = record("benchmark_train_step_beauty")
+    names = {
+        "pytorch": "our PyTorch model, padded",
+        "padded": "every layer at every position",
+        "read_positions": "the last layer only where it is read",
+        "grouped": "and rows of like length together (the default)",
+    }
+    seconds, over = found["median_seconds"], {"pytorch": 1.0} | found["pytorch_over"]
+    return markdown(
+        ["form", "seconds per step", "PyTorch / this"],
+        [[shown, f"{seconds[name]:.2f}", f"{over[name]:.1f}"] for name, shown in names.items()],
+    )
+
+
+def operators_on_cpu() -> str:
+    """The plain-JAX operators against others."""
+    others = {"PyTorch, chunked": "chunked PyTorch", "PyTorch, loop": "PyTorch loop", "lax.scan": "`lax.scan`"}
+    rows = []
+    for found in record("benchmark_ops")["comparisons"]:
+        best: dict[str, float] = {}
+        for name, seconds in found["median_seconds"].items():
+            short = name.partition(" / ")[0]
+            best[short] = min(best.get(short, seconds), seconds)
+        mine = best.pop(f"kernels.{found['op']}")
+        ratios = ", ".join(f"{others.get(name, name)} {seconds / mine:.1f}x" for name, seconds in best.items())
+        rows.append([f"`{found['op']}`, {found['batch']} rows of {found['length']}", f"{1000 * mine:.0f} ms", ratios])
+    return markdown(["operator", "this", "time of others / this"], rows)
+
+
+def operators_on_h100() -> str:
+    """The kernels on one H100, forward and backward."""
+    wanted = [
+        ("ssd", "tfloat32", (50, 32)),
+        ("ssd", "tfloat32", (200, 32)),
+        ("ssd", "tfloat32", (200, 128)),
+        ("causal_conv1d", "float32", (50, None)),
+        ("causal_conv1d", "float32", (200, None)),
+        ("selective_scan", "float32", (200, None)),
+        ("softmax_cross_entropy", "tfloat32", (None, None)),
+    ]
+    found = {
+        (one["op"], one["precision"], (one["sizes"].get("l"), one["sizes"].get("p"))): one
+        for one in record("gpu_h100_ops")["ops"]["comparisons"]
+    }
+    rows = []
+    for key in wanted:
+        one = found[key]
+        seconds = {name.partition(":")[0]: form for name, form in one["forms"].items() if "forward_backward" in name}
+        mine = seconds["pallas_triton"]
+        others = [seconds.get("xla"), seconds.get("PyTorch, graph") or seconds.get("PyTorch")]
+        ratios = [f"{other['median_seconds'] / mine['median_seconds']:.1f}x" if other else "" for other in others]
+        shape = " ".join(f"{axis}{size:,}" for axis, size in one["sizes"].items())
+        microseconds, share = f"{1e6 * mine['median_seconds']:,.0f}", f"{100 * mine['fraction_of_floor']:.0f} %"
+        rows.append([f"`{one['op']}`", shape, microseconds, *ratios, share])
+    return markdown(
+        ["operator", "shape", "kernels, us", "plain JAX takes", "PyTorch takes", "share of the floor"], rows
+    )
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    function.__name__: function
+    for function in (
+        all_positions,
+        beauty_runs,
+        ml100k_runs,
+        baselines,
+        quickstart,
+        step_forms,
+        operators_on_cpu,
+        operators_on_h100,
+    )
+}
+_REGION = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def filled(text: str) -> str:
+    """Returns a document with its tables as the records have them.
+
+    Raises:
+      KeyError: a table that nobody makes.
+    """
+    return _REGION.sub(lambda found: f"{found[1]}{TABLES[found[2]]()}\n{found[3]}", text)
+
+
+def main() -> None:
+    """Rewrites the documents."""
+    for document in DOCUMENTS:
+        document.write_text(filled(document.read_text()))
+
+
+if __name__ == "__main__":
+    main()
