@@ -37,7 +37,7 @@ def one_line(error):
     assert "\n" not in str(error) and str(error)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_changed_settings_of_a_run(tmp_path):
     seen, refused = [], []
 
@@ -73,7 +73,7 @@ def test_changed_settings_of_a_run(tmp_path):
     assert len(seen) >= RUNS and RUNS / 10 < len(refused) < len(seen)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_changed_command_lines():
     seen, refused = [], []
     options = ["--model.max_len", "--model.dropout", "--model.log_time", "--train.epochs", "--train.loss",

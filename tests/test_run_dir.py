@@ -14,6 +14,8 @@ import pytest
 from tim4rec_jax import files, run_dir, run_environment, run_manifest
 from tim4rec_jax.config import EvalConfig, ExperimentConfig, ModelConfig, TrainConfig
 
+pytestmark = pytest.mark.quick
+
 CONFIG = ExperimentConfig(
     "small", model=ModelConfig(vocab_size=4, max_len=8), eval=EvalConfig(top_k=(5, 10), monitor="ndcg@5")
 )

@@ -5,6 +5,8 @@ import pathlib
 
 import pytest
 
+pytestmark = pytest.mark.quick
+
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 PACKAGES = ("kernels", "tim4rec_jax", "experiments")
 # What each room of the library may import of the others.

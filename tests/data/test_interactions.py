@@ -15,6 +15,8 @@ from tim4rec_jax.data.interactions import clean, load_log
 from tim4rec_jax.data.splits import leave_one_out
 from tim4rec_jax.data_config import DataConfig, SyntheticConfig
 
+pytestmark = pytest.mark.quick
+
 
 def frame(*rows):
     return pl.DataFrame(rows, schema={"user": pl.String, "item": pl.String, "timestamp": pl.Int64}, orient="row")

@@ -11,6 +11,8 @@ from tim4rec_jax import DataConfig, ExperimentConfig, ModelConfig, TrainConfig
 from tim4rec_jax.data.loader import epoch_order, make_loader, timestamps_for_device
 from tim4rec_jax.data.splits import gather_windows, leave_one_out
 
+pytestmark = pytest.mark.quick
+
 MAX_LEN = 6
 BATCH_SIZE = {"last": 16, "all": 5}
 LOADERS = ("device", "grain")

@@ -17,6 +17,8 @@ from tim4rec_jax.data.packing import (
     window_histories,
 )
 
+pytestmark = pytest.mark.quick
+
 HISTORIES = st.lists(st.integers(0, 60), min_size=1, max_size=12).map(np.array)
 
 

@@ -176,7 +176,7 @@ def test_a_few_damaged_files_of_each_kind(tmp_path, kind):
     assert len(read_damaged(tmp_path, kind, kind, 25)) == 25
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("number", range(CHUNKS))
 def test_damaged_files_are_read_or_refused(tmp_path, number):
     kind = KINDS[number]

@@ -14,6 +14,8 @@ from tim4rec_jax.data.readers import LogColumns, find_log, read_log
 from tim4rec_jax.data.sources import Source
 from tim4rec_jax.data.titles import find_titles, read_titles, titles_for
 
+pytestmark = pytest.mark.quick
+
 ROWS = [("7", "b", 100), ("7", "a", 50), ("9", "b", 75)]
 
 RECBOLE = "user_id:token\titem_id:token\trating:float\ttimestamp:float\n7\tb\t5\t100\n7\ta\t3.0\t50\n9\tb\t4\t75\n"

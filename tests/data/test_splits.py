@@ -14,6 +14,8 @@ from tim4rec_jax.data.interactions import clean, load_log
 from tim4rec_jax.data.splits import gap_statistics, gather_windows, leave_one_out, training_span
 from tim4rec_jax.data_config import DataConfig, SyntheticConfig
 
+pytestmark = pytest.mark.quick
+
 
 @pytest.fixture
 def log():

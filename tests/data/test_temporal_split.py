@@ -13,6 +13,8 @@ from tim4rec_jax.data.interactions import InteractionLog, clean, load_log
 from tim4rec_jax.data.splits import gap_statistics, leave_one_out, split_log, temporal_split, training_span
 from tim4rec_jax.evaluation.baselines import popularity_counts, transition_counts
 
+pytestmark = pytest.mark.quick
+
 
 def log_of(histories, precision="int64"):
     rows = [(user, item, t) for user, events in histories.items() for item, t in events]

@@ -12,6 +12,8 @@ from tim4rec_jax.evaluation.baselines import (
     transition_counts,
 )
 
+pytestmark = pytest.mark.quick
+
 
 @pytest.fixture(scope="module")
 def log():

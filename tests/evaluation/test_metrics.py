@@ -6,6 +6,8 @@ import pytest
 
 from tim4rec_jax.evaluation import metrics
 
+pytestmark = pytest.mark.quick
+
 
 def _ranks(scores, targets, excluded=None):
     excluded = None if excluded is None else jnp.asarray(excluded)

@@ -7,6 +7,8 @@ import scipy.stats
 from tim4rec_jax.evaluation.metrics import hit, ndcg
 from tim4rec_jax.evaluation.significance import bootstrap_interval, compare_with_best, holm, sign_flip_test
 
+pytestmark = pytest.mark.quick
+
 
 def _ranks(users: int, seed: int) -> np.ndarray:
     return np.random.default_rng(seed).geometric(0.05, users)

@@ -12,7 +12,7 @@ SAMPLED = ["sampled", "--tiny", "--batch_rows=2", "--length=8", "--negatives=16"
 TINY = ["catalogue", "--tiny", "--devices=2", "--batch_rows=2", "--length=8", "--run_rows=2", "--run_length=8"]
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_bytes_and_losses_of_a_tiny_catalogue(tmp_path, capsys):
     output = tmp_path / "catalogue.json"
     options = ["--items=5003", "--shards=2", "--run_up_to=5003", "--steps=2"]
@@ -31,7 +31,7 @@ def test_bytes_and_losses_of_a_tiny_catalogue(tmp_path, capsys):
     assert "2 of 2" in capsys.readouterr().out
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_tiny_run_over_samples(tmp_path, capsys):
     output = tmp_path / "sampled.json"
     assert benchmark.main([*SAMPLED, "--items=50", "--full_up_to=10", f"--output={output}"]) == 0

@@ -36,6 +36,7 @@ def record(tmp_path_factory):
     return json.loads(output.read_text())
 
 
+@pytest.mark.exhaustive
 def test_every_operator_is_checked_in_value_and_all_gradients(record):
     checks = record["correctness"]["checks"]
     assert {c["op"] for c in checks} == set(operators.OPERATORS)
@@ -45,6 +46,7 @@ def test_every_operator_is_checked_in_value_and_all_gradients(record):
     assert ssd["errors"]["d A"]["norm"] < 1e-4
 
 
+@pytest.mark.exhaustive
 def test_operators_are_timed_in_all_forms_there_are(record):
     ops = record["ops"]
     assert ops["ceilings"]["bytes_a_second"] > 0 and set(ops["ceilings"]["flops_a_second"]) == set(operators.PRECISIONS)
@@ -64,6 +66,7 @@ def test_operators_are_timed_in_all_forms_there_are(record):
     assert swept["best"]["forward_backward"] in swept["median_seconds"] and not swept["missing"]
 
 
+@pytest.mark.exhaustive
 def test_the_training_step_is_timed_with_kernels_on_and_off(record):
     [result] = record["train_step"]["comparisons"]
     assert set(result["forms"]) == {"kernels off", "kernels on", "PyTorch"}
@@ -72,6 +75,7 @@ def test_the_training_step_is_timed_with_kernels_on_and_off(record):
     assert swept["best"] in swept["groups"] and not swept["missing"]
 
 
+@pytest.mark.exhaustive
 def test_the_record_says_how_it_came_about(record):
     assert record["benchmark"] == "gpu" and record["settings"]["seed"] == 7 and record["versions"]["torch"]
     assert record["environment"]["backend"] == "cpu"

@@ -11,7 +11,7 @@ from experiments import benchmark
 from experiments.benchmarks import memory, stream_kills
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_three_kills(tmp_path):
     output = tmp_path / "kills.json"
     argv = ["stream_kills", "--events=200", "--kills=3", "--pipe-kills=1", f"--output={output}"]
@@ -27,7 +27,7 @@ def test_three_kills(tmp_path):
     assert record["results"]["pipe"]["acknowledged_lost"] == 0
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_memory_of_all_parts(tmp_path):
     output = tmp_path / "memory.json"
     counts = {"saves": 20, "questions": 20, "events": 40, "epochs": 20}

@@ -41,6 +41,7 @@ def test_savings_and_pytorch_on_real_batches(tmp_path, capsys):
     assert record["environment"]["data_fingerprint"] and "read_positions" in capsys.readouterr().out
 
 
+@pytest.mark.exhaustive
 def test_padded_rows_have_the_loss_of_grouped_ones():
     """All forms of the step compute the same."""
     shape = train_step.shapes(True)[0]
@@ -71,6 +72,7 @@ def test_a_loss_that_is_no_number_stops_the_step():
         step(np.nan)
 
 
+@pytest.mark.exhaustive
 def test_models_side_by_side(tmp_path, capsys):
     output, figure = tmp_path / "models.json", tmp_path / "models.png"
     argv = ["models", f"--output={output}", f"--figure={figure}", "--repeats=2", "--tiny", "--data=beauty"]

@@ -14,6 +14,8 @@ from tests.serving.tiny_run import make_config, make_log
 from tim4rec_jax.run_dir import create_run
 from tim4rec_jax.serving.event_stream import StreamOptions
 
+pytestmark = pytest.mark.quick
+
 GRID = ("--grid", "train.epochs=1,2")
 FILES = ("--checkpoint=a.pth", "--settings=a.yaml", "--output=out")
 

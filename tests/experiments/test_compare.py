@@ -302,7 +302,7 @@ def _start(arguments: list[str]) -> subprocess.Popen:
     )  # fmt: skip
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_comparison_for_real(tmp_path, monkeypatch, capfd, log):
     """Interrupted within the first run, gone on with, reported; trained again is nothing."""
     # The trainings compile the same programs over and over.

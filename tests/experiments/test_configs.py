@@ -151,7 +151,7 @@ def test_every_combination_has_a_step(data, model):
     assert loss.shape == () and jax.tree.map(str, after) == jax.tree.map(str, before)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("model", MODEL_NAMES)
 def test_every_model_takes_a_step(model):
     """Narrow, for the compiler's sake."""

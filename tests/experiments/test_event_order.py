@@ -66,6 +66,7 @@ def answer_of(run, *argv, capsys):
     return [line for line in capsys.readouterr().out.splitlines() if line.strip("│ ")[:1].isdigit()]
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("precision", ["int64", "float32"])
 def test_stored_histories_are_accepted_wherever_histories_are_given(streamable, tmp_path, capsys, precision):
     run = streamable[precision]
@@ -112,6 +113,7 @@ def test_float32_seconds_by_hand_are_obeyed_and_said(streamable, data, tmp_path,
     assert read_config(tmp_path / "papers").data.timestamp_precision == "float32"
 
 
+@pytest.mark.exhaustive
 def test_a_papers_experiment_on_another_log_orders_by_exact_seconds(tmp_path, data, capsys):
     run = trained(tmp_path / "run", "beauty_tim4rec", *data, "--train.max_steps=1")
     shown = capsys.readouterr()
@@ -124,6 +126,7 @@ def test_a_papers_experiment_on_another_log_orders_by_exact_seconds(tmp_path, da
     assert "data.timestamp_precision: 'int64' → 'float32'" in capsys.readouterr().err
 
 
+@pytest.mark.exhaustive
 def test_a_papers_experiment_on_its_own_log_orders_by_float32(tmp_path, data, monkeypatch):
     entry = dataclasses.replace(catalog.CATALOG["beauty"], expected=(30, 8, 240))
     monkeypatch.setitem(catalog.CATALOG, "beauty", entry)

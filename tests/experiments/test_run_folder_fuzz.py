@@ -179,13 +179,20 @@ def _require_alike(finished, tmp_path, program: str, count: int, *, old: bool) -
 
 
 @pytest.mark.parametrize(
-    ("program", "count"), [("evaluate", 60), ("recommend", 40), pytest.param("resume", 40, marks=pytest.mark.slow)]
+    ("program", "count"),
+    [
+        ("evaluate", 20),
+        ("recommend", 10),
+        pytest.param("evaluate", 60, marks=pytest.mark.exhaustive),
+        pytest.param("recommend", 40, marks=pytest.mark.exhaustive),
+        pytest.param("resume", 40, marks=pytest.mark.exhaustive),
+    ],
 )
 def test_a_changed_folder_gives_the_same_answer_or_one_line(finished, tmp_path, program, count):
     _require_alike(finished, tmp_path, program, count, old=False)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("program", ["evaluate", "recommend", "resume"])
 def test_a_changed_folder_of_a_version_without_a_manifest(finished, tmp_path, program):
     """What was changed there with sense cannot be told; there is still no traceback."""

@@ -62,6 +62,7 @@ def finished(tmp_path_factory) -> pathlib.Path:
     return folder
 
 
+@pytest.mark.quick
 def test_the_run_folder_holds_everything(finished):
     for name in ("config.json", "metrics.jsonl", "item_ids.parquet", "histories.parquet", "environment.json",
                  "results.json", "curves.png", "checkpoints/best", "checkpoints/latest"):  # fmt: skip
@@ -87,12 +88,13 @@ def test_evaluate_repeats_the_test_numbers(finished, capsys):
     assert evaluate_run(finished).metrics == pytest.approx(read_results(finished)["test"], abs=1e-12)
 
 
+@pytest.mark.quick
 def test_recommend_answers_from_the_run(finished, capsys):
     assert recommend.main([f"--run={finished}", "--user=7", "--k=5"]) == 0
     assert len(capsys.readouterr().out.splitlines()) > 5
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_temporal_split_from_training_to_recommendations(tmp_path, capsys):
     folder = tmp_path / "temporal"
     argv = [*FAST, "--data.split=temporal", "--data.temporal_targets=all", "--data.loader=grain", "--train.epochs=1"]
@@ -111,7 +113,7 @@ def test_a_temporal_split_from_training_to_recommendations(tmp_path, capsys):
     assert "data.temporal_targets: 'all' → 'last'" in capsys.readouterr().err
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     "loss", [[], ["--train.loss=sampled_ce", "--train.num_negatives=16", "--train.table_optimizer=lazy_adam"]]
 )
@@ -240,7 +242,7 @@ def uninterrupted(tmp_path_factory) -> pathlib.Path:
     return folder
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_resuming_gives_the_bits_of_an_uninterrupted_run(tmp_path, uninterrupted, number):
     """The program itself, once; other moments and Ctrl-C are tried in tests/training."""

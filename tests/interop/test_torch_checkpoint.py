@@ -14,6 +14,8 @@ from tests.models.settings import sibling
 from tim4rec_jax import build_model, interop
 from tim4rec_jax.models import TiM4RecConfig, init_params
 
+pytestmark = pytest.mark.quick
+
 # The TiM4Rec authors' names; every value differs from our default, and numbers come as YAML may read them.
 UPSTREAM = {
     "hidden_size": 32,

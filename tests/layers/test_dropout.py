@@ -10,6 +10,8 @@ from flax import linen as nn
 
 from tim4rec_jax.layers.dropout import Dropout, keep_mask
 
+pytestmark = pytest.mark.quick
+
 ROWS, POSITIONS, WIDTH = 512, 16, 64
 
 

@@ -53,6 +53,7 @@ def test_kernels_equal_plain_jax():
     jax.tree.map(lambda a, b: near(a, b, 2e-5), kernels[1], plain[1])
 
 
+@pytest.mark.exhaustive
 def test_kernels_equal_plain_jax_on_rows_of_several_histories():
     starts = jnp.zeros((2, 20), bool).at[0, jnp.array([0, 7, 16])].set(True).at[1, 17].set(True)
     plain, kernels = run({}, starts), run(KERNELS, starts)
@@ -62,6 +63,7 @@ def test_kernels_equal_plain_jax_on_rows_of_several_histories():
     assert np.abs(run(KERNELS)[0] - kernels[0])[0, 7:].max() > 1e-2 * np.abs(kernels[0]).max()
 
 
+@pytest.mark.exhaustive
 def test_kernels_in_bfloat16():
     plain, kernels = run({}), run(KERNELS | {"dtype": "bfloat16"})
     assert kernels[0].dtype == jnp.bfloat16

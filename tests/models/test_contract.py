@@ -63,7 +63,10 @@ def near(actual, expected, tolerance=2e-5):
     np.testing.assert_allclose(actual, expected, rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize("name", FORMS)
+QUICK = ("tim4rec_causal", "sasrec")
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.quick] * (name in QUICK)) for name in FORMS])
 class TestContract:
     def test_shapes_and_scores(self, name):
         model, params, call = made(name)

@@ -56,6 +56,7 @@ def test_only_the_uncalled_attention_block_is_left_out(golden_dir):
     assert len(left_out) == 18
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("changes", [{"num_layers": 2}, {"num_layers": 1, "max_len": 13, "d_model": 40}])
 def test_the_twin_on_other_settings(changes, x64):
     """Two layers hold two steps in each of two blocks; an odd length has no frequency of its own at the end."""

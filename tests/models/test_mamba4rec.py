@@ -272,6 +272,7 @@ def test_the_twin_agrees_with_the_original(golden_dir):
     check_the_twin(golden_dir, "mamba4rec_ml1m_l2", "mamba4rec")
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("changes", [{"num_layers": 1, "d_conv": 2}, {"num_layers": 3, "d_model": 40}])
 def test_the_twin_on_other_settings(changes, x64):
     check_twin_on_settings(dataclasses.replace(SMALL, **changes))

@@ -41,6 +41,7 @@ def test_the_twin_agrees_with_the_original(golden_dir):
     check_the_twin(golden_dir, "sasrec")
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("changes", [{"num_layers": 1, "attention_heads": 1}, {"num_layers": 3, "d_model": 32}])
 def test_the_twin_on_other_settings(changes, x64):
     check_twin_on_settings(dataclasses.replace(SMALL, **changes))

@@ -48,7 +48,13 @@ def test_the_settings_cover_both_activations():
     assert {config.activation for config in CONFIGS.values()} == {"silu", "hard_swish"}
 
 
-@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+@pytest.mark.parametrize(
+    "config",
+    [
+        pytest.param(config, id=name, marks=[pytest.mark.exhaustive] * (name != "default"))
+        for name, config in CONFIGS.items()
+    ],
+)
 def test_outputs_and_gradients_agree(config, x64):
     twin = pytorch.TiM4Rec(config)
     torch.manual_seed(1)

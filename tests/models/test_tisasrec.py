@@ -45,6 +45,7 @@ def test_the_twin_agrees_with_the_original(golden_dir):
     check_the_twin(golden_dir, "tisasrec")
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     "changes", [{"num_layers": 1, "attention_heads": 1, "time_span": 6}, {"num_layers": 3, "d_model": 32}]
 )

@@ -41,7 +41,6 @@ def on_eight(tmp_path_factory):
     return run
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("positions", ["last", "all"])
 def test_many_devices_train_evaluate_and_resume_as_one(on_eight, positions):
     record = on_eight("everything")
@@ -71,7 +70,7 @@ def _exchanges(hlo):
     return found
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("way", ["last sharded device", "all sharded grain"])
 def test_devices_exchange_one_sum_of_the_gradients(on_eight, way):
     """Of the size of the parameters, beside the loss and the weight."""
@@ -80,7 +79,7 @@ def test_devices_exchange_one_sum_of_the_gradients(on_eight, way):
     assert _exchanges(found["hlo"]) == [("all-reduce", found["parameter_bytes"] + loss_and_weight)]
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_interpreted_kernels_on_eight_devices(on_eight):
     alone, many = on_eight("with_kernels")
     assert len(set(alone)) == 4

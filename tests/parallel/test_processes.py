@@ -86,8 +86,7 @@ def halfway(tmp_path_factory) -> pathlib.Path:
     return base / "run"
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("shards", [1, 2])
+@pytest.mark.parametrize("shards", [pytest.param(1, marks=pytest.mark.exhaustive), 2])
 def test_two_processes_go_on_with_the_run_of_one(tmp_path, halfway, shards):
     """They resume what one device began, train, validate, save and test as one device does."""
     alone, together = tmp_path / "alone", tmp_path / "together"
@@ -112,7 +111,7 @@ def test_two_processes_go_on_with_the_run_of_one(tmp_path, halfway, shards):
     assert own == []
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_ctrl_c_in_one_process_stops_both_after_the_same_step(tmp_path):
     folder = tmp_path / "run"
     with two_processes(folder, *options(tmp_path)) as (processes, outputs):
@@ -133,7 +132,7 @@ def test_ctrl_c_in_one_process_stops_both_after_the_same_step(tmp_path):
     np.testing.assert_allclose(losses(folder), losses(alone), rtol=0, atol=1e-6)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_lost_process_ends_the_other_with_an_error(tmp_path):
     folder = tmp_path / "run"
     arguments = options(tmp_path, "--parallel.heartbeat_seconds=15", "--train.checkpoint_every=2")
@@ -157,7 +156,7 @@ def as_slurm_does(number: int, port: int) -> dict[str, str]:
     return environment(1) | {f"SLURM_{name}": str(value) for name, value in variables.items()}
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_tasks_of_slurm_that_were_started_differently_refuse(tmp_path):
     folder, port = tmp_path / "run", 61440 + os.getpid() % 4096
     arguments = options(tmp_path, "--parallel.distributed=auto", f"--run_dir={folder}")

@@ -38,7 +38,7 @@ def on_eight(tmp_path_factory):
 by_positions = pytest.mark.parametrize("positions", ["last", "all"])
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @by_positions
 def test_parts_train_evaluate_and_resume_as_the_whole(on_eight, positions):
     """Over 20 steps with dropout and clipping; each layout also goes on with what another saved after 10."""
@@ -51,7 +51,7 @@ def test_parts_train_evaluate_and_resume_as_the_whole(on_eight, positions):
             np.testing.assert_allclose(found[name], expected, rtol=0, atol=1e-6, err_msg=f"{name}, {shards}")
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_ranks_and_best_items_of_parts_are_those_of_the_whole(on_eight):
     alone = on_eight["last"]["1"]
     ranks, without_seen = alone["ranks"]
@@ -63,7 +63,7 @@ def test_ranks_and_best_items_of_parts_are_those_of_the_whole(on_eight):
         assert (ids, finite) == (alone["best"][1], [True] * 5), shards
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @by_positions
 @pytest.mark.parametrize("shards", [2, 8])
 def test_no_device_holds_the_table_or_a_row_of_scores(on_eight, positions, shards):
@@ -79,7 +79,7 @@ def test_no_device_holds_the_table_or_a_row_of_scores(on_eight, positions, shard
     )
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @by_positions
 @pytest.mark.parametrize("shards", [2, 8])
 def test_what_devices_exchange(on_eight, positions, shards):

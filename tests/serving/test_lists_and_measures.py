@@ -46,9 +46,11 @@ def _measured(run, folder, *options):
 @pytest.mark.parametrize(
     ("config", "of_lists", "of_measures"),
     [
-        (make_config(), (), ()),
+        pytest.param(make_config(), (), (), marks=pytest.mark.exhaustive),
         (make_causal_config(), (), ()),
-        (make_causal_config(), ("--full_history=true",), ("--eval.max_len=64",)),
+        pytest.param(
+            make_causal_config(), ("--full_history=true",), ("--eval.max_len=64",), marks=pytest.mark.exhaustive
+        ),
     ],
     ids=["faithful", "causal", "whole histories"],
 )

@@ -119,7 +119,7 @@ def table_bits(path):
         return {name: file[name].tobytes() for name in file.files if name not in ("header", "hash")}
 
 
-@pytest.mark.parametrize("from_file", [True, False], ids=["file", "stdin"])
+@pytest.mark.parametrize("from_file", [True, pytest.param(False, marks=pytest.mark.exhaustive)], ids=["file", "stdin"])
 def test_killed_at_any_step(causal_recommender: Recommender, program, from_file, tmp_path, capsys, monkeypatch):
     log = lines_of_a_log(causal_recommender.item_ids, 3, 40)
     killer = Killer(monkeypatch)

@@ -11,6 +11,8 @@ from tests.serving.tiny_run import NUM_ITEMS
 from tim4rec_jax.serving.recommender import Recommender
 from tim4rec_jax.serving.streaming import Streamer, fingerprint, require_streamable
 
+pytestmark = pytest.mark.quick
+
 START = 978_300_000
 
 

@@ -121,6 +121,7 @@ def test_its_loss_and_gradients_are_those_of_all_prefixes_to_the_last_digits(cha
     check_against_prefixes(settings_of(**dataclasses.asdict(PLAIN) | changes | {"dtype": "float64"}), 1e-11)
 
 
+@pytest.mark.exhaustive
 def test_microbatches_do_not_matter_with_dropout():
     """Nor does leaving out those that only fill the batch."""
     config = config_of(MODEL, 40, window_context=3)

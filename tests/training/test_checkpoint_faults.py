@@ -83,7 +83,7 @@ def test_bit_flip_in_any_file_is_detected(tmp_path):
     assert restore_newest(tmp_path) == (1, [])
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_fifty_random_damages_are_all_detected(tmp_path):
     """Bits flipped, bytes cut off or added, in any file of a checkpoint, its manifest and Orbax's own files too."""
     intact = tmp_path / "intact"

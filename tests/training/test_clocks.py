@@ -13,7 +13,7 @@ from tests.training.forked_runs import OPTIONS, require_same_runs
 from tim4rec_jax.training.logging import read_metrics
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_clock_that_goes_backwards_changes_nothing(tmp_path, monkeypatch):
     """An hour at every look, and over a resume; files of older steps look newer than those of later ones."""
     reference, folder = tmp_path / "reference", tmp_path / "run"

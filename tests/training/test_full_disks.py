@@ -21,7 +21,7 @@ def refusal() -> str | None:
     return done.stderr.strip() if done.returncode else None
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_disks_that_are_full_or_read_only(tmp_path):
     if (reason := refusal()) is not None:
         pytest.skip(f"no small disk can be mounted here: {reason}")

@@ -9,7 +9,7 @@ from tests.training.forked_runs import OPTIONS, require_same_runs, run_forking
 KILLS = 25
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_twenty_five_kills_change_no_bit(tmp_path):
     output = tmp_path / "found.json"
     options = [*OPTIONS, "--train.tensorboard=false"]

@@ -126,7 +126,7 @@ def test_more_negatives_come_closer_to_the_softmax_and_only_with_log_q(x64):
     assert abs(value - full) > 1 and np.abs(gradient - d_full).max() > 0.1
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("positions", ["last", "all"])
 def test_where_every_row_is_touched_it_is_adam(positions, x64):
     options = {"num_negatives": 400, "negatives_power": 0.0}
@@ -186,7 +186,7 @@ def on_one_device(positions, table_optimizer):
     return jax.tree.map(np.asarray, state), losses
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("way", MANY)
 def test_several_devices_train_as_one(way, x64):
     """Parts too, and rows behind the catalogue's end that only make parts equal."""
@@ -208,7 +208,7 @@ def everywhere(state):
     return [table(state.params), *moments(state)]
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("table_optimizer", ["adam", "lazy_adam"])
 def test_rows_that_only_make_parts_equal_change_nothing(table_optimizer, x64):
     alone, padded = (
@@ -223,7 +223,7 @@ def test_rows_that_only_make_parts_equal_change_nothing(table_optimizer, x64):
     assert not moments(wider)[0][23:].any()
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_what_parts_trained_goes_on_on_one_device_and_elsewhere(tmp_path, x64):
     model = dataclasses.replace(MODEL, vocab_multiple=8)
     ways = [{"strategy": "sharded", "shards": 4}, {"strategy": "single"}, {"strategy": "sharded", "shards": 2}]

@@ -8,6 +8,8 @@ import pytest
 
 from tim4rec_jax.training.losses import bpr, cross_entropy, sample_negative
 
+pytestmark = pytest.mark.quick
+
 
 def test_cross_entropy_equals_optax():
     rng = np.random.default_rng(0)

@@ -4,6 +4,8 @@ import pytest
 
 from tim4rec_jax.training.progress import EarlyStop
 
+pytestmark = pytest.mark.quick
+
 
 def follow(values, patience):
     """The states after each validation, from epoch 1 on."""

@@ -17,8 +17,7 @@ WAYS = {
 }  # fmt: skip
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("devices", [1, 8])
+@pytest.mark.parametrize("devices", [1, pytest.param(8, marks=pytest.mark.exhaustive)])
 @pytest.mark.parametrize("way", WAYS)
 def test_one_seed_gives_one_run(tmp_path, devices, way):
     run_forking("seeded_runs", str(tmp_path), *WAYS[way], folder=tmp_path, devices=devices)

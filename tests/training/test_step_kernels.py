@@ -63,7 +63,7 @@ def losses(name):
     return np.array(values)
 
 
-@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize("name", [pytest.param("everything", marks=pytest.mark.exhaustive), "loss in tiles"])
 def test_twenty_steps_follow_plain_jax(name):
     plain = losses("plain")
     assert plain[-1] != plain[0]
@@ -122,6 +122,7 @@ def packed_losses(name):
     return np.array(values)
 
 
+@pytest.mark.exhaustive
 def test_steps_on_all_positions_follow_plain_jax():
     plain = packed_losses("plain")
     assert plain[-1] != plain[0]

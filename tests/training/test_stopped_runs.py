@@ -10,7 +10,7 @@ from tests.training.stopped_runs import MOMENTS
 from tim4rec_jax.training.signals import Interrupted, StopRequests
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_stopped_at_any_moment_a_run_goes_on_with_the_same_bits(tmp_path):
     output = tmp_path / "found.json"
     options = [*OPTIONS, "--train.tensorboard=false"]
