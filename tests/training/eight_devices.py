@@ -116,7 +116,7 @@ def with_kernels() -> list[list[float]]:
     names = ("ssd_implementation", "conv_implementation")
     model = ModelConfig(
         vocab_size=23, max_len=12, d_model=16, head_dim=16, d_state=16, num_layers=1, use_ffn=False, use_time=False,
-        **dict.fromkeys(names, "pallas_triton_interpreted"),
+        **dict.fromkeys(names, "pallas_triton"),
     )  # fmt: skip
     losses = []
     for strategy in ("single", "sharded"):

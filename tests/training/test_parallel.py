@@ -87,7 +87,8 @@ def test_interpreted_kernels_on_eight_devices(on_eight):
     np.testing.assert_allclose(many, alone, rtol=1e-5)
 
 
-def test_compiled_kernels_lower_inside_the_sharded_step():
+def test_compiled_kernels_lower_inside_the_sharded_step(monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     kernels = dict.fromkeys(("ssd_implementation", "conv_implementation"), "pallas_triton")
     model_config = dataclasses.replace(MODEL, num_layers=2, head_dim=16, d_state=16, use_time=False, **kernels)
     config = ExperimentConfig("test", model_config, train=TrainConfig(loss_implementation="pallas_triton"))

@@ -19,8 +19,8 @@ MODEL = ModelConfig(vocab_size=VOCAB, max_len=MAX_LEN, d_model=16, head_dim=16, 
 GROUPS = (LengthGroup(MAX_LEN, 4), LengthGroup(7, 3))
 KERNELS = {
     "everything": (
-        {"ssd_implementation": "pallas_triton_interpreted", "conv_implementation": "pallas_triton_interpreted"},
-        {"loss_implementation": "pallas_triton_interpreted"},
+        {"ssd_implementation": "pallas_triton", "conv_implementation": "pallas_triton"},
+        {"loss_implementation": "pallas_triton"},
     ),
     "loss in tiles": ({}, {"loss_implementation": "xla"}),
 }
