@@ -13,7 +13,7 @@ import statistics
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from experiments.published import PUBLISHED
+from experiments.comparison.published import PUBLISHED
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "experiments" / "results"
@@ -64,7 +64,7 @@ def _run_row(shown: str, name: str) -> list[str]:
 
 def beauty_runs() -> str:
     """Amazon Beauty to early stop, beside the original program."""
-    original = {row.model: row for row in PUBLISHED["amazon-beauty"] if "original program" in row.source}
+    original = {row.model: row for row in PUBLISHED["beauty"] if "original program" in row.source}
     rows = [_run_row("TiM4Rec, this library", "beauty_tim4rec")]
     rows.append(_original_row("TiM4Rec", original["TiM4Rec"]))
     rows.append(_run_row("time off, this library", "beauty_tim4rec_time_off"))
@@ -90,7 +90,7 @@ def ml100k_runs() -> str:
 
 def baselines() -> str:
     """Counting baselines on two logs."""
-    logs = {"ml-100k": "MovieLens-100K", "amazon-beauty": "Amazon Beauty"}
+    logs = {"ml-100k": "MovieLens-100K", "beauty": "Amazon Beauty"}
     models = {"Markov": "item-to-item Markov chain", "popularity": "popularity"}
     return markdown(
         ["", *AT_10],

@@ -70,7 +70,7 @@ from kernels.softmax_cross_entropy import TritonConfig
 from kernels.softmax_cross_entropy.config import triton_config
 from kernels.ssd import SsdConfig, ssd
 from kernels.ssd import default_config as ssd_config
-from kernels.ssd.tiles import Plan as SsdPlan
+from kernels.ssd.tiles import KernelParams
 from tim4rec_jax.run_dir import environment
 
 PASSES = ("forward", "forward_backward")
@@ -260,7 +260,7 @@ def ssd_work(sizes: Sizes, itemsize: int, config: SsdConfig) -> Work:
       config: of our kernels.
     """
     b, l, h, p, n = (sizes[axis] for axis in "blhpn")  # noqa: E741
-    plan = SsdPlan(b, l, h, 1, p, n, config, "tfloat32", False, False)
+    plan = KernelParams(b, l, h, 1, p, n, config, "tfloat32", False, False)
     x, dt, maps = b * l * h * p * itemsize, b * l * h * FLOAT, b * l * n * itemsize
     inputs = x + dt + 2 * maps + 3 * h * FLOAT
     needed, needed_both = inputs + x, 2 * (inputs + x)
@@ -298,7 +298,7 @@ def conv_work(sizes: Sizes, itemsize: int, config: CausalConv1dConfig) -> Work:
       config: of our kernels.
     """
     b, l, c = (sizes[axis] for axis in "blc")  # noqa: E741
-    plan = conv_kernels.Plan(b, l, c, TAPS, "silu", config, False)
+    plan = conv_kernels.KernelParams(b, l, c, TAPS, "silu", config, False)
     x, parameters = b * l * c * itemsize, (TAPS + 1) * c * FLOAT
     needed, needed_both = 2 * x + parameters, 4 * x + 2 * parameters
     # Neighbouring segments both read the K - 1 positions between them, of three arrays in the backward pass: x on both
@@ -344,12 +344,12 @@ def loss_work(sizes: Sizes, itemsize: int, config: TritonConfig) -> Work:
     numbers, vector, product = (t + v) * d * itemsize, t * FLOAT, 2 * t * v * d
     # Targets in, loss out; its gradient too.
     needed, needed_both = numbers + 2 * vector, 2 * numbers + 3 * vector
-    parts, _ = config.forward.cut(t, v)
+    parts, _ = config.forward.split(t, v)
     # Log-sum-exps of parts are merged; scores at targets are written and read.
     moved = needed + (2 * parts + 2) * vector
     backward = 0
-    for walk, own, walked in ((config.d_hidden, t, v), (config.d_embedding, v, t)):
-        parts, _ = walk.cut(own, walked)
+    for loop, own, other in ((config.d_hidden, t, v), (config.d_embedding, v, t)):
+        parts, _ = loop.split(own, other)
         # Reads both sides, targets, log-sum-exps and weights.
         backward += numbers + 3 * vector
         backward += own * d * itemsize if parts == 1 else own * d * (2 * parts * FLOAT + itemsize)
@@ -368,7 +368,7 @@ def default_kernel_config(case: Case, precision: str) -> Any:
             width=sizes["p"],
             state_width=sizes["n"],
             chunk_size=64,
-            wide_products=precision == "float32",
+            exact_products=precision == "float32",
             itemsize=itemsize,
         )
     if case.op == "causal_conv1d":

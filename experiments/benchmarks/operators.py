@@ -88,8 +88,11 @@ def _normal(rng: np.random.Generator, *shape: int) -> np.ndarray:
     return rng.standard_normal(shape, dtype=np.float32)
 
 
-def _row_lengths(sizes: Sizes, rng: np.random.Generator, ragged: bool) -> Arrays:
-    return {"lengths": rng.integers(1, sizes["l"] + 1, sizes["b"]).astype(np.int32)} if ragged else {}
+def _segment_ids(sizes: Sizes, rng: np.random.Generator, ragged: bool) -> Arrays:
+    if not ragged:
+        return {}
+    lengths = rng.integers(1, sizes["l"] + 1, sizes["b"])
+    return {"segment_ids": (np.arange(sizes["l"]) < lengths[:, None]).astype(np.int32)}
 
 
 def _draw_ssd(sizes: Sizes, rng: np.random.Generator, ragged: bool) -> Values:
@@ -103,7 +106,7 @@ def _draw_ssd(sizes: Sizes, rng: np.random.Generator, ragged: bool) -> Values:
         "D": 1 + _normal(rng, h),
         "dt_bias": _normal(rng, h),
     }
-    return Values(inputs, _row_lengths(sizes, rng, ragged), _normal(rng, b, l, h, p))
+    return Values(inputs, _segment_ids(sizes, rng, ragged), _normal(rng, b, l, h, p))
 
 
 def _draw_scan(sizes: Sizes, rng: np.random.Generator, ragged: bool) -> Values:
@@ -117,7 +120,7 @@ def _draw_scan(sizes: Sizes, rng: np.random.Generator, ragged: bool) -> Values:
         "D": 1 + _normal(rng, e),
         "dt_bias": _normal(rng, e),
     }
-    return Values(inputs, _row_lengths(sizes, rng, ragged), _normal(rng, b, l, e))
+    return Values(inputs, _segment_ids(sizes, rng, ragged), _normal(rng, b, l, e))
 
 
 def _draw_conv(sizes: Sizes, rng: np.random.Generator, ragged: bool) -> Values:
@@ -188,7 +191,7 @@ TINY_CASES = (
 
 
 def draw(case: Case, rng: np.random.Generator) -> Values:
-    """Draws float32 values of a case; those of one that is not ragged have no fixed lengths."""
+    """Draws float32 values of a case; those of one that is not ragged have no segment ids."""
     return OPERATORS[case.op].draw(case.sizes, rng, case.ragged)
 
 
@@ -217,8 +220,8 @@ def forward(case: Case, implementation: str, precision: str, **options: Any) -> 
     """Returns (inputs, fixed) -> y by an implementation of the operator."""
     operator = OPERATORS[case.op]
     arguments = operator.options | options | {"implementation": implementation}
-    if operator.has_products and implementation.startswith("pallas_triton"):
-        arguments["products"] = "float32" if precision == "float32" else "tfloat32"
+    if operator.has_products:
+        arguments["precision"] = "highest" if precision == "float32" else "default"
 
     def apply(inputs: Arrays, fixed: Arrays) -> jax.Array:
         with matmul_precision(precision):

@@ -1,8 +1,8 @@
-"""Which backend runs `kernels.causal_conv1d` where nobody names one, and how the GPU kernels cut up their work."""
+"""How the GPU kernels of the causal convolution divide their work."""
 
 from dataclasses import dataclass
 
-from kernels.triton_call import power_of_two
+from kernels.tiling import power_of_two
 
 MAX_TAPS = 8
 _MAX_CHANNELS = 64
@@ -17,7 +17,7 @@ _MIN_SEGMENT = 32
 
 @dataclass(frozen=True)
 class CausalConv1dConfig:
-    """How the Triton kernels cut up a convolution.
+    """How the Triton kernels divide the work of a convolution.
 
     Attributes:
       channels: neighbouring channels that a program handles; a power of two up to 1024.
@@ -78,8 +78,3 @@ def default_config(*, batch: int, length: int, channels: int) -> CausalConv1dCon
         forward_warps=warps,
         backward_warps=warps,
     )
-
-
-def default_implementation() -> str:
-    """Returns the backend for any platform and shape: plain JAX until an evaluation by kernels has run on a GPU."""
-    return "xla"

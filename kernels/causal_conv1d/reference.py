@@ -10,8 +10,8 @@ def causal_conv1d_reference(
     x: Array,
     weight: Array,
     bias: Array | None,
-    starts: Array | None = None,
-    initial: Array | None = None,
+    initial: Array | None,
+    segment_ids: Array | None,
     *,
     activation: str,
 ) -> Array:
@@ -23,8 +23,8 @@ def causal_conv1d_reference(
       x: [b, l, c].
       weight: [K, c]; the last tap meets the current position.
       bias: [c], or None.
-      starts: bool [b, l], true where x before is taken as 0, or None for nowhere.
-      initial: [b, K - 1, c], x before the first position, or None for zeros.
+      initial: [b, K - 1, c], x before the first position and of its history, or None for zeros.
+      segment_ids: int32 [b, l]; x of other histories is taken as 0. Or None for rows of one history.
       activation: "none", "silu" or "hard_swish".
 
     Returns:
@@ -38,9 +38,9 @@ def causal_conv1d_reference(
     # Positions are counted from the first of `initial`.
     window = jnp.arange(length)[:, None] + jnp.arange(before + 1)
     windows = jnp.concatenate([initial, x], axis=1)[:, window]
-    if starts is not None:
-        history = jnp.cumsum(jnp.pad(starts, ((0, 0), (before, 0))), axis=1)
-        same = history[:, window] == history[:, before:, None]
+    if segment_ids is not None:
+        history = jnp.pad(segment_ids, ((0, 0), (before, 0)), mode="edge")
+        same = history[:, window] == segment_ids[..., None]
         windows = jnp.where(same[..., None], windows, 0)
     y = jnp.sum(windows.astype(dtype) * weight.astype(dtype), axis=2)
     if bias is not None:

@@ -6,22 +6,20 @@ from jax import Array
 from kernels.activations import activation as activation_named
 
 
-def _without_earlier_histories(shifted: list[Array], starts: Array) -> list[Array]:
-    """Zeroes the inputs [b, l, c] that lie before the start of a position's history, of K shifts, the nearest last."""
-    length, same = starts.shape[1], jnp.ones(starts.shape, bool)
-    kept = [shifted[-1]]
-    for back, values in enumerate(reversed(shifted[:-1])):
-        same &= ~jnp.pad(starts, ((0, 0), (back, 0)))[:, :length]
-        kept.append(jnp.where(same[..., None], values, 0))
-    return kept[::-1]
+def _within_histories(shifted: list[Array], segment_ids: Array) -> list[Array]:
+    """Zeroes the inputs [b, l, c] that lie in another history than the position, of K shifts, the nearest last."""
+    before = len(shifted) - 1
+    history = jnp.pad(segment_ids, ((0, 0), (before, 0)), mode="edge")
+    same = [history[:, k : k + segment_ids.shape[1]] == segment_ids for k in range(before)]
+    return [jnp.where(s[..., None], values, 0) for s, values in zip(same, shifted, strict=False)] + shifted[-1:]
 
 
 def causal_conv1d_xla(
     x: Array,
     weight: Array,
     bias: Array | None,
-    starts: Array | None = None,
-    initial: Array | None = None,
+    initial: Array | None,
+    segment_ids: Array | None,
     *,
     activation: str,
 ) -> Array:
@@ -29,18 +27,10 @@ def causal_conv1d_xla(
     taps, length = weight.shape[0], x.shape[1]
     padded = jnp.pad(x, ((0, 0), (taps - 1, 0), (0, 0))) if initial is None else jnp.concatenate([initial, x], axis=1)
     shifted = [padded[:, k : k + length] for k in range(taps)]
-    if starts is not None:
-        shifted = _without_earlier_histories(shifted, starts)
+    if segment_ids is not None:
+        shifted = _within_histories(shifted, segment_ids)
     # A handful of shifted products fuse into one pass; a general convolution does not.
     y = sum(values * weight[k].astype(x.dtype) for k, values in enumerate(shifted))
     if bias is not None:
         y = y + bias.astype(x.dtype)
-    return activation_named(activation)(y)
-
-
-def causal_conv1d_last_xla(window: Array, weight: Array, bias: Array | None, *, activation: str) -> Array:
-    """Adds up the products of one window [b, K, c]; arguments and result as in `causal_conv1d_last`."""
-    y = jnp.sum(window * weight.astype(window.dtype), axis=1)
-    if bias is not None:
-        y = y + bias.astype(window.dtype)
     return activation_named(activation)(y)

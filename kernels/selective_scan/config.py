@@ -1,8 +1,8 @@
-"""Which backend runs `kernels.selective_scan.selective_scan` where nobody names one, and how its kernels are cut."""
+"""How the GPU kernels of the selective scan divide their work."""
 
 from dataclasses import dataclass
 
-from kernels.triton_call import power_of_two
+from kernels.tiling import power_of_two
 
 DEFAULT_CHUNK_SIZE = 16
 MAX_STATE_WIDTH = 128
@@ -13,8 +13,8 @@ class SelectiveScanConfig:
     """How the GPU kernels divide their work.
 
     Attributes:
-      chunk: positions between two states that the forward kernel keeps for the backward one; it walks them without a
-        loop. Kept states are 4 n / chunk bytes a channel and position.
+      chunk: positions between two states that the forward kernel keeps for the backward one; it has no loop over
+        them. Kept states are 4 n / chunk bytes per channel and position.
       group: positions that the backward kernel holds in registers at once, a divisor of the chunk.
       forward_channels: channels of a program, a power of two.
       backward_channels: likewise; gradients of B and C are written once for each such block of channels.
@@ -51,8 +51,3 @@ def default_config(state_width: int) -> SelectiveScanConfig:
     return SelectiveScanConfig(
         chunk=6, group=3, forward_channels=min(32, 1024 // width), backward_channels=min(32, 512 // width)
     )
-
-
-def default_implementation() -> str:
-    """Returns the backend for any platform and shape: plain JAX until an evaluation by kernels has run on a GPU."""
-    return "xla"

@@ -1,4 +1,4 @@
-"""Selective scan as GPU kernels: one program walks a row with the states of a block of channels in registers.
+"""Selective scan as GPU kernels: one program goes through a row with the states of a block of channels in registers.
 
 Every input is read once and every output written once. The kernels take decay rates as [n, e] in powers of two.
 """
@@ -11,12 +11,13 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton as pltriton
 
-from kernels.selective_scan.config import SelectiveScanConfig
+from kernels.dispatch import interpreted, pvary_together
+from kernels.segment_ids import history_starts, row_lengths
+from kernels.selective_scan.config import DEFAULT_CHUNK_SIZE, MAX_STATE_WIDTH, SelectiveScanConfig, default_config
 from kernels.selective_scan.pallas_triton_vjp import Kept, backward
 from kernels.selective_scan.tiles import Tile, exp2, from_before, this_tile
-from kernels.triton_call import triton_call, vary_together
+from kernels.triton import DTYPES, load_tile, store_tile, triton_call
 
 
 class _Options(NamedTuple):
@@ -45,13 +46,13 @@ def _kernel(*refs: Any, options: _Options, initial: bool, packed: bool, keep: bo
     config, interpret = options.config, options.interpret
     tile = this_tile(x_ref.shape, B_ref.shape[-1], config.forward_channels)
     length = lengths_ref[tile.row]
-    A = pltriton.load(A_ref.at[tile.states, tile.channels], mask=tile.mask, other=0.0)
-    D, bias = tile.load_parameter(D_ref), tile.load_parameter(bias_ref)
+    A = load_tile(A_ref, tile.states, tile.channels)
+    D, bias = load_tile(D_ref, tile.channels), load_tile(bias_ref, tile.channels)
 
-    def walk_chunk(k: Array, state: Array) -> Array:
+    def one_chunk(k: Array, state: Array) -> Array:
         positions = [k * config.chunk + j for j in range(config.chunk)]
         if keep:
-            pltriton.store(states_ref.at[tile.row, k, tile.states, tile.channels], state, mask=tile.mask)
+            store_tile(states_ref, state, tile.row, k, tile.states, tile.channels)
         # All loads come first: the chunk's arithmetic hides their latency.
         loaded = [_load_position(tile, (x_ref, dt_ref, B_ref, C_ref, starts_ref), t) for t in positions]
         outputs = []
@@ -60,24 +61,24 @@ def _kernel(*refs: Any, options: _Options, initial: bool, packed: bool, keep: bo
             state = exp2(delta * A, interpret) * from_before(state, start) + (delta * x) * B[:, None]
             outputs.append((jnp.sum(state * C[:, None], axis=0) + D * x, delta))
         for t, (y, delta) in zip(positions, outputs, strict=True):
-            exist = tile.channels_exist(t)
-            pltriton.store(y_ref.at[tile.row, t, tile.channels], y.astype(y_ref.dtype), mask=exist)
+            tile.store(y_ref, y, t, tile.channels)
             if keep:
-                pltriton.store(delta_ref.at[tile.row, t, tile.channels], delta, mask=exist)
+                tile.store(delta_ref, delta, t, tile.channels)
         return state
 
-    state = jnp.zeros(tile.mask.shape, jnp.float32)
+    state = jnp.zeros(tile.shape, jnp.float32)
     if initial_ref is not None:
-        state = pltriton.load(initial_ref.at[tile.row, tile.states, tile.channels], mask=tile.mask, other=0.0)
-    state = jax.lax.fori_loop(0, pl.cdiv(tile.positions, config.chunk), walk_chunk, state)
+        state = load_tile(initial_ref, tile.row, tile.states, tile.channels)
+    state = jax.lax.fori_loop(0, pl.cdiv(tile.positions, config.chunk), one_chunk, state)
     if final_ref is not None:
-        pltriton.store(final_ref.at[tile.row, tile.states, tile.channels], state, mask=tile.mask)
+        store_tile(final_ref, state, tile.row, tile.states, tile.channels)
 
 
 def _load_position(tile: Tile, refs: tuple[Any, ...], t: Array) -> tuple[Array | None, ...]:
     x_ref, dt_ref, B_ref, C_ref, starts_ref = refs
-    by_channel = tile.load_channels(x_ref, t), tile.load_channels(dt_ref, t)
-    return *by_channel, tile.load_states(B_ref, t), tile.load_states(C_ref, t), tile.load_start(starts_ref, t)
+    by_channel = (tile.load(ref, t, tile.channels) for ref in (x_ref, dt_ref))
+    by_state = (tile.load(ref, t, tile.states) for ref in (B_ref, C_ref))
+    return *by_channel, *by_state, tile.load_start(starts_ref, t)
 
 
 def _forward(options: _Options, inputs: tuple[Array | None, ...], *, keep: bool) -> list[Array]:
@@ -92,13 +93,12 @@ def _forward(options: _Options, inputs: tuple[Array | None, ...], *, keep: bool)
     if keep:
         outputs.append((x.shape, jnp.float32))
         outputs.append(((batch, pl.cdiv(length, config.chunk), state_width, width), jnp.float32))
-    optional = [a for a in (initial_state, starts) if a is not None]
     given = {"initial": initial_state is not None, "packed": starts is not None}
     return triton_call(
         functools.partial(_kernel, options=options, **given, keep=keep),
-        [lengths, x, dt, A, B, C, D, dt_bias, *optional],
+        [lengths, x, dt, A, B, C, D, dt_bias, initial_state, starts],
         outputs,
-        grid=(batch * pl.cdiv(width, config.forward_channels),),
+        grid=batch * pl.cdiv(width, config.forward_channels),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
         interpret=options.interpret,
@@ -129,6 +129,19 @@ def _scan_bwd(options: _Options, residuals: tuple[Any, ...], cotangents: tuple[A
 _scan.defvjp(_scan_fwd, _scan_bwd)
 
 
+def _check_limits(state_width: int, **arrays: Array | None) -> None:
+    if state_width > MAX_STATE_WIDTH:
+        raise ValueError(
+            f"n={state_width} of A and B: the GPU kernels hold at most {MAX_STATE_WIDTH} state entries per channel; "
+            "implementation='xla' takes any"
+        )
+    for name, array in arrays.items():
+        if array is not None and array.dtype not in DTYPES:
+            raise ValueError(
+                f"{name} is {array.dtype}: the GPU kernels take float32 and bfloat16; implementation='xla' takes others"
+            )
+
+
 def selective_scan_pallas_triton(
     x: Array,
     dt: Array,
@@ -138,31 +151,30 @@ def selective_scan_pallas_triton(
     D: Array | None,
     dt_bias: Array | None,
     initial_state: Array | None,
-    lengths: Array | None,
-    starts: Array | None,
+    segment_ids: Array | None,
     *,
-    return_final_state: bool,
-    config: SelectiveScanConfig,
-    interpret: bool,
+    return_final_state: bool = True,
+    chunk_size: int = DEFAULT_CHUNK_SIZE,
+    interpret: bool | None = None,
+    config: SelectiveScanConfig | None = None,
 ) -> tuple[Array, Array | None]:
-    """Runs the operator of `reference.selective_scan_reference` from raw steps, softplus inside.
+    """Runs the operator of `kernels.selective_scan.selective_scan`, softplus included; arguments are as there.
 
     Args:
       x, dt, B, C: float32 or bfloat16; the gradient of each comes back in its dtype.
       A, D, dt_bias, initial_state: float32.
-      lengths: int32 [b], or None for all positions.
-      starts: bool [b, l], or None.
-      return_final_state: whether the state is wanted.
-      config: how the work is divided.
-      interpret: run as plain JAX.
+      chunk_size: changes nothing here; the config has its own.
 
     Returns:
-      y [b, l, e] in the dtype of x, and the final state [b, e, n] float32 or None.
+      y [b, l, e] in the dtype of x, and the final state [b, e, n] float32, or None where it is not wanted.
+
+    Raises:
+      ValueError: for a state width or dtypes that the kernels do not take.
     """
-    batch, length, width = x.shape
-    zeros = jnp.zeros(width, jnp.float32)
-    last = jnp.full(batch, length, jnp.int32)
-    inputs = vary_together(
+    _check_limits(A.shape[1], x=x, dt=dt, A=A, B=B, C=C, D=D, dt_bias=dt_bias, initial_state=initial_state)
+    zeros = jnp.zeros(x.shape[2], jnp.float32)
+    starts = history_starts(segment_ids)
+    inputs = (
         x,
         dt,
         (A * math.log2(math.e)).T,
@@ -171,8 +183,10 @@ def selective_scan_pallas_triton(
         zeros if D is None else D,
         zeros if dt_bias is None else dt_bias,
         None if initial_state is None else jnp.swapaxes(initial_state, 1, 2),
-        last if lengths is None else jnp.minimum(lengths.astype(jnp.int32), last),
+        row_lengths(segment_ids, x.shape[:2]),
         None if starts is None else starts.astype(jnp.int8),
     )
-    y, *state = _scan(_Options(config, return_final_state, interpret), *inputs)
+    options = _Options(config or default_config(A.shape[1]), return_final_state, interpreted(interpret))
+    # What has been made here varies over no mesh axis yet.
+    y, *state = _scan(options, *pvary_together(*inputs))
     return y, jnp.swapaxes(state[0], 1, 2) if return_final_state else None

@@ -15,11 +15,10 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton as pltriton
 
 from kernels.selective_scan.config import SelectiveScanConfig
 from kernels.selective_scan.tiles import Tile, divide, exp2, from_before, this_tile
-from kernels.triton_call import triton_call
+from kernels.triton import load_tile, store_tile, triton_call
 
 _LN_2 = math.log(2)
 # Under this step 1 - exp(-delta) has lost digits that its series keeps.
@@ -49,14 +48,16 @@ class Kept(NamedTuple):
     starts: Array | None = None
 
 
-def _walk(tile: Tile, kept: Kept, A: Array, state: Array, start: Array, steps: int, interpret: bool) -> list[Array]:
+def _states_after(
+    tile: Tile, kept: Kept, A: Array, state: Array, start: Array, steps: int, interpret: bool
+) -> list[Array]:
     """Returns the states before position `start` and after each of `steps` positions from there."""
     positions = [start + j for j in range(steps)]
     loaded = [
         (
-            tile.load_channels(kept.x, t),
-            tile.load_channels(kept.delta, t),
-            tile.load_states(kept.B, t),
+            tile.load(kept.x, t, tile.channels),
+            tile.load(kept.delta, t, tile.channels),
+            tile.load(kept.B, t, tile.states),
             tile.load_start(kept.starts, t),
         )
         for t in positions
@@ -129,25 +130,27 @@ def _kernel(*refs: Any, config: SelectiveScanConfig, packed: bool, final: bool, 
     kept, dy_ref, out = Kept(*refs[:count]), refs[count], _Outputs(*refs[-8:])
     tile = this_tile(kept.x.shape, kept.B.shape[-1], config.backward_channels)
     whole = tile.row, tile.states, tile.channels
-    A = pltriton.load(kept.A.at[tile.states, tile.channels], mask=tile.mask, other=0.0)
-    D = tile.load_parameter(kept.D)
+    A = load_tile(kept.A, tile.states, tile.channels)
+    D = load_tile(kept.D, tile.channels)
     num_groups, per_chunk = pl.cdiv(tile.positions, config.group), config.chunk // config.group
 
     def load_position(t: Array) -> tuple[Array | None, ...]:
-        by_channel = [tile.load_channels(ref, t) for ref in (kept.x, kept.delta, dy_ref)]
-        by_state = [tile.load_states(ref, t) for ref in (kept.B, kept.C)]
+        by_channel = [tile.load(ref, t, tile.channels) for ref in (kept.x, kept.delta, dy_ref)]
+        by_state = [tile.load(ref, t, tile.states) for ref in (kept.B, kept.C)]
         return *by_channel, *by_state, tile.load_start(kept.starts, t)
 
-    def walk_back(i: Array, sums: _Sums) -> _Sums:
+    def one_group(i: Array, sums: _Sums) -> _Sums:
         group = num_groups - 1 - i
         chunk, start = divide(group, per_chunk), group * config.group
-        state = pltriton.load(kept.states.at[tile.row, chunk, tile.states, tile.channels], mask=tile.mask, other=0.0)
+        state = load_tile(kept.states, tile.row, chunk, tile.states, tile.channels)
 
         def skip_group(k: Array, state: Array) -> Array:
-            return _walk(tile, kept, A, state, chunk * config.chunk + k * config.group, config.group, interpret)[-1]
+            return _states_after(
+                tile, kept, A, state, chunk * config.chunk + k * config.group, config.group, interpret
+            )[-1]
 
         state = jax.lax.fori_loop(0, group - chunk * per_chunk, skip_group, state)
-        states = _walk(tile, kept, A, state, start, config.group - 1, interpret)
+        states = _states_after(tile, kept, A, state, start, config.group - 1, interpret)
         loaded = load_position(start + config.group - 1)
         for j in reversed(range(config.group)):
             t, now = start + j, loaded
@@ -156,20 +159,19 @@ def _kernel(*refs: Any, config: SelectiveScanConfig, packed: bool, final: bool, 
                 loaded = load_position(t - 1)
             sums, by_channel, by_state = _one_position(tile, out, now, A, D, states[j], sums, interpret)
             for ref, value in by_channel:
-                value = value.astype(ref.dtype)
-                pltriton.store(ref.at[tile.row, t, tile.channels], value, mask=tile.channels_exist(t))
+                tile.store(ref, value, t, tile.channels)
             for ref, value in by_state:
-                pltriton.store(ref.at[tile.row, tile.block, t, tile.states], value, mask=tile.states_exist(t))
+                tile.store(ref, value, t, tile.states, tile.block)
         return sums
 
-    g = jnp.zeros(tile.mask.shape, jnp.float32)
-    no_channels = jnp.zeros(tile.in_channels.shape, jnp.float32)
-    first = pltriton.load(refs[count + 1].at[whole], mask=tile.mask, other=0.0) if final else g
-    sums = jax.lax.fori_loop(0, num_groups, walk_back, _Sums(first, g, no_channels, no_channels))
+    g = jnp.zeros(tile.shape, jnp.float32)
+    no_channels = jnp.zeros(tile.channels.count, jnp.float32)
+    first = load_tile(refs[count + 1], *whole) if final else g
+    sums = jax.lax.fori_loop(0, num_groups, one_group, _Sums(first, g, no_channels, no_channels))
     for ref, value in ((out.dA, sums.dA), (out.d_initial, sums.g)):
-        pltriton.store(ref.at[whole], value, mask=tile.mask)
+        store_tile(ref, value, *whole)
     for ref, value in ((out.dD, sums.dD), (out.ddt_bias, sums.ddt_bias)):
-        pltriton.store(ref.at[tile.row, tile.channels], value, mask=tile.in_channels)
+        store_tile(ref, value, tile.row, tile.channels)
 
 
 def backward(
@@ -200,9 +202,9 @@ def backward(
         functools.partial(
             _kernel, config=config, packed=kept.starts is not None, final=d_final is not None, interpret=interpret
         ),
-        [a for a in (*kept, dy, d_final) if a is not None],
+        [*kept, dy, d_final],
         list(zip(shapes, dtypes, strict=True)),
-        grid=(batch * blocks,),
+        grid=batch * blocks,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
         interpret=interpret,

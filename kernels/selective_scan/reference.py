@@ -4,36 +4,38 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from kernels.decays import step_size
+from kernels.segment_ids import history_starts, real_positions
+
 
 def selective_scan_reference(
     x: Array,
-    delta: Array,
+    dt: Array,
     A: Array,
     B: Array,
     C: Array,
     D: Array | None,
+    dt_bias: Array | None,
     initial_state: Array | None,
-    starts: Array | None = None,
+    segment_ids: Array | None,
+    *,
+    return_final_state: bool = True,
+    chunk_size: int = 1,
 ) -> tuple[Array, Array]:
     """Runs the recurrence one position after the other, in the widest dtype of the inputs.
 
       state_t = exp(delta_t A) state_{t-1} + delta_t x_t B_t,    y_t = state_t . C_t + D x_t        for each channel
 
     Args:
-      x: [b, l, e] values.
-      delta: [b, l, e] step sizes after softplus; 0 leaves the state as it is.
-      A: [e, n] decay rates, negative.
-      B: [b, l, n] input maps.
-      C: [b, l, n] output maps.
-      D: [e] skip weights, or None.
-      initial_state: [b, e, n], or None for zeros.
-      starts: bool [b, l], true where state_{t-1} is taken as 0, or None for nowhere.
+      x, dt, A, B, C, D, dt_bias, initial_state, segment_ids: as in `kernels.selective_scan.selective_scan`.
+      return_final_state, chunk_size: change nothing here.
 
     Returns:
       y [b, l, e] in the dtype of x, and the final state [b, e, n].
 
     Source: Gu & Dao 2023 (Mamba), algorithm 2.
     """
+    delta, starts = step_size(dt, dt_bias, real_positions(segment_ids)), history_starts(segment_ids)
     dtype = jnp.result_type(x, delta, A, B, C)
     state = jnp.zeros((x.shape[0], *A.shape), dtype)
     if initial_state is not None:

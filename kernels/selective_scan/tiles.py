@@ -13,7 +13,8 @@ from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
 
-from kernels.triton_call import power_of_two
+from kernels.tiling import power_of_two
+from kernels.triton import Span, load_tile, store_tile
 
 
 class Tile(NamedTuple):
@@ -23,50 +24,33 @@ class Tile(NamedTuple):
       row: index into b.
       block: which block of channels.
       positions: l.
-      channels, states: where the tile lies along e and n; tiles may reach over the end.
-      in_channels, in_states: [tile e] and [tile n], which of its entries exist.
+      channels, states: where the tile lies along e and n.
     """
 
     row: Array
     block: Array
     positions: int
-    channels: Any
-    states: Any
-    in_channels: Array
-    in_states: Array
+    channels: Span
+    states: Span
 
     @property
-    def mask(self) -> Array:
-        """[tile n, tile e]"""
-        return self.in_states[:, None] & self.in_channels[None, :]
+    def shape(self) -> tuple[int, int]:
+        """Of a state: n, e."""
+        return self.states.count, self.channels.count
 
-    def channels_exist(self, t: Array) -> Array:
-        """Mask of one position's channels."""
-        return self.in_channels & (t < self.positions)
+    def load(self, ref: Any, t: Array, span: Span) -> Array:
+        """Reads channels or state entries of a position from an array [b, l, ..] in float32; 0 behind the row."""
+        return load_tile(ref, self.row, t, span, when=t < self.positions).astype(jnp.float32)
 
-    def states_exist(self, t: Array) -> Array:
-        """Mask of one position's state entries."""
-        return self.in_states & (t < self.positions)
-
-    def load_channels(self, ref: Any, t: Array) -> Array:
-        """Reads [tile e] of an array [b, l, e] in float32."""
-        part = pltriton.load(ref.at[self.row, t, self.channels], mask=self.channels_exist(t), other=0.0)
-        return part.astype(jnp.float32)
-
-    def load_states(self, ref: Any, t: Array) -> Array:
-        """Reads [tile n] of an array [b, l, n] in float32."""
-        part = pltriton.load(ref.at[self.row, t, self.states], mask=self.states_exist(t), other=0.0)
-        return part.astype(jnp.float32)
+    def store(self, ref: Any, tile: Array, t: Array, span: Span, *block: Array) -> None:
+        """Stores what `load` would load; into [b, block, l, ..] with a block."""
+        store_tile(ref, tile, self.row, *block, t, span, when=t < self.positions)
 
     def load_start(self, ref: Any, t: Array) -> Array | None:
         """Reads whether a history begins at a position from an int8 array [b, l], where there is one."""
         if ref is None:
             return None
         return pltriton.load(ref.at[self.row, t], mask=t < self.positions, other=0) != 0
-
-    def load_parameter(self, ref: Any) -> Array:
-        """Reads [tile e] of an array [e]."""
-        return pltriton.load(ref.at[self.channels], mask=self.in_channels, other=0.0)
 
 
 def this_tile(x_shape: tuple[int, ...], state_width: int, channels: int) -> Tile:
@@ -76,16 +60,8 @@ def this_tile(x_shape: tuple[int, ...], state_width: int, channels: int) -> Tile
     program = pl.program_id(0)
     row = divide(program, blocks)
     block = program - row * blocks
-    first, tile_states = block * channels, power_of_two(state_width)
-    return Tile(
-        row=row,
-        block=block,
-        positions=positions,
-        channels=pl.ds(first, channels),
-        states=pl.ds(0, tile_states),
-        in_channels=first + jnp.arange(channels) < width,
-        in_states=jnp.arange(tile_states) < state_width,
-    )
+    states = Span(0, power_of_two(state_width), state_width)
+    return Tile(row, block, positions, Span(block * channels, channels, width), states)
 
 
 def from_before(a: Array, start: Array | None) -> Array:

@@ -11,7 +11,10 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from kernels.triton_call import vary_together
+from kernels.decays import step_size
+from kernels.dispatch import pvary_together
+from kernels.segment_ids import history_starts, real_positions
+from kernels.selective_scan.config import DEFAULT_CHUNK_SIZE
 
 
 def _from_before(a: Array, start: Array | None) -> Array:
@@ -64,8 +67,8 @@ def _step_back(
     """Passes the gradient g of the state over a position; `dA` is summed for each row apart."""
     g, dA = carry
     delta, u, B, C, before, dy, start = inputs
-    wide = g.dtype
-    B, C = B.astype(wide), C.astype(wide)
+    accum = g.dtype
+    B, C = B.astype(accum), C.astype(accum)
     decay = jnp.exp(delta[:, None] * A)
     g = g + dy[:, None] * C[..., None]
     decayed = decay * _from_before(before, start)
@@ -120,24 +123,27 @@ def _row_tiles(batch: int, state_values: int) -> tuple[int, int]:
 
 def selective_scan_xla(
     x: Array,
-    delta: Array,
+    dt: Array,
     A: Array,
     B: Array,
     C: Array,
     D: Array | None,
+    dt_bias: Array | None,
     initial_state: Array | None,
-    starts: Array | None = None,
+    segment_ids: Array | None,
     *,
-    chunk_size: int,
+    return_final_state: bool = True,
+    chunk_size: int = DEFAULT_CHUNK_SIZE,
 ) -> tuple[Array, Array]:
-    """Runs the operator of `reference.selective_scan_reference`; arguments and results are the same.
+    """Runs the operator in chunks; arguments and results are those of `reference.selective_scan_reference`.
 
     Args:
       chunk_size: c, most positions between two states that are kept for the gradient; l need not be a multiple. Memory
         for states is l / c b e n numbers and c e n for each row of a tile.
     """
+    delta, starts = step_size(dt, dt_bias, real_positions(segment_ids)), history_starts(segment_ids)
     batch, length, width = x.shape
-    wide = jnp.result_type(delta, A)
+    accum = jnp.result_type(delta, A)
     num_chunks = -(-length // min(chunk_size, length))
     chunk = -(-length // num_chunks)  # of like size, so that little is computed on padding
     tiles, rows = _row_tiles(batch, A.size)
@@ -152,17 +158,17 @@ def selective_scan_xla(
         a = jnp.pad(a, [(0, 0), (0, num_chunks * chunk - length), (0, 0)])
         return jnp.moveaxis(to_tiles(a.reshape(batch, num_chunks, chunk, -1)), 1, 3)
 
-    delta = delta.astype(wide)
+    delta = delta.astype(accum)
     u = delta * x
     if initial_state is None:
-        initial_state = jnp.zeros((batch, *A.shape), wide)
-    decay, *by_tile = vary_together(
-        A.T.astype(wide),
+        initial_state = jnp.zeros((batch, *A.shape), accum)
+    decay, *by_tile = pvary_together(
+        A.T.astype(accum),
         to_chunks(delta),
         to_chunks(u),
         to_chunks(B),
         to_chunks(C),
-        to_tiles(jnp.swapaxes(initial_state.astype(wide), 1, 2)),
+        to_tiles(jnp.swapaxes(initial_state.astype(accum), 1, 2)),
         None if starts is None else to_chunks(starts[..., None])[..., 0],
     )
 

@@ -1,10 +1,10 @@
-"""Which backend runs `softmax_cross_entropy` where nobody names one, and how the work is cut."""
+"""How implementations of the softmax cross-entropy divide their work."""
 
 from dataclasses import dataclass
 
 import jax
 
-from kernels.triton_call import Products, power_of_two
+from kernels.tiling import power_of_two
 
 # Scores of a tile in the plain-JAX form. On a CPU they should stay in its caches: with 2,048 targets, 12,102 items and
 # d 64 on two cores, tiles of 256 rows trained fastest of 128 to 1,024, in 0.87 of the time of all scores at once.
@@ -14,14 +14,9 @@ _TILE_SCORES = 1 << 24
 _LEAST_TILE, _LARGEST_TILE = 128, 8192
 
 
-def default_implementation() -> str:
-    """Returns the plain-JAX form for any platform, until whole runs by kernels have been seen on a GPU."""
-    return "xla"
-
-
 @dataclass(frozen=True)
 class XlaConfig:
-    """How the plain-JAX form cuts its work.
+    """How the plain-JAX form divides its work.
 
     Attributes:
       tile_size: embedding rows whose scores exist at once, [t, tile_size]; 1 at least.
@@ -35,28 +30,28 @@ class XlaConfig:
 
 
 @dataclass(frozen=True)
-class Walk:
-    """How a kernel cuts its work: a program owns some rows of one side and walks over the other side.
+class LoopConfig:
+    """How a kernel divides its work: a program owns some rows of one side and loops over the other side.
 
     Attributes:
       own: rows that a program owns; a power of two, 16 at least.
-      walked: rows of the other side that it handles at once; a power of two, 16 at least.
+      other: rows of the other side that it handles at once; a power of two, 16 at least.
       columns: of both sides that it multiplies at once; a power of two, 16 at least.
       num_warps: warps of 32 threads a program.
       num_stages: depth of software pipelining.
       programs: wanted, by default two for each of an H100's 132 multiprocessors; where there are fewer blocks of own
-        rows, each walk is split among several programs, whose partial results are merged afterwards.
+        rows, each loop is split among several programs, whose partial results are merged afterwards.
     """
 
     own: int
-    walked: int
+    other: int
     columns: int
     num_warps: int
     num_stages: int
     programs: int = 264
 
     def __post_init__(self):
-        for name in ("own", "walked", "columns"):
+        for name in ("own", "other", "columns"):
             rows = getattr(self, name)
             if rows != power_of_two(rows):
                 raise ValueError(f"{name}={rows} must be a power of two, 16 at least")
@@ -65,26 +60,26 @@ class Walk:
         """Returns the number of blocks that own all rows."""
         return -(-own_rows // self.own)
 
-    def cut(self, own_rows: int, walked_rows: int) -> tuple[int, int]:
-        """Returns the number of programs that share a walk, and the steps of each."""
-        steps = -(-walked_rows // self.walked)
+    def split(self, own_rows: int, other_rows: int) -> tuple[int, int]:
+        """Returns the number of programs that share a loop, and the steps of each."""
+        steps = -(-other_rows // self.other)
         steps_each = -(-steps // min(steps, -(-self.programs // self.blocks(own_rows))))
         return -(-steps // steps_each), steps_each
 
 
 @dataclass(frozen=True)
 class TritonConfig:
-    """How the kernels cut their work.
+    """How the kernels divide their work.
 
     Attributes:
-      forward: owns targets and walks over the catalogue.
+      forward: owns targets and loops over the catalogue.
       d_hidden: likewise.
-      d_embedding: owns embedding rows and walks over targets.
+      d_embedding: owns embedding rows and loops over targets.
     """
 
-    forward: Walk
-    d_hidden: Walk
-    d_embedding: Walk
+    forward: LoopConfig
+    d_hidden: LoopConfig
+    d_embedding: LoopConfig
 
 
 def xla_config(targets: int) -> XlaConfig:
@@ -93,27 +88,27 @@ def xla_config(targets: int) -> XlaConfig:
     return XlaConfig(min(max(_LEAST_TILE, power_of_two(scores // targets)), _LARGEST_TILE))
 
 
-def triton_config(width: int, itemsize: int, products: Products) -> TritonConfig:
-    """Returns the cuts for a width d: the largest tried that keep to registers and to 75 KB of shared memory.
+def triton_config(width: int, itemsize: int, precision: str) -> TritonConfig:
+    """Returns the division for a width d: the largest tried that keep to registers and to 75 KB of shared memory.
 
     Args:
       width: d.
       itemsize: bytes of a number in hidden.
-      products: how float32 is multiplied; "float32" takes three products and the registers for their factors.
+      precision: how float32 is multiplied; "float32" takes three products and the registers for their factors.
     """
     columns = power_of_two(width)
     row_bytes = itemsize * columns
-    if products == "float32" and itemsize == 4:
+    if precision == "float32" and itemsize == 4:
         if columns <= 64:
-            walk = Walk(64, 32, 32, num_warps=4, num_stages=2)
+            loop = LoopConfig(64, 32, 32, num_warps=4, num_stages=2)
         elif columns == 128:
-            walk = Walk(32, 32, 64, num_warps=8, num_stages=1)
+            loop = LoopConfig(32, 32, 64, num_warps=8, num_stages=1)
         else:
-            walk = Walk(32, 16, 64, num_warps=8, num_stages=2)
+            loop = LoopConfig(32, 16, 64, num_warps=8, num_stages=2)
     elif row_bytes <= 256:
-        walk = Walk(128, 32, columns, num_warps=8, num_stages=2)
+        loop = LoopConfig(128, 32, columns, num_warps=8, num_stages=2)
     elif row_bytes == 512:
-        walk = Walk(64, 32, columns, num_warps=8, num_stages=2)
+        loop = LoopConfig(64, 32, columns, num_warps=8, num_stages=2)
     else:
-        walk = Walk(32, 32, 64, num_warps=4, num_stages=1)
-    return TritonConfig(walk, walk, walk)
+        loop = LoopConfig(32, 32, 64, num_warps=4, num_stages=1)
+    return TritonConfig(loop, loop, loop)

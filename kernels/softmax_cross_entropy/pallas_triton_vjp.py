@@ -1,7 +1,7 @@
-"""Softmax cross-entropy over a catalogue by GPU kernels: the two walks of the gradient.
+"""Softmax cross-entropy over a catalogue by GPU kernels: the two loops of the gradient.
 
 The gradient of the scores, w_t (exp(s_tv - lse_t) - [v = target_t]), is made again tile by tile in each of them. By
-hidden it is multiplied while a block of targets walks over the catalogue, by embedding while a block of rows walks over
+hidden it is multiplied while a block of targets loops over the catalogue, by embedding while a block of rows loops over
 the targets; every sum has one owner or is added up outside, so nothing is scattered and the order is always the same.
 """
 
@@ -13,9 +13,9 @@ import jax.numpy as jnp
 from jax import Array
 from jax.experimental import pallas as pl
 
-from kernels.softmax_cross_entropy.config import Walk
+from kernels.softmax_cross_entropy.config import LoopConfig
 from kernels.softmax_cross_entropy.tiles import Columns, load_vector
-from kernels.triton_call import Products, tile_dot, triton_call
+from kernels.triton import TilePrecision, tile_dot, triton_call
 
 
 def _items(mask_refs: tuple[Any, ...], start: Array, size: int) -> tuple[Array, Array | None]:
@@ -46,7 +46,7 @@ def _kernel(
     embedding_ref: Any,
     *refs: Any,
     by_hidden: bool,
-    walk: Walk,
+    loop: LoopConfig,
     blocks: int,
     steps: int,
     dot: Any,
@@ -55,33 +55,33 @@ def _kernel(
     *refs, out_ref = refs
     target_refs, mask_refs = tuple(refs[:3]), tuple(refs[3:])
     block, part = pl.program_id(0) % blocks, pl.program_id(0) // blocks
-    own_ref, walked_ref = (hidden_ref, embedding_ref) if by_hidden else (embedding_ref, hidden_ref)
+    own_ref, other_ref = (hidden_ref, embedding_ref) if by_hidden else (embedding_ref, hidden_ref)
     (num_rows, width), dtype = own_ref.shape, hidden_ref.dtype
-    columns = Columns(width, walk.columns)
-    first = block * walk.own
-    own = columns.loader(own_ref, first, walk.own, dtype)
-    load_own, load_walked = (_targets, _items) if by_hidden else (_items, _targets)
-    own_refs, walked_refs = (target_refs, mask_refs) if by_hidden else (mask_refs, target_refs)
-    own_facts = load_own(own_refs, first, walk.own)
+    columns = Columns(width, loop.columns)
+    first = block * loop.own
+    own = columns.loader(own_ref, first, loop.own, dtype)
+    load_own, load_other = (_targets, _items) if by_hidden else (_items, _targets)
+    own_refs, other_refs = (target_refs, mask_refs) if by_hidden else (mask_refs, target_refs)
+    own_facts = load_own(own_refs, first, loop.own)
 
     def step(i: Array, totals: list[Array]) -> list[Array]:
-        start = (part * steps + i) * walk.walked
-        walked = columns.loader(walked_ref, start, walk.walked, dtype)
-        walked_facts = load_walked(walked_refs, start, walk.walked)
-        items, targets = (walked_facts, own_facts) if by_hidden else (own_facts, walked_facts)
+        start = (part * steps + i) * loop.other
+        other = columns.loader(other_ref, start, loop.other, dtype)
+        other_facts = load_other(other_refs, start, loop.other)
+        items, targets = (other_facts, own_facts) if by_hidden else (own_facts, other_facts)
         # Beyond the end nothing is added: items there are rows of 0, targets there have weight 0.
-        d_scores = _d_scores(columns.scores(own, walked, dot), items, targets, items_axis=1 if by_hidden else 0)
+        d_scores = _d_scores(columns.scores(own, other, dot), items, targets, items_axis=1 if by_hidden else 0)
         d_scores = d_scores.astype(dtype)
-        return [total + dot(d_scores, walked(column)) for total, column in zip(totals, columns.starts, strict=True)]
+        return [total + dot(d_scores, other(column)) for total, column in zip(totals, columns.starts, strict=True)]
 
-    totals = [jnp.zeros((walk.own, columns.size), jnp.float32) for _ in columns.starts]
+    totals = [jnp.zeros((loop.own, columns.size), jnp.float32) for _ in columns.starts]
     totals = jax.lax.fori_loop(0, steps, step, totals)
-    ids = first + jnp.arange(walk.own)
+    ids = first + jnp.arange(loop.own)
     for total, column in zip(totals, columns.starts, strict=True):
         columns.store(out_ref, part * num_rows + ids, ids < num_rows, column, total.astype(out_ref.dtype))
 
 
-def _walk(
+def _gradient(
     hidden: Array,
     embedding: Array,
     targets: Array,
@@ -90,35 +90,35 @@ def _walk(
     weights: Array,
     *,
     by_hidden: bool,
-    walk: Walk,
-    products: Products,
+    loop: LoopConfig,
+    precision: TilePrecision,
     interpret: bool,
 ) -> Array:
-    own, walked = (hidden, embedding) if by_hidden else (embedding, hidden)
-    parts, steps = walk.cut(own.shape[0], walked.shape[0])
-    blocks = walk.blocks(own.shape[0])
-    mask = [] if masked is None else [masked.astype(jnp.int8)]
+    own, other = (hidden, embedding) if by_hidden else (embedding, hidden)
+    parts, steps = loop.split(own.shape[0], other.shape[0])
+    blocks = loop.blocks(own.shape[0])
+    mask = None if masked is None else masked.astype(jnp.int8)
     kernel = partial(
         _kernel,
         by_hidden=by_hidden,
-        walk=walk,
+        loop=loop,
         blocks=blocks,
         steps=steps,
-        dot=partial(tile_dot, products=products, interpret=interpret),
+        dot=partial(tile_dot, precision=precision, interpret=interpret),
     )
     (gradients,) = triton_call(
         kernel,
-        [hidden, embedding, targets, lse, weights, *mask],
+        [hidden, embedding, targets, lse, weights, mask],
         # One part is the gradient itself and is rounded once; several are added up in float32 first.
         [((parts * own.shape[0], own.shape[1]), own.dtype if parts == 1 else jnp.float32)],
-        grid=(blocks * parts,),
-        num_warps=walk.num_warps,
-        num_stages=walk.num_stages,
+        grid=blocks * parts,
+        num_warps=loop.num_warps,
+        num_stages=loop.num_stages,
         interpret=interpret,
         name=f"softmax_cross_entropy_d_{'hidden' if by_hidden else 'embedding'}",
     )
     return gradients if parts == 1 else jnp.sum(gradients.reshape(parts, *own.shape), axis=0)
 
 
-d_hidden_pass = partial(_walk, by_hidden=True)
-d_embedding_pass = partial(_walk, by_hidden=False)
+d_hidden_pass = partial(_gradient, by_hidden=True)
+d_embedding_pass = partial(_gradient, by_hidden=False)

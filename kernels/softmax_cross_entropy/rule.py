@@ -31,11 +31,18 @@ class Passes(Protocol):
         ...
 
 
+def from_passes(passes: Passes, hidden: Array, embedding: Array, targets: Array | None, masked: Array | None) -> Array:
+    """Returns the loss [t] that `reference` defines, or the log-sum-exp where there are no targets.
+
+    Gradients keep the inputs and the log-sum-exp [t].
+    """
+    if targets is None:
+        return _log_sum_exp(passes, hidden, embedding, masked)
+    return _loss(passes, hidden, embedding, targets, masked)
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def loss_from_passes(
-    passes: Passes, hidden: Array, embedding: Array, targets: Array, masked: Array | None = None
-) -> Array:
-    """Returns the loss [t] that `reference` defines; its gradient keeps the inputs and the log-sum-exp [t]."""
+def _loss(passes: Passes, hidden: Array, embedding: Array, targets: Array, masked: Array | None) -> Array:
     return _loss_fwd(passes, hidden, embedding, targets, masked)[0]
 
 
@@ -53,12 +60,12 @@ def _loss_bwd(passes: Passes, residuals: tuple[Array | None, ...], d_loss: Array
     return d_hidden.astype(hidden.dtype), d_embedding.astype(embedding.dtype), None, None
 
 
-loss_from_passes.defvjp(_loss_fwd, _loss_bwd)
+_loss.defvjp(_loss_fwd, _loss_bwd)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def log_sum_exp_from_passes(passes: Passes, hidden: Array, embedding: Array, masked: Array | None = None) -> Array:
-    """Returns log sum_v exp(hidden_t . E_v) [t]; its gradient is that of the loss of absent targets."""
+def _log_sum_exp(passes: Passes, hidden: Array, embedding: Array, masked: Array | None) -> Array:
+    """Its gradient is that of the loss of absent targets."""
     return _log_sum_exp_fwd(passes, hidden, embedding, masked)[0]
 
 
@@ -79,4 +86,4 @@ def _no_targets(hidden: Array) -> Array:
     return jnp.full(hidden.shape[0], -1, jnp.int32)
 
 
-log_sum_exp_from_passes.defvjp(_log_sum_exp_fwd, _log_sum_exp_bwd)
+_log_sum_exp.defvjp(_log_sum_exp_fwd, _log_sum_exp_bwd)

@@ -6,15 +6,15 @@ from typing import Any
 
 import jax.numpy as jnp
 from jax import Array
-from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
 
-from kernels.triton_call import power_of_two
+from kernels.tiling import power_of_two
+from kernels.triton import Span, load_tile
 
 
 def load_vector(ref: Any, start: Array | int, size: int) -> Array:
     """Loads [size] of a vector; what lies beyond its end is 0."""
-    return pltriton.load(ref.at[pl.ds(start, size)], mask=start + jnp.arange(size) < ref.shape[0], other=0)
+    return load_tile(ref, Span(start, size, ref.shape[0]))
 
 
 class Columns:

@@ -8,12 +8,14 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from kernels.triton_call import Products, products, vary_together
+from kernels.dispatch import Precision, matmul_precision, precision_name, pvary_together
+from kernels.softmax_cross_entropy.config import XlaConfig, xla_config
+from kernels.softmax_cross_entropy.rule import from_passes
 
 Carry = TypeVar("Carry")
 
 
-def _walk(rows: int, tile: int, step: Callable[[Carry, Array | int, int], Carry], carry: Carry) -> Carry:
+def _loop(rows: int, tile: int, step: Callable[[Carry, Array | int, int], Carry], carry: Carry) -> Carry:
     """Takes `step(carry, start, size)` over all rows, the ragged tile first, so that the loop needs no masks."""
     full = (rows - 1) // tile
     ragged = rows - full * tile
@@ -33,15 +35,16 @@ class XlaPasses:
     """
 
     tile_size: int
-    precision: jax.lax.Precision | None
+    precision: str | None
 
     def _dot(self, subscripts: str, a: Array, b: Array) -> Array:
         """Product in the dtype of hidden with sums in float32 or wider."""
-        wide = jnp.promote_types(a.dtype, jnp.float32)
-        return jnp.einsum(subscripts, a, b.astype(a.dtype), precision=self.precision, preferred_element_type=wide)
+        accum = jnp.promote_types(a.dtype, jnp.float32)
+        with matmul_precision(self.precision):
+            return jnp.einsum(subscripts, a, b.astype(a.dtype), preferred_element_type=accum)
 
     def forward(self, hidden: Array, embedding: Array, targets: Array, masked: Array | None) -> tuple[Array, Array]:
-        wide = jnp.promote_types(hidden.dtype, jnp.float32)
+        accum = jnp.promote_types(hidden.dtype, jnp.float32)
 
         def step(carry: tuple[Array, Array], start: Array | int, size: int) -> tuple[Array, Array]:
             largest, total = carry
@@ -51,12 +54,12 @@ class XlaPasses:
             new_largest = jnp.maximum(largest, jnp.max(scores, axis=1))
             # A product with ones: on CPUs a sum over the last axis is slower.
             tile_exp = jnp.exp(scores - new_largest[:, None])
-            tile_total = jnp.matmul(tile_exp, jnp.ones(size, wide), precision=jax.lax.Precision.HIGHEST)
+            tile_total = jnp.matmul(tile_exp, jnp.ones(size, accum), precision=jax.lax.Precision.HIGHEST)
             return new_largest, total * jnp.exp(largest - new_largest) + tile_total
 
         # Finite, for a tile may be masked altogether and -inf less -inf is no number.
-        largest = jnp.full(hidden.shape[0], jnp.finfo(wide).min, wide)
-        largest, total = _walk(embedding.shape[0], self.tile_size, step, (largest, jnp.zeros_like(largest)))
+        largest = jnp.full(hidden.shape[0], jnp.finfo(accum).min, accum)
+        largest, total = _loop(embedding.shape[0], self.tile_size, step, (largest, jnp.zeros_like(largest)))
         # A gather of t rows here costs less than a comparison with the target in every one of the t v places.
         at_target = self._dot("td,td->t", hidden, embedding.at[targets].get(mode="clip"))
         if masked is not None:
@@ -81,12 +84,26 @@ class XlaPasses:
 
         d_hidden = jnp.zeros(hidden.shape, lse.dtype)
         # Marked by hand: under shard_map every carried array must differ over the same mesh axes.
-        _, d_hidden, d_embedding = vary_together(hidden, d_hidden, jnp.zeros_like(embedding))
-        return _walk(embedding.shape[0], self.tile_size, step, (d_hidden, d_embedding))
+        _, d_hidden, d_embedding = pvary_together(hidden, d_hidden, jnp.zeros_like(embedding))
+        return _loop(embedding.shape[0], self.tile_size, step, (d_hidden, d_embedding))
 
 
-def precision_of(name: Products | None) -> jax.lax.Precision | None:
-    """Returns the precision of matrix products that `name` asks for; None follows jax_default_matmul_precision."""
-    if name is None:
-        return None
-    return jax.lax.Precision.HIGHEST if products(name) == "float32" else jax.lax.Precision.DEFAULT
+def softmax_cross_entropy_xla(
+    hidden: Array,
+    embedding: Array,
+    targets: Array | None,
+    masked: Array | None,
+    *,
+    precision: Precision = None,
+    config: XlaConfig | None = None,
+) -> Array:
+    """Runs the operator in tiles; arguments and result are those of `reference.softmax_cross_entropy_reference`.
+
+    Raises:
+      ValueError: for a config of another implementation.
+    """
+    config = config or xla_config(hidden.shape[0])
+    if not isinstance(config, XlaConfig):
+        raise ValueError(f"config={config!r} is not for implementation='xla'")
+    passes = XlaPasses(config.tile_size, precision_name(precision))
+    return from_passes(passes, hidden, embedding, targets, masked)

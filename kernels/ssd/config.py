@@ -1,8 +1,8 @@
-"""Which backend runs `kernels.ssd.ssd` where nobody names one, and how the GPU kernels cut up their work."""
+"""How the GPU kernels of state space duality divide their work."""
 
 from dataclasses import dataclass
 
-from kernels.triton_call import power_of_two
+from kernels.tiling import power_of_two
 
 DEFAULT_CHUNK_SIZE = 64
 MAX_WIDTH = 128
@@ -13,11 +13,11 @@ _MAX_SEGMENTS = 256
 
 @dataclass(frozen=True)
 class SsdConfig:
-    """How the Triton kernels cut up an SSD.
+    """How the Triton kernels divide the work of an SSD.
 
     Attributes:
       chunk_size: c, positions handled densely at once; a power of two from 16 to 128.
-      segments: programs that walk one row side by side. 1 is the strategy "sequence": every input is read once. More
+      segments: programs that share one row. 1 is the strategy "sequence": every input is read once. More
         is the strategy "chunked" for few long rows: the states between segments come first, in a pass of their own.
       heads_per_program: heads of one group that a backward program handles in turn; they add up their gradients of B
         and C in its cache, and one sum reaches the memory.
@@ -65,7 +65,7 @@ def default_config(
     width: int,
     state_width: int,
     chunk_size: int,
-    wide_products: bool = False,
+    exact_products: bool = False,
     itemsize: int = 4,
 ) -> SsdConfig:
     """Picks block sizes for a shape: of those tried at p = n = 32 on an H100 the fastest, else by register counts.
@@ -73,23 +73,23 @@ def default_config(
     Args:
       batch, length, heads, groups, width, state_width: b, l, h, g, p and n.
       chunk_size: the largest c to use.
-      wide_products: float32 products, which take about twice the registers of TF32 and bfloat16 ones.
+      exact_products: float32 products, which take about twice the registers of TF32 and bfloat16 ones.
       itemsize: bytes of a number of x.
     """
     columns, states = power_of_two(width), power_of_two(state_width)
     largest = 1 << (max(16, chunk_size).bit_length() - 1)
     # Timed with TF32 alone: forward and backward in one warp took 0.76 to 0.91 of the time of chunks of 32 in two
     # warps, though the backward kernel of long rows spills more. In bfloat16 it would spill where the other does not.
-    small = columns <= 32 and states <= 32 and itemsize == 4 and not wide_products
-    chunk = min(16 if small or wide_products else 32, largest, power_of_two(length))
+    small = columns <= 32 and states <= 32 and itemsize == 4 and not exact_products
+    chunk = min(16 if small or exact_products else 32, largest, power_of_two(length))
     # What a program can hold of a head's state without spilling, and with room for the tiles of a chunk.
-    slice_width = max(16, min(columns, 32, (512 if wide_products else 2048) // states))
+    slice_width = max(16, min(columns, 32, (512 if exact_products else 2048) // states))
     splits = columns // slice_width
     segments = 1
     if batch * heads < _ENOUGH_PROGRAMS:
         wanted = -(-_ENOUGH_PROGRAMS // (batch * heads))
         # A segment is worth its extra pass from a few chunks on.
-        segments = max(1, min(wanted, _MAX_SEGMENTS, length // (128 if wide_products else 256)))
+        segments = max(1, min(wanted, _MAX_SEGMENTS, length // (128 if exact_products else 256)))
     # Heads one after the other read B and C once, but small ones are faster side by side all the same.
     alone = batch * segments * groups * splits >= _ENOUGH_PROGRAMS and not small
     # More warps than tiles have 16-row blocks would repeat each other's products, unless states are wide.
@@ -102,8 +102,3 @@ def default_config(
         forward_warps=warps,
         backward_warps=warps,
     )
-
-
-def default_implementation() -> str:
-    """Returns the backend for any platform and shape: plain JAX until an evaluation by kernels has run on a GPU."""
-    return "xla"

@@ -1,9 +1,9 @@
 """State space duality by hand-written GPU kernels: the forward pass, and how both passes are put together.
 
-One program walks the chunks of one row (or of one segment of it), one head, and carries the state [p, n] in registers:
-every input is read once and every output written once. Long rows with too few programs are cut into s segments, in
-three phases: the state that each segment adds, the recurrence between segments, and the walk above from the states
-found. The backward pass (`pallas_triton_vjp`) has the same phases in the opposite direction.
+One program goes through the chunks of one row (or of one segment of it), one head, and carries the state [p, n] in
+registers: every input is read once and every output written once. Long rows with too few programs are cut into s
+segments, in three phases: the state that each segment adds, the recurrence between segments, and the loop above from
+the states found. The backward pass (`pallas_triton_vjp`) has the same phases in the opposite direction.
 """
 
 import functools
@@ -13,84 +13,86 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from kernels.ssd.config import MAX_WIDTH, SsdConfig
+from kernels.dispatch import Precision, interpreted, pvary_together
+from kernels.segment_ids import row_lengths
+from kernels.ssd.config import DEFAULT_CHUNK_SIZE, MAX_WIDTH, SsdConfig, default_config
 from kernels.ssd.pallas_triton_vjp import Outputs, backward
-from kernels.ssd.segments import states_before, uncut_segments
 from kernels.ssd.tiles import (
-    Plan,
-    Span,
+    KernelParams,
+    apply_decay,
     chunk_decays,
     edge_decays,
+    grid_size,
+    history_numbers,
     load_histories,
     load_steps,
-    load_tile,
-    num_programs,
-    place,
-    reached,
+    mask_tile,
+    program_index,
     scaled,
-    store_tile,
-    weigh,
+    states_before,
+    uncut_segments,
 )
-from kernels.starts import history_numbers
-from kernels.triton_call import Products, triton_call, vary_together
+from kernels.triton import DTYPES, Span, load_tile, store_tile, tile_precision, triton_call
 
 
-def _update_state(plan: Plan, state: Array, to_end: Array, total: Array, delta: Array, x: Array, B: Array) -> Array:
+def _update_state(
+    params: KernelParams, state: Array, to_end: Array, total: Array, delta: Array, x: Array, B: Array
+) -> Array:
     """state' = total state + sum_j to_end_j delta_j x_j B_j^T"""
-    return weigh(plan, total, state) + plan.dot(scaled(x, to_end * delta), B, trans_a=True)
+    return apply_decay(params, total, state) + params.dot(scaled(x, to_end * delta), B, trans_a=True)
 
 
-def _segment_kernel(plan: Plan, x_ref, dt_ref, A_ref, B_ref, bias_ref, lengths_ref, *rest) -> None:
+def _segment_kernel(params: KernelParams, x_ref, dt_ref, A_ref, B_ref, bias_ref, lengths_ref, *rest) -> None:
     """The state that a segment adds to nothing, and its total log decay."""
-    numbers_ref, added_ref, log_ref = rest if plan.packed else (None, *rest)
-    row, segment, group, head, _, split = place(plan, 1, plan.config.width_splits)
-    columns = plan.columns(split)
-    states = plan.states
+    numbers_ref, state_update_ref, log_ref = rest if params.packed else (None, *rest)
+    row, segment, group, head, _, split = program_index(params, 1, params.config.width_splits)
+    columns = params.columns(split)
+    states = params.states
     A, bias, row_length = A_ref[head], bias_ref[head], lengths_ref[row]
 
-    def walk(chunk: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
+    def body(chunk: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
         state, log_total = carry
-        index = segment * plan.num_chunks + chunk
-        positions = Span(index * plan.chunk, plan.chunk, plan.length)
+        index = segment * params.num_chunks + chunk
+        positions = Span(index * params.chunk, params.chunk, params.length)
         delta = load_steps(dt_ref, row, positions, head, bias, row_length).delta
-        _, to_end, total = edge_decays(delta * A, load_histories(plan, numbers_ref, row, index))
+        _, to_end, total = edge_decays(delta * A, load_histories(params, numbers_ref, row, index))
         x = load_tile(x_ref, row, positions, head, columns)
         B = load_tile(B_ref, row, positions, group, states)
-        return _update_state(plan, state, to_end, total, delta, x, B), log_total + jnp.sum(delta * A)
+        return _update_state(params, state, to_end, total, delta, x, B), log_total + jnp.sum(delta * A)
 
     zeros = jnp.zeros((columns.count, states.count), jnp.float32)
-    state, log_total = jax.lax.fori_loop(0, plan.num_chunks, walk, (zeros, jnp.float32(0)))
-    store_tile(added_ref, state, row, segment, head, columns, states)
+    state, log_total = jax.lax.fori_loop(0, params.num_chunks, body, (zeros, jnp.float32(0)))
+    store_tile(state_update_ref, state, row, segment, head, columns, states)
     # Splits of a head write the same number.
     log_ref[row, segment, head] = log_total
 
 
-def _forward_kernel(plan: Plan, keep_states: bool, *refs: Any) -> None:
+def _forward_kernel(params: KernelParams, keep_states: bool, *refs: Any) -> None:
     """Outputs, the final state and, for the gradient, the state before each chunk."""
     x_ref, dt_ref, A_ref, B_ref, C_ref, D_ref, bias_ref, lengths_ref, *rest = refs
-    initial_ref = rest.pop(0) if plan.has_initial or plan.segments > 1 else None
-    numbers_ref = rest.pop(0) if plan.packed else None
+    initial_ref = rest.pop(0) if params.has_initial or params.segments > 1 else None
+    numbers_ref = rest.pop(0) if params.packed else None
     y_ref, *rest = rest
-    final_ref = rest.pop(0) if plan.wants_final else None
-    row, segment, group, head, _, split = place(plan, 1, plan.config.width_splits)
-    columns = plan.columns(split)
-    states = plan.states
+    final_ref = rest.pop(0) if params.wants_final else None
+    row, segment, group, head, _, split = program_index(params, 1, params.config.width_splits)
+    columns = params.columns(split)
+    states = params.states
     A, D, bias, row_length = A_ref[head], D_ref[head], bias_ref[head], lengths_ref[row]
 
-    def walk(chunk: Array, state: Array) -> Array:
-        index = segment * plan.num_chunks + chunk
-        positions = Span(index * plan.chunk, plan.chunk, plan.length)
+    def body(chunk: Array, state: Array) -> Array:
+        index = segment * params.num_chunks + chunk
+        positions = Span(index * params.chunk, params.chunk, params.length)
         delta = load_steps(dt_ref, row, positions, head, bias, row_length).delta
-        decays = chunk_decays(delta * A, load_histories(plan, numbers_ref, row, index))
+        decays = chunk_decays(delta * A, load_histories(params, numbers_ref, row, index))
         if keep_states:
-            unless = chunk == 0 if plan.starts_from_zero else None
-            store_tile(rest[0], state, row, index, head, columns, states, unless=unless)
+            when = chunk != 0 if params.starts_from_zero else None
+            store_tile(rest[0], state, row, index, head, columns, states, when=when)
         B, C = (load_tile(ref, row, positions, group, states) for ref in (B_ref, C_ref))
-        mixed = reached(plan, plan.dot(C, B, trans_b=True) * decays.between, decays.between)
-        y = weigh(plan, decays.from_start[:, None], plan.dot(C, state.astype(C.dtype), trans_b=True))
+        mixed = mask_tile(params, params.dot(C, B, trans_b=True) * decays.between, decays.between)
+        y = apply_decay(params, decays.from_start[:, None], params.dot(C, state.astype(C.dtype), trans_b=True))
         x = load_tile(x_ref, row, positions, head, columns)
-        y += plan.dot(mixed.astype(x.dtype), scaled(x, delta)) + D * x.astype(jnp.float32)
-        state = _update_state(plan, state, decays.to_end, decays.total, delta, x, B)
+        y += params.dot(mixed.astype(x.dtype), scaled(x, delta)) + D * x.astype(jnp.float32)
+        state = _update_state(params, state, decays.to_end, decays.total, delta, x, B)
         store_tile(y_ref, y, row, positions, head, columns)
         return state
 
@@ -98,73 +100,98 @@ def _forward_kernel(plan: Plan, keep_states: bool, *refs: Any) -> None:
         state = jnp.zeros((columns.count, states.count), jnp.float32)
     else:
         state = load_tile(initial_ref, row, segment, head, columns, states)
-    state = jax.lax.fori_loop(0, plan.num_chunks, walk, state)
+    state = jax.lax.fori_loop(0, params.num_chunks, body, state)
     if final_ref is not None:
         store_tile(final_ref, state, row, segment, head, columns, states)
 
 
-def _call(plan: Plan, kernel: Any, arguments: list[Array], out_shapes: list[Any], name: str) -> list[Array]:
+def _call(
+    params: KernelParams, kernel: Any, arguments: list[Array | None], out_shapes: list[Any], name: str
+) -> list[Array]:
     return triton_call(
-        functools.partial(kernel, plan),
+        functools.partial(kernel, params),
         arguments,
         out_shapes,
-        grid=(num_programs(plan, 1, plan.config.width_splits),),
-        num_warps=plan.config.forward_warps,
-        num_stages=plan.config.num_stages,
-        interpret=plan.interpret,
+        grid=grid_size(params, 1, params.config.width_splits),
+        num_warps=params.config.forward_warps,
+        num_stages=params.config.num_stages,
+        interpret=params.interpret,
         name=name,
     )
 
 
-def _forward(plan: Plan, keep_states: bool, *inputs: Array | None) -> tuple[Outputs, Array | None]:
+def _forward(params: KernelParams, keep_states: bool, *inputs: Array | None) -> tuple[Outputs, Array | None]:
     """Returns the outputs, and the state before each chunk [b, k, h, p, n] if it is kept."""
     x, dt, A, B, C, D, dt_bias, initial, lengths, numbers = inputs
-    state_shape = (plan.heads, plan.width, plan.state_width)
+    state_shape = (params.heads, params.width, params.state_width)
     before = None if initial is None else initial[:, None]
-    if plan.segments > 1:
-        added, log_total = _call(
-            plan,
+    if params.segments > 1:
+        state_update, log_total = _call(
+            params,
             _segment_kernel,
-            [a for a in (x, dt, A, B, dt_bias, lengths, numbers) if a is not None],
+            [x, dt, A, B, dt_bias, lengths, numbers],
             [
-                ((plan.batch, plan.segments, *state_shape), jnp.float32),
-                ((plan.batch, plan.segments, plan.heads), jnp.float32),
+                ((params.batch, params.segments, *state_shape), jnp.float32),
+                ((params.batch, params.segments, params.heads), jnp.float32),
             ],
             "ssd_segments",
         )
-        before = states_before(added, log_total, initial, uncut=uncut_segments(plan, numbers))
+        before = states_before(state_update, log_total, initial, uncut=uncut_segments(params, numbers))
     shapes = [(x.shape, x.dtype)]
-    if plan.wants_final:
-        shapes.append(((plan.batch, plan.segments, *state_shape), jnp.float32))
+    if params.wants_final:
+        shapes.append(((params.batch, params.segments, *state_shape), jnp.float32))
     if keep_states:
-        shapes.append(((plan.batch, plan.all_chunks, *state_shape), jnp.float32))
-    arguments = [x, dt, A, B, C, D, dt_bias, lengths, before, numbers]
+        shapes.append(((params.batch, params.all_chunks, *state_shape), jnp.float32))
     y, *rest = _call(
-        plan,
-        lambda plan, *refs: _forward_kernel(plan, keep_states, *refs),
-        [a for a in arguments if a is not None],
+        params,
+        lambda params, *refs: _forward_kernel(params, keep_states, *refs),
+        [x, dt, A, B, C, D, dt_bias, lengths, before, numbers],
         shapes,
         "ssd_forward",
     )
-    final = rest.pop(0)[:, -1] if plan.wants_final else None
+    final = rest.pop(0)[:, -1] if params.wants_final else None
     return (y, final), rest[0] if keep_states else None
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _ssd(plan: Plan, *inputs: Array | None) -> Outputs:
-    return _forward(plan, False, *inputs)[0]
+def _ssd(params: KernelParams, *inputs: Array | None) -> Outputs:
+    return _forward(params, False, *inputs)[0]
 
 
-def _ssd_fwd(plan: Plan, *inputs: Array | None) -> tuple[Outputs, tuple[Any, ...]]:
-    outputs, states = _forward(plan, True, *inputs)
+def _ssd_fwd(params: KernelParams, *inputs: Array | None) -> tuple[Outputs, tuple[Any, ...]]:
+    outputs, states = _forward(params, True, *inputs)
     return outputs, (*inputs, states)
 
 
-def _ssd_bwd(plan: Plan, residuals: tuple[Any, ...], cotangents: Outputs) -> tuple[Array | None, ...]:
-    return backward(plan, residuals, cotangents)
+def _ssd_bwd(params: KernelParams, residuals: tuple[Any, ...], cotangents: Outputs) -> tuple[Array | None, ...]:
+    return backward(params, residuals, cotangents)
 
 
 _ssd.defvjp(_ssd_fwd, _ssd_bwd)
+
+
+def _checked_config(x: Array, B: Array, chunk_size: int, precision: str, config: SsdConfig | None) -> SsdConfig:
+    """Returns how the work on x [b, l, h, p] and B [b, l, g, n] is divided, if the kernels can do it."""
+    batch, length, heads, width = x.shape
+    groups, state_width = B.shape[2:]
+    if x.dtype not in DTYPES:
+        raise ValueError(f"x is {x.dtype}; the Triton kernels take float32 or bfloat16: use implementation='xla'")
+    for name, size in (("p", width), ("n", state_width)):
+        if size > MAX_WIDTH:
+            raise ValueError(f"{name}={size} is over the {MAX_WIDTH} of the Triton kernels: use implementation='xla'")
+    config = config or default_config(
+        batch=batch,
+        length=length,
+        heads=heads,
+        groups=groups,
+        width=width,
+        state_width=state_width,
+        chunk_size=chunk_size,
+        exact_products=precision == "float32" and x.dtype == jnp.float32,
+        itemsize=x.dtype.itemsize,
+    )
+    config.check(heads_per_group=heads // groups, width=width)
+    return config
 
 
 def ssd_pallas_triton(
@@ -176,44 +203,39 @@ def ssd_pallas_triton(
     D: Array | None,
     dt_bias: Array | None,
     initial_state: Array | None,
-    lengths: Array | None,
-    starts: Array | None,
+    segment_ids: Array | None,
     *,
-    config: SsdConfig,
-    products: Products,
-    interpret: bool,
-    return_final_state: bool,
+    return_final_state: bool = True,
+    chunk_size: int = DEFAULT_CHUNK_SIZE,
+    precision: Precision = None,
+    interpret: bool | None = None,
+    config: SsdConfig | None = None,
 ) -> Outputs:
-    """Runs the operator of `kernels.ssd.ssd`, softplus, bias and skip included.
+    """Runs the operator of `kernels.ssd.ssd`, softplus, bias and skip included; arguments are as there.
 
     Args:
-      x, dt, A, B, C, D, dt_bias, initial_state, lengths: as there, with B and C as [b, l, g, n] in the dtype of x.
-      starts: bool [b, l] as there, false after a row's length.
-      config: how the work is cut up.
-      products: what becomes of float32 factors.
-      interpret: run the kernels as plain JAX, on any platform.
-      return_final_state: the final state is wanted; else nothing is written for it.
+      B: [b, l, g, n], as C.
 
     Returns:
-      y [b, l, h, p] in the dtype of x, and the final state [b, h, p, n] in float32, or None.
+      y [b, l, h, p] in the dtype of x, and the final state [b, h, p, n] in float32, or None where it is not wanted.
 
     Raises:
-      ValueError: for dtypes, widths or a config that the kernels do not offer.
+      ValueError: for dtypes, widths, a precision or a config that the kernels do not offer.
     """
-    batch, length, heads, width = x.shape
-    groups, state_width = B.shape[2:]
-    if x.dtype not in (jnp.float32, jnp.bfloat16):
-        raise ValueError(f"x is {x.dtype}; the Triton kernels take float32 or bfloat16: use implementation='xla'")
-    for name, size in (("p", width), ("n", state_width)):
-        if size > MAX_WIDTH:
-            raise ValueError(f"{name}={size} is over the {MAX_WIDTH} of the Triton kernels: use implementation='xla'")
-    config.check(heads_per_group=heads // groups, width=width)
-    shape = (batch, length, heads, groups, width, state_width)
-    plan = Plan(
-        *shape, config, products, interpret, has_initial=initial_state is not None, wants_final=return_final_state,
-        packed=starts is not None,
-    )  # fmt: skip
-    zeros = jnp.zeros(heads, jnp.float32)
+    tiles = tile_precision(precision)
+    params = KernelParams(
+        *x.shape[:3],
+        groups=B.shape[2],
+        width=x.shape[3],
+        state_width=B.shape[3],
+        config=_checked_config(x, B, chunk_size, tiles, config),
+        precision=tiles,
+        interpret=interpreted(interpret),
+        has_initial=initial_state is not None,
+        wants_final=return_final_state,
+        packed=segment_ids is not None,
+    )
+    zeros = jnp.zeros(x.shape[2], jnp.float32)
     inputs = (
         x,
         dt.astype(jnp.float32),
@@ -223,7 +245,8 @@ def ssd_pallas_triton(
         zeros if D is None else D.astype(jnp.float32),
         zeros if dt_bias is None else dt_bias.astype(jnp.float32),
         None if initial_state is None else initial_state.astype(jnp.float32),
-        jnp.full(batch, length, jnp.int32) if lengths is None else lengths.astype(jnp.int32),
-        None if starts is None else history_numbers(starts, plan.all_chunks * plan.chunk),
+        row_lengths(segment_ids, x.shape[:2]),
+        history_numbers(params, segment_ids),
     )
-    return _ssd(plan, *vary_together(*inputs))
+    # What has been made here varies over no mesh axis yet.
+    return _ssd(params, *pvary_together(*inputs))

@@ -4,8 +4,62 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from kernels.decays import step_size
+from kernels.dispatch import Precision, check_shape, matmul_precision, precision_name
+from kernels.segment_ids import history_starts, real_positions
+
+
+def check_inputs(x: Array, dt: Array, A: Array, B: Array, D: Array | None, dt_bias: Array | None) -> None:
+    """Raises a ValueError unless the shapes are [b, l, h, p], [b, l, h], [h], [b, l, g, n] and [h]."""
+    if x.ndim != 4:
+        raise ValueError(f"x has shape {x.shape}, expected [b, l, h, p]")
+    batch, length, heads, _ = x.shape
+    if length < 1:
+        raise ValueError(f"x has shape {x.shape}: its length {length} must be at least 1")
+    check_shape("dt", dt, (batch, length, heads))
+    check_shape("A", A, (heads,))
+    if B.ndim != 4 or B.shape[2] < 1 or heads % B.shape[2]:
+        raise ValueError(f"B has shape {B.shape}, expected [b, l, n] or [b, l, g, n] with g dividing h={heads}")
+    check_shape("B", B, (batch, length, *B.shape[2:]))
+    check_shape("D", D, (heads,))
+    check_shape("dt_bias", dt_bias, (heads,))
+
 
 def ssd_reference(
+    x: Array,
+    dt: Array,
+    A: Array,
+    B: Array,
+    C: Array,
+    D: Array | None,
+    dt_bias: Array | None,
+    initial_state: Array | None,
+    segment_ids: Array | None,
+    *,
+    return_final_state: bool = True,
+    chunk_size: int = 1,
+    precision: Precision = None,
+) -> tuple[Array, Array]:
+    """Runs the recurrence one position after the other, in the widest dtype of the inputs.
+
+      state_t = exp(delta_t A) state_{t-1} + delta_t x_t B_t^T,    y_t = state_t C_t + D x_t
+
+    Args:
+      x, dt, A, C, D, dt_bias, initial_state, segment_ids, precision: as in `kernels.ssd.ssd`.
+      B: [b, l, g, n], as C.
+      return_final_state, chunk_size: change nothing here.
+
+    Returns:
+      y [b, l, h, p] and the final state [b, h, p, n].
+
+    Source: Dao & Gu 2024 (Mamba-2), section 3.
+    """
+    with matmul_precision(precision_name(precision)):
+        delta = step_size(dt, dt_bias, real_positions(segment_ids))
+        return _recurrence(x, delta, A, B, C, D, initial_state, history_starts(segment_ids))
+
+
+def _recurrence(
     x: Array,
     delta: Array,
     A: Array,
@@ -13,27 +67,8 @@ def ssd_reference(
     C: Array,
     D: Array | None,
     initial_state: Array | None,
-    starts: Array | None = None,
+    starts: Array | None,
 ) -> tuple[Array, Array]:
-    """Runs the recurrence one position after the other, in the widest dtype of the inputs.
-
-      state_t = exp(delta_t A) state_{t-1} + delta_t x_t B_t^T,    y_t = state_t C_t + D x_t
-
-    Args:
-      x: [b, l, h, p] values.
-      delta: [b, l, h] step sizes after softplus; 0 leaves the state as it is.
-      A: [h] decay rates, negative.
-      B: [b, l, g, n] input maps, one for each group of h/g heads.
-      C: [b, l, g, n] output maps.
-      D: [h] skip weights, or None.
-      initial_state: [b, h, p, n], or None for zeros.
-      starts: bool [b, l], true where state_{t-1} is taken as 0, or None for nowhere.
-
-    Returns:
-      y [b, l, h, p] and the final state [b, h, p, n].
-
-    Source: Dao & Gu 2024 (Mamba-2), section 3.
-    """
     batch, _, heads, width = x.shape
     dtype = jnp.result_type(x, delta, A, B, C)
     heads_per_group = heads // B.shape[2]

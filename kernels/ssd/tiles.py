@@ -3,32 +3,30 @@
 Tiles are [c, p], [c, n], [c, c] and [p, n] for a chunk of c positions; sides are powers of two, filled with zeros.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
 
+from kernels.decays import COARSE_STEP, ENOUGH, decays_between
 from kernels.ssd.config import SsdConfig
-from kernels.triton_call import Products, power_of_two, tile_dot
-
-# See `kernels.ssd.xla_tile`: sums of multiples of 1/64 are exact in float32, and nothing is left after such a decay.
-_COARSE_STEPS = 64.0
-_ENOUGH = -128.0
+from kernels.tiling import power_of_two
+from kernels.triton import Span, TilePrecision, load_tile, tile_dot
 
 
 @dataclass(frozen=True)
-class Plan:
+class KernelParams:
     """Static numbers of a call.
 
     Attributes:
       batch, length, heads, groups, width, state_width: b, l, h, g, p and n.
       config: how the work is cut up.
-      products: what becomes of float32 factors.
+      precision: what becomes of float32 factors.
       interpret: run as plain JAX.
       has_initial: there is an initial state.
       wants_final: the final state is an output.
@@ -42,7 +40,7 @@ class Plan:
     width: int
     state_width: int
     config: SsdConfig
-    products: Products
+    precision: TilePrecision
     interpret: bool
     has_initial: bool
     wants_final: bool = False
@@ -74,11 +72,11 @@ class Plan:
         return self.segments == 1 and not self.has_initial
 
     @property
-    def states(self) -> "Span":
+    def states(self) -> Span:
         """The state axis."""
         return Span(0, power_of_two(self.state_width), self.state_width)
 
-    def columns(self, split: Any) -> "Span":
+    def columns(self, split: Any) -> Span:
         """The columns of a head's width that a program handles."""
         count = power_of_two(self.width) // self.config.width_splits
         return Span(split * count if self.config.width_splits > 1 else 0, count, self.width)
@@ -90,10 +88,10 @@ class Plan:
 
     def dot(self, a: Array, b: Array, **transposed: bool) -> Array:
         """Product of two tiles."""
-        return tile_dot(a, b, products=self.products, interpret=self.interpret, **transposed)
+        return tile_dot(a, b, precision=self.precision, interpret=self.interpret, **transposed)
 
 
-class Place(NamedTuple):
+class ProgramIndex(NamedTuple):
     """Where a program works: its row, segment, group, first head, part among those that share B and C, first column."""
 
     row: Any
@@ -104,73 +102,21 @@ class Place(NamedTuple):
     split: Any
 
 
-def num_programs(plan: Plan, heads_per_program: int, splits: int) -> int:
+def grid_size(params: KernelParams, heads_per_program: int, splits: int) -> int:
     """Size of the grid that `place` divides."""
-    return plan.batch * plan.segments * (plan.heads // heads_per_program) * splits
+    return params.batch * params.segments * (params.heads // heads_per_program) * splits
 
 
-def place(plan: Plan, heads_per_program: int, splits: int) -> Place:
+def program_index(params: KernelParams, heads_per_program: int, splits: int) -> ProgramIndex:
     """Finds a program's place; neighbours share a row, so that its B and C stay in the cache."""
     unit = pl.program_id(0)
     split, unit = unit % splits, unit // splits
-    blocks = plan.heads // heads_per_program
+    blocks = params.heads // heads_per_program
     block, unit = unit % blocks, unit // blocks
-    blocks_per_group = blocks // plan.groups
+    blocks_per_group = blocks // params.groups
     part = (block % blocks_per_group) * splits + split
-    row, segment = unit // plan.segments, unit % plan.segments
-    return Place(row, segment, block // blocks_per_group, block * heads_per_program, part, split)
-
-
-class Span(NamedTuple):
-    """A run of indices along one axis: first index, power-of-two count, and how many indices the axis has."""
-
-    start: Any
-    count: int
-    limit: int
-
-    def real(self) -> Array | None:
-        """[count] bool, or None where nothing can lie outside."""
-        if isinstance(self.start, int) and self.start + self.count <= self.limit:
-            return None
-        return self.start + jnp.arange(self.count) < self.limit
-
-
-def _mask(spans: Sequence[Span]) -> Array | None:
-    mask = None
-    for axis, span in enumerate(spans):
-        real = span.real()
-        if real is not None:
-            shape = [1] * len(spans)
-            shape[axis] = span.count
-            real = jnp.broadcast_to(real.reshape(shape), [s.count for s in spans])
-            mask = real if mask is None else mask & real
-    return mask
-
-
-def _mask_unless(spans: Sequence[Span], unless: Array | None) -> Array | None:
-    mask = _mask(spans)
-    if unless is None:
-        return mask
-    wanted = jnp.broadcast_to(jnp.logical_not(unless), [span.count for span in spans])
-    return wanted if mask is None else mask & wanted
-
-
-def _indexer(index: Sequence[Any]) -> tuple[tuple[Any, ...], list[Span]]:
-    spans = [i for i in index if isinstance(i, Span)]
-    return tuple(pl.ds(i.start, i.count) if isinstance(i, Span) else i for i in index), spans
-
-
-def load_tile(ref: Any, *index: Any, unless: Array | None = None) -> Array:
-    """Loads ref at integers and `Span`s; what lies outside the array is 0, and so is all of it if `unless` is true."""
-    at, spans = _indexer(index)
-    mask = _mask_unless(spans, unless)
-    return pltriton.load(ref.at[at], mask=mask, other=None if mask is None else jnp.zeros((), ref.dtype))
-
-
-def store_tile(ref: Any, tile: Array, *index: Any, unless: Array | None = None) -> None:
-    """Stores a tile at integers and `Span`s; what lies outside the array is left out, and all of it if `unless`."""
-    at, spans = _indexer(index)
-    pltriton.store(ref.at[at], tile.astype(ref.dtype), mask=_mask_unless(spans, unless))
+    row, segment = unit // params.segments, unit % params.segments
+    return ProgramIndex(row, segment, block // blocks_per_group, block * heads_per_program, part, split)
 
 
 class Steps(NamedTuple):
@@ -195,8 +141,16 @@ def scaled(tile: Array, factors: Array) -> Array:
     return (factors[:, None] * tile.astype(jnp.float32)).astype(tile.dtype)
 
 
+def history_numbers(params: KernelParams, segment_ids: Array | None) -> Array | None:
+    """Returns ids int32 [b, k c + 1], entry t of the position before t; padding goes on like the last history."""
+    if segment_ids is None:
+        return None
+    ids = jax.lax.cummax(jnp.concatenate([segment_ids[:, :1], segment_ids], axis=1), axis=1)
+    return jnp.pad(ids, ((0, 0), (0, params.all_chunks * params.chunk - params.length)), mode="edge")
+
+
 class Histories(NamedTuple):
-    """Numbers of the histories that positions of a chunk belong to, as `kernels.starts.history_numbers` gives them.
+    """Ids of the histories that positions of a chunk belong to.
 
     Attributes:
       number: [c], of each position.
@@ -216,23 +170,23 @@ class Histories(NamedTuple):
         return self.number == self.first, self.number == self.last, self.first == self.last
 
 
-def load_histories(plan: Plan, numbers_ref: Any, row: Any, chunk: Any) -> Histories | None:
+def load_histories(params: KernelParams, numbers_ref: Any, row: Any, chunk: Any) -> Histories | None:
     """Loads the numbers of a chunk, or gives None where every row is one history."""
-    if not plan.packed:
+    if not params.packed:
         return None
-    first = chunk * plan.chunk
-    number = pltriton.load(numbers_ref.at[row, pl.ds(first + 1, plan.chunk)])
-    return Histories(number, numbers_ref[row, first], numbers_ref[row, first + plan.chunk])
+    first = chunk * params.chunk
+    number = pltriton.load(numbers_ref.at[row, pl.ds(first + 1, params.chunk)])
+    return Histories(number, numbers_ref[row, first], numbers_ref[row, first + params.chunk])
 
 
-def reached(plan: Plan, tile: Array, decay: Array) -> Array:
+def mask_tile(params: KernelParams, tile: Array, decay: Array) -> Array:
     """Among several histories, sets a tile to 0 where decay factors are: also what has overflowed in another one."""
-    return jnp.where(decay == 0.0, 0.0, tile) if plan.packed else tile
+    return jnp.where(decay == 0.0, 0.0, tile) if params.packed else tile
 
 
-def weigh(plan: Plan, decay: Array, tile: Array) -> Array:
-    """Multiplies by decay factors; 0 wins as in `reached`."""
-    return reached(plan, decay * tile, decay)
+def apply_decay(params: KernelParams, decay: Array, tile: Array) -> Array:
+    """Multiplies by decay factors; 0 wins as in `mask_tile`."""
+    return mask_tile(params, decay * tile, decay)
 
 
 class Decays(NamedTuple):
@@ -252,7 +206,7 @@ class Decays(NamedTuple):
 
 
 def chunk_decays(log_decay: Array, histories: Histories | None) -> Decays:
-    """Builds the decay factors from log decays [c], with the exact coarse sums of `kernels.ssd.xla`."""
+    """Builds the decay factors from log decays [c], with the exact coarse sums of `kernels.decays`."""
     edges = edge_decays(log_decay, histories)
     coarse, fine = _split(log_decay, histories)
     coarse_sum, fine_sum = jnp.cumsum(coarse), jnp.cumsum(fine)
@@ -281,10 +235,10 @@ def _exp_where(mask: Array | None, log_decay: Array) -> Array:
 
 
 def _split(log_decay: Array, histories: Histories | None) -> tuple[Array, Array]:
-    log_decay = jnp.maximum(log_decay, _ENOUGH)
+    log_decay = jnp.maximum(log_decay, ENOUGH)
     if histories is not None:
         return _split_for_exact_sums(log_decay)
-    coarse = jnp.floor(log_decay * _COARSE_STEPS) * (1.0 / _COARSE_STEPS)
+    coarse = jnp.floor(log_decay * (1.0 / COARSE_STEP)) * COARSE_STEP
     return coarse, log_decay - coarse
 
 
@@ -305,3 +259,57 @@ def lower_triangle(size: int, *, strict: bool = False) -> Array:
     """[size, size] bool, true where column j <= row i, or j < i."""
     row, column = jnp.arange(size)[:, None], jnp.arange(size)[None, :]
     return row > column if strict else row >= column
+
+
+def uncut_segments(params: KernelParams, numbers: Array | None) -> Array | None:
+    """Returns bool [b, s], true where no history begins in a segment; or None where every row is one history."""
+    if numbers is None:
+        return None
+    at_borders = numbers[:, :: params.num_chunks * params.chunk]
+    return at_borders[:, 1:] == at_borders[:, :-1]
+
+
+def _scan_segments(state_update: Array, decay: Array, initial: Array) -> Array:
+    """Finds the states step by step, where a decay of 0 lets nothing pass, not even what has overflowed."""
+
+    def join(sooner: tuple[Array, Array], later: tuple[Array, Array]) -> tuple[Array, Array]:
+        factor = later[0][..., None, None]
+        return sooner[0] * later[0], jnp.where(factor == 0, 0, factor * sooner[1]) + later[1]
+
+    # The initial state counts as what a segment before the first adds; what the last adds is no longer asked for.
+    inflow = jnp.concatenate([initial[:, None], state_update[:, :-1]], axis=1)
+    decays = jnp.concatenate([jnp.zeros_like(decay[:, :1]), decay[:, :-1]], axis=1)
+    return jax.lax.associative_scan(join, (decays, inflow), axis=1)[1]
+
+
+def states_before(
+    state_update: Array, log_decay: Array, initial: Array | None, *, uncut: Array | None = None, reverse: bool = False
+) -> Array:
+    """Finds the state before each segment.
+
+      state_0 = initial,    state_{s+1} = exp(log_decay_s) state_s + added_s, or added_s where segment s is cut
+
+    Args:
+      state_update: [b, s, h, p, n] what a segment adds to its decayed state.
+      log_decay: [b, s, h] total log decay of a segment.
+      initial: [b, h, p, n] before the first segment, or None for zeros.
+      uncut: bool [b, s], false where a history begins in a segment, or None for nowhere.
+      reverse: go from the last segment to the first; "before" then means after it in time.
+
+    Returns:
+      [b, s, h, p, n], without the state that comes out of the last of them.
+    """
+    if reverse:
+        state_update, log_decay = jnp.flip(state_update, 1), jnp.flip(log_decay, 1)
+    first = jnp.zeros_like(state_update[:, 0]) if initial is None else initial
+    if uncut is not None:
+        uncut = jnp.flip(uncut, 1) if reverse else uncut
+        before = _scan_segments(state_update, jnp.where(uncut[..., None], jnp.exp(log_decay), 0), first)
+        return jnp.flip(before, 1) if reverse else before
+    # Segment s brings what segment s - 1 added: shifted by one, with the initial state as what came first.
+    inflow = jnp.concatenate([first[:, None], state_update[:, :-1]], axis=1)
+    steps = jnp.concatenate([jnp.zeros_like(log_decay[:, :1]), log_decay[:, :-1]], axis=1)
+    between = decays_between(jnp.moveaxis(steps, 1, 2))
+    weights = between + jnp.eye(between.shape[-1], dtype=between.dtype)
+    before = jnp.einsum("bhst,bthpn->bshpn", weights, inflow, precision=jax.lax.Precision.HIGHEST)
+    return jnp.flip(before, 1) if reverse else before

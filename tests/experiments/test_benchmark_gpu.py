@@ -13,7 +13,7 @@ from experiments import benchmark
 from experiments.benchmarks import operator_speed, operators, opponents
 from experiments.benchmarks.operators import Case
 
-TINY = ["gpu", "--tiny", "--implementation=pallas_triton_interpreted", "--repeats=1", "--seed=7"]
+TINY = ["gpu", "--tiny", "--implementation=pallas_triton", "--repeats=1", "--seed=7"]
 # However busy the machine is.
 AMPLE = "--budget_seconds=100000"
 CONV = Case("causal_conv1d", {"b": 2, "l": 5, "c": 16})
@@ -52,7 +52,7 @@ def test_operators_are_timed_in_all_forms_there_are(record):
     assert ops["ceilings"]["bytes_a_second"] > 0 and set(ops["ceilings"]["flops_a_second"]) == set(operators.PRECISIONS)
     ssd, conv = ops["comparisons"]
     for result in (ssd, conv):
-        for name in ("pallas_triton_interpreted", "xla"):
+        for name in ("pallas_triton", "xla"):
             for of in operator_speed.PASSES:
                 form = result["forms"][f"{name}: {of}"]
                 assert form["median_seconds"] > 0

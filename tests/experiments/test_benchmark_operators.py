@@ -13,7 +13,7 @@ from experiments.benchmarks.operators import Case
 from experiments.benchmarks.timing import Form
 from kernels.causal_conv1d.config import CausalConv1dConfig
 from kernels.selective_scan.config import SelectiveScanConfig
-from kernels.softmax_cross_entropy import TritonConfig, Walk
+from kernels.softmax_cross_entropy import LoopConfig, TritonConfig
 from kernels.ssd import SsdConfig
 
 
@@ -161,12 +161,12 @@ def test_bytes_of_the_scan_by_hand():
 
 
 def test_bytes_and_products_of_the_loss_by_hand():
-    walk = Walk(own=16, walked=16, columns=16, num_warps=1, num_stages=1, programs=2)
-    counts = operator_speed.loss_work({"t": 16, "v": 32, "d": 8}, 4, TritonConfig(walk, walk, walk))
+    loop = LoopConfig(own=16, other=16, columns=16, num_warps=1, num_stages=1, programs=2)
+    counts = operator_speed.loss_work({"t": 16, "v": 32, "d": 8}, 4, TritonConfig(loop, loop, loop))
     numbers, vector = 48 * 8 * 4, 64
     assert (counts.flops, counts.flops_both) == (2 * 16 * 32 * 8, 3 * 2 * 16 * 32 * 8)
     assert (counts.needed, counts.needed_both) == (numbers + 2 * vector, 2 * numbers + 3 * vector)
-    # One block of targets, so that two programs share its walk over the catalogue; two blocks of the catalogue do not.
+    # One block of targets, so that two programs share its loop over the catalogue; two blocks of the catalogue do not.
     assert counts.moved == numbers + 2 * vector + 6 * vector
     d_hidden = numbers + 3 * vector + 16 * 8 * (2 * 2 * 4 + 4)
     d_embedding = numbers + 3 * vector + 32 * 8 * 4

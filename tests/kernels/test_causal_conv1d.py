@@ -15,12 +15,12 @@ from jax.sharding import PartitionSpec as P
 from kernels.causal_conv1d import IMPLEMENTATIONS, causal_conv1d, causal_conv1d_last, pallas_triton
 from kernels.causal_conv1d.config import CausalConv1dConfig, default_config
 
-INTERPRETED = "pallas_triton_interpreted"
+KERNELS = "pallas_triton"
 # Segments that divide nothing, strips and channels that do not exist.
 CUT = CausalConv1dConfig(
     channels=4, strips=4, segments=3, forward_unroll=3, backward_unroll=2, forward_warps=1, backward_warps=1
 )
-FORMS = {"reference": [None], "xla": [None], INTERPRETED: [None, CUT]}
+FORMS = {"reference": [None], "xla": [None], KERNELS: [None, CUT]}
 ACTIVATIONS = {
     "none": (lambda y: y, lambda y: y),
     "silu": (lambda y: y / (1 + np.exp(-y)), torch.nn.functional.silu),
@@ -113,7 +113,7 @@ def check(case, dtype, **kwargs):
 
 
 def test_the_suite_knows_every_implementation():
-    assert set(FORMS) | {"pallas_triton"} == set(IMPLEMENTATIONS)
+    assert set(FORMS) == set(IMPLEMENTATIONS)
 
 
 @by_form
@@ -161,14 +161,14 @@ def test_bfloat16_stays_bfloat16_and_close(activation, implementation):
     assert (dweight.dtype, dbias.dtype) == (jnp.float32, jnp.float32)
     expected = by_pytorch(activation, x, weight, bias, dy)
     assert_near([y, dx, dweight, dbias], expected, (2e-2, 2e-2))
-    if implementation == INTERPRETED:
+    if implementation == KERNELS:
         # Only what is stored is rounded.
         assert_near([y, dweight, dbias], [expected[0], *expected[2:]], (2**-8, 1e-4))
 
 
 def test_kernels_take_bfloat16_parameters():
     arrays = in_dtype(inputs(SMALL), jnp.bfloat16)
-    results = jax.jit(functools.partial(value_and_gradients, activation="silu", implementation=INTERPRETED))(*arrays)
+    results = jax.jit(functools.partial(value_and_gradients, activation="silu", implementation=KERNELS))(*arrays)
     assert {a.dtype for a in results} == {jnp.dtype(jnp.bfloat16)}
     assert_near(results, by_pytorch("silu", *arrays), (2**-8, 2**-8))
 
@@ -196,7 +196,7 @@ def test_inside_shard_map(implementation, config):
         in_specs=(rows, same, same),
         out_specs=rows,
         # JAX interprets kernels only without this check; that compiled ones pass it is tested where they are compiled.
-        check_vma=implementation != INTERPRETED,
+        check_vma=implementation != KERNELS,
     )
 
     def run(x, weight, bias, dy):
@@ -232,7 +232,7 @@ def _guarded(access):
 def test_nothing_outside_an_array_is_touched(case, config, monkeypatch):
     accesses = SimpleNamespace(load=_guarded(pltriton.load), store=_guarded(pltriton.store))
     monkeypatch.setattr(pallas_triton, "pltriton", accesses)
-    check(case, "float32", implementation=INTERPRETED, config=config)
+    check(case, "float32", implementation=KERNELS, config=config)
 
 
 @by_activation
@@ -279,7 +279,7 @@ def test_bad_arguments():
         causal_conv1d(x, weight, bias[:1])
     with pytest.raises(ValueError, match=r"activation='gelu' must be one of \['hard_swish', 'none', 'silu'\]"):
         causal_conv1d(x, weight, activation="gelu")
-    with pytest.raises(ValueError, match=r"implementation='cuda' must be one of \('reference', 'xla', "):
+    with pytest.raises(ValueError, match=r"implementation='cuda' of causal_conv1d must be one of \['pallas_triton', "):
         causal_conv1d(x, weight, implementation="cuda")
     with pytest.raises(ValueError, match=r"window \(3, 9, 5\) must be \[b, K, c\] for weight \(4, 5\)"):
         causal_conv1d_last(x, weight)

@@ -23,9 +23,14 @@ CASES = {
 }
 
 
-def value_and_gradients(activation, dy, *given, starts=None):
+def value_and_gradients(activation, dy, *given, segment_ids=None):
     """Runs the kernels, compiled."""
-    options = {"activation": activation, "starts": starts, "implementation": "pallas_triton"}
+    options = {
+        "activation": activation,
+        "segment_ids": segment_ids,
+        "implementation": "pallas_triton",
+        "interpret": False,
+    }
     y, pull = jax.vjp(lambda *a: causal_conv1d(*a, **options), *given)
     return [y, *pull(dy)]
 
@@ -34,8 +39,8 @@ def kernels_of(shape, taps, activation, dtype, *, bias=True, packed=False):
     """Captures the kernels of a value and its gradients; with `packed`, of rows that hold several histories."""
     x = jax.ShapeDtypeStruct(shape, dtype)
     parameters = [jax.ShapeDtypeStruct(s, jnp.float32) for s in [(taps, shape[2]), (shape[2],)][: 1 + bias]]
-    starts = jnp.zeros(shape[:2], bool) if packed else None
-    return capture(functools.partial(value_and_gradients, activation, starts=starts), x, x, *parameters)
+    segment_ids = jnp.ones(shape[:2], jnp.int32) if packed else None
+    return capture(functools.partial(value_and_gradients, activation, segment_ids=segment_ids), x, x, *parameters)
 
 
 def check(kernel, capability, shape, most_registers):

@@ -8,7 +8,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from kernels.selective_scan import selective_scan
 from kernels.selective_scan.config import default_config
-from kernels.triton_call import power_of_two
+from kernels.tiling import power_of_two
 from tests.kernels.codegen import CAPABILITIES, capture, compile_kernel
 
 NAMES = ["selective_scan_forward", "selective_scan_backward"]
@@ -37,11 +37,17 @@ def kernels_of(shape, dtype=jnp.float32, *, optional=True, packed=False):
     narrow = {"x": (b, length, e), "dt": (b, length, e), "B": (b, length, n), "C": (b, length, n)}
     arrays = {name: jax.ShapeDtypeStruct(s, dtype) for name, s in narrow.items()}
     arrays |= {name: jax.ShapeDtypeStruct(s, jnp.float32) for name, s in wide.items()}
-    starts = jnp.zeros((b, length), bool) if packed else None
+    segment_ids = jnp.ones((b, length), jnp.int32) if packed else None
 
     def run(arrays, dy):
         def apply(arrays):
-            return selective_scan(**arrays, starts=starts, return_final_state=optional, implementation="pallas_triton")
+            return selective_scan(
+                **arrays,
+                segment_ids=segment_ids,
+                return_final_state=optional,
+                implementation="pallas_triton",
+                interpret=False,
+            )
 
         y, pull = jax.vjp(apply, arrays)
         return y, pull((dy, arrays["initial_state"]) if optional else dy)
@@ -78,7 +84,7 @@ def test_bfloat16_stays_in_registers():
         check(kernel, 90, (2048, 50, 128, 32))
 
 
-def test_starts_cost_no_local_memory():
+def test_histories_cost_no_local_memory():
     for kernel in kernels_of((2048, 50, 128, 32), packed=True):
         check(kernel, 90, (2048, 50, 128, 32))
 
@@ -94,7 +100,7 @@ def test_lowers_in_64_bit_mode(x64):
 
 def test_lowers_inside_shard_map():
     def loss(A, x, dt, B, C):
-        return selective_scan(x, dt, A, B, C, implementation="pallas_triton").sum((1, 2))
+        return selective_scan(x, dt, A, B, C, implementation="pallas_triton", interpret=False).sum((1, 2))
 
     shapes = [(128, 32), (8, 50, 128), (8, 50, 128), (8, 50, 32), (8, 50, 32)]
     split, whole = PartitionSpec("rows"), PartitionSpec()

@@ -11,33 +11,33 @@ import pytest
 
 from kernels.softmax_cross_entropy import (
     IMPLEMENTATIONS,
+    LoopConfig,
     TritonConfig,
-    Walk,
     XlaConfig,
     log_sum_exp,
     softmax_cross_entropy,
 )
 from kernels.softmax_cross_entropy.config import triton_config, xla_config
-from tests.kernels.ssd_cases import assert_near
+from tests.kernels.op_suite import assert_near
 from tim4rec_jax.training.losses import cross_entropy
 
 
-def cut(own, walked, columns, programs=1):
-    walk = Walk(own, walked, columns, num_warps=4, num_stages=1, programs=programs)
-    return TritonConfig(walk, walk, walk)
+def cut(own, other, columns, programs=1):
+    loop = LoopConfig(own, other, columns, num_warps=4, num_stages=1, programs=programs)
+    return TritonConfig(loop, loop, loop)
 
 
 # One program for each block, and every walk in parts; whole rows, and rows in strips.
 FORMS = {
     "reference": [None],
     "xla": [None, XlaConfig(7)],
-    "pallas_triton_interpreted": [None, cut(16, 32, 64), cut(16, 16, 16, programs=9)],
+    "pallas_triton": [None, cut(16, 32, 64), cut(16, 16, 16, programs=9)],
 }
 by_form = pytest.mark.parametrize(
     ("implementation", "config"),
     [pytest.param(name, c, id=f"{name}-{i}") for name, configs in FORMS.items() for i, c in enumerate(configs)],
 )
-# The kernel itself needs a GPU; interpreted it stands for both.
+# Without a GPU the kernels are interpreted.
 by_implementation = pytest.mark.parametrize("implementation", FORMS)
 
 
@@ -99,13 +99,13 @@ def in_numpy(hidden, embedding, targets, masked, d_loss):
 
 
 @functools.cache
-def program(implementation, config=None, products="float32"):
+def program(implementation, config=None, precision="highest"):
     """Jitted (hidden, embedding, targets, masked, d_loss) -> loss and gradients by hidden and embedding."""
 
     @jax.jit
     def run(hidden, embedding, targets, masked, d_loss):
         def loss(hidden, embedding):
-            options = {"products": products, "implementation": implementation, "config": config}
+            options = {"precision": precision, "implementation": implementation, "config": config}
             return softmax_cross_entropy(hidden, embedding, targets, masked=masked, **options)
 
         loss, pull = jax.vjp(loss, hidden, embedding)
@@ -135,7 +135,7 @@ def check(actual, expected, value_tolerance, gradient_tolerance):
 
 
 def test_the_suite_knows_every_implementation():
-    assert {*FORMS, "pallas_triton"} == set(IMPLEMENTATIONS)
+    assert {*FORMS} == set(IMPLEMENTATIONS)
 
 
 @by_form
@@ -181,7 +181,7 @@ def log_sum_exp_program(implementation, config=None):
 
     @jax.jit
     def run(hidden, embedding, masked, d_lse):
-        options = {"masked": masked, "products": "float32", "implementation": implementation, "config": config}
+        options = {"masked": masked, "precision": "highest", "implementation": implementation, "config": config}
         lse, pull = jax.vjp(lambda *arrays: log_sum_exp(*arrays, **options), hidden, embedding)
         return lse, *pull(d_lse.astype(lse.dtype))
 
@@ -248,7 +248,7 @@ def test_scores_far_from_zero(implementation):
     check(program(implementation)(*arguments), expected, 1e-5, 1e-4)
 
 
-@pytest.mark.parametrize("implementation", ["xla", "pallas_triton_interpreted"])
+@pytest.mark.parametrize("implementation", ["xla", "pallas_triton"])
 def test_same_bits_every_run(implementation):
     arguments = cast(MIDDLE, "float32")
     first, second = (program(implementation)(*arguments) for _ in range(2))
@@ -277,11 +277,11 @@ def test_inside_shard_map(implementation):
     rows, whole = jax.sharding.PartitionSpec("data"), jax.sharding.PartitionSpec()
 
     def loss(hidden, embedding, targets, masked):
-        options = {"products": "float32", "implementation": implementation}
+        options = {"precision": "highest", "implementation": implementation}
         return softmax_cross_entropy(hidden, embedding, targets, masked=masked, **options)
 
     # The interpreter of kernels makes arrays that do not say over which axes they differ.
-    checked = not implementation.endswith("_interpreted")
+    checked = implementation != "pallas_triton"
     sharded = jax.shard_map(loss, mesh=mesh, in_specs=(rows, whole, rows, whole), out_specs=rows, check_vma=checked)
 
     @jax.jit
@@ -328,7 +328,9 @@ def test_memory_between_kernels(width):
 
     def gradients(hidden, embedding, targets):
         def loss(hidden, embedding):
-            return softmax_cross_entropy(hidden, embedding, targets, implementation="pallas_triton").mean()
+            return softmax_cross_entropy(
+                hidden, embedding, targets, implementation="pallas_triton", interpret=False
+            ).mean()
 
         return jax.value_and_grad(loss, argnums=(0, 1))(hidden, embedding)
 
@@ -342,21 +344,21 @@ def test_memory_between_kernels(width):
     assert sum(sizes) <= 5 * own
 
 
-def test_a_walk_is_shared_where_blocks_are_few():
-    walk = Walk(64, 32, 64, num_warps=4, num_stages=2, programs=264)
-    assert walk.cut(2048, 12102) == (9, 43)
-    assert walk.cut(1_000_000, 4096) == (1, 128)
-    assert walk.cut(1, 40) == (2, 1)
-    for own, walked in [(2048, 3417), (100, 33), (64, 32)]:
-        parts, steps = walk.cut(own, walked)
-        assert (parts - 1) * steps * walk.walked < walked <= parts * steps * walk.walked
+def test_a_loop_is_shared_where_blocks_are_few():
+    loop = LoopConfig(64, 32, 64, num_warps=4, num_stages=2, programs=264)
+    assert loop.split(2048, 12102) == (9, 43)
+    assert loop.split(1_000_000, 4096) == (1, 128)
+    assert loop.split(1, 40) == (2, 1)
+    for own, other in [(2048, 3417), (100, 33), (64, 32)]:
+        parts, steps = loop.split(own, other)
+        assert (parts - 1) * steps * loop.other < other <= parts * steps * loop.other
 
 
 def test_choices_for_any_shape():
     for width in (1, 16, 33, 64, 100, 128, 200, 256):
-        for products in ("tfloat32", "float32"):
+        for precision in ("tfloat32", "float32"):
             for itemsize in (2, 4):
-                assert triton_config(width, itemsize, products).forward.own >= 16
+                assert triton_config(width, itemsize, precision).forward.own >= 16
     assert xla_config(2048) == XlaConfig(256)
     assert xla_config(10**6) == XlaConfig(128)
     assert xla_config(1) == XlaConfig(8192)
@@ -376,10 +378,16 @@ GIVEN = {"hidden": jnp.ones((4, 8)), "embedding": jnp.ones((9, 8)), "targets": j
         ({"targets": jnp.ones(4)}, r"targets is float32 of shape \(4,\), expected integers \(4,\)"),
         ({"masked": jnp.ones(9)}, r"masked is float32 of shape \(9,\), expected bool \(9,\)"),
         ({"masked": jnp.ones(4, bool)}, r"masked is bool of shape \(4,\), expected bool \(9,\)"),
-        ({"implementation": "cuda"}, r"implementation='cuda' must be one of \('reference', 'xla', "),
-        ({"implementation": "pallas_triton", "products": "int8"}, r"products='int8': the GPU kernels multiply"),
+        (
+            {"implementation": "cuda"},
+            r"implementation='cuda' of softmax_cross_entropy must be one of \['pallas_triton', 'ref",
+        ),
+        ({"implementation": "pallas_triton", "precision": "int8"}, r"precision='int8' must be one of 'default', "),
         ({"config": cut(16, 16, 16)}, r"config=TritonConfig.* is not for implementation='xla'"),
-        ({"implementation": "reference", "config": XlaConfig(1)}, r"is not for implementation='reference'"),
+        (
+            {"implementation": "reference", "config": XlaConfig(1)},
+            r"'reference' of softmax_cross_entropy takes no config",
+        ),
     ],
 )
 def test_arguments_that_do_not_fit(changed, message):
@@ -394,7 +402,7 @@ def test_what_the_kernels_do_not_offer():
     half = GIVEN | {"embedding": jnp.ones((9, 8), jnp.float16)}
     with pytest.raises(ValueError, match="embedding has dtype float16, the GPU kernels take"):
         softmax_cross_entropy(**half, implementation="pallas_triton")
-    with pytest.raises(ValueError, match="walked=24 must be a power of two, 16 at least"):
+    with pytest.raises(ValueError, match="other=24 must be a power of two, 16 at least"):
         cut(16, 24, 16)
     with pytest.raises(ValueError, match="tile_size=0 must be at least 1"):
         XlaConfig(0)

@@ -9,6 +9,7 @@ from jax.sharding import PartitionSpec as P
 
 from kernels.softmax_cross_entropy import TritonConfig, softmax_cross_entropy
 from kernels.softmax_cross_entropy.config import triton_config
+from kernels.triton import tile_precision
 from tests.kernels.codegen import CAPABILITIES, capture, compile_kernel
 
 KERNELS = [f"softmax_cross_entropy_{name}" for name in ("forward", "d_hidden", "d_embedding")]
@@ -22,7 +23,7 @@ class Case:
     items: int
     width: int
     dtype: str = "float32"
-    products: str = "tfloat32"
+    precision: str = "default"
     masked: bool = False
 
     def arguments(self):
@@ -32,26 +33,26 @@ class Case:
 
     def gradients(self, hidden, embedding, targets, masked):
         def loss(hidden, embedding):
-            options = {"products": self.products, "implementation": "pallas_triton"}
+            options = {"precision": self.precision, "implementation": "pallas_triton", "interpret": False}
             return softmax_cross_entropy(hidden, embedding, targets, masked=masked, **options)
 
         losses, pull = jax.vjp(loss, hidden, embedding)
         return losses, *pull(losses)
 
     def config(self) -> TritonConfig:
-        return triton_config(self.width, jnp.dtype(self.dtype).itemsize, self.products)
+        return triton_config(self.width, jnp.dtype(self.dtype).itemsize, tile_precision(self.precision))
 
 
 # And for which GPUs; compiling for one takes seconds.
 CASES = {
     Case(2048, 12102, 64): CAPABILITIES,
-    Case(2048, 12102, 64, products="float32"): (80, 90),
+    Case(2048, 12102, 64, precision="highest"): (80, 90),
     Case(2048, 12102, 64, dtype="bfloat16"): (80, 90),
     Case(2048, 12102, 64, masked=True): (90,),
     Case(4096, 1_000_000, 64): (90,),
     Case(2048, 12102, 128): (90,),
     Case(2048, 12102, 256): CAPABILITIES,
-    Case(2048, 12102, 256, products="float32"): (90,),
+    Case(2048, 12102, 256, precision="highest"): (90,),
     Case(2048, 12102, 256, dtype="bfloat16"): (90,),
 }
 
@@ -70,7 +71,7 @@ def test_kernels_stay_in_registers(case):
         for capability in CASES[case]:
             used = compile_kernel(kernel, capability)
             print(
-                f"{kernel.name} {case.targets}x{case.items}x{case.width} {case.dtype} {case.products} "
+                f"{kernel.name} {case.targets}x{case.items}x{case.width} {case.dtype} {case.precision} "
                 f"warps {kernel.num_warps} programs {kernel.grid[0]} sm_{capability}: registers {used.registers} "
                 f"shared {used.shared_bytes} local {used.local_accesses} "
                 f"tensor-core {used.tensor_core_instructions} instructions {used.instructions}"
@@ -80,11 +81,11 @@ def test_kernels_stay_in_registers(case):
             assert used.tensor_core_instructions > 0
 
 
-def instructions_of_products(case, walk):
+def instructions_of_products(case, loop):
     """Tensor-core instructions of a warp for the two products of a backward step, if no warp repeats another's."""
     per_instruction = 16 * 8 * (16 if case.dtype == "bfloat16" else 8)
-    products = 3 if case.products == "float32" and case.dtype == "float32" else 1
-    return 2 * products * walk.own * walk.walked * case.width / per_instruction / walk.num_warps
+    products = 3 if case.precision == "highest" and case.dtype == "float32" else 1
+    return 2 * products * loop.own * loop.other * case.width / per_instruction / loop.num_warps
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if 80 in CASES[case]], ids=str)

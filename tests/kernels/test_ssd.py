@@ -1,5 +1,6 @@
 """Every implementation of the SSD operator against a float64 walk along the sequence in another framework."""
 
+import dataclasses
 import functools
 import json
 
@@ -7,308 +8,89 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
 
-from kernels.ssd import IMPLEMENTATIONS, dense_mask, ssd, ssd_last, step_size
-from tests.kernels.ssd_cases import BATCH, HEADS, STATE, WIDTH, Case, assert_near, cotangents, inputs, sequential, truth
-
-FORMS = {"reference": [64], "xla": [16, 64], "pallas_triton_interpreted": [32]}
-WIDE_FORMS = ["reference", "xla"]
-CASES = [
-    Case(1, 1),
-    Case(31, 2, lengths=(31, 0, 17)),
-    Case(50, 4, initial=True),
-    Case(200, None, lengths=(200, 1, 64), initial=True),
-    Case(50, 4, initial=True, step_scale=3.0),
-]
-SMALL = Case(6, 2, initial=True)
-# Outputs and gradients, as shares of the largest magnitude.
-TOLERANCES = {"float32": (2e-5, 1e-4), "float64": (1e-10, 1e-10)}
-
-by_form = pytest.mark.parametrize(
-    ("implementation", "chunk_size"), [(name, chunk) for name, chunks in FORMS.items() for chunk in chunks]
+from experiments.benchmarks.torch_models.ssd import ssd_sequential
+from kernels.causal_conv1d import causal_conv1d, causal_conv1d_tail
+from kernels.ssd import IMPLEMENTATIONS, SsdConfig, dense_mask, ssd, ssd_last, ssd_step, xla
+from tests.kernels.op_suite import (
+    BATCH,
+    BY_POSITION,
+    PARAMETERS,
+    TOLERANCES,
+    Case,
+    RecurrenceSuite,
+    assert_all_near,
+    assert_near,
+    ids_of,
+    in_dtype,
+    numbers,
 )
-by_implementation = pytest.mark.parametrize("implementation", FORMS)
-by_wide_implementation = pytest.mark.parametrize("implementation", WIDE_FORMS)
 
-
-def test_the_suite_knows_every_implementation():
-    # Without a GPU the compiled kernels are the interpreted ones, and test_ssd_codegen reads what they compile to.
-    assert set(FORMS) == set(IMPLEMENTATIONS) - {"pallas_triton"}
-
-
-def in_dtype(arrays, dtype):
-    return {name: jnp.asarray(a, dtype) for name, a in arrays.items()}
-
-
-@functools.cache
-def program(implementation, chunk_size):
-    """Jitted (arrays, lengths or None, dy, dstate) -> y, final state, gradients."""
-
-    @jax.jit
-    def run(arrays, lengths, dy, dstate):
-        def apply(arrays):
-            return ssd(
-                **arrays,
-                lengths=lengths,
-                return_final_state=True,
-                chunk_size=chunk_size,
-                implementation=implementation,
-            )
-
-        (y, state), pull = jax.vjp(apply, arrays)
-        return y, state, pull((dy.astype(y.dtype), dstate.astype(state.dtype)))[0]
-
-    return run
-
-
-def lengths_of(case):
-    return None if case.lengths is None else jnp.array(case.lengths, jnp.int32)
-
-
-def check(case, dtype, chunk_size, implementation):
-    arrays = in_dtype(inputs(case), dtype)
-    dy, dstate = (jnp.asarray(c, dtype) for c in cotangents(case))
-    y, state, gradients = program(implementation, chunk_size)(arrays, lengths_of(case), dy, dstate)
-    assert y.dtype == state.dtype == dtype
-    assert {name: g.dtype for name, g in gradients.items()} == {name: a.dtype for name, a in arrays.items()}
-    value_tolerance, gradient_tolerance = TOLERANCES[dtype]
-    expected_y, expected_state, expected_gradients = truth(case)
-    assert_near(y, expected_y, value_tolerance, "y")
-    assert_near(state, expected_state, value_tolerance, "final state")
-    assert set(gradients) == set(expected_gradients)
-    for name, gradient in gradients.items():
-        assert_near(gradient, expected_gradients[name], gradient_tolerance, f"gradient by {name}")
-
-
-@by_form
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_values_and_gradients_in_float32(case, implementation, chunk_size):
-    check(case, "float32", chunk_size, implementation)
-
-
-@by_wide_implementation
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_values_and_gradients_in_float64(case, implementation, x64):
-    check(case, "float64", FORMS[implementation][0], implementation)
-
-
-@by_implementation
-def test_bfloat16_is_close_and_keeps_states_in_float32(implementation):
-    case = CASES[3]
-    arrays = in_dtype(inputs(case), jnp.bfloat16)
-    for name in ("A", "D", "dt_bias", "initial_state"):
-        arrays[name] = arrays[name].astype(jnp.float32)
-    dy, dstate = (jnp.asarray(c, jnp.bfloat16).astype(jnp.float32) for c in cotangents(case))
-    y, state, gradients = program(implementation, 64)(arrays, lengths_of(case), dy, dstate)
-    assert (y.dtype, state.dtype) == (jnp.bfloat16, jnp.float32)
-    expected = sequential(arrays, case.lengths, np.asarray(dy, np.float64), np.asarray(dstate, np.float64))
-    assert_near(y, expected[0], 1e-2, "y")
-    assert_near(state, expected[1], 1e-2, "final state")
-    for name, gradient in gradients.items():
-        assert gradient.dtype == arrays[name].dtype, name
-        assert_near(gradient, expected[2][name], 2e-2, f"gradient by {name}")
-
-
-@by_implementation
-def test_bfloat16_products_accumulate_in_float32(implementation):
-    # 1 added to a bfloat16 sum of 256 leaves it at 256.
-    length = 1000
-    ones = jnp.ones((1, length, 1, 1), jnp.bfloat16)
-    dt = jnp.full((1, length, 1), np.log(np.e - 1), jnp.float32)
-    options = {"chunk_size": length, "implementation": implementation, "return_final_state": True}
-    y, state = jax.jit(functools.partial(ssd, **options))(ones, dt, jnp.array([-1e-9]), ones, ones)
-    assert state[0, 0, 0, 0] == pytest.approx(length, rel=1e-2)
-    assert float(y[0, -1, 0, 0]) == pytest.approx(length, rel=1e-2)
-
-
-@by_implementation
-def test_extreme_decay_gives_finite_gradients(implementation):
-    case = CASES[2]
-    arrays = in_dtype(inputs(case), "float32") | {"dt": jnp.full((BATCH, case.length, HEADS), 80.0)}
-    dy, dstate = (jnp.asarray(c, jnp.float32) for c in cotangents(case))
-    y, state, gradients = program(implementation, 64)(arrays, None, dy, dstate)
-    for array in (y, state, *gradients.values()):
-        assert jnp.isfinite(array).all()
-    # Nothing is left of the past: y = delta x (C . B) + D x.
-    x, B, C = (np.asarray(arrays[name], np.float64) for name in ("x", "B", "C"))
-    delta = 80 + np.asarray(arrays["dt_bias"])[:, None]
-    expected = (delta * np.einsum("blhn,blhn->blh", B, C)[..., None] + np.asarray(arrays["D"])[:, None]) * x
-    assert_near(y, expected, 1e-6, "y")
-
-
-@by_implementation
-def test_two_halves_chained_equal_one_pass(implementation):
-    case = CASES[2]
-    arrays = in_dtype(inputs(case), "float32")
-    half = case.length // 2
-
-    def part(state, positions):
-        sliced = {name: a[:, positions] if name in ("x", "dt", "B", "C") else a for name, a in arrays.items()}
-        dy = jnp.zeros((BATCH, half, HEADS, WIDTH))
-        run = program(implementation, 16)
-        return run(sliced | {"initial_state": state}, None, dy, jnp.zeros_like(state))[:2]
-
-    first, state = part(arrays["initial_state"], slice(0, half))
-    second, state = part(state, slice(half, None))
-    expected_y, expected_state, _ = truth(case)
-    assert_near(jnp.concatenate([first, second], axis=1), expected_y, 2e-5, "y")
-    assert_near(state, expected_state, 2e-5, "final state")
-
-
-@by_implementation
-def test_padding_leaves_the_state_as_it_is(implementation):
-    """Rows of padding alone and rows cut short, whatever their padding holds."""
-    arrays = in_dtype(inputs(SMALL), "float32")
-    zeros = jnp.zeros((BATCH, SMALL.length, HEADS, WIDTH)), jnp.zeros((BATCH, HEADS, WIDTH, STATE))
-    run = program(implementation, 4)
-    _, state, _ = run(arrays, jnp.array([0, 1, 4]), *zeros)
-    np.testing.assert_array_equal(state[0], arrays["initial_state"][0])
-    assert (state[1:] != arrays["initial_state"][1:]).all()
-    other = arrays | {name: arrays[name].at[:, 4:].add(3.0) for name in ("x", "dt", "B", "C")}
-    np.testing.assert_array_equal(run(other, jnp.array([0, 1, 4]), *zeros)[1], state)
-
-
-@by_implementation
-def test_vmap_equals_one_after_the_other(implementation):
-    arrays = in_dtype(inputs(SMALL), "float32")
-    pair = arrays, jax.tree.map(lambda a: 0.9 * a, arrays)
-    cotangent = [jnp.asarray(c, jnp.float32) for c in cotangents(SMALL)]
-    run = program(implementation, 4)
-    stacked = jax.tree.map(lambda *both: jnp.stack(both), *pair)
-    mapped = jax.jit(jax.vmap(run.__wrapped__, in_axes=(0, None, None, None)))(stacked, None, *cotangent)
-    for index, single in enumerate(pair):
-        expected = jax.tree.leaves(run(single, None, *cotangent))
-        for actual, wanted in zip(jax.tree.leaves(mapped), expected, strict=True):
-            np.testing.assert_allclose(actual[index], wanted, rtol=1e-4, atol=1e-5)
-
-
-@by_implementation
-def test_left_out_inputs_are_zeros(implementation):
-    arrays = in_dtype(inputs(SMALL), "float32")
-    dy, dstate = (jnp.asarray(c, jnp.float32) for c in cotangents(SMALL))
-    run = program(implementation, 4)
-    zeros = {"D": jnp.zeros(HEADS), "dt_bias": jnp.zeros(HEADS)}
-    zeros["initial_state"] = jnp.zeros((BATCH, HEADS, WIDTH, STATE))
-    without = {name: a for name, a in arrays.items() if name not in zeros}
-    outputs = run(without, None, dy, dstate)[:2], run(without | zeros, None, dy, dstate)[:2]
-    for actual, expected in zip(*outputs, strict=True):
-        np.testing.assert_allclose(actual, expected, rtol=1e-6, atol=1e-6)
-
-
-def golden(golden_dir, length):
-    with np.load(golden_dir / f"ssd_core_L{length}.npz") as stored:
-        arrays = {key: stored[key] for key in stored.files}
-    return json.loads(arrays["config_json"].item())["chunk_size"], arrays
-
-
-def check_golden(golden_dir, length, implementation, dtype):
-    chunk_size, arrays = golden(golden_dir, length)
-    leaves = {key.removeprefix("in/"): jnp.asarray(a, dtype) for key, a in arrays.items() if key.startswith("in/")}
-    dy, dstate = leaves.pop("gy"), leaves.pop("gfinal")
-    run = program(implementation, chunk_size)
-    value_tolerance, gradient_tolerance = TOLERANCES[dtype]
-    for kept, weights in [("grad_y", (dy, 0 * dstate)), ("grad_final", (0 * dy, dstate))]:
-        y, state, gradients = run(leaves, None, *weights)
-        assert_near(y, arrays["seq64/y"], value_tolerance, "y")
-        assert_near(state, arrays["seq64/final_state"], value_tolerance, "final state")
-        assert {f"seq64/{kept}/{name}" for name in gradients} == {k for k in arrays if k.startswith(f"seq64/{kept}/")}
-        for name, gradient in gradients.items():
-            assert_near(gradient, arrays[f"seq64/{kept}/{name}"], gradient_tolerance, f"{kept} by {name}")
-
-
-@by_wide_implementation
-@pytest.mark.parametrize("length", [1, 31, 32, 50])
-def test_stored_vectors_in_float64(golden_dir, length, implementation, x64):
-    check_golden(golden_dir, length, implementation, "float64")
-
-
-@by_implementation
-def test_stored_vectors_in_float32(golden_dir, implementation):
-    check_golden(golden_dir, 50, implementation, "float32")
-
-
-@jax.jit
-def run_last(arrays, lengths, weight):
-    def apply(arrays):
-        given = (arrays[name] for name in ("x", "dt", "A", "B", "C_last"))
-        return ssd_last(*given, lengths, D=arrays["D"], dt_bias=arrays["dt_bias"])
-
-    y, pull = jax.vjp(apply, arrays)
-    return y, pull(weight)[0]
-
-
-def check_last(case, dtype):
-    rows, last = np.arange(BATCH), np.array(case.lengths) - 1
-    arrays, dy = inputs(case), cotangents(case)[0]
-    at_last = np.zeros_like(dy)
-    at_last[rows, last] = dy[rows, last]
-    y, _, expected = sequential(arrays, case.lengths, at_last, np.zeros((BATCH, HEADS, WIDTH, STATE)))
-    expected["C_last"] = expected.pop("C")[rows, last]
-    given = {name: a for name, a in arrays.items() if name != "C"} | {"C_last": arrays["C"][rows, last]}
-    actual, gradients = run_last(in_dtype(given, dtype), jnp.array(case.lengths), jnp.asarray(dy[rows, last], dtype))
-    value_tolerance, gradient_tolerance = TOLERANCES[dtype]
-    assert actual.dtype == dtype
-    assert_near(actual, y[rows, last], value_tolerance, "y")
-    for name, gradient in gradients.items():
-        assert_near(gradient, expected[name], gradient_tolerance, f"gradient by {name}")
-
-
-LAST_CASES = [
-    Case(1, 1, lengths=(1, 1, 1)),
-    Case(31, 2, lengths=(31, 1, 17)),
-    Case(200, None, lengths=(200, 1, 64)),
-    Case(50, 4, lengths=(50, 49, 2), step_scale=3.0),
+HEADS, WIDTH, STATE = 4, 8, 5
+WHOLE = SsdConfig(chunk_size=16, segments=1, heads_per_program=1, width_splits=1, forward_warps=2, backward_warps=2)
+PARTS = dataclasses.replace(WHOLE, segments=4, heads_per_program=2)
+# What follows sizes of a case: groups of heads, or 0 for maps without that axis.
+SHARED, PAIRS, ALL = (0,), (2,), (4,)
+HISTORIES = Case(50, ((13, 1, 26, 10), (25, 24, 1), (50,)), initial=True, sizes=PAIRS)
+# Standard deviations of the raw steps, or "mixed"; decay rates are up to the second number.
+STEPS = [(1.0, 16.0), (10.0, 16.0), (100.0, 50.0), (1e4, 50.0), ("mixed", 1.0), ("mixed", 50.0), ("mixed", 1e4)]
+STEP_CASES = [
+    Case(1, initial=True, sizes=(1,)),
+    Case(31, ((31,), (), (17,)), sizes=PAIRS),
+    Case(32, initial=True, sizes=SHARED),
+    HISTORIES,
+    Case(200, ((200,), (1,), (64,)), initial=True, sizes=SHARED),
 ]
 
 
-@pytest.mark.parametrize("case", LAST_CASES[1::2], ids=str)
-def test_the_last_position_alone_in_float32(case):
-    check_last(case, "float32")
+def sequential(arrays, lengths, dy, dstate):
+    """Returns y, the final state, and the gradient by every input, in float64."""
+    leaves = {name: torch.from_numpy(np.asarray(a, np.float64)).requires_grad_() for name, a in arrays.items()}
+    B, C = (leaves[m] if leaves[m].ndim == 4 else leaves[m][:, :, None] for m in "BC")
+    delta = torch.nn.functional.softplus(leaves["dt"] + leaves["dt_bias"])
+    delta = delta * (torch.arange(delta.shape[1]) < torch.tensor(lengths)[:, None])[..., None]
+    state = leaves.get("initial_state")
+    y, final = ssd_sequential(leaves["x"], delta, leaves["A"], B, C, D=leaves["D"], initial_state=state)
+    total = (y * torch.from_numpy(dy)).sum() + (final * torch.from_numpy(dstate)).sum()
+    gradients = torch.autograd.grad(total, list(leaves.values()))
+    return y.detach().numpy(), final.detach().numpy(), dict(zip(leaves, (g.numpy() for g in gradients), strict=True))
 
 
-@pytest.mark.parametrize("case", LAST_CASES, ids=str)
-def test_the_last_position_alone_in_float64(case, x64):
-    check_last(case, "float64")
-
-
-def test_the_last_position_alone_in_bfloat16():
-    case = LAST_CASES[1]
-    rows, last = np.arange(BATCH), np.array(case.lengths) - 1
-    arrays = in_dtype(inputs(case), jnp.bfloat16)
-    full, _, _ = sequential(arrays, case.lengths, *cotangents(case))
-    arrays["C_last"] = arrays.pop("C")[rows, last]
-    actual, gradients = run_last(arrays, jnp.array(case.lengths), jnp.ones((BATCH, HEADS, WIDTH), jnp.bfloat16))
-    assert actual.dtype == jnp.bfloat16
-    assert_near(actual, full[rows, last], 1e-2, "y")
-    assert all(g.dtype == jnp.bfloat16 for g in gradients.values())
-
-
-@pytest.mark.parametrize("case", [Case(31, 2), Case(50, 1, step_scale=3.0)], ids=str)
-def test_the_dense_mask_is_the_dual_form(case, x64):
-    arrays = inputs(case)
-    L = np.asarray(jax.jit(dense_mask)(arrays["dt"], arrays["A"], dt_bias=arrays["dt_bias"]))
-    assert L.shape == (BATCH, HEADS, case.length, case.length)
-    assert (np.triu(L, 1) == 0).all()
-    assert (np.diagonal(L, axis1=2, axis2=3) == 1).all()
-    delta = np.logaddexp(0, arrays["dt"] + arrays["dt_bias"])
-    B, C = (np.repeat(arrays[m], HEADS // case.groups, axis=2) for m in "BC")
-    mixed = L * np.einsum("bihn,bjhn->bhij", C, B)
-    y = np.einsum("bhij,bjh,bjhp->bihp", mixed, delta, arrays["x"]) + arrays["D"][:, None] * arrays["x"]
-    assert_near(y, truth(case)[0], 1e-10, "y")
-
-
-def test_step_sizes():
-    dt = jnp.array([[[0.0], [100.0], [-20.0]]], jnp.bfloat16)
-    delta = step_size(dt, jnp.array([1.0]), jnp.array([2]))
-    assert delta.dtype == jnp.float32
-    np.testing.assert_allclose(delta[0, :, 0], [np.log1p(np.e), 101.0, 0.0], rtol=1e-6)
-    assert delta[0, 2, 0] == 0
-    assert step_size(dt)[0, 2, 0] > 0
-
-
-@pytest.mark.parametrize(
-    ("changed", "message"),
-    [
+class TestSsd(RecurrenceSuite):
+    op = staticmethod(ssd)
+    implementations = IMPLEMENTATIONS
+    sequential = staticmethod(sequential)
+    forms = {
+        "reference": {"implementation": "reference"},
+        "xla-7": {"implementation": "xla", "chunk_size": 7},
+        "xla-16": {"implementation": "xla", "chunk_size": 16},
+        "xla": {"implementation": "xla", "chunk_size": 64},
+        "kernels": {"implementation": "pallas_triton", "config": WHOLE},
+        "kernels in segments": {"implementation": "pallas_triton", "config": PARTS},
+    }
+    plain, kernels = ["reference", "xla-16", "xla"], ["kernels", "kernels in segments"]
+    thorough = ["reference", "xla-16", *kernels]
+    kernel_names = ["ssd_forward", "ssd_backward"]
+    small_sizes = PAIRS
+    cases = {
+        "one position": Case(1, sizes=(1,)),
+        "rows that end": Case(31, ((31,), (), (17,)), sizes=PAIRS),
+        "initial state": Case(50, initial=True, sizes=PAIRS),
+        "long rows that end": Case(200, ((200,), (1,), (64,)), initial=True, sizes=SHARED),
+        "strong decay": Case(50, initial=True, step_scale=3.0, sizes=PAIRS),
+        "some histories": HISTORIES,
+        "histories at borders of chunks": Case(
+            50, ((16, 16, 16, 2), (15, 16, 16, 3), (17, 16, 16, 1)), initial=True, sizes=PAIRS
+        ),
+        "histories everywhere": Case(50, ((1,) * 50,) * 3, initial=True, sizes=PAIRS),
+        "histories with strong decay": Case(
+            50, ((5, 15, 30), (1, 1, 1, 47), (24, 26)), initial=True, step_scale=3.0, sizes=PAIRS
+        ),
+        "histories and rows that end": Case(50, ((3, 41, 6), (), (4, 12, 1)), initial=True, sizes=SHARED),
+    }
+    shapes = {"x": (3, 6, 4, 8), "dt": (3, 6, 4), "A": (4,), "B": (3, 6, 2, 5), "C": (3, 6, 2, 5)}
+    bad_shapes = [
         ({"x": (3, 6, 32)}, r"x has shape \(3, 6, 32\), expected \[b, l, h, p\]"),
         ({"x": (3, 0, 4, 8)}, r"x has shape \(3, 0, 4, 8\): its length 0 must be at least 1"),
         ({"dt": (3, 6)}, r"dt has shape \(3, 6\), expected \(3, 6, 4\)"),
@@ -322,34 +104,327 @@ def test_step_sizes():
         ({"D": (3,)}, r"D has shape \(3,\), expected \(4,\)"),
         ({"dt_bias": (1,)}, r"dt_bias has shape \(1,\), expected \(4,\)"),
         ({"initial_state": (3, 4, 5, 8)}, r"initial_state has shape \(3, 4, 5, 8\), expected \(3, 4, 8, 5\)"),
-        ({"lengths": (3, 1)}, r"lengths has shape \(3, 1\), expected \(3,\)"),
-    ],
-)
-def test_shapes_that_do_not_fit(changed, message):
-    shapes = {"x": (3, 6, 4, 8), "dt": (3, 6, 4), "A": (4,), "B": (3, 6, 2, 5), "C": (3, 6, 2, 5)} | changed
-    with pytest.raises(ValueError, match=message):
-        ssd(**{name: jnp.ones(shape) for name, shape in shapes.items()})
+    ]
+
+    @staticmethod
+    def draw(case, rng):
+        maps = [BATCH, case.length, *(g for g in case.sizes or (1,) if g), STATE]
+        dt = np.float32(case.step_scale * rng.normal(size=(BATCH, case.length, HEADS)))
+        return {
+            "x": numbers(rng, BATCH, case.length, HEADS, WIDTH),
+            "dt": dt.astype(np.float64),
+            "A": np.float32(-np.geomspace(1, 16, HEADS)).astype(np.float64),
+            "B": numbers(rng, *maps),
+            "C": numbers(rng, *maps),
+            "D": numbers(rng, HEADS),
+            "dt_bias": numbers(rng, HEADS),
+        }
+
+    @staticmethod
+    def state_shape(case):
+        return BATCH, HEADS, WIDTH, STATE
+
+    @staticmethod
+    def shapes_of_ones(length):
+        ones = (1, length, 1)
+        return {"x": (*ones, 1), "dt": ones, "A": (1,), "B": ones, "C": ones}
+
+    @pytest.mark.parametrize("form", ["reference", "xla-16", "kernels"])
+    def test_a_map_for_every_head(self, form):
+        case = Case(20, initial=True, sizes=ALL)
+        arrays, weights = self.given(case)
+        assert_all_near(self.run(form, arrays, None, weights), self.truth(case), TOLERANCES["float32"])
+
+    @pytest.mark.parametrize("steps", STEPS, ids=str)
+    def test_steps_that_are_large_or_large_beside_small(self, any_form, steps):
+        """As near to float64 as the walk step by step, whose largest error over all cases is 6e-6."""
+        self.check_steps(any_form, steps, STEP_CASES[3], "float32", 1e-5)
+
+    @pytest.mark.exhaustive
+    @pytest.mark.parametrize("of_steps", STEP_CASES[:3] + STEP_CASES[4:], ids=lambda case: f"length {case.length}")
+    @pytest.mark.parametrize("steps", STEPS, ids=str)
+    def test_such_steps_in_other_shapes(self, any_form, steps, of_steps):
+        self.check_steps(any_form, steps, of_steps, "float32", 1e-5)
+
+    @pytest.mark.exhaustive
+    @pytest.mark.parametrize("steps", STEPS, ids=str)
+    def test_such_steps_in_bfloat16(self, form, steps):
+        self.check_steps(form, steps, STEP_CASES[3], jnp.bfloat16, 3e-2)
+
+    def check_steps(self, form, steps, case, dtype, tolerance):
+        """Mixed steps are small ones with 10, 100 and 10,000 strewn in."""
+        scale, rate = steps
+        rng, (arrays, weights) = np.random.default_rng(7), self.given(case)
+        shape = arrays["dt"].shape
+        if scale == "mixed":
+            large = rng.choice([0, 10, 100, 1e4], p=[0.85, 0.05, 0.05, 0.05], size=shape)
+            dt = np.where(large, large, rng.normal(size=shape) - 3)
+        else:
+            dt = scale * rng.normal(size=shape)
+        arrays = arrays | {"dt": dt, "A": -np.geomspace(rate / 16, rate, HEADS)}
+        given = {name: jnp.asarray(a, dtype if name in BY_POSITION else "float32") for name, a in arrays.items()}
+        actual = self.program(form)(given, case.ids, *in_dtype(weights, "float32"))
+        assert_all_near(actual, self.alone(given, case.ids, weights), (tolerance, tolerance))
+
+    def test_products_across_histories_may_overflow(self, any_form):
+        """Histories that are each in range, though not one's values times another's."""
+        arrays, (dy, dstate) = self.given(dataclasses.replace(HISTORIES, rows=None))
+        arrays, dy = {name: np.array(a) for name, a in arrays.items()}, np.array(dy)
+        first, second, third = slice(9), slice(9, 20), slice(20, 50)
+        for array, part, scale in [
+            (arrays["x"], first, 1e10),
+            (arrays["B"], first, 1e20),
+            (arrays["C"], first, 1e-20),
+            (arrays["C"], second, 1e20),
+            (dy, third, 1e30),
+        ]:
+            array[:, part] *= scale
+        for array in jax.tree.leaves(self.run(any_form, arrays, ids_of([(9, 11, 30)] * 3, 50), (dy, dstate))):
+            assert jnp.isfinite(array).all()
+
+    def test_a_history_does_not_see_the_step_that_leads_to_it(self, form):
+        """It decays nothing, however long: float32 sums that held it would have no digits for the others."""
+        arrays, weights = self.given(Case(50, sizes=PAIRS))
+        ids = ids_of([(1, 19, 20, 10), (9, 41), (17, 1, 32)], 50)
+        starts = np.diff(ids, axis=1, prepend=ids[:, :1]) != 0
+        arrays = arrays | {name: np.array(arrays[name]) for name in ("x", "dt")}
+        arrays["dt"][starts], arrays["x"][starts] = 2.0**24, 2.0**-24
+        y, state, gradients = self.run(form, arrays, ids, weights)
+        expected = self.alone(arrays, ids, weights)
+        assert_near(y, expected[0], 2e-5, "y")
+        assert_near(state, expected[1], 2e-5, "final state")
+        assert_near(gradients["dt"], expected[2]["dt"], 1e-4, "gradient by dt")
+
+    @pytest.mark.parametrize("value", [np.nan, np.inf])
+    def test_what_is_not_finite_ends_where_a_history_begins_in_a_later_chunk(self, plain, value):
+        arrays, weights = self.given(Case(48, initial=True, sizes=PAIRS))
+        ids, spoiled = ids_of([(20, 13, 15)] * 3, 48), arrays | {"x": np.array(arrays["x"])}
+        spoiled["x"][0, 5] = value
+        # One chunk of 64 holds the whole row.
+        sound = {"reference": 20, "xla-16": 33, "xla": 48}[plain]
+        clean, found = (self.run(plain, a, ids, weights)[0] for a in (arrays, spoiled))
+        assert not jnp.isfinite(found[0, 5:20]).any()
+        np.testing.assert_array_equal(found[0, sound:], clean[0, sound:])
+        np.testing.assert_array_equal(found[1:], clean[1:])
+
+    @pytest.mark.parametrize(("fit", "rows", "chunks"), [(2, 2, 1), (9, 3, 2)])
+    def test_tiles_that_overlap(self, fit, rows, chunks, monkeypatch, x64):
+        """Small tiles, of which the last reaches back over positions, and over rows, that are done."""
+        case = Case(37, ((8, 7, 16, 3, 3), (31, 1, 1), (1, 1)), initial=True, sizes=PAIRS)
+        monkeypatch.setattr(xla, "_TILE_VALUES", fit * HEADS * 4 * WIDTH)
+        assert xla._tiling(BATCH, case.length, HEADS, (WIDTH, STATE), 4, None)[1:3] == (rows, chunks)
+        arrays, weights = self.given(case)
+
+        @jax.jit
+        def run(arrays):
+            apply = functools.partial(ssd, segment_ids=case.ids, return_final_state=True, chunk_size=4)
+            outputs, pull = jax.vjp(lambda arrays: apply(**arrays), arrays)
+            return *outputs, pull(tuple(jnp.asarray(w) for w in weights))[0]
+
+        assert_all_near(run(arrays), self.truth(case), TOLERANCES["float64"])
+
+    def check_golden(self, golden_dir, length, form, dtype):
+        with np.load(golden_dir / f"ssd_core_L{length}.npz") as stored:
+            arrays = {key: stored[key] for key in stored.files}
+        assert json.loads(arrays["config_json"].item())["chunk_size"] >= 1
+        leaves = {key.removeprefix("in/"): jnp.asarray(a, dtype) for key, a in arrays.items() if key.startswith("in/")}
+        dy, dstate = leaves.pop("gy"), leaves.pop("gfinal")
+        value_tolerance, gradient_tolerance = TOLERANCES[dtype]
+        for kept, weights in [("grad_y", (dy, 0 * dstate)), ("grad_final", (0 * dy, dstate))]:
+            y, state, gradients = self.program(form)(leaves, None, *weights)
+            assert_near(y, arrays["seq64/y"], value_tolerance, "y")
+            assert_near(state, arrays["seq64/final_state"], value_tolerance, "final state")
+            names = {f"seq64/{kept}/{name}" for name in gradients}
+            assert names == {key for key in arrays if key.startswith(f"seq64/{kept}/")}
+            for name, gradient in gradients.items():
+                assert_near(gradient, arrays[f"seq64/{kept}/{name}"], gradient_tolerance, f"{kept} by {name}")
+
+    @pytest.mark.parametrize("length", [1, 31, 32, 50])
+    def test_stored_vectors_in_float64(self, golden_dir, length, plain, x64):
+        self.check_golden(golden_dir, length, plain, "float64")
+
+    def test_stored_vectors_in_float32(self, golden_dir, form):
+        self.check_golden(golden_dir, 50, form, "float32")
+
+
+@jax.jit
+def run_last(arrays, last, weight):
+    def apply(arrays):
+        given = (arrays[name] for name in ("x", "dt", "A", "B", "C_last"))
+        return ssd_last(*given, last, D=arrays["D"], dt_bias=arrays["dt_bias"])
+
+    y, pull = jax.vjp(apply, arrays)
+    return y, pull(weight)[0]
+
+
+LAST_CASES = [
+    (Case(1, sizes=(1,)), (0, 0, 0)),
+    (Case(31, sizes=PAIRS), (30, 0, 16)),
+    (Case(200, sizes=SHARED), (199, 0, 63)),
+    (Case(50, step_scale=3.0, sizes=ALL), (49, 48, 1)),
+]
+
+
+def check_last(case, last, dtype, tolerances):
+    rows, last = np.arange(BATCH), np.array(last)
+    arrays, (dy, dstate) = TestSsd.given(case)
+    if dtype == jnp.bfloat16:
+        arrays, dy = jax.tree.map(lambda a: np.asarray(jnp.asarray(a, dtype), np.float64), (arrays, dy))
+    at_last = np.zeros_like(dy)
+    at_last[rows, last] = dy[rows, last]
+    y, _, expected = TestSsd.alone(arrays, ids_of([(n + 1,) for n in last], case.length), (at_last, 0 * dstate))
+    expected["C_last"] = expected.pop("C")[rows, last]
+    given = {name: a for name, a in arrays.items() if name != "C"} | {"C_last": arrays["C"][rows, last]}
+    actual, gradients = run_last(in_dtype(given, dtype), jnp.array(last), jnp.asarray(dy[rows, last], dtype))
+    assert {actual.dtype, *(g.dtype for g in gradients.values())} == {jnp.dtype(dtype)}
+    assert_near(actual, y[rows, last], tolerances[0], "y")
+    for name, gradient in gradients.items():
+        assert_near(gradient, expected[name], tolerances[1], f"gradient by {name}")
+
+
+@pytest.mark.parametrize(("case", "last"), LAST_CASES[1::2])
+def test_the_last_position_alone_in_float32(case, last):
+    check_last(case, last, "float32", TOLERANCES["float32"])
+
+
+@pytest.mark.parametrize(("case", "last"), LAST_CASES)
+def test_the_last_position_alone_in_float64(case, last, x64):
+    check_last(case, last, "float64", TOLERANCES["float64"])
+
+
+def test_the_last_position_alone_in_bfloat16():
+    check_last(*LAST_CASES[1], jnp.bfloat16, (1e-2, 5e-2))
 
 
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
         ({"C_last": (3, 6, 2, 5)}, r"C_last has shape \(3, 6, 2, 5\), expected \(3, 2, 5\)"),
-        ({"lengths": (2,)}, r"lengths has shape \(2,\), expected \(3,\)"),
+        ({"last": (2,)}, r"last has shape \(2,\), expected \(3,\)"),
         ({"dt": (3, 5, 4)}, r"dt has shape \(3, 5, 4\), expected \(3, 6, 4\)"),
         ({"D": (8,)}, r"D has shape \(8,\), expected \(4,\)"),
         ({"dt_bias": (8,)}, r"dt_bias has shape \(8,\), expected \(4,\)"),
     ],
 )
 def test_shapes_that_do_not_fit_the_last_position(changed, message):
-    shapes = {"x": (3, 6, 4, 8), "dt": (3, 6, 4), "A": (4,), "B": (3, 6, 2, 5), "C_last": (3, 2, 5), "lengths": (3,)}
+    shapes = {"x": (3, 6, 4, 8), "dt": (3, 6, 4), "A": (4,), "B": (3, 6, 2, 5), "C_last": (3, 2, 5), "last": (3,)}
     with pytest.raises(ValueError, match=message):
         ssd_last(**{name: jnp.ones(shape) for name, shape in (shapes | changed).items()})
 
 
-def test_options_out_of_range():
-    given = [jnp.ones(shape) for shape in [(3, 6, 4, 8), (3, 6, 4), (4,), (3, 6, 5), (3, 6, 5)]]
-    with pytest.raises(ValueError, match="chunk_size=0 must be at least 1"):
-        ssd(*given, chunk_size=0)
-    with pytest.raises(ValueError, match=r"implementation='cuda' must be one of \('reference', 'xla', .*\), or None"):
-        ssd(*given, implementation="cuda")
+def one_position(dtype="float64", sizes=PAIRS, without=()):
+    """Positional arguments of `ssd_step` and its optional ones."""
+    arrays = dict(TestSsd.given(Case(1, initial=True, sizes=sizes))[0])
+    narrow = {name: jnp.asarray(arrays[name], dtype) for name in BY_POSITION}
+    wide = in_dtype(
+        {name: arrays[name] for name in (*PARAMETERS, "initial_state")}, jnp.promote_types(dtype, "float32")
+    )
+    given = narrow | wide
+    options = {name: given[name] for name in ("D", "dt_bias") if name not in without}
+    return [given[name] for name in ("x", "dt", "A", "B", "C", "initial_state")], options
+
+
+def step_by_definition(x, dt, A, B, C, state, **options):
+    return ssd(x, dt, A, B, C, initial_state=state, return_final_state=True, implementation="reference", **options)
+
+
+@pytest.mark.parametrize("sizes", [SHARED, PAIRS])
+@pytest.mark.parametrize("without", [(), ("D", "dt_bias")])
+def test_one_step_is_the_definition_at_length_one(x64, sizes, without):
+    arrays, options = one_position(sizes=sizes, without=without)
+
+    def both(step):
+        outputs, pull = jax.vjp(lambda *a: step(*a, **options), *arrays)
+        return *outputs, *pull(jax.tree.map(jnp.cos, outputs))
+
+    for found, wanted in zip(both(ssd_step), both(step_by_definition), strict=True):
+        assert found.shape == wanted.shape
+        np.testing.assert_allclose(found, wanted, rtol=1e-10, atol=1e-12)
+
+
+def test_rows_without_a_position_keep_their_bits():
+    arrays, options = one_position("float32")
+    state = arrays[-1]
+    _, after = ssd_step(*arrays, segment_ids=jnp.array([[1], [0], [1]]), **options)
+    assert np.asarray(after[1]).tobytes() == np.asarray(state[1]).tobytes()
+    assert (after[::2] != state[::2]).any(axis=(1, 2, 3)).all()
+
+
+def test_one_step_of_narrow_values_keeps_a_wide_state():
+    arrays, options = one_position(jnp.bfloat16)
+    y, after = ssd_step(*arrays, **options)
+    assert y.dtype == jnp.bfloat16 and after.dtype == jnp.float32
+    expected, expected_state = ssd_step(*in_dtype(arrays, "float32"), **options)
+    np.testing.assert_allclose(y.astype(jnp.float32), expected, rtol=2e-2, atol=2e-2)
+    np.testing.assert_allclose(after, expected_state, rtol=1e-6, atol=1e-6)
+
+
+def test_shapes_that_do_not_fit_one_step():
+    (x, dt, A, B, C, state), _ = one_position("float32", SHARED)
+    with pytest.raises(ValueError, match=r"x \(3, 2, 4, 8\) and dt \(3, 1, 4\) must be \[b, 1, h, p\] and \[b, 1, h\]"):
+        ssd_step(jnp.repeat(x, 2, axis=1), dt, A, B, C, state)
+    with pytest.raises(ValueError, match=r"B \(3, 1, 1, 7\) and C \(3, 1, 1, 5\) must be \[b, 1, g, n\]"):
+        ssd_step(x, dt, A, jnp.zeros((3, 1, 7)), C, state)
+
+
+@pytest.mark.parametrize("case", [Case(31, sizes=PAIRS), Case(50, step_scale=3.0, sizes=(1,))], ids=str)
+def test_the_dense_mask_is_the_dual_form(case, x64):
+    arrays, _ = TestSsd.given(case)
+    L = np.asarray(jax.jit(dense_mask)(arrays["dt"], arrays["A"], dt_bias=arrays["dt_bias"]))
+    assert L.shape == (BATCH, HEADS, case.length, case.length)
+    assert (np.triu(L, 1) == 0).all()
+    assert (np.diagonal(L, axis1=2, axis2=3) == 1).all()
+    delta = np.logaddexp(0, arrays["dt"] + arrays["dt_bias"])
+    B, C = (np.repeat(arrays[m], HEADS // case.sizes[0], axis=2) for m in "BC")
+    mixed = L * np.einsum("bihn,bjhn->bhij", C, B)
+    y = np.einsum("bhij,bjh,bjhp->bihp", mixed, delta, arrays["x"]) + arrays["D"][:, None] * arrays["x"]
+    assert_near(y, TestSsd.truth(case)[0], 1e-10, "y")
+
+
+def test_the_dense_mask_keeps_small_steps_beside_large_ones(x64):
+    dt = np.full((1, 40, 1), 0.5)
+    dt[0, 5] = 1e6
+    small = dense_mask(jnp.asarray(dt, jnp.float32), jnp.array([-1.0], jnp.float32))
+    wide = dense_mask(jnp.asarray(dt, jnp.float64), jnp.array([-1.0], jnp.float64))
+    np.testing.assert_allclose(small, wide, rtol=2e-5, atol=0)
+
+
+@pytest.mark.parametrize("pieces", [(1,) * 4, (3, 1, 17, 2, 27), (49, 1)], ids=str)
+@pytest.mark.parametrize("implementation", ["reference", "xla"])
+def test_a_history_in_pieces_equals_one_pass(implementation, pieces, x64):
+    """Convolution and recurrence, each handing on what the next piece needs; rows of a piece differ in length."""
+    taps, length = 4, sum(pieces)
+    rng = np.random.default_rng(len(pieces))
+    given = rng.normal(size=(BATCH, length, HEADS * WIDTH))
+    weight = rng.normal(size=(taps, HEADS * WIDTH))
+    dt, B, C = (rng.normal(size=(BATCH, length, size)) for size in (HEADS, STATE, STATE))
+    parameters = {"A": -np.geomspace(0.1, 2, HEADS), "D": np.ones(HEADS)}
+
+    def piece(carry, given, dt, B, C, ids=None):
+        tail, state = carry
+        options = {"implementation": implementation}
+        x = causal_conv1d(given, weight, activation="silu", initial=tail, **options)
+        x = x.reshape(*x.shape[:2], HEADS, WIDTH)
+        options |= {"initial_state": state, "segment_ids": ids, "return_final_state": True}
+        y, state = ssd(x, dt, B=B, C=C, **parameters, **options)
+        return (causal_conv1d_tail(given, taps, ids, tail), state), y
+
+    run = jax.jit(piece)
+    nothing = jnp.zeros((BATCH, taps - 1, HEADS * WIDTH)), jnp.zeros((BATCH, HEADS, WIDTH, STATE))
+    expected_carry, expected = run(nothing, given, dt, B, C)
+    carry, at = nothing, np.zeros(BATCH, int)
+    outputs = np.zeros(expected.shape)
+    for size in (*pieces, *pieces):
+        # Of each piece a row takes as much as it has left: the first all, the second half, the last a third.
+        lengths = np.minimum([size, size - size // 2, size - size // 3], length - at)
+        picked = np.minimum(at[:, None] + np.arange(size), length - 1)
+        take = functools.partial(np.take_along_axis, indices=picked[..., None], axis=1)
+        ids = ids_of([(n,) for n in lengths], size)
+        carry, y = run(carry, *map(take, (given, dt, B, C)), ids)
+        for row, real in enumerate(lengths):
+            outputs[row, at[row] : at[row] + real] = y[row, :real]
+        at = at + lengths
+    assert (at == length).all()
+    np.testing.assert_allclose(outputs, expected, rtol=1e-12, atol=1e-12)
+    for actual, wanted in zip(carry, expected_carry, strict=True):
+        np.testing.assert_allclose(actual, wanted, rtol=1e-12, atol=1e-12)

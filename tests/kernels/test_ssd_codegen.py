@@ -31,7 +31,7 @@ SPILLED = {
 SHARED_LIMIT = 100 * 1024
 
 
-def programs(shape, *, dtype=jnp.float32, products="tfloat32", config=None, packed=False):
+def programs(shape, *, dtype=jnp.float32, precision="default", config=None, packed=False):
     """The kernels of the value and all gradients; with `packed`, of rows that hold several histories."""
     batch, length, heads, width, state = shape
 
@@ -49,12 +49,14 @@ def programs(shape, *, dtype=jnp.float32, products="tfloat32", config=None, pack
         "dt_bias": per_head,
     }
 
-    def gradients(arrays, dy, starts):
-        apply = functools.partial(ssd, implementation="pallas_triton", products=products, config=config)
-        return jax.vjp(lambda arrays: apply(**arrays, starts=starts), arrays)[1](dy)
+    def gradients(arrays, dy, segment_ids):
+        apply = functools.partial(
+            ssd, implementation="pallas_triton", interpret=False, precision=precision, config=config
+        )
+        return jax.vjp(lambda arrays: apply(**arrays, segment_ids=segment_ids), arrays)[1](dy)
 
-    starts = array(batch, length, dtype=jnp.bool_) if packed else None
-    return capture(gradients, arrays, arrays["x"], starts)
+    segment_ids = array(batch, length, dtype=jnp.int32) if packed else None
+    return capture(gradients, arrays, arrays["x"], segment_ids)
 
 
 def report(kernel, capability, label):
@@ -88,10 +90,10 @@ def test_published_shapes_in_tfloat32(shape):
     check(kernels, str(shape), SPILLED["tfloat32"], CAPABILITIES if shape == PAPER_50 else (90,))
 
 
-@pytest.mark.parametrize(("dtype", "products"), [(jnp.bfloat16, "tfloat32"), (jnp.float32, "float32")])
-def test_published_shape_in_other_precisions(dtype, products):
-    name = "bfloat16" if dtype == jnp.bfloat16 else products
-    check(programs(PAPER_50, dtype=dtype, products=products), f"{PAPER_50} {name}", SPILLED[name])
+@pytest.mark.parametrize(("dtype", "precision"), [(jnp.bfloat16, "default"), (jnp.float32, "highest")])
+def test_published_shape_in_other_precisions(dtype, precision):
+    name = "bfloat16" if dtype == jnp.bfloat16 else "float32"
+    check(programs(PAPER_50, dtype=dtype, precision=precision), f"{PAPER_50} {name}", SPILLED[name])
 
 
 def test_published_shape_with_wide_heads():

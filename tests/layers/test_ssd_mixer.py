@@ -10,7 +10,7 @@ from tim4rec_jax.layers.ssd_mixer import SSDMixer
 from tim4rec_jax.models import SSD4RecConfig
 
 SIZES = {"vocab_size": 10, "max_len": 20, "d_model": 16, "head_dim": 16, "d_state": 16}
-KERNELS = {"kernels": "pallas_triton_interpreted"}
+KERNELS = {"kernels": "pallas_triton"}
 
 
 def mixer(**changes):
@@ -29,10 +29,10 @@ def variables_and_input():
     return params, u, rows
 
 
-def run(changes, starts=None):
+def run(changes, segment_ids=None):
     """Output, gradients by parameters and input, and what was left for looking at."""
     params, u, rows = variables_and_input()
-    rows = rows._replace(starts=starts)
+    rows = rows._replace(segment_ids=segment_ids)
 
     def apply(params, u):
         (out, _, _), seen = mixer(**changes).apply({"params": params}, u, None, rows, mutable=["intermediates"])
@@ -55,8 +55,8 @@ def test_kernels_equal_plain_jax():
 
 @pytest.mark.exhaustive
 def test_kernels_equal_plain_jax_on_rows_of_several_histories():
-    starts = jnp.zeros((2, 20), bool).at[0, jnp.array([0, 7, 16])].set(True).at[1, 17].set(True)
-    plain, kernels = run({}, starts), run(KERNELS, starts)
+    segment_ids = jnp.array([[1] * 7 + [2] * 9 + [3] * 4, [1] * 17 + [2] * 3])
+    plain, kernels = run({}, segment_ids), run(KERNELS, segment_ids)
     near(kernels[0], plain[0], 2e-6)
     jax.tree.map(lambda a, b: near(a, b, 2e-5), kernels[1], plain[1])
     # Where histories begin is what makes the difference.

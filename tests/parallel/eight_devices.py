@@ -116,7 +116,7 @@ def with_kernels() -> list[list[float]]:
     """Losses of the interpreted kernels on one device and on all."""
     model = SSD4RecConfig(
         vocab_size=23, max_len=12, d_model=16, head_dim=16, d_state=16, num_layers=1, use_ffn=False,
-        kernels="pallas_triton_interpreted",
+        kernels="pallas_triton",
     )  # fmt: skip
     losses = []
     for strategy in ("single", "sharded"):

@@ -86,7 +86,8 @@ def test_interpreted_kernels_on_eight_devices(on_eight):
     np.testing.assert_allclose(many, alone, rtol=1e-5)
 
 
-def test_compiled_kernels_lower_inside_the_sharded_step():
+def test_compiled_kernels_lower_inside_the_sharded_step(monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     model_config = sibling(MODEL, "ssd4rec", num_layers=2, head_dim=16, d_state=16, kernels="pallas_triton")
     config = ExperimentConfig("test", model_config, train=TrainConfig(loss_in_tiles=True))
     model, optimizer = build_model(model_config), make_optimizer(config.train, 1)

@@ -20,7 +20,7 @@ MODEL = TiM4RecConfig(vocab_size=VOCAB, max_len=MAX_LEN, d_model=16, head_dim=16
 GROUPS = (LengthGroup(MAX_LEN, 4), LengthGroup(7, 3))
 KERNELS = {
     "everything": (
-        {"kernels": "pallas_triton_interpreted"},
+        {"kernels": "pallas_triton"},
         {"loss_in_tiles": True},
     ),
     "loss in tiles": ({}, {"loss_in_tiles": True}),

@@ -73,10 +73,10 @@ class CausalTimeChannel(nn.Module):
         dropped = self.scale_dropout(channel, rows.example_ids, deterministic=rows.deterministic)
         scaled = channel * self.scale_out(nn.silu(self.scale_in(dropped)))
         if cache is None:
-            first, _ = self.conv_1(scaled, starts=rows.starts)
-            return 1 + self.conv_2(first, starts=rows.starts)[0], None
-        first, cache_1 = self.conv_1(scaled, cache=cache[0], lengths=rows.lengths)
-        second, cache_2 = self.conv_2(first, cache=cache[1], lengths=rows.lengths)
+            first, _ = self.conv_1(scaled, segment_ids=rows.segment_ids)
+            return 1 + self.conv_2(first, segment_ids=rows.segment_ids)[0], None
+        first, cache_1 = self.conv_1(scaled, segment_ids=rows.real_ids, cache=cache[0])
+        second, cache_2 = self.conv_2(first, segment_ids=rows.real_ids, cache=cache[1])
         return 1 + second, (cache_1, cache_2)
 
     def init_cache(self, batch: int) -> TimeCache:

@@ -46,29 +46,28 @@ class CausalConv(nn.Module):
         x: Array,
         channels: slice = slice(None),
         *,
-        starts: Array | None = None,
+        segment_ids: Array | None = None,
         cache: Array | None = None,
-        lengths: Array | None = None,
     ) -> tuple[Array, Array | None]:
         """Convolves x [b, l, c], which holds the given channels only.
 
         Args:
           x: [b, l, c].
           channels: those of x.
-          starts: bool [b, l], true where a history begins, or None.
-          cache: [b, K - 1, c] inputs before x, 0 where there are none; or None. Not together with `starts`.
-          lengths: int [b] real positions of x, which the next cache ends with; read with `cache` alone.
+          segment_ids: int32 [b, l], which history a position belongs to, 0 for padding; or None. With a cache a row is
+            one history.
+          cache: [b, K - 1, c] inputs before x, 0 where there are none; or None.
 
         Returns:
           [b, l, c], and the next cache or None.
         """
         kernel, bias = self.kernel[:, channels], self.bias[channels]
         if cache is None:
-            options = {"starts": starts, "implementation": self.implementation}
+            options = {"segment_ids": segment_ids, "implementation": self.implementation}
             return causal_conv1d(x, kernel, bias, activation=self.activation, **options), None
         cache = cache.astype(x.dtype)
         y = causal_conv1d(x, kernel, bias, activation=self.activation, initial=cache)
-        return y, causal_conv1d_tail(x, self.taps, lengths, cache)
+        return y, causal_conv1d_tail(x, self.taps, segment_ids, cache)
 
     def last(self, window: Array, channels: slice = slice(None)) -> Array:
         """Returns the output [b, c] at one position from its window [b, K, c] of inputs (0 before the first)."""

@@ -83,14 +83,14 @@ class MambaMixer(nn.Module):
         """
         config = self.config
         inner, state, rank = config.d_inner, config.d_state, dt_rank(config)
+        segment_ids = rows.segment_ids if cache is None else rows.real_ids
         conv_cache, before = (None, None) if cache is None else cache
-        lengths = None if cache is None else rows.lengths
         x = self.in_proj(u, [slice(0, inner)])
-        x, conv_cache = self.conv(x, starts=rows.starts, cache=conv_cache, lengths=lengths)
+        x, conv_cache = self.conv(x, segment_ids=segment_ids, cache=conv_cache)
         r, B, C = jnp.split(self.x_proj(x), [rank, rank + state], axis=-1)
         scanned = selective_scan(
             x, self.dt_proj(r), -jnp.exp(self.A_log), B, C, D=self.D, dt_bias=self.dt_bias, initial_state=before,
-            return_final_state=cache is not None, lengths=lengths, starts=rows.starts,
+            return_final_state=cache is not None, segment_ids=segment_ids,
             implementation=config.kernels,
         )  # fmt: skip
         y, after = (scanned, None) if cache is None else scanned

@@ -21,18 +21,29 @@ class Rows(NamedTuple):
 
     Attributes:
       real: bool [b, l], false for padding, which follows the events.
-      starts: bool [b, l], true where a history begins inside its row: what lies before has no effect from there on; or
-        None where a row is one history.
+      segment_ids: int32 [b, l], which history a position belongs to, 0 for padding; or None where a row is one history.
       example_ids: int [b] names of the rows for their dropout masks.
       deterministic: no dropout.
       positions: int [b, m], the only places whose outputs are wanted, or None for all.
     """
 
     real: Array
-    starts: Array | None
+    segment_ids: Array | None
     example_ids: Array
     deterministic: bool
     positions: Array | None = None
+
+    @property
+    def real_ids(self) -> Array:
+        """Segment ids int32 [b, l] of rows of one history: a cache ends with the last of its real positions."""
+        return self.real.astype(jnp.int32)
+
+    @property
+    def starts(self) -> Array | None:
+        """Bool [b, l], true where a history or padding begins; or None where a row is one history."""
+        if self.segment_ids is None:
+            return None
+        return self.segment_ids != jnp.pad(self.segment_ids[:, :-1], ((0, 0), (1, 0)))
 
     @property
     def lengths(self) -> Array:
@@ -74,6 +85,4 @@ def rows_of(
             f"{list(items.shape)}: which history a position belongs to, 0 for padding"
         )
     real = (segment_ids != 0) & (items != 0)
-    # Padding begins anew as well, so that it is as far from the events as they are from each other.
-    starts = segment_ids != jnp.pad(segment_ids[:, :-1], ((0, 0), (1, 0)))
-    return jnp.where(real, items, 0), Rows(real, starts, ids, deterministic)
+    return jnp.where(real, items, 0), Rows(real, segment_ids.astype(jnp.int32), ids, deterministic)

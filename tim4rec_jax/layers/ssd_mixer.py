@@ -96,29 +96,28 @@ class SSDMixer(nn.Module):
           [b, l, d] or [b, m, d] at `rows.positions`, the next layer's channel (None with time off, and at single
           positions), and the cache behind these positions (None without one).
         """
-        if cache is None and rows.starts is None and rows.positions is not None and rows.positions.shape[1] == 1:
+        if cache is None and rows.segment_ids is None and rows.positions is not None and rows.positions.shape[1] == 1:
             return self._at_one_position(u, channel, rows), None, None
         config = self.config
         inner, state = config.d_inner, config.d_state
         conv_cache, state_before, time_cache = (None, None, None) if cache is None else cache
+        segment_ids = rows.segment_ids if cache is None else rows.real_ids
         z, conv_in, dt = jnp.split(self.in_proj(u), [inner, 2 * inner + 2 * state], axis=-1)
-        lengths = None if cache is None else rows.lengths
-        mixed, conv_cache = self.conv(conv_in, starts=rows.starts, cache=conv_cache, lengths=lengths)
+        mixed, conv_cache = self.conv(conv_in, segment_ids=segment_ids, cache=conv_cache)
         x, B, C = jnp.split(mixed, [inner, inner + state], axis=-1)
         dt, factor, time_cache = self._timed_steps(dt, channel, rows, time_cache)
         if channel is not None:
             channel = self.time.carry(channel, factor, rows)
         x = x.reshape(*x.shape[:2], config.num_heads, config.head_dim)
-        A, options = -jnp.exp(self.A_log), {"D": self.D, "dt_bias": self.dt_bias, "lengths": lengths}
+        A, options = -jnp.exp(self.A_log), {"D": self.D, "dt_bias": self.dt_bias, "segment_ids": segment_ids}
         self.sow("intermediates", "step_size", step_size(dt, self.dt_bias))
-        options |= {"chunk_size": config.chunk_size, "implementation": config.kernels}
+        how = {"chunk_size": config.chunk_size, "implementation": config.kernels}
         if cache is None:
-            y, after = ssd(x, dt, A, B, C, **options, starts=rows.starts), None
+            y, after = ssd(x, dt, A, B, C, **options, **how), None
         elif u.shape[1] == 1:
-            y, after = ssd_step(x, dt, A, B, C, state_before, D=self.D, dt_bias=self.dt_bias, lengths=lengths)
+            y, after = ssd_step(x, dt, A, B, C, state_before, **options)
         else:
-            options |= {"starts": rows.starts, "initial_state": state_before}
-            y, after = ssd(x, dt, A, B, C, **options, return_final_state=True)
+            y, after = ssd(x, dt, A, B, C, **options, **how, initial_state=state_before, return_final_state=True)
         self.sow("intermediates", "scan", y)
         y = gated_rms_norm(rows.at(y.reshape(z.shape)), rows.at(z), self.norm_scale, eps=config.norm_eps)
         cache = None if cache is None else MixerState(conv_cache, after, time_cache)
@@ -146,8 +145,7 @@ class SSDMixer(nn.Module):
         C_last = self.conv.last(C_window, slice(inner + state, None))
         z = self.in_proj(u_window[:, -1], [z_columns])
         x = x.reshape(*x.shape[:2], config.num_heads, config.head_dim)
-        lengths = rows.positions[:, 0] + 1
-        y = ssd_last(x, dt, -jnp.exp(self.A_log), B, C_last, lengths, D=self.D, dt_bias=self.dt_bias)
+        y = ssd_last(x, dt, -jnp.exp(self.A_log), B, C_last, rows.positions[:, 0], D=self.D, dt_bias=self.dt_bias)
         y = gated_rms_norm(y.reshape(z.shape), z, self.norm_scale, eps=config.norm_eps)
         return self.out_proj(y)[:, None]
 

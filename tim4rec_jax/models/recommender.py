@@ -116,8 +116,8 @@ class SequentialModel(nn.Module):
         self._check(segment_ids, cache)
         items, rows = rows_of(items, segment_ids, example_ids, deterministic)
         # Where a row is one history, segment ids are a mask.
-        starts = rows.starts if self.packable and cache is None else None
-        rows = rows._replace(starts=starts, positions=None if positions is None else jnp.asarray(positions))
+        ids = rows.segment_ids if self.packable and cache is None else None
+        rows = rows._replace(segment_ids=ids, positions=None if positions is None else jnp.asarray(positions))
         return self.forward(items, None if timestamps is None else jnp.asarray(timestamps), rows, cache)
 
     def _check(self, segment_ids: Any, cache: Cache | None) -> None:

@@ -11,19 +11,19 @@ import pytest
 
 from kernels.causal_conv1d import IMPLEMENTATIONS, causal_conv1d, causal_conv1d_tail
 from kernels.causal_conv1d.config import CausalConv1dConfig
-from tests.kernels.packed import histories, marked
+from tests.kernels.op_suite import BAD_IDS, histories, ids_of
 from tests.kernels.test_causal_conv1d import assert_near, by_pytorch
 
 BATCH, LENGTH, CHANNELS = 3, 11, 5
 # Outputs and gradients, as shares of the largest magnitude.
 TOLERANCES = {"float32": (2e-5, 1e-4), "float64": (1e-10, 1e-10)}
-STARTS = {
-    "none": [(), (), ()],
-    "some": [(3, 4, 9), (0, 10), (1, 2)],
-    "everywhere": [range(LENGTH)] * BATCH,
+HISTORIES = {
+    "none": [(LENGTH,)] * BATCH,
+    "some": [(3, 1, 5, 2), (10, 1), (1, 1, 9)],
+    "everywhere": [(1,) * LENGTH] * BATCH,
 }
 
-KERNELS = "pallas_triton_interpreted"
+KERNELS = "pallas_triton"
 # Strips and channels that do not exist, blocks of positions that do not divide a strip, strips shorter than 8 taps.
 CUTS = {
     "rows": CausalConv1dConfig(
@@ -54,19 +54,19 @@ def inputs(taps, implementation="xla"):
 
 @functools.cache
 def program(implementation):
-    """Jitted (x, weight, bias, initial or None, dy, starts) -> y and the gradient by all but starts.
+    """Jitted (x, weight, bias, initial or None, dy, ids) -> y and the gradient by all but ids.
 
     An implementation is a plain one, or a cut of the kernels, which take no initial.
     """
 
     @jax.jit
-    def run(x, weight, bias, initial, dy, starts):
+    def run(x, weight, bias, initial, dy, ids):
         options = {"activation": "silu", "implementation": implementation}
         if implementation in CUTS:
             options |= {"implementation": KERNELS, "config": CUTS[implementation]}
 
         def apply(x, weight, bias, initial):
-            return causal_conv1d(x, weight, bias, starts=starts, initial=initial, **options)
+            return causal_conv1d(x, weight, bias, segment_ids=ids, initial=initial, **options)
 
         y, pull = jax.vjp(apply, x, weight, bias, None if implementation in CUTS else initial)
         return [a for a in (y, *pull(dy)) if a is not None]
@@ -74,11 +74,11 @@ def program(implementation):
     return run
 
 
-def alone(x, weight, bias, initial, dy, starts):
+def alone(x, weight, bias, initial, dy, ids):
     """y and gradients where each history is convolved by itself, in float64."""
     before = weight.shape[0] - 1
     results = [np.zeros(a.shape) for a in (x, x, weight, bias, initial)]
-    for row, first, after, _, follows in histories(starts):
+    for row, first, after, _, follows in histories(ids):
         rows, part = slice(row, row + 1), slice(first, after)
         # What comes before is given as zeros, or as more of x; its outputs are nobody's.
         earlier = initial[rows] if follows else np.zeros_like(initial[rows])
@@ -93,12 +93,12 @@ def alone(x, weight, bias, initial, dy, starts):
 
 @functools.cache
 def truth(taps, name, implementation):
-    return alone(*inputs(taps, implementation), marked((BATCH, LENGTH), *STARTS[name]))
+    return alone(*inputs(taps, implementation), ids_of(HISTORIES[name], LENGTH))
 
 
 def check(implementation, taps, name, dtype):
     given = [jnp.asarray(a, dtype) for a in inputs(taps, implementation)]
-    actual = program(implementation)(*given, marked((BATCH, LENGTH), *STARTS[name]))
+    actual = program(implementation)(*given, ids_of(HISTORIES[name], LENGTH))
     assert {a.dtype for a in actual} == {jnp.dtype(dtype)}
     # With one tap nothing comes from before, and kernels take nothing from there.
     kept = slice(5 if taps > 1 and implementation in PLAIN else 4)
@@ -106,17 +106,17 @@ def check(implementation, taps, name, dtype):
 
 
 def test_the_suite_knows_every_implementation():
-    assert {*PLAIN, KERNELS} == set(IMPLEMENTATIONS) - {"pallas_triton"}
+    assert {*PLAIN, KERNELS} == set(IMPLEMENTATIONS)
 
 
 @by_taps
-@pytest.mark.parametrize("name", STARTS)
+@pytest.mark.parametrize("name", HISTORIES)
 @by_plain
 def test_each_history_alone_in_float64(implementation, name, taps, x64):
     check(implementation, taps, name, "float64")
 
 
-@pytest.mark.parametrize("name", STARTS)
+@pytest.mark.parametrize("name", HISTORIES)
 @by_implementation
 def test_each_history_alone_in_float32(implementation, name):
     check(implementation, 4, name, "float32")
@@ -129,10 +129,10 @@ def test_kernels_with_other_numbers_of_taps(taps):
 
 @hypothesis.settings(max_examples=30, deadline=None)
 @hypothesis.given(bits=st.lists(st.booleans(), min_size=BATCH * LENGTH, max_size=BATCH * LENGTH))
-def test_any_starts_as_by_the_definition(bits):
-    starts = np.array(bits).reshape(BATCH, LENGTH)
+def test_any_histories_as_by_the_definition(bits):
+    ids = 1 + np.cumsum(np.array(bits).reshape(BATCH, LENGTH), axis=1, dtype=np.int32)
     with jax.enable_x64(True):
-        actual, expected = (program(name)(*inputs(4), starts) for name in ("xla", "reference"))
+        actual, expected = (program(name)(*inputs(4), ids) for name in ("xla", "reference"))
     assert_near(actual, [np.asarray(a) for a in expected], TOLERANCES["float64"])
 
 
@@ -141,15 +141,15 @@ def test_any_starts_as_by_the_definition(bits):
 def test_no_history_feels_another(implementation, value):
     """Not by one bit, whatever the other holds."""
     x, weight, bias, initial, dy = (jnp.asarray(a, jnp.float32) for a in inputs(4, implementation))
-    starts = marked((BATCH, LENGTH), (3, 7), (3, 7), (3, 7))
+    ids = ids_of([(3, 4, 4)] * BATCH, LENGTH)
     run = program(implementation)
-    y, dx, _, _, *d_initial = run(x, weight, bias, initial, dy, starts)
-    changed = run(x.at[:, 3:7].set(value), weight, bias, initial, dy, starts)
+    y, dx, _, _, *d_initial = run(x, weight, bias, initial, dy, ids)
+    changed = run(x.at[:, 3:7].set(value), weight, bias, initial, dy, ids)
     for a, b in ((changed[0], y), (changed[1], dx)):
         np.testing.assert_array_equal(a[:, :3], b[:, :3])
         np.testing.assert_array_equal(a[:, 7:], b[:, 7:])
         assert (a[:, 3:7] != b[:, 3:7]).any()
-    other = run(x, weight, bias, initial, dy.at[:, 3:7].set(value), starts)[1]
+    other = run(x, weight, bias, initial, dy.at[:, 3:7].set(value), ids)[1]
     for part in (slice(3), slice(7, LENGTH)):
         np.testing.assert_array_equal(other[:, part], dx[:, part])
     np.testing.assert_array_equal(changed[4:], d_initial)
@@ -158,20 +158,20 @@ def test_no_history_feels_another(implementation, value):
 @by_implementation
 def test_bfloat16_stays_bfloat16(implementation):
     x, weight, bias, initial, dy = (jnp.asarray(a, jnp.bfloat16) for a in inputs(4, implementation))
-    starts = marked((BATCH, LENGTH), *STARTS["some"])
-    actual = program(implementation)(x, weight, bias, initial, dy, starts)
+    ids = ids_of(HISTORIES["some"], LENGTH)
+    actual = program(implementation)(x, weight, bias, initial, dy, ids)
     assert {a.dtype for a in actual} == {jnp.dtype(jnp.bfloat16)}
     wide = [np.asarray(a, np.float64) for a in (x, weight, bias, initial, dy)]
-    assert_near(actual[:2], alone(*wide, starts)[:2], (2e-2, 2e-2))
+    assert_near(actual[:2], alone(*wide, ids)[:2], (2e-2, 2e-2))
 
 
 @by_implementation
-def test_vmap_over_starts(implementation):
+def test_vmap_over_segment_ids(implementation):
     arrays = [jnp.asarray(a, jnp.float32) for a in inputs(4)]
-    starts = np.stack([marked((BATCH, LENGTH), (k,), (0, 9 - k), ()) for k in range(3)])
+    ids = np.stack([ids_of([(k, 11 - k), (9 - k, 2 + k), (11,)], LENGTH) for k in (1, 2, 3)])
     run = program(implementation)
-    mapped = jax.jit(jax.vmap(run.__wrapped__, in_axes=(None,) * 5 + (0,)))(*arrays, starts)
-    for index, one in enumerate(starts):
+    mapped = jax.jit(jax.vmap(run.__wrapped__, in_axes=(None,) * 5 + (0,)))(*arrays, ids)
+    for index, one in enumerate(ids):
         for actual, expected in zip(mapped, run(*arrays, one), strict=True):
             np.testing.assert_allclose(actual[index], expected, rtol=1e-5, atol=1e-5)
 
@@ -193,8 +193,10 @@ def test_a_row_in_pieces_equals_one_pass(pieces, taps, x64):
 @pytest.mark.parametrize("given", [True, False])
 def test_tail_of_rows_that_end(taps, given):
     x, _, _, initial, _ = (np.asarray(a, np.float32) for a in inputs(taps))
-    for lengths in ([LENGTH, 0, 5], [1, 2, LENGTH + 3]):
-        tail = causal_conv1d_tail(jnp.asarray(x), taps, jnp.array(lengths), jnp.asarray(initial) if given else None)
+    for lengths in ([LENGTH, 0, 5], [1, 2, LENGTH]):
+        tail = causal_conv1d_tail(
+            jnp.asarray(x), taps, ids_of([(n,) for n in lengths], LENGTH), jnp.asarray(initial) if given else None
+        )
         assert tail.shape == initial.shape
         for row, length in enumerate(lengths):
             before = initial[row] if given else np.zeros_like(initial[row])
@@ -204,23 +206,28 @@ def test_tail_of_rows_that_end(taps, given):
 
 def test_bad_arguments():
     x, weight, _, initial, _ = (jnp.asarray(a, jnp.float32) for a in inputs(4))
-    starts = jnp.zeros((BATCH, LENGTH), bool)
-    with pytest.raises(ValueError, match=r"starts has shape \(3, 10\), expected \[b, l\] = \(3, 11\)"):
-        causal_conv1d(x, weight, starts=starts[:, 1:])
-    with pytest.raises(ValueError, match="starts is int8, expected bool"):
-        causal_conv1d(x, weight, starts=starts.astype(jnp.int8))
+    for ids, message in BAD_IDS:
+        for run in (causal_conv1d, lambda x, weight, segment_ids: causal_conv1d_tail(x, 4, segment_ids)):
+            with pytest.raises(ValueError, match=message):
+                run(x[:, :6], weight, segment_ids=ids)
     with pytest.raises(ValueError, match=r"initial has shape \(3, 2, 5\), expected \[b, K - 1, c\] = \(3, 3, 5\)"):
         causal_conv1d(x, weight, initial=initial[:, 1:])
     with pytest.raises(ValueError, match="initial is bfloat16, expected float32, the dtype of x"):
         causal_conv1d(x, weight, initial=initial.astype(jnp.bfloat16))
-    for kernels in ("pallas_triton", "pallas_triton_interpreted"):
-        with pytest.raises(ValueError, match=f"implementation='{kernels}' offers no initial: use implementation='xla'"):
-            causal_conv1d(x, weight, starts=starts, initial=initial, implementation=kernels)
+    with pytest.raises(ValueError, match="implementation='pallas_triton' offers no initial: use implementation='xla'"):
+        causal_conv1d(x, weight, initial=initial, implementation="pallas_triton")
     with pytest.raises(ValueError, match=r"x has shape \(3, 11\), expected \[b, l, c\]"):
         causal_conv1d_tail(x[..., 0], 4)
     with pytest.raises(ValueError, match="K=0 must be at least 1"):
         causal_conv1d_tail(x, 0)
-    with pytest.raises(ValueError, match=r"lengths has shape \(2,\), expected \(3,\)"):
-        causal_conv1d_tail(x, 4, jnp.array([1, 2]))
     with pytest.raises(ValueError, match=r"initial has shape \(3, 3, 5\), expected \[b, K - 1, c\] = \(3, 1, 5\)"):
         causal_conv1d_tail(x, 2, initial=initial)
+
+
+def test_the_tail_is_of_the_last_history():
+    x, _, _, initial, _ = (jnp.asarray(a, jnp.float32) for a in inputs(4))
+    tail = causal_conv1d_tail(x, 4, ids_of([(9, 2), (2, 1), (2,)], LENGTH), initial)
+    for row, (first, after) in enumerate([(9, 11), (2, 3)]):
+        assert not tail[row, : 3 - (after - first)].any()
+        np.testing.assert_array_equal(tail[row, 3 - (after - first) :], x[row, first:after])
+    np.testing.assert_array_equal(tail[2], jnp.concatenate([initial[2, 2:], x[2, :2]]))
