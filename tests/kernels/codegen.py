@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import pytest
 from jax.interpreters import mlir
 from jaxlib.mlir import ir
 from jaxlib.triton import dialect as triton_dialect
@@ -18,6 +19,21 @@ from jaxlib.triton import dialect as triton_dialect
 CAPABILITIES = (80, 90, 100)
 _TENSOR_CORES = re.compile(r"\b(?:HMMA|HGMMA|UTCHMMA|UTCQMMA|QGMMA|OMMA|QMMA)\b")
 _LOCAL_MEMORY = re.compile(r"\b(?:LDL|STL)\b")
+
+
+def for_gpus(case: Any, capabilities: tuple[int, ...] = CAPABILITIES, *, usual: bool = True) -> list[Any]:
+    """Returns a case with each GPU generation as parameters of a test; compiling for one takes seconds.
+
+    Args:
+      case: the first parameter.
+      capabilities: for which to compile; the second parameter.
+      usual: Hopper is part of the usual tier; all else is part of the exhaustive one.
+    """
+    marks = {90: []} if usual else {}
+    return [
+        pytest.param(case, capability, marks=marks.get(capability, [pytest.mark.exhaustive]), id=f"{case}-{capability}")
+        for capability in capabilities
+    ]
 
 
 @dataclass(frozen=True)

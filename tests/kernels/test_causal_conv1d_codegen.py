@@ -8,7 +8,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from kernels.causal_conv1d import causal_conv1d
-from tests.kernels.codegen import CAPABILITIES, capture, compile_kernel
+from tests.kernels.codegen import capture, compile_kernel, for_gpus
 
 KERNELS = ["causal_conv1d_forward", "causal_conv1d_backward"]
 # Three backward programs of 256 threads share a multiprocessor's 65,536 registers at 80 a thread.
@@ -55,17 +55,19 @@ def check(kernel, capability, shape, most_registers):
     assert used.registers <= most_registers
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_kernels_stay_in_registers(name):
+OTHERS = [one for name in CASES if name != "row 50" for one in for_gpus(name, (90,), usual=name == "one long row")]
+
+
+@pytest.mark.parametrize(("name", "capability"), [*for_gpus("row 50"), *OTHERS])
+def test_kernels_stay_in_registers(name, capability):
     kernels = kernels_of(*CASES[name])
     assert [kernel.name for kernel in kernels] == KERNELS
     for kernel in kernels:
         assert kernel.grid[0] >= 2 * 132
-        # One shape for every generation of GPUs, the others for one: compiling takes seconds.
-        for capability in CAPABILITIES if name == "row 50" else (90,):
-            check(kernel, capability, CASES[name][0], MOST_REGISTERS[kernel.name])
+        check(kernel, capability, CASES[name][0], MOST_REGISTERS[kernel.name])
 
 
+@pytest.mark.exhaustive
 def test_most_taps_stay_in_registers():
     for kernel in kernels_of((2048, 50, 192), 8, "silu", jnp.float32):
         check(kernel, 90, (2048, 50, 192), 128)

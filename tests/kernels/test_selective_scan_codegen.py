@@ -9,16 +9,16 @@ from jax.sharding import Mesh, PartitionSpec
 from kernels.selective_scan import selective_scan
 from kernels.selective_scan.config import default_config
 from kernels.tiling import power_of_two
-from tests.kernels.codegen import CAPABILITIES, capture, compile_kernel
+from tests.kernels.codegen import capture, compile_kernel, for_gpus
 
 NAMES = ["selective_scan_forward", "selective_scan_backward"]
-# (b, l, e, n) and for which GPUs; compiling for one takes seconds.
-SHAPES = {
-    (2048, 50, 128, 32): CAPABILITIES,
-    (2048, 200, 512, 16): (90,),
-    (64, 50, 128, 64): (90,),
-    (64, 50, 128, 128): (90,),
-}
+# (b, l, e, n) and for which GPUs.
+SHAPES = [
+    *for_gpus((2048, 50, 128, 32)),
+    *for_gpus((2048, 200, 512, 16), (90,), usual=False),
+    *for_gpus((64, 50, 128, 64), (90,), usual=False),
+    *for_gpus((64, 50, 128, 128), (90,), usual=False),
+]
 # Instructions of a warp for each position and state of a thread; all else that a position needs is counted in.
 MOST_INSTRUCTIONS = {"selective_scan_forward": 20, "selective_scan_backward": 45}
 # Channels of a program, and positions that its code handles once through.
@@ -70,15 +70,15 @@ def check(kernel, capability, shape):
     assert used.instructions <= MOST_INSTRUCTIONS[kernel.name] * positions * states_a_thread
 
 
-@pytest.mark.parametrize(("shape", "capabilities"), SHAPES.items(), ids=str)
-def test_kernels_stay_in_registers(shape, capabilities):
+@pytest.mark.parametrize(("shape", "capability"), SHAPES)
+def test_kernels_stay_in_registers(shape, capability):
     kernels = kernels_of(shape)
     assert [kernel.name for kernel in kernels] == NAMES
     for kernel in kernels:
-        for capability in capabilities:
-            check(kernel, capability, shape)
+        check(kernel, capability, shape)
 
 
+@pytest.mark.exhaustive
 def test_bfloat16_stays_in_registers():
     for kernel in kernels_of((2048, 50, 128, 32), jnp.bfloat16):
         check(kernel, 90, (2048, 50, 128, 32))

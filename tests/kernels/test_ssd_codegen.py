@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 
 from kernels.ssd import SsdConfig, ssd
-from tests.kernels.codegen import CAPABILITIES, capture, compile_kernel
+from tests.kernels.codegen import capture, compile_kernel, for_gpus
 
 # b, l, h, p, n
 PAPER_50, PAPER_200 = (2048, 50, 4, 32, 32), (2048, 200, 4, 32, 32)
@@ -70,34 +70,35 @@ def report(kernel, capability, label):
     return used
 
 
-def check(kernels, label, spilled, capabilities=(90,)):
+def check(kernels, label, spilled, capability=90):
     for kernel in kernels:
-        for capability in capabilities:
-            used = report(kernel, capability, label)
-            assert used.shared_bytes < SHARED_LIMIT
-            assert used.tensor_core_instructions > 0
-            if kernel.name == "ssd_backward":
-                assert used.stack_bytes <= spilled[capability]
-            else:
-                assert used.stack_bytes == used.local_accesses == 0
+        used = report(kernel, capability, label)
+        assert used.shared_bytes < SHARED_LIMIT
+        assert used.tensor_core_instructions > 0
+        if kernel.name == "ssd_backward":
+            assert used.stack_bytes <= spilled[capability]
+        else:
+            assert used.stack_bytes == used.local_accesses == 0
 
 
-@pytest.mark.parametrize("shape", [PAPER_50, PAPER_200], ids=str)
-def test_published_shapes_in_tfloat32(shape):
+@pytest.mark.parametrize(("shape", "capability"), [*for_gpus(PAPER_50), *for_gpus(PAPER_200, (90,), usual=False)])
+def test_published_shapes_in_tfloat32(shape, capability):
     kernels = programs(shape)
     assert [kernel.name for kernel in kernels] == SHORT_KERNELS
-    # One shape for every generation of GPUs, the others for one: compiling takes seconds.
-    check(kernels, str(shape), SPILLED["tfloat32"], CAPABILITIES if shape == PAPER_50 else (90,))
+    check(kernels, str(shape), SPILLED["tfloat32"], capability)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(("dtype", "precision"), [(jnp.bfloat16, "default"), (jnp.float32, "highest")])
 def test_published_shape_in_other_precisions(dtype, precision):
     name = "bfloat16" if dtype == jnp.bfloat16 else "float32"
     check(programs(PAPER_50, dtype=dtype, precision=precision), f"{PAPER_50} {name}", SPILLED[name])
 
 
-def test_published_shape_with_wide_heads():
-    check(programs(WIDE), str(WIDE), SPILLED["wide"], (80, 90))
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("capability", [80, 90])
+def test_published_shape_with_wide_heads(capability):
+    check(programs(WIDE), str(WIDE), SPILLED["wide"], capability)
 
 
 def test_packed_rows():
@@ -116,6 +117,7 @@ def tiles(rows, columns, inner):
     return rows // 16 * (columns // 8) * (inner // 8)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(("shape", "width"), [(PAPER_50, 32), (WIDE, 32)], ids=str)
 def test_no_product_is_computed_by_two_warps(shape, width):
     state, chunk = shape[-1], 16 if shape == PAPER_50 else 32
