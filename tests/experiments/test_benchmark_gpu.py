@@ -7,7 +7,8 @@ import types
 
 import numpy as np
 import pytest
-import torch
+
+torch = pytest.importorskip("torch")
 
 from experiments import benchmark
 from experiments.benchmarks import operator_speed, operators, opponents

@@ -7,7 +7,8 @@ import json
 import jax
 import numpy as np
 import pytest
-import torch
+
+torch = pytest.importorskip("torch")
 
 from experiments import benchmark
 from experiments.benchmarks import train_step

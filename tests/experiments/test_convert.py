@@ -11,7 +11,8 @@ import jax
 import numpy as np
 import polars as pl
 import pytest
-import torch
+
+torch = pytest.importorskip("torch")
 import yaml
 
 from experiments import convert, evaluate, recommend

@@ -13,7 +13,8 @@ import zipfile
 
 import numpy as np
 import pytest
-import torch
+
+torch = pytest.importorskip("torch")
 import yaml
 
 from experiments import convert

@@ -7,7 +7,8 @@ import jax
 import numpy as np
 import polars as pl
 import pytest
-import torch
+
+torch = pytest.importorskip("torch")
 
 from experiments import convert, evaluate
 from tests.models.settings import settings_of

@@ -4,7 +4,8 @@ import random
 import zipfile
 
 import pytest
-import torch
+
+torch = pytest.importorskip("torch")
 
 from tests.experiments.test_convert_hostile import _options, _outcome, _saved, _with_pickle, folder, honest
 from tim4rec_jax.interop import conversion

@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
+
+torch = pytest.importorskip("torch")
 from jax.experimental.pallas import triton as pltriton
 from jax.sharding import PartitionSpec as P
 

@@ -9,6 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+pytest.importorskip("torch")
+
 from kernels.causal_conv1d import IMPLEMENTATIONS, causal_conv1d, causal_conv1d_tail
 from kernels.causal_conv1d.config import CausalConv1dConfig
 from tests.kernels.op_suite import BAD_IDS, histories, ids_of

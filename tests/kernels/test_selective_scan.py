@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
+
+torch = pytest.importorskip("torch")
 
 from experiments.benchmarks.torch_models.selective_scan import selective_scan_sequential
 from kernels.selective_scan import IMPLEMENTATIONS, SelectiveScanConfig, selective_scan, step_size, xla

@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
+
+torch = pytest.importorskip("torch")
 
 from experiments.benchmarks.torch_models.ssd import ssd_sequential
 from kernels.causal_conv1d import causal_conv1d, causal_conv1d_tail

@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
+
+torch = pytest.importorskip("torch")
 
 from experiments.benchmarks.torch_models import sasrec as pytorch
 from experiments.benchmarks.torch_models.tisasrec import TiSASRec as PyTorchTiSASRec

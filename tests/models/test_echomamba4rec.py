@@ -6,6 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+pytest.importorskip("torch")
+
 from experiments.benchmarks.torch_models import echomamba4rec as pytorch
 from tests.models.attention_cases import (
     LENGTHS,

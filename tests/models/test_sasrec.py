@@ -5,6 +5,8 @@ import dataclasses
 import numpy as np
 import pytest
 
+pytest.importorskip("torch")
+
 from experiments.benchmarks.torch_models import sasrec as pytorch
 from tests.models.attention_cases import (
     LENGTHS,

@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
+
+torch = pytest.importorskip("torch")
 
 from tests.models.settings import sibling
 from tests.torch_reference.perturbed import perturbed

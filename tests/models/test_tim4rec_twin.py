@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
+
+torch = pytest.importorskip("torch")
 
 from experiments.benchmarks.torch_models import tim4rec as pytorch
 from tests.models.calls import call

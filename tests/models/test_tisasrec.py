@@ -7,6 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+pytest.importorskip("torch")
+
 from tests.models.attention_cases import (
     LENGTHS,
     batch,

@@ -1,7 +1,8 @@
 """Settings for the tests of the PyTorch models."""
 
 import pytest
-import torch
+
+torch = pytest.importorskip("torch")
 
 
 @pytest.fixture(autouse=True, scope="session")

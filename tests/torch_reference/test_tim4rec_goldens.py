@@ -5,7 +5,8 @@ import json
 
 import numpy as np
 import pytest
-import torch
+
+torch = pytest.importorskip("torch")
 
 from experiments.benchmarks.torch_models.ssd import ssd_chunked, ssd_sequential
 from experiments.benchmarks.torch_models.tim4rec import TiM4Rec

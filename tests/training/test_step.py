@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import torch
+
+torch = pytest.importorskip("torch")
 
 from tests.models.settings import sibling
 from tim4rec_jax import ExperimentConfig, TrainConfig, build_model
