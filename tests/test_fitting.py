@@ -89,6 +89,7 @@ def test_settings_of_an_experiment(in_folder):
         ("sasrec", {"epoch": 3}, "unknown setting 'epoch'; nearest: epochs"),
         ("sasrec", {"k_core": 3}, "setting 'k_core' is of reading the log; give it to load_log"),
         ("sasrec", {"epochs": 0}, "epochs=0 must be at least 1"),
+        ("sasrec", {"resume": True}, "resume=True goes on with a run: give run_dir"),
     ],
 )
 def test_bad_input_is_one_line(log, in_folder, model, settings, message):

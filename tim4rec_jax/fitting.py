@@ -125,6 +125,8 @@ def fit(
     if log.num_rows == 0:
         raise ValueError("the log has 0 events; give one with events of several users")
     config = _with_settings(_default_config(log, model) if isinstance(model, str) else model, settings)
+    if run_dir is None and resume:
+        raise ValueError("resume=True goes on with a run: give run_dir, its folder")
     if run_dir is None and jax.process_count() > 1:
         raise ValueError(f"{jax.process_count()} processes train together: give run_dir, one folder for all of them")
     run_dir = _free_folder(config.name) if run_dir is None else pathlib.Path(run_dir)
@@ -153,7 +155,7 @@ def _default_config(log: InteractionLog, model: str) -> ExperimentConfig:
         model,
         dataclasses.replace(settings, max_len=longest),
         DataConfig(name="custom", timestamp_precision=log.statistics.timestamp_precision),
-        TrainConfig(**{"batch_size": batch_size, "patience": 10} | schedule),
+        TrainConfig(**{"batch_size": batch_size, "patience": 10, "length_groups": 2} | schedule),
         EvalConfig(top_k=top_k, monitor=f"ndcg@{top_k[0]}"),
     )
 

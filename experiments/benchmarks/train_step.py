@@ -55,8 +55,8 @@ from tim4rec_jax.data.packing import LengthGroup, plan_length_groups
 from tim4rec_jax.data.splits import split_log
 from tim4rec_jax.data_config import DATA_ALIASES
 from tim4rec_jax.layers.rows import Rows
-from tim4rec_jax.models import Cache, build_model, last_hidden
-from tim4rec_jax.models.tim4rec import TiM4Rec
+from tim4rec_jax.model_config import ModelConfig
+from tim4rec_jax.models import Cache, SequentialModel, build_model, last_hidden, model_class
 from tim4rec_jax.run_dir import environment
 from tim4rec_jax.training.step import init_state, make_optimizer, train_step
 from tim4rec_jax.typing import Array
@@ -123,14 +123,17 @@ def compile_step(config: ExperimentConfig, model: Any, loader: Any, groups: tupl
     return Step(jax.jit(step, donate_argnums=0), state, next(iter(loader.epoch(1))))
 
 
-class PaddedTiM4Rec(TiM4Rec):
-    """The same model without the exact savings: everything at every position, then read at the last one."""
+def padded_model(config: ModelConfig) -> SequentialModel:
+    """Returns a model without the exact savings: everything at every position, then read at the last one."""
 
-    def forward(
-        self, items: Array, timestamps: Array | None, rows: Rows, cache: Cache | None
-    ) -> tuple[Array, Cache | None]:
-        hidden, cache = super().forward(items, timestamps, rows._replace(positions=None), cache)
-        return rows.at(hidden), cache
+    class Padded(model_class(config.name)):
+        def forward(
+            self, items: Array, timestamps: Array | None, rows: Rows, cache: Cache | None
+        ) -> tuple[Array, Cache | None]:
+            hidden, cache = super().forward(items, timestamps, rows._replace(positions=None), cache)
+            return rows.at(hidden), cache
+
+    return Padded(config)
 
 
 def groups_of(config: ExperimentConfig, lengths: np.ndarray, **changes: Any) -> tuple[LengthGroup, ...]:
@@ -156,7 +159,7 @@ def compare_savings(config: ExperimentConfig, log: InteractionLog, repeats: int)
     one, several = groups_of(config, lengths, max_groups=1), groups_of(config, lengths)
     batches = list(itertools.islice(loader.epoch(1), repeats))
     model = build_model(config.model)
-    kinds = {"padded": (PaddedTiM4Rec(config.model), one), "read_positions": (model, one), "grouped": (model, several)}
+    kinds = {"padded": (padded_model(config.model), one), "read_positions": (model, one), "grouped": (model, several)}
     steps = {name: compile_step(config, module, loader, groups) for name, (module, groups) in kinds.items()}
     update, tensors = torch_step(config, "cpu")
     forms = {name: step_form(step, batches) for name, step in steps.items()}

@@ -52,7 +52,7 @@ def test_padded_rows_have_the_loss_of_grouped_ones():
     losses = [
         train_step.compile_step(shape.config, module, loader, groups)(batches[0])
         for module, groups in (
-            (train_step.PaddedTiM4Rec(shape.config.model), train_step.groups_of(shape.config, lengths, max_groups=1)),
+            (train_step.padded_model(shape.config.model), train_step.groups_of(shape.config, lengths, max_groups=1)),
             (model, train_step.groups_of(shape.config, lengths, max_groups=2, microbatch_tokens=8)),
         )
     ]
@@ -155,7 +155,7 @@ def test_kernels_are_switched():
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--models=sasrec,gru4rec"], "--models=gru4rec: expected some of tim4rec,ssd4rec"),
+        (["--models=sasrec,gru4rec"], "--models=gru4rec: expected some of tim4rec,tim4rec_causal"),
         (["--data=steam"], "--data=steam: expected some of ml-1m,beauty"),
         (["--rows=short"], "--rows=short: expected some of full,real"),
         (["--tokens=100"], "--tokens=100 must be at least 200"),
