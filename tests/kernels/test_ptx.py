@@ -43,8 +43,8 @@ PLACES = """
 def run(body, *inputs, out, threads=32, **options):
     """Runs a kernel of pointers to the inputs and to one output; returns that, of the dtype and size of `out`."""
     inputs = [np.asarray(a) for a in inputs]
-    buffers = [Memory(f"input {i}", a.nbytes, a) for i, a in enumerate(inputs)]
-    buffers.append(Memory("output", out.nbytes))
+    buffers = [Memory(f"input {i}", a) for i, a in enumerate(inputs)]
+    buffers.append(Memory("output", out, written=False))
     parameters = ",\n".join(f"  .param .u64 .ptr .global kernel_param_{i}" for i in range(len(buffers)))
     program.run(MODULE.format(body=body, threads=threads, parameters=parameters), buffers, **options)
     return buffers[-1].bytes.view(out.dtype)

@@ -4,11 +4,12 @@ import functools
 import pathlib
 import tempfile
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import jax
 import numpy as np
-from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
+from jax.extend.core import Literal
 
 from tests.kernels.codegen import Kernel, capture
 from tests.kernels.ptx.memory import Fault, Memory
@@ -40,53 +41,69 @@ def interpret(function: Callable[..., Any], *arguments: Any, capability: int = 8
       backwards: take the programs and warps of a kernel in the opposite order.
 
     Raises:
-      Fault: for what a kernel may not do.
+      Fault: for what a kernel may not do, or when the function reads outputs that no kernel wrote.
       ValueError: for kernels inside a loop or a branch of the function.
     """
     closed, shape = jax.make_jaxpr(function, return_shape=True)(*arguments)
     leaves = jax.tree.leaves(arguments)
     results = _evaluate(closed.jaxpr, closed.consts, leaves, functools.partial(_launch, capability, backwards))
-    return jax.tree.unflatten(jax.tree.structure(shape), results)
+    return jax.tree.unflatten(jax.tree.structure(shape), [_finished(result) for result in results])
 
 
-def _inner(equation: Any) -> list[Jaxpr | ClosedJaxpr]:
-    return [value for value in equation.params.values() if isinstance(value, (Jaxpr, ClosedJaxpr))]
+@dataclass
+class _Unfinished:
+    """A kernel's output of which some bytes were never written; only another kernel may have it."""
+
+    kernel: str
+    array: np.ndarray
+    written: np.ndarray
 
 
-def _evaluate(jaxpr: Jaxpr, consts: Any, arguments: Any, launch: Callable[..., Any]) -> list[Any]:
+def _finished(value: Any) -> Any:
+    if isinstance(value, _Unfinished):
+        raise Fault(f"{value.kernel} never wrote byte {np.argmin(value.written)} of an output {value.array.shape}")
+    return value
+
+
+def _evaluate(jaxpr: Any, consts: Any, arguments: Any, launch: Callable[..., Any]) -> list[Any]:
     values = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *arguments], strict=True))
+
+    def value(variable: Any) -> Any:
+        return variable.val if isinstance(variable, Literal) else values[variable]
+
     for equation in jaxpr.eqns:
-        inputs = [v.val if isinstance(v, Literal) else values[v] for v in equation.invars]
-        name = equation.primitive.name
-        if name == "pallas_call":
+        inputs = [value(variable) for variable in equation.invars]
+        inner = equation.params.get("jaxpr", equation.params.get("call_jaxpr"))
+        if equation.primitive.name == "pallas_call":
             outputs = launch(equation, inputs)
-        elif name in ("jit", "pjit", "closed_call", "custom_jvp_call", "custom_vjp_call", "remat2", "checkpoint"):
-            (inner,) = (
-                i
-                for i in _inner(equation)
-                if len(i.jaxpr.invars if isinstance(i, ClosedJaxpr) else i.invars) == len(inputs)
-            )
+        elif equation.primitive.name in ("jit", "pjit", "closed_call", "custom_jvp_call", "custom_vjp_call"):
             outputs = _evaluate(inner.jaxpr, inner.consts, inputs, launch)
         else:
             if "pallas_call" in str(equation):
-                raise ValueError(f"a kernel inside {name}: only those that run once can be interpreted")
-            outputs = equation.primitive.bind(*inputs, **equation.params)
+                raise ValueError(f"a kernel inside {equation.primitive.name}: not interpreted")
+            outputs = equation.primitive.bind(*(_finished(a) for a in inputs), **equation.params)
             outputs = outputs if equation.primitive.multiple_results else [outputs]
         values.update(zip(equation.outvars, outputs, strict=True))
-    return [v.val if isinstance(v, Literal) else values[v] for v in jaxpr.outvars]
+    return [value(variable) for variable in jaxpr.outvars]
 
 
 def _launch(capability: int, backwards: bool, equation: Any, inputs: list[Any]) -> list[Any]:
-    (kernel,) = capture(lambda *given: equation.primitive.bind(*given, **equation.params), *inputs)
+    shapes = [variable.aval for variable in equation.invars]
+    (kernel,) = capture(lambda *given: equation.primitive.bind(*given, **equation.params), *shapes)
     text, shared_bytes = compiled(kernel, capability)
-    arrays = [np.asarray(a) for a in inputs]
-    buffers = [Memory(f"input {i}", a.nbytes, a) for i, a in enumerate(arrays)]
-    shapes = [variable.aval for variable in equation.outvars]
-    sizes = [int(np.prod(a.shape)) * np.dtype(a.dtype).itemsize for a in shapes]
-    outputs = [Memory(f"output {i}", size) for i, size in enumerate(sizes)]
-    run(text, buffers + outputs, grid=kernel.grid, shared_bytes=shared_bytes, backwards=backwards)
-    for memory in outputs:
-        if not memory.written.all():
-            raise Fault(f"{kernel.name}: byte {np.argmin(memory.written)} of {memory.name} was never written")
-    results = [memory.bytes.view(a.dtype).reshape(a.shape) for memory, a in zip(outputs, shapes, strict=True)]
-    return [jax.numpy.asarray(result) for result in results]
+    memories = []
+    for number, given in enumerate(inputs):
+        unfinished = isinstance(given, _Unfinished)
+        memories.append(Memory(f"input {number}", np.asarray(given.array if unfinished else given)))
+        if unfinished:
+            memories[-1].written[:] = given.written
+    outputs = []
+    for number, variable in enumerate(equation.outvars):
+        outputs.append(Memory(f"output {number}", np.zeros(variable.aval.shape, variable.aval.dtype), written=False))
+    run(text, memories + outputs, grid=kernel.grid, shared_bytes=shared_bytes, backwards=backwards)
+    results = []
+    for memory, variable in zip(outputs, equation.outvars, strict=True):
+        array = memory.bytes.view(variable.aval.dtype).reshape(variable.aval.shape)
+        whole = memory.written.all()
+        results.append(jax.numpy.asarray(array) if whole else _Unfinished(kernel.name, array, memory.written))
+    return results

@@ -54,19 +54,19 @@ class _Trace:
 
 
 class Memory:
-    """Bytes with a name, of which nobody has written any yet, or those of an array.
+    """The bytes of an array, and what is known of them.
 
     Args:
       name: as faults call it.
-      size: number of bytes.
-      array: what they hold, of that size, or None.
+      array: what they hold.
+      written: whether somebody wrote that, or it is only there.
     """
 
-    def __init__(self, name: str, size: int, array: np.ndarray | None = None):
-        self.name, self.size = name, size
-        self.bytes = np.zeros(size, np.uint8) if array is None else _as_bytes(array)
-        self.written = np.full(size, array is not None)
-        self.reads, self.writes = _Trace(size), _Trace(size)
+    def __init__(self, name: str, array: np.ndarray, *, written: bool = True):
+        self.name, self.size = name, array.nbytes
+        self.bytes = np.frombuffer(array.tobytes(), np.uint8).copy()
+        self.written = np.full(self.size, written)
+        self.reads, self.writes = _Trace(self.size), _Trace(self.size)
 
     def _at(self, offsets: np.ndarray, size: int, verb: str) -> np.ndarray:
         if (offsets % size).any():
@@ -100,7 +100,3 @@ class Memory:
     def _no_race(self, race: np.ndarray, at: np.ndarray, verb: str, other: str) -> None:
         if race.any():
             raise Fault(f"race: {verb} byte {at[race][0]} of {self.name}, which another thread {other}")
-
-
-def _as_bytes(array: np.ndarray) -> np.ndarray:
-    return np.frombuffer(np.ascontiguousarray(array).tobytes(), np.uint8).copy()

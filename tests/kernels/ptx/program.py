@@ -228,7 +228,7 @@ def run(
     order = slice(None, None, -1 if backwards else 1)
     with np.errstate(all="ignore"):
         for program in range(int(np.prod(grid)))[order]:
-            shared = Memory("shared memory", shared_bytes)
+            shared = Memory("shared memory", np.zeros(shared_bytes, np.uint8), written=False)
             authors = [Author(program, index) for index in range(kernel.threads // 32)]
             warps = [Warp(launch, shared, kernel.widths, author, kernel.threads) for author in authors]
             _run_program(kernel, launch, warps[order])
