@@ -94,6 +94,10 @@ SSD = {
 }
 
 
+# The program's first head loads sums that are not there yet, and selects them away.
+UNWRITTEN = pytest.mark.xfail(raises=Fault, strict=True, reason="the gradient of B is read before anybody wrote it")
+
+
 def check_ssd(name, products, **options):
     arrays, given, cut = SSD[name]
     if products == "bfloat16":
@@ -104,7 +108,9 @@ def check_ssd(name, products, **options):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", SSD)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=UNWRITTEN if name == "heads of two groups" else ()) for name in SSD]
+)
 def test_ssd(name):
     check_ssd(name, "float32")
 
@@ -117,9 +123,10 @@ def test_ssd_in_other_precisions(name, products):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", ["states", "more warps"])
 @pytest.mark.parametrize("products", LIMITS)
-def test_ssd_for_hopper(products):
-    check_ssd("states", products, capability=90)
+def test_ssd_for_hopper(name, products):
+    check_ssd(name, products, capability=90)
 
 
 @pytest.mark.slow
@@ -181,7 +188,8 @@ def test_selective_scan(shape, states, options, capability):
     ("products", "masked", "backwards"),
     [("float32", False, False), ("float32", True, True), ("tfloat32", True, False), ("bfloat16", False, False)],
 )
-def test_softmax_cross_entropy(products, masked, backwards):
+@pytest.mark.parametrize("capability", [80, 90])
+def test_softmax_cross_entropy(products, masked, backwards, capability):
     arrays = {"hidden": jnp.asarray(normal("hidden", 20, 20)), "embedding": jnp.asarray(normal("items", 70, 20))}
     if products == "bfloat16":
         arrays = {name: a.astype(jnp.bfloat16) for name, a in arrays.items()}

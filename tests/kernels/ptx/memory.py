@@ -66,6 +66,8 @@ class Memory:
         self.name, self.size = name, array.nbytes
         self.bytes = np.frombuffer(array.tobytes(), np.uint8).copy()
         self.written = np.full(self.size, written)
+        # The warp whose write tensor cores that read by themselves may not see yet, or -1.
+        self._hidden = np.full(self.size, -1, np.int32)
         self.reads, self.writes = _Trace(self.size), _Trace(self.size)
 
     def _at(self, offsets: np.ndarray, size: int, verb: str) -> np.ndarray:
@@ -95,7 +97,18 @@ class Memory:
         self.bytes[at] = values
         self.written[at] = True
         self._no_race(self.bytes[at] != values, at, "writes", "writes at once")
+        self._hidden[at] = author.warp
         self.writes.add(at, author, lanes)
+
+    def show(self, author: Author) -> None:
+        """A warp's fence: tensor cores see what it wrote."""
+        self._hidden[self._hidden == author.warp] = -1
+
+    def check_shown(self, offsets: np.ndarray) -> None:
+        """Tensor cores are about to read."""
+        inside = offsets[(offsets >= 0) & (offsets < self.size)]
+        if (self._hidden[inside] != -1).any():
+            raise Fault(f"reads {self.name} by tensor cores with no fence.proxy.async after it was written")
 
     def _no_race(self, race: np.ndarray, at: np.ndarray, verb: str, other: str) -> None:
         if race.any():

@@ -1,6 +1,6 @@
 """32 threads of a program, with their registers, and where their addresses lead."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -60,6 +60,8 @@ class Warp:
         special = launch.special_registers(author.program)
         special |= {"%tid.x": 32 * author.warp + LANES, "%tid.y": 0, "%tid.z": 0, "%ntid.x": threads, "%laneid": LANES}
         self._special = {n: np.broadcast_to(np.asarray(v, np.uint32), 32) for n, v in special.items()}
+        # Groups of products that nobody has waited for; the last one is still open.
+        self.products: list[list[Callable[[], None]]] = [[]]
         self._registers: dict[str, np.ndarray] = dict(self._special)
 
     def dtype(self, name: str) -> np.dtype:
@@ -127,3 +129,8 @@ class Warp:
         """Writes uint8 [n, size] at the lanes' addresses."""
         for memory, which, offsets in self._parts(space, addresses):
             memory.store(self.author, lanes[which], offsets, values[which])
+
+    def load_asynchronously(self, addresses: np.ndarray, size: int) -> np.ndarray:
+        """Reads shared memory as tensor cores do: [n] addresses, for all lanes; returns uint8 [n, size]."""
+        self.shared.check_shown(addresses - SHARED_BASE)
+        return self.load("shared", np.zeros(len(addresses), np.int64), addresses, size)
