@@ -2,6 +2,7 @@
 
 import ast
 import pathlib
+import re
 
 import pytest
 
@@ -104,3 +105,12 @@ def test_public_modules_say_what_they_are():
         for file in _modules(package):
             text = file.read_text(encoding="utf-8")
             assert not text.strip() or ast.get_docstring(ast.parse(text)), f"{file} has no docstring"
+
+
+def test_files_named_in_the_readmes_are_there():
+    named = re.compile(r"(?<![\w/.-])((?:kernels|tim4rec_jax|experiments|tests)/[\w/]*\w+\.(?:py|md|json|png))")
+    readmes = [ROOT / "README.md", *(ROOT / room / "README.md" for room in (*PACKAGES[:1], "experiments", "tests"))]
+    found = {(readme, name) for readme in readmes for name in named.findall(readme.read_text())}
+    assert len(found) > 15
+    for readme, name in found:
+        assert (ROOT / name).is_file(), f"{readme} names {name}"

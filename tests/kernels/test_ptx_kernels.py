@@ -107,7 +107,7 @@ def check_ssd(name, products, **options):
     check(ssd, arrays, kernel_options=kernel_options, products=products, **given, **options)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=UNWRITTEN if name == "heads of two groups" else ()) for name in SSD]
 )
@@ -115,21 +115,21 @@ def test_ssd(name):
     check_ssd(name, "float32")
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("products", ["tfloat32", "bfloat16"])
 @pytest.mark.parametrize("name", ["states", "several histories"])
 def test_ssd_in_other_precisions(name, products):
     check_ssd(name, products)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("name", ["states", "more warps"])
 @pytest.mark.parametrize("products", LIMITS)
 def test_ssd_for_hopper(name, products):
     check_ssd(name, products, capability=90)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("name", ["more warps", "segments"])
 def test_ssd_with_warps_and_programs_in_the_opposite_order(name):
     check_ssd(name, "float32", backwards=True)
@@ -138,7 +138,7 @@ def test_ssd_with_warps_and_programs_in_the_opposite_order(name):
 # Causal convolution, selective scan, cross-entropy.
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize(
     ("shape", "taps", "dtype", "options"),
@@ -163,7 +163,7 @@ def scan_arrays(length, width, state):
     return arrays | {"A": -jnp.exp(arrays["A"])}
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize(
     ("shape", "states", "options"),
@@ -183,7 +183,7 @@ def test_selective_scan(shape, states, options, capability):
     check(selective_scan, arrays, kernel_options={}, capability=capability, **options)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     ("products", "masked", "backwards"),
     [("float32", False, False), ("float32", True, True), ("tfloat32", True, False), ("bfloat16", False, False)],
@@ -234,7 +234,7 @@ def forward(monkeypatch):
     return text.split("\n"), memories, options
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_every_missing_barrier_is_found(forward):
     """But for the one between a warp's reads and its writes of the same places by the same lanes."""
     lines, *rest = forward
@@ -254,7 +254,7 @@ def test_every_missing_barrier_is_found(forward):
     assert missed <= 1
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_every_missing_mask_is_found(forward):
     lines, *rest = forward
     masked = [number for number, line in enumerate(lines) if re.match(r"\s*@!?%p\d+ (ld|st)\.global", line)]
