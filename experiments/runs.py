@@ -15,7 +15,7 @@ from typing import Any
 
 from experiments import train
 from experiments.configs import load_config
-from tim4rec_jax.config import ExperimentConfig
+from tim4rec_jax.config import ExperimentConfig, flat
 from tim4rec_jax.parallel_config import ParallelConfig
 from tim4rec_jax.run_dir import CHANGEABLE_ON_RESUME, METRICS, RESULTS, TEST_RANKS, read_results
 from tim4rec_jax.training.logging import read_metrics
@@ -25,17 +25,6 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 POLL_SECONDS = 0.2
 # May change between two calls for the same runs: no run's numbers depend on them.
 FREE = {name for name in CHANGEABLE_ON_RESUME if name not in ("train.epochs", "train.max_steps", "train.patience")}
-
-
-def flat(values: Mapping[str, Any], path: str = "") -> dict[str, Any]:
-    """Returns nested settings by path, as in "train.learning_rate"; lists become tuples."""
-    found: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            found |= flat(value, f"{path}{key}.")
-        else:
-            found[path + key] = tuple(value) if isinstance(value, list) else value
-    return found
 
 
 def differences(there: Mapping[str, Any], asked: Mapping[str, Any]) -> list[str]:

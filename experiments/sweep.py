@@ -35,7 +35,6 @@ from experiments.runs import (
     FREE,
     Job,
     differences,
-    flat,
     is_finished,
     options,
     parse_seeds,
@@ -43,7 +42,7 @@ from experiments.runs import (
     train_all,
 )
 from tim4rec_jax.checks import listed, require
-from tim4rec_jax.config import DataConfig, EvalConfig, ExperimentConfig, ParallelConfig, TrainConfig
+from tim4rec_jax.config import DataConfig, EvalConfig, ExperimentConfig, ParallelConfig, TrainConfig, flat
 from tim4rec_jax.data.interactions import load_log, with_precision
 from tim4rec_jax.files import locked, write_atomically
 from tim4rec_jax.model_config import ModelConfig

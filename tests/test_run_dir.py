@@ -11,8 +11,8 @@ import numpy as np
 import polars as pl
 import pytest
 
-from tim4rec_jax import files, run_dir, run_environment, run_manifest
-from tim4rec_jax.config import EvalConfig, ExperimentConfig, ModelConfig, TrainConfig
+from tim4rec_jax import ModelConfig, files, run_dir, run_environment, run_manifest
+from tim4rec_jax.config import EvalConfig, ExperimentConfig, TrainConfig, flat
 
 pytestmark = pytest.mark.quick
 
@@ -173,7 +173,7 @@ def test_resume_takes_only_settings_that_keep_the_steps_taken(run):
 
 
 def test_every_setting_changeable_on_resume_exists():
-    assert set(run_dir.CHANGEABLE_ON_RESUME) <= run_dir._flat(CONFIG.to_dict()).keys()
+    assert set(run_dir.CHANGEABLE_ON_RESUME) <= flat(CONFIG.to_dict()).keys()
 
 
 @pytest.mark.parametrize("resume", [False, True])

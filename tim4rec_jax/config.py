@@ -4,6 +4,7 @@ Every program resolves to one `ExperimentConfig`, which refuses what does not go
 """
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache, partial
 from types import UnionType
@@ -353,6 +354,17 @@ def _from_dict(cls: type, values: Any, path: str) -> Any:
 
 def _is_required(field: dataclasses.Field) -> bool:
     return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+
+
+def flat(values: Mapping[str, Any], path: str = "") -> dict[str, Any]:
+    """Returns nested settings by path, as in "train.learning_rate"; lists become tuples."""
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            found |= flat(value, f"{path}{key}.")
+        else:
+            found[path + key] = tuple(value) if isinstance(value, list) else value
+    return found
 
 
 def experiment_from_dict(values: dict[str, Any]) -> ExperimentConfig:

@@ -24,7 +24,7 @@ from typing import Any, Protocol
 import numpy as np
 import polars as pl
 
-from tim4rec_jax.config import ExperimentConfig, ParallelConfig, experiment_from_dict
+from tim4rec_jax.config import ExperimentConfig, ParallelConfig, experiment_from_dict, flat
 from tim4rec_jax.files import replacing, sync_folder, write_atomically
 from tim4rec_jax.json_files import as_bytes, read_object, write_object
 from tim4rec_jax.run_environment import environment
@@ -142,7 +142,7 @@ def discard_run(path: pathlib.Path) -> None:
 
 
 def _require_same_run(path: pathlib.Path, config: ExperimentConfig, log: Log, resume: bool) -> None:
-    old, new = _flat(read_config(path).to_dict()), _flat(_plain(config))
+    old, new = flat(read_config(path).to_dict()), flat(config.to_dict())
     changed = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
     refused = [key for key in changed if not resume or key not in CHANGEABLE_ON_RESUME]
     if refused:
@@ -170,16 +170,6 @@ def _require_same_run(path: pathlib.Path, config: ExperimentConfig, log: Log, re
 def _plain(config: ExperimentConfig) -> dict[str, Any]:
     """The settings as JSON gives them back: tuples become lists."""
     return json.loads(json.dumps(config.to_dict(), allow_nan=False))
-
-
-def _flat(values: Mapping[str, Any], path: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            flat |= _flat(value, f"{path}{key}.")
-        else:
-            flat[path + key] = list(value) if isinstance(value, tuple) else value
-    return flat
 
 
 def _config_bytes(config: ExperimentConfig) -> bytes:

@@ -14,9 +14,9 @@ from experiments.cli import OptionParser, nearest, parse_settings
 from experiments.configs import DATA_NAMES, MODEL_NAMES, load_config
 from experiments.family import RECIPES, exact_order, file_name
 from experiments.runs import FREE as FREE_BETWEEN_CALLS
-from experiments.runs import differences, flat, parse_seeds, require_one_process
+from experiments.runs import differences, parse_seeds, require_one_process
 from tim4rec_jax.checks import listed, require
-from tim4rec_jax.config import DataConfig, EvalConfig, ExperimentConfig, ParallelConfig, TrainConfig
+from tim4rec_jax.config import DataConfig, EvalConfig, ExperimentConfig, ParallelConfig, TrainConfig, flat
 from tim4rec_jax.data_config import DATA_ALIASES
 from tim4rec_jax.model_config import ModelConfig
 from tim4rec_jax.run_dir import CONFIG, read_config, read_environment
