@@ -89,6 +89,8 @@ SSD = {
     "segments": (ssd_arrays(40, initial=True), {"return_final_state": True}, {"segments": 3}),
     "segments of several histories": (ssd_arrays(40), {"starts": starts_at(40, 3, 20)}, {"segments": 2}),
     "more warps": (ssd_arrays(20), {}, {"forward_warps": 4, "backward_warps": 4}),
+    "pipelined loads": (ssd_arrays(40), {}, {"num_stages": 3}),
+    "wide heads": (ssd_arrays(20, heads=1, width=64, state=64), {}, {"forward_warps": 4, "backward_warps": 4}),
     "heads of two groups": (ssd_arrays(18, heads=4, groups=2), {}, {"heads_per_program": 2}),
     "width in splits": (ssd_arrays(18, width=24, heads=1), {}, {"width_splits": 2, "chunk_size": 32}),
 }
@@ -123,10 +125,17 @@ def test_ssd_in_other_precisions(name, products):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["states", "more warps"])
+@pytest.mark.parametrize("name", ["states", "more warps", "wide heads"])
 @pytest.mark.parametrize("products", LIMITS)
 def test_ssd_for_hopper(name, products):
     check_ssd(name, products, capability=90)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("products", ["tfloat32", "bfloat16"])
+def test_ssd_for_blackwell(products):
+    """One warp alone has no products that its new tensor cores make."""
+    check_ssd("states", products, capability=100)
 
 
 @pytest.mark.slow

@@ -194,8 +194,8 @@ def _run_warp(kernel: Kernel, warp: Warp) -> Iterator[None]:
             if here == stop:
                 at[active] = here
                 break
-    if any(warp.products):
-        raise _fault(kernel, warp, code[-1], "products of tensor cores were never waited for")
+    if warp.products.is_left() or warp.copies.is_left():
+        raise _fault(kernel, warp, code[-1], "products of tensor cores or copies were never waited for")
 
 
 def _fault(kernel: Kernel, warp: Warp, instruction: Instruction, message: str) -> Fault:
