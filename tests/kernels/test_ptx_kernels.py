@@ -212,48 +212,59 @@ def test_softmax_cross_entropy(products, masked, backwards, capability):
 # Faults planted in a kernel's text.
 
 
-def launches(monkeypatch, function, *arguments):
-    """What `program.run` is called with: text, memories as they were before, and the rest."""
+class Recorded:
+    """A launch that can be repeated with other text."""
+
+    def __init__(self, text, memories, options):
+        self.lines, self.options = text.split("\n"), options
+        self.memories = [(memory.name, memory.bytes.copy(), memory.written.copy()) for memory in memories]
+
+    def find(self, pattern):
+        """Numbers of the lines that begin so."""
+        return [number for number, line in enumerate(self.lines) if re.match(rf"\s*{pattern}", line)]
+
+    def run(self, number=None, line=""):
+        """Runs it, with another line in one place; returns what the memories hold then."""
+        lines = list(self.lines)
+        if number is not None:
+            lines[number] = line
+        fresh = [Memory(name, array) for name, array, _ in self.memories]
+        for memory, (_, _, written) in zip(fresh, self.memories, strict=True):
+            memory.written[:] = written
+        program.run("\n".join(lines), fresh, **self.options)
+        return [memory.bytes for memory in fresh]
+
+
+def recorded(monkeypatch, function, *arguments, **options):
+    """The launches of a function's kernels."""
     calls = []
 
-    def record(text, memories, **options):
-        calls.append(
-            (text, [(memory.name, memory.bytes.copy(), memory.written.copy()) for memory in memories], options)
-        )
-        program.run(text, memories, **options)
+    def record(text, memories, **given):
+        calls.append(Recorded(text, memories, given))
+        program.run(text, memories, **given)
 
     monkeypatch.setattr(launch, "run", record)
-    launch.interpret(function, *arguments)
+    launch.interpret(function, *arguments, **options)
     return calls
 
 
-def rerun(lines, memories, options):
-    fresh = [Memory(name, array) for name, array, _ in memories]
-    for memory, (_, _, written) in zip(fresh, memories, strict=True):
-        memory.written[:] = written
-    program.run("\n".join(lines), fresh, **options)
-    return [memory.bytes for memory in fresh]
-
-
 @pytest.fixture
-def forward(monkeypatch):
-    arrays = ssd_arrays(20, initial=True)
+def ssd_forward(monkeypatch):
     options = {"config": PLAIN, "products": "tfloat32", "implementation": "pallas_triton", "return_final_state": True}
-    ((text, memories, options),) = launches(monkeypatch, lambda arrays: ssd(**arrays, **options), arrays)
-    return text.split("\n"), memories, options
+    (call,) = recorded(monkeypatch, lambda arrays: ssd(**arrays, **options), ssd_arrays(20, initial=True))
+    return call
 
 
 @pytest.mark.slow
-def test_every_missing_barrier_is_found(forward):
+def test_every_missing_barrier_is_found(ssd_forward):
     """But for the one between a warp's reads and its writes of the same places by the same lanes."""
-    lines, *rest = forward
-    expected = rerun(lines, *rest)
-    barriers = [number for number, line in enumerate(lines) if re.match(r"\s*bar\.(warp\.)?sync", line)]
+    expected = ssd_forward.run()
+    barriers = ssd_forward.find(r"bar\.(warp\.)?sync")
     assert len(barriers) > 20
     missed = 0
     for number in barriers:
         try:
-            actual = rerun(lines[:number] + lines[number + 1 :], *rest)
+            actual = ssd_forward.run(number)
         except Fault as fault:
             assert "race" in str(fault) or "nobody wrote" in str(fault)
         else:
@@ -264,12 +275,28 @@ def test_every_missing_barrier_is_found(forward):
 
 
 @pytest.mark.slow
-def test_every_missing_mask_is_found(forward):
-    lines, *rest = forward
-    masked = [number for number, line in enumerate(lines) if re.match(r"\s*@!?%p\d+ (ld|st)\.global", line)]
+def test_every_missing_mask_is_found(ssd_forward):
+    masked = ssd_forward.find(r"@!?%p\d+ (ld|st)\.global")
     assert len(masked) > 20
     for number in masked:
-        changed = list(lines)
-        changed[number] = re.sub(r"@!?%p\d+ ", "", lines[number])
         with pytest.raises(Fault, match=r"(reads|writes) \d+ bytes at byte -?\d+ of (in|out)put|race"):
-            rerun(changed, *rest)
+            ssd_forward.run(number, re.sub(r"@!?%p\d+ ", "", ssd_forward.lines[number]))
+
+
+@pytest.mark.parametrize(
+    ("pattern", "message"),
+    [
+        (r"bar\.sync", "race|nobody wrote|no fence"),
+        (r"fence\.proxy\.async", "reads shared memory by tensor cores with no fence.proxy.async"),
+        (r"wgmma\.(commit|wait)_group", "which nobody wrote|products of tensor cores or copies were never waited for"),
+    ],
+)
+def test_what_is_missing_around_products_of_four_warps_is_found(pattern, message, monkeypatch):
+    arrays = {"hidden": jnp.asarray(normal("hidden", 20, 20)), "embedding": jnp.asarray(normal("items", 70, 20))}
+    options = {"targets": jnp.arange(20) * 3, "products": "tfloat32", "implementation": "pallas_triton"}
+    (call,) = recorded(monkeypatch, lambda arrays: softmax_cross_entropy(**arrays, **options), arrays, capability=90)
+    found = call.find(pattern)
+    assert found
+    for number in found:
+        with pytest.raises(Fault, match=message):
+            call.run(number)
