@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as pltriton
 
 from kernels.causal_conv1d import causal_conv1d
 from kernels.selective_scan import selective_scan
@@ -75,8 +77,9 @@ def starts_at(length, *positions):
     return jnp.zeros((1, length), bool).at[0, list(positions)].set(True)
 
 
-# Arrays, what else is computed with, how the work is cut up.
+# Arrays, what else is computed with, how the work is cut up (None: as it is by default).
 SSD = {
+    "cut by default": (ssd_arrays(100), {}, None),
     "plain": (ssd_arrays(20), {}, {}),
     "states": (ssd_arrays(20, initial=True), {"return_final_state": True}, {}),
     "ragged": (ssd_arrays(20, batch=2), {"lengths": jnp.array([13, 0])}, {}),
@@ -104,7 +107,7 @@ def check_ssd(name, products, **options):
     arrays, given, cut = SSD[name]
     if products == "bfloat16":
         arrays = arrays | {key: arrays[key].astype(jnp.bfloat16) for key in "xBC"}
-    kernel_options = {"config": dataclasses.replace(PLAIN, **cut)}
+    kernel_options = {"config": None if cut is None else dataclasses.replace(PLAIN, **cut)}
     kernel_options["products"] = "float32" if products == "float32" else "tfloat32"
     check(ssd, arrays, kernel_options=kernel_options, products=products, **given, **options)
 
@@ -155,6 +158,7 @@ def test_ssd_with_warps_and_programs_in_the_opposite_order(name):
         ((2, 20, 40), 4, "float32", {"activation": "silu"}),
         ((1, 20, 7), 3, "float32", {"activation": "hard_swish", "starts": starts_at(20, 0, 5, 13)}),
         ((1, 9, 40), 4, "bfloat16", {"activation": "none"}),
+        ((1, 40, 33), 8, "float32", {"activation": "silu"}),
     ],
     ids=str,
 )
@@ -175,38 +179,75 @@ def scan_arrays(length, width, state):
 @pytest.mark.slow
 @pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize(
-    ("shape", "states", "options"),
+    ("shape", "states", "dtype", "options"),
     [
-        ((20, 8, 16), True, {}),
-        ((13, 5, 3), False, {}),
-        ((20, 8, 5), True, {"starts": starts_at(20, 3, 16)}),
-        ((13, 5, 3), False, {"lengths": jnp.array([9])}),
+        ((20, 8, 16), True, "float32", {}),
+        ((13, 5, 3), False, "float32", {}),
+        ((20, 8, 5), True, "float32", {"starts": starts_at(20, 3, 16)}),
+        ((13, 5, 3), False, "float32", {"lengths": jnp.array([9])}),
+        ((20, 8, 16), False, "bfloat16", {}),
     ],
     ids=str,
 )
-def test_selective_scan(shape, states, options, capability):
+def test_selective_scan(shape, states, dtype, options, capability):
     arrays = scan_arrays(*shape)
+    arrays |= {name: arrays[name].astype(dtype) for name in ("x", "dt", "B", "C")}
     if states:
         arrays["initial_state"] = jnp.asarray(normal("initial", 1, *shape[1:]))
     options = options | {"return_final_state": states}
-    check(selective_scan, arrays, kernel_options={}, capability=capability, **options)
+    check(selective_scan, arrays, kernel_options={}, products=dtype, capability=capability, **options)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("products", "masked", "backwards"),
-    [("float32", False, False), ("float32", True, True), ("tfloat32", True, False), ("bfloat16", False, False)],
+    ("width", "products", "masked", "backwards"),
+    [
+        (20, "float32", False, False),
+        (20, "float32", True, True),
+        (20, "tfloat32", True, False),
+        (20, "bfloat16", False, False),
+        (256, "bfloat16", True, False),
+    ],
 )
 @pytest.mark.parametrize("capability", [80, 90])
-def test_softmax_cross_entropy(products, masked, backwards, capability):
-    arrays = {"hidden": jnp.asarray(normal("hidden", 20, 20)), "embedding": jnp.asarray(normal("items", 70, 20))}
+def test_softmax_cross_entropy(width, products, masked, backwards, capability):
+    arrays = {"hidden": jnp.asarray(normal("hidden", 20, width)), "embedding": jnp.asarray(normal("items", 70, width))}
     if products == "bfloat16":
         arrays = {name: a.astype(jnp.bfloat16) for name, a in arrays.items()}
     options = {"targets": jnp.arange(20) * 3, "masked": jnp.arange(70) % 9 == 4 if masked else None}
     kernel_options = {"products": "float32" if products == "float32" else "tfloat32"}
-    check(
-        softmax_cross_entropy, arrays, kernel_options=kernel_options, products=products, backwards=backwards, **options
-    )
+    order = {"capability": capability, "backwards": backwards}
+    check(softmax_cross_entropy, arrays, kernel_options=kernel_options, products=products, **order, **options)
+
+
+# What a function may do with its kernels.
+
+
+def first_half(x):
+    """A kernel that leaves the rest of its output as it was."""
+
+    def kernel(x_ref, y_ref):
+        y_ref[:16] = x_ref[:16]
+
+    shape = jax.ShapeDtypeStruct(x.shape, x.dtype)
+    options = pltriton.CompilerParams(num_warps=1, num_stages=1)
+    return pl.pallas_call(kernel, out_shape=shape, compiler_params=options, name="first_half")(x)
+
+
+def test_an_output_that_is_only_half_there():
+    x = jnp.arange(32.0)
+    with pytest.raises(Fault, match=r"first_half never wrote byte 64 of an output \(32,\)"):
+        launch.interpret(lambda x: first_half(x) + 1, x)
+    with pytest.raises(Fault, match="first_half never wrote byte 64"):
+        launch.interpret(first_half, x)
+    # A kernel may have it and read what is there.
+    with pytest.raises(Fault, match="first_half never wrote byte 64"):
+        launch.interpret(lambda x: first_half(first_half(x)), x)
+
+
+def test_kernels_in_loops_are_refused():
+    with pytest.raises(ValueError, match="a kernel inside scan: not interpreted"):
+        launch.interpret(lambda x: jax.lax.map(first_half, x), jnp.zeros((2, 32)))
 
 
 # Faults planted in a kernel's text.
