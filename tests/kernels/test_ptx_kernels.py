@@ -150,19 +150,20 @@ def test_ssd_with_warps_and_programs_in_the_opposite_order(name):
 # Causal convolution, selective scan, cross-entropy.
 
 
+# Shape, taps, dtype, what else is computed with.
+CONVOLUTIONS = {
+    "silu": ((2, 20, 40), 4, "float32", {"activation": "silu"}),
+    "several histories": ((1, 20, 7), 3, "float32", {"activation": "hard_swish", "starts": starts_at(20, 0, 5, 13)}),
+    "bfloat16": ((1, 9, 40), 4, "bfloat16", {"activation": "none"}),
+    "most taps": ((1, 40, 33), 8, "float32", {"activation": "silu"}),
+}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("capability", [80, 90])
-@pytest.mark.parametrize(
-    ("shape", "taps", "dtype", "options"),
-    [
-        ((2, 20, 40), 4, "float32", {"activation": "silu"}),
-        ((1, 20, 7), 3, "float32", {"activation": "hard_swish", "starts": starts_at(20, 0, 5, 13)}),
-        ((1, 9, 40), 4, "bfloat16", {"activation": "none"}),
-        ((1, 40, 33), 8, "float32", {"activation": "silu"}),
-    ],
-    ids=str,
-)
-def test_causal_conv1d(shape, taps, dtype, options, capability):
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+def test_causal_conv1d(name, capability):
+    shape, taps, dtype, options = CONVOLUTIONS[name]
     arrays = {"x": normal("x", *shape), "weight": normal("weight", taps, shape[2]), "bias": normal("bias", shape[2])}
     arrays = {name: jnp.asarray(a) for name, a in arrays.items()}
     arrays["x"] = arrays["x"].astype(dtype)
@@ -176,20 +177,21 @@ def scan_arrays(length, width, state):
     return arrays | {"A": -jnp.exp(arrays["A"])}
 
 
+# Shape l, e, n, whether there are states at both ends, dtype, what else is computed with.
+SCANS = {
+    "states": ((20, 8, 16), True, "float32", {}),
+    "odd sizes": ((13, 5, 3), False, "float32", {}),
+    "several histories": ((20, 8, 5), True, "float32", {"starts": starts_at(20, 3, 16)}),
+    "ragged": ((13, 5, 3), False, "float32", {"lengths": jnp.array([9])}),
+    "bfloat16": ((20, 8, 16), False, "bfloat16", {}),
+}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("capability", [80, 90])
-@pytest.mark.parametrize(
-    ("shape", "states", "dtype", "options"),
-    [
-        ((20, 8, 16), True, "float32", {}),
-        ((13, 5, 3), False, "float32", {}),
-        ((20, 8, 5), True, "float32", {"starts": starts_at(20, 3, 16)}),
-        ((13, 5, 3), False, "float32", {"lengths": jnp.array([9])}),
-        ((20, 8, 16), False, "bfloat16", {}),
-    ],
-    ids=str,
-)
-def test_selective_scan(shape, states, dtype, options, capability):
+@pytest.mark.parametrize("name", SCANS)
+def test_selective_scan(name, capability):
+    shape, states, dtype, options = SCANS[name]
     arrays = scan_arrays(*shape)
     arrays |= {name: arrays[name].astype(dtype) for name in ("x", "dt", "B", "C")}
     if states:
