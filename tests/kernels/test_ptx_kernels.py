@@ -100,7 +100,9 @@ SSD = {
 
 
 # The program's first head loads sums that are not there yet, and selects them away.
-UNWRITTEN = pytest.mark.xfail(raises=Fault, strict=True, reason="the gradient of B is read before anybody wrote it")
+UNWRITTEN = pytest.mark.xfail(
+    raises=Fault, strict=True, reason="the gradients of B and C are read before anybody wrote them"
+)
 
 
 def check_ssd(name, products, **options):
