@@ -135,6 +135,18 @@ class Inputs(NamedTuple):
         return (self.delta[..., None] * self.x).astype(self.x.dtype)
 
 
+def _einsum(inputs: Inputs) -> Callable[..., Array]:
+    """Returns `jnp.einsum` with sums in the dtype of the step size.
+
+    XLA for CPUs (jaxlib 0.10) compiles products of bfloat16 factors in several groups and cannot run them: there the
+    factors are widened, which changes no product.
+    """
+    accum = inputs.delta.dtype
+    if inputs.B.shape[3] == 1 or jax.default_backend() != "cpu":
+        return partial(jnp.einsum, preferred_element_type=accum)
+    return lambda spec, *factors: jnp.einsum(spec, *(factor.astype(accum) for factor in factors))
+
+
 def forward_tile(inputs: Inputs, D: Array, state: Array | None) -> tuple[Array, Array, Array, Array | None]:
     """Runs a tile from the state before it, or from nothing.
 
@@ -142,7 +154,7 @@ def forward_tile(inputs: Inputs, D: Array, state: Array | None) -> tuple[Array, 
     """
     x, delta, log_decay, B, C, starts = inputs
     accum, compute = delta.dtype, x.dtype
-    dot = partial(jnp.einsum, preferred_element_type=accum)
+    dot = _einsum(inputs)
     u = inputs.u()
     decays = _decays(log_decay, _histories(starts))
     scores = dot("bkign,bkjgn->bkgij", C, B)
@@ -176,9 +188,9 @@ def _inside_backward(inputs: Inputs, between: Array, dy: Array) -> tuple[Array, 
 
     Maps between positions are transposed here: what is multiplied from the left has to lie in rows on CPUs.
     """
-    u, (_, delta, _, B, C, starts) = inputs.u(), inputs
+    u, (*_, B, C, starts) = inputs.u(), inputs
     compute, dy_n = u.dtype, dy.astype(u.dtype)
-    dot = partial(jnp.einsum, preferred_element_type=delta.dtype)
+    dot = _einsum(inputs)
     scores = dot("bkjgn,bkign->bkgji", B, C)[:, :, :, None]
     d_mixed = _apply_decay(between, dot("bkjgrp,bkigrp->bkgrji", u, dy_n), starts)
     d_scores = _sum_heads(d_mixed).astype(compute)
@@ -195,8 +207,8 @@ def _before_backward(
 
     Returns gradients of the state before the tile, of those after each chunk, of the log decays and of C.
     """
-    accum, compute = inputs.delta.dtype, inputs.x.dtype
-    dot = partial(jnp.einsum, preferred_element_type=accum)
+    compute = inputs.x.dtype
+    dot = _einsum(inputs)
     dy_from = (decays.from_start[..., None] * dy).astype(compute)
     state_cotangent = dot("bkcgn,bkcgrp->bkgnrp", inputs.C, dy_from)
     chunk_decay = decays.from_start[:, :, -1]
@@ -208,8 +220,8 @@ def _before_backward(
 
 def _after_backward(inputs: Inputs, decays: _Decays, d_after: Array) -> tuple[Array, Array, Array]:
     """What positions give to the state after their chunk: gradients of u, the log decays and B."""
-    u, accum, compute = inputs.u(), inputs.delta.dtype, inputs.x.dtype
-    dot = partial(jnp.einsum, preferred_element_type=accum)
+    u, compute = inputs.u(), inputs.x.dtype
+    dot = _einsum(inputs)
     d_after = d_after.astype(compute)
     du = _heads_last(dot("bkcgn,bkgnrp->bkgcrp", inputs.B, d_after), 3)
     du = _apply_decay(decays.to_end[..., None], du, inputs.starts)

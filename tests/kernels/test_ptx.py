@@ -50,6 +50,12 @@ def run(body, *inputs, out, threads=32, **options):
     return buffers[-1].bytes.view(out.dtype)
 
 
+def without(text, line, nth=0):
+    """Text with one occurrence of a line left out."""
+    parts = text.split(line)
+    return line.join(parts[: nth + 1]) + line.join(parts[nth + 1 :])
+
+
 def words(count, dtype=np.int32):
     return np.zeros(count, dtype)
 
@@ -106,8 +112,8 @@ def f32(*values):
     return np.array(values, np.float32)
 
 
-def bits(*values):
-    return np.array(values, np.uint32).view(np.float32)
+def pairs(*values):
+    return f32(*values).view(np.uint64)
 
 
 TINY = 2.0**-140
@@ -163,6 +169,11 @@ CASES = {
     # The tie goes away from zero; less than it goes down.
     "cvt.rna.tf32.f32": (f32(1 + 2**-11, -1 - 2**-11, 1 + 2**-12), f32(1 + 2**-10, -1 - 2**-10, 1)),
     "cvt.rn.bf16x2.f32": (f32(1, -2), f32(3, 1 + 2**-8), u32(0x3F80_4040, 0xC000_3F80)),
+    "add.f32x2": (pairs(1, 2, 3, 4), pairs(5, 6, 7, 8), pairs(6, 8, 10, 12)),
+    "fma.rn.f32x2": (pairs(1, 2), pairs(5, 6), pairs(7, 8), pairs(12, 20)),
+    # 7 * 37 / 256 lies halfway between two numbers but for 2**-40, which float32 on the way would lose.
+    "fma.rn.bf16": (u16(0x40E0, 0x40E0), u16(0x3E14, 0x3E14), u16(0x2B80, 0xAB80), u16(0x3F82, 0x3F81)),
+    "mul.bf16x2": (u32(0x3F80_4000), u32(0x4040_4040), u32(0x4040_40C0)),
     "cvt.f32.bf16": (u16(0x3F80, 0xC000), f32(1, -2)),
 }
 
@@ -291,6 +302,31 @@ def test_tf32_products():
     np.testing.assert_array_equal(tf32_product(cut, np.eye(8, dtype=np.float32)), np.float32(1 + 2**-10))
 
 
+COPY = f"""{PLACES}
+  setp.lt.u32 %p1, %r1, 20; selp.b32 %r4, 4, 0, %p1;
+  cp.async.ca.shared.global [ %r2 + 0 ], [ %rd1 + 0 ], 0x4, %r4;
+  cp.async.commit_group;
+  cp.async.cg.shared.global [ %r2 + 128 ], [ %rd1 + 0 ], 0x4, %r4;
+  cp.async.commit_group;
+  cp.async.wait_group 1;
+  ld.shared.b32 %r5, [%r2];
+  cp.async.wait_group 0;
+  st.global.b32 [%rd2], %r5;
+"""
+
+
+def test_copies_that_are_waited_for():
+    numbers = np.arange(1, 21, dtype=np.int32)
+    result = run(COPY, numbers, out=words(32), shared_bytes=256)
+    np.testing.assert_array_equal(result, [*numbers, *[0] * 12])
+    with pytest.raises(Fault, match="reads byte 0 of shared memory, which nobody wrote"):
+        run(COPY.replace("wait_group 1", "wait_group 2"), numbers, out=words(32), shared_bytes=256)
+    with pytest.raises(Fault, match="products of tensor cores or copies were never waited for"):
+        run(without(COPY, "cp.async.wait_group 0;"), numbers, out=words(32), shared_bytes=256)
+    with pytest.raises(Fault, match="reads 4 bytes at byte 80 of input 0, which has 80"):
+        run(COPY.replace("4, 0, %p1", "4, 4, %p1"), numbers, out=words(32), shared_bytes=256)
+
+
 def test_lanes_part_and_meet_again():
     """Each lane goes round as often as its number says, then all of them exchange what they have."""
     body = f"""{PLACES}
@@ -341,12 +377,6 @@ def turn(body=TURN, **options):
 @pytest.mark.parametrize("backwards", [False, True])
 def test_barriers_let_warps_exchange(backwards):
     np.testing.assert_array_equal(turn(backwards=backwards), NUMBERS[::-1])
-
-
-def without(text, line, nth=0):
-    """Text with one occurrence of a line left out."""
-    parts = text.split(line)
-    return line.join(parts[: nth + 1]) + line.join(parts[nth + 1 :])
 
 
 @pytest.mark.parametrize("backwards", [False, True])

@@ -193,6 +193,42 @@ def _define_floats(ftz: str, kept: Callable[[Any], Any]) -> None:
     define(2, {"setp.num*.f32": _known, "setp.nan*.f32": lambda a, b: ~_known(a, b)}, "pred")
 
 
+def _paired(function: Callable[..., np.ndarray], t: str) -> Callable[..., np.ndarray]:
+    """A function of numbers, of two of them in each register."""
+
+    def both(*operands: np.ndarray) -> np.ndarray:
+        result = function(*(a.view(DTYPES[t]) for a in operands))
+        return result.view(operands[0].dtype)
+
+    return both
+
+
+def _to_bf16(exact: np.ndarray) -> np.ndarray:
+    """Rounds float64 once: float32 on the way is cut and marked as inexact by its last bit."""
+    cut = _rounded(exact, "rz")
+    return (cut.view(np.uint32) | (cut != exact)).view(np.float32).astype(DTYPES["bf16"])
+
+
+def _define_pairs() -> None:
+    for mode in ("", ".rn", ".ftz", ".rn.ftz"):
+        for name, count in [("add", 2), ("sub", 2), ("mul", 2), ("fma", 3)]:
+            if f"{name}{mode}.f32" in OPERATIONS:
+                function = _paired(OPERATIONS[f"{name}{mode}.f32"][2], "f32")
+                _define(f"{name}{mode}.f32x2", "b64", " ".join(["b64"] * count), function)
+    bf16: dict[str, Callable[..., np.ndarray]] = {
+        "add": lambda a, b: _to_bf16(_sum_to_odd(a.astype(np.float64), b.astype(np.float64))),
+        "sub": lambda a, b: _to_bf16(_sum_to_odd(a.astype(np.float64), -b.astype(np.float64))),
+        "mul": lambda a, b: _to_bf16(a.astype(np.float64) * b.astype(np.float64)),
+        "fma.rn": lambda a, b, c: _to_bf16(
+            _sum_to_odd(a.astype(np.float64) * b.astype(np.float64), c.astype(np.float64))
+        ),
+    }
+    for name, function in bf16.items():
+        count = 3 if name == "fma.rn" else 2
+        _define(f"{name}.bf16", "bf16", " ".join(["bf16"] * count), function)
+        _define(f"{name}.bf16x2", "b32", " ".join(["b32"] * count), _paired(function, "bf16"))
+
+
 def _define_small_floats(t: str) -> None:
     _define(f"cvt.f32.{t}", "f32", t, lambda a: a.astype(np.float32))
     _define(f"cvt.rn.{t}.f32", t, "f32", lambda a: a.astype(DTYPES[t]))
@@ -211,6 +247,7 @@ def _define_all() -> None:
             _define(f"selp.{t}", t, f"{t} {t} pred", lambda a, b, which: np.where(which, a, b))
     _define_floats("", _same)
     _define_floats(".ftz", _flush)
+    _define_pairs()
     _define_small_floats("bf16")
     _define_small_floats("f16")
     _define("prmt.b32", "b32", "b32 b32 b32", _permute)

@@ -31,7 +31,8 @@ def _pack(operands: list[str]) -> Action:
     targets, sources = names_of(operands[0]), names_of(operands[1])
 
     def run(warp: Warp, active: np.ndarray | None) -> None:
-        parts = [warp.bits(name) for name in sources]
+        # Compilers leave the half that nobody wants undefined.
+        parts = [warp.bits(name, undefined=True) for name in sources]
         bits = np.stack(parts, axis=1)
         size = bits.dtype.itemsize * len(sources) // len(targets)
         values = bits.view(UNSIGNED[size])
@@ -64,6 +65,29 @@ def _memory(match: re.Match[str], operands: list[str]) -> Action:
         warp.store(space, lanes, address(warp)[lanes], values.view(np.uint8))
 
     return load if verb == "ld" else store
+
+
+def _copy(operands: list[str]) -> Action:
+    """cp.async of some bytes from global to shared memory, with zeros in place of those after the given count."""
+    if len(operands) not in (3, 4):
+        raise Fault("cp.async takes 3 or 4 operands")
+    target, source, size = address_of(operands[0]), address_of(operands[1]), int(operands[2], 0)
+    count_of = source_of(operands[3] if len(operands) == 4 else str(size), DTYPES["u32"])
+
+    def run(warp: Warp, active: np.ndarray | None) -> None:
+        lanes = active_lanes(active)
+        to, where, count = (a[lanes].astype(np.int64) for a in (target(warp), source(warp), count_of(warp)))
+        if not np.isin(count, (0, size)).all():
+            raise Fault("cp.async of a part of its bytes is unknown")
+
+        def copy() -> None:
+            values = np.zeros((len(lanes), size), np.uint8)
+            values[count > 0] = warp.load("global", lanes[count > 0], where[count > 0], size)
+            warp.store("shared", lanes, to, values)
+
+        warp.copies.add(copy)
+
+    return run
 
 
 def _parameter(operands: list[str]) -> Action:
@@ -106,7 +130,7 @@ def _meet(warp: Warp, active: np.ndarray | None) -> None:
     warp.author.time = warp.launch.tick()
 
 
-_MEMORY_FORM = re.compile(r"(ld|st)\.(global|shared)(?:\.v([24]))?\.([busf](?:8|16|32|64))")
+_MEMORY_FORM = re.compile(r"(ld|st)\.(global|shared)(?:::cta)?(?:\.v([248]))?\.([busf](?:8|16|32|64))")
 
 
 def action_of(name: str, operands: list[str]) -> Action:
@@ -127,6 +151,12 @@ def action_of(name: str, operands: list[str]) -> Action:
         return _parameter(operands)
     if name == "bar.warp.sync" and operands == ["-1"]:
         return _meet
+    if name in ("cp.async.ca.shared.global", "cp.async.cg.shared.global"):
+        return _copy(operands)
+    if name == "cp.async.commit_group":
+        return lambda warp, active: warp.copies.commit()
+    if name == "cp.async.wait_group":
+        return lambda warp, active: warp.copies.wait(int(operands[0]))
     if action := tensor_core_action(name, operands):
         return action
     raise Fault("is unknown")

@@ -19,12 +19,14 @@ class Author:
       program, warp: their numbers.
       epoch: when the program last met a `bar.sync`.
       time: when the warp last met that or a `bar.warp.sync`.
+      fenced: epoch of the warp's last `fence.proxy.async`.
     """
 
     program: int
     warp: int
     epoch: int = 0
     time: int = 0
+    fenced: int = 0
 
 
 class _Trace:
@@ -101,13 +103,14 @@ class Memory:
         self.writes.add(at, author, lanes)
 
     def show(self, author: Author) -> None:
-        """A warp's fence: tensor cores see what it wrote."""
+        """A warp's fence: tensor cores see what it wrote, and its own ones what all wrote before the last barrier."""
         self._hidden[self._hidden == author.warp] = -1
+        author.fenced = author.epoch
 
-    def check_shown(self, offsets: np.ndarray) -> None:
-        """Tensor cores are about to read."""
+    def check_shown(self, author: Author, offsets: np.ndarray) -> None:
+        """A warp's tensor cores are about to read."""
         inside = offsets[(offsets >= 0) & (offsets < self.size)]
-        if (self._hidden[inside] != -1).any():
+        if ((self._hidden[inside] != -1) & (self.writes.epoch[inside] >= author.fenced)).any():
             raise Fault(f"reads {self.name} by tensor cores with no fence.proxy.async after it was written")
 
     def _no_race(self, race: np.ndarray, at: np.ndarray, verb: str, other: str) -> None:

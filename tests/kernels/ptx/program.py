@@ -7,12 +7,16 @@ warps of a program run one after another up to the next barrier. Faults are erro
 - reading bytes that nobody wrote (outputs and shared memory begin that way), or a register that nobody wrote;
 - a race: bytes that one thread wrote and another reads or writes with no barrier between them. `bar.sync` parts the
   accesses of warps, `bar.warp.sync` those of one warp's lanes, and nothing those of two programs;
+- tensor cores that read shared memory by themselves before a fence has shown them what was written;
 - an instruction of a whole warp that some lanes never reach; a barrier that some warps never reach;
 - an instruction that is not in the tables here.
 
+Copies and products that go on by themselves are done at the last moment, where the kernel waits for them: who reads too
+early finds nothing, and who changes what they read is caught.
+
 Sums and products are correctly rounded, as on the hardware. Tensor cores cut TF32 operands to 10 bits of mantissa;
 their sums are exact here and rounded once, and the `approx` functions are rounded from float64: the hardware's last
-bits of both are not documented.
+bits of both are not documented. Whether `wgmma.fence` stands where registers change is not checked.
 """
 
 import re
@@ -146,7 +150,6 @@ def _run_warp(kernel: Kernel, warp: Warp) -> Iterator[None]:
     code, end = kernel.instructions, len(kernel.instructions)
     at = np.zeros(32, np.int64)
     waiting = np.zeros(32, bool)
-    everyone = np.ones(32, bool)
     steps = 0
     while (at < end).any():
         ready = (at < end) & ~waiting
@@ -170,14 +173,7 @@ def _run_warp(kernel: Kernel, warp: Warp) -> Iterator[None]:
                     break
                 waiting[:] = False
             try:
-                doing = everyone if whole else active
-                if instruction.guard is not None:
-                    doing = active & (warp.read(instruction.guard, DTYPES["pred"]) ^ instruction.guard_not)
-                if instruction.action is not None:
-                    if doing is everyone or doing.all():
-                        instruction.action(warp, None)
-                    elif doing.any():
-                        instruction.action(warp, doing)
+                doing = _do(instruction, warp, active, whole)
             except Fault as fault:
                 raise _fault(kernel, warp, instruction, str(fault)) from None
             if instruction.target is not None:
@@ -194,8 +190,19 @@ def _run_warp(kernel: Kernel, warp: Warp) -> Iterator[None]:
             if here == stop:
                 at[active] = here
                 break
-    if any(warp.products):
-        raise _fault(kernel, warp, code[-1], "products of tensor cores were never waited for")
+    if warp.products.is_left() or warp.copies.is_left():
+        raise _fault(kernel, warp, code[-1], "products of tensor cores or copies were never waited for")
+
+
+def _do(instruction: Instruction, warp: Warp, active: np.ndarray, whole: bool) -> np.ndarray:
+    """Does an instruction in the active lanes that its predicate lets; returns which these are."""
+    doing = active
+    if instruction.guard is not None:
+        doing = active & (warp.read(instruction.guard, DTYPES["pred"]) ^ instruction.guard_not)
+        whole = bool(doing.all())
+    if instruction.action is not None and (whole or doing.any()):
+        instruction.action(warp, None if whole else doing)
+    return doing
 
 
 def _fault(kernel: Kernel, warp: Warp, instruction: Instruction, message: str) -> Fault:

@@ -110,24 +110,34 @@ def _mma(match: re.Match[str], operands: list[str]) -> Action:
 # Products of four warps. They may happen at any time until they are waited for, and so are done at the last moment.
 
 
-def _from_shared(warp: Warp, descriptor: int, dtype: str, rows: np.ndarray) -> np.ndarray:
-    """Rows of a matrix [rows, k] whose k lie side by side, 32 bytes of them, as a descriptor says."""
+def _from_shared(warp: Warp, descriptor: int, dtype: str, rows: np.ndarray, *, transposed: bool) -> np.ndarray:
+    """Rows of a matrix [rows, k], 32 bytes each, as a descriptor says.
+
+    The k of a row lie side by side, and 8 rows make a block; or the rows of a k do, and 8 k make a block.
+    """
     width = {1: 128, 2: 64, 3: 32}.get(descriptor >> 62)
     if width is None or descriptor >> 49 & 7:
         raise Fault(f"a matrix in shared memory laid out as {descriptor:#x} is unknown")
-    start, group_stride = (descriptor & 0x3FFF) << 4, (descriptor >> 32 & 0x3FFF) << 4
-    at = start + rows[:, None] % 8 * width + rows[:, None] // 8 * group_stride + 4 * np.arange(8)
+    start, leading, stride = ((descriptor >> bit & 0x3FFF) << 4 for bit in (0, 16, 32))
+    size = 4 if dtype == "tf32" else 2
+    row, k = rows[:, None], np.arange(32 // size)
+    if transposed:
+        at = start + row % (width // size) * size + row // (width // size) * leading + k % 8 * width + k // 8 * stride
+    else:
+        at = start + row % 8 * width + row // 8 * stride + k * size
     # Of the bits that count 16 bytes, as many as the width has are mixed with those that count 128 bytes.
     at ^= (at >> 3) & (width - 16)
-    words = warp.load_asynchronously(at.reshape(-1), 4).view(np.uint32).reshape(at.shape)
-    return _factors(words, dtype).reshape(len(rows), -1)
+    numbers = warp.load_asynchronously(at.reshape(-1), size)
+    numbers = _factors(numbers.view(np.uint32), dtype) if size == 4 else numbers.view(DTYPES[dtype])
+    return numbers.astype(np.float64).reshape(at.shape)
 
 
 def _wgmma(match: re.Match[str], operands: list[str]) -> Action:
     n, k, dtype = int(match[1]), int(match[2]), match[3]
     targets, a_operand, b_operand, adds, *rest = operands
-    if rest[:2] != ["1", "1"] or set(rest[2:]) - {"0"} or k != (8 if dtype == "tf32" else 16):
-        raise Fault("wgmma of negated or transposed matrices is unknown")
+    if rest[:2] != ["1", "1"] or k != (8 if dtype == "tf32" else 16):
+        raise Fault("wgmma of negated matrices is unknown")
+    *a_turned, b_turned = (number == "1" for number in rest[2:] or ["0"])
     targets, a_names = names_of(targets), names_of(a_operand)
     u64 = DTYPES["u64"]
     b_of, adds_of = source_of(b_operand, u64), source_of(adds, DTYPES["pred"])
@@ -140,26 +150,12 @@ def _wgmma(match: re.Match[str], operands: list[str]) -> Action:
             if a_at is None:
                 a = _from_registers(warp, a_names, dtype, _places_of_a(k), (16, k))
             else:
-                a = _from_shared(warp, a_at, dtype, 16 * (warp.author.warp % 4) + np.arange(16))
-            b = _from_shared(warp, b_at, dtype, np.arange(n))
+                rows = 16 * (warp.author.warp % 4) + np.arange(16)
+                a = _from_shared(warp, a_at, dtype, rows, transposed=any(a_turned))
+            b = _from_shared(warp, b_at, dtype, np.arange(n), transposed=b_turned)
             _add_product(warp, targets if adding else [], targets, a @ b.T)
 
-        warp.products[-1].append(multiply)
-
-    return run
-
-
-def _commit(warp: Warp, active: np.ndarray | None) -> None:
-    warp.products.append([])
-
-
-def _wait(left: int) -> Action:
-    def run(warp: Warp, active: np.ndarray | None) -> None:
-        done = len(warp.products) - 1 - left
-        for group in warp.products[: max(done, 0)]:
-            for multiply in group:
-                multiply()
-        warp.products = warp.products[max(done, 0) :]
+        warp.products.add(multiply)
 
     return run
 
@@ -174,7 +170,7 @@ def _nothing(warp: Warp, active: np.ndarray | None) -> None:
 
 _PLAIN: dict[tuple[str, ...], Callable[[Warp, Any], None]] = {
     ("wgmma.fence.sync.aligned",): _nothing,
-    ("wgmma.commit_group.sync.aligned",): _commit,
+    ("wgmma.commit_group.sync.aligned",): lambda warp, active: warp.products.commit(),
     ("fence.proxy.async.shared::cta",): _show,
 }
 
@@ -188,5 +184,5 @@ def tensor_core_action(name: str, operands: list[str]) -> Action | None:
     if match := _WGMMA_FORM.fullmatch(name):
         return _wgmma(match, operands)
     if name == "wgmma.wait_group.sync.aligned":
-        return _wait(int(operands[0]))
+        return lambda warp, active: warp.products.wait(int(operands[0]))
     return _PLAIN.get((name, *operands))

@@ -44,6 +44,33 @@ class Launch:
         return registers | {f"%nctaid.{axis}": number for axis, number in zip("xyz", self.grid, strict=True)}
 
 
+class Later:
+    """Work that may be done at any time until it is waited for, and is done here at the last moment, in groups."""
+
+    def __init__(self) -> None:
+        # The last group is still open.
+        self._groups: list[list[Callable[[], None]]] = [[]]
+
+    def add(self, work: Callable[[], None]) -> None:
+        """Adds work to the open group."""
+        self._groups[-1].append(work)
+
+    def commit(self) -> None:
+        """Closes the open group."""
+        self._groups.append([])
+
+    def wait(self, left: int) -> None:
+        """Does the work of all closed groups but the last ones."""
+        done = max(len(self._groups) - 1 - left, 0)
+        for work in sum(self._groups[:done], []):
+            work()
+        self._groups = self._groups[done:]
+
+    def is_left(self) -> bool:
+        """Something was never waited for."""
+        return any(self._groups)
+
+
 class Warp:
     """32 threads of a program.
 
@@ -60,8 +87,7 @@ class Warp:
         special = launch.special_registers(author.program)
         special |= {"%tid.x": 32 * author.warp + LANES, "%tid.y": 0, "%tid.z": 0, "%ntid.x": threads, "%laneid": LANES}
         self._special = {n: np.broadcast_to(np.asarray(v, np.uint32), 32) for n, v in special.items()}
-        # Groups of products that nobody has waited for; the last one is still open.
-        self.products: list[list[Callable[[], None]]] = [[]]
+        self.products, self.copies = Later(), Later()
         self._registers: dict[str, np.ndarray] = dict(self._special)
 
     def dtype(self, name: str) -> np.dtype:
@@ -73,12 +99,17 @@ class Warp:
             raise Fault(f"register {name!r} is not declared")
         return dtype
 
-    def bits(self, name: str) -> np.ndarray:
-        """A register as it is, [32]."""
+    def bits(self, name: str, *, undefined: bool = False) -> np.ndarray:
+        """A register as it is, [32]; with `undefined` also one that nobody wrote."""
         bits = self._registers.get(name)
         if bits is None:
-            raise Fault(f"reads {name}, which nobody wrote")
+            if not undefined:
+                raise Fault(f"reads {name}, which nobody wrote")
+            return self._never_written(name)
         return bits
+
+    def _never_written(self, name: str) -> np.ndarray:
+        return np.full(32, _NEVER_WRITTEN, np.uint64).astype(self.dtype(name))
 
     def read(self, name: str, dtype: np.dtype, *, low: bool = False) -> np.ndarray:
         """A register, or with `low` what fits of it, as [32] of a type."""
@@ -100,10 +131,7 @@ class Warp:
             raise Fault(f"{name} has {8 * dtype.itemsize} bits, not {8 * value.dtype.itemsize}")
         value = value.view(dtype)
         if active is not None:
-            before = self._registers.get(name)
-            if before is None:
-                before = np.full(32, _NEVER_WRITTEN, np.uint64).astype(dtype)
-            value = np.where(active, value, before)
+            value = np.where(active, value, self.bits(name, undefined=True))
         self._registers[name] = value
 
     def _parts(self, space: str, addresses: np.ndarray) -> Iterator[tuple[Memory, np.ndarray, np.ndarray]]:
@@ -132,5 +160,5 @@ class Warp:
 
     def load_asynchronously(self, addresses: np.ndarray, size: int) -> np.ndarray:
         """Reads shared memory as tensor cores do: [n] addresses, for all lanes; returns uint8 [n, size]."""
-        self.shared.check_shown(addresses - SHARED_BASE)
+        self.shared.check_shown(self.author, addresses - SHARED_BASE)
         return self.load("shared", np.zeros(len(addresses), np.int64), addresses, size)
