@@ -1,5 +1,7 @@
 """Step sizes of state space operators, and decay factors between positions from sums that keep their digits."""
 
+from typing import TypeVarTuple, cast
+
 import jax
 import jax.numpy as jnp
 from jax import Array
@@ -9,6 +11,7 @@ from jax import Array
 COARSE_STEP = 1.0 / 64.0
 # Nothing is left after such a decay in float32; sums over one of millions would lose what stands beside it.
 ENOUGH = -128.0
+Arrays = TypeVarTuple("Arrays")  # Each an array or None.
 
 
 def step_size(dt: Array, dt_bias: Array | None = None, real: Array | None = None) -> Array:
@@ -68,6 +71,8 @@ def decays_between(log_decay: Array) -> Array:
     return between_sums(cumulative_log_decay(log_decay))
 
 
-def in_accum_dtype(*arrays: Array | None) -> list[Array | None]:
+def in_accum_dtype(*arrays: *Arrays) -> tuple[*Arrays]:
     """Returns arrays in float32 at least: decays, skips and states are, also beside bfloat16 inputs."""
-    return [None if a is None else a.astype(jnp.promote_types(a.dtype, jnp.float32)) for a in arrays]
+    given = cast(tuple[Array | None, ...], arrays)
+    wide = (None if a is None else a.astype(jnp.promote_types(a.dtype, jnp.float32)) for a in given)
+    return cast(tuple[*Arrays], tuple(wide))

@@ -4,7 +4,7 @@ import contextlib
 import inspect
 import pkgutil
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeVarTuple, cast
 
 import jax
 from jax import Array
@@ -12,6 +12,7 @@ from jax import Array
 # Function of a backend by its name, or "module:function" of one that is imported when it is first named.
 Implementations = Mapping[str, Callable[..., Any] | str]
 Precision = str | jax.lax.Precision | jax.lax.DotAlgorithmPreset | None
+Arrays = TypeVarTuple("Arrays")  # Each an array or None.
 
 
 def default_implementation() -> str:
@@ -64,18 +65,19 @@ def run(op: str, implementations: Implementations, name: str | None, *arrays: Ar
     return function(*pvary_together(*arrays), **options)
 
 
-def pvary_together(*arrays: Array | None) -> tuple[Array | None, ...]:
+def pvary_together(*arrays: *Arrays) -> tuple[*Arrays]:
     """Marks arrays as varying over the same mesh axes of shard_map, as a custom gradient wants its arguments.
 
     Outside shard_map this does nothing. Its transpose sums the gradient of what was the same everywhere.
     """
-    axes = varying_axes(*arrays)
+    given = cast(tuple[Array | None, ...], arrays)
+    axes = varying_axes(*given)
 
     def mark(a: Array) -> Array:
         missing = axes - varying_axes(a)
         return jax.lax.pcast(a, tuple(sorted(missing)), to="varying") if missing else a
 
-    return tuple(None if a is None else mark(a) for a in arrays)
+    return cast(tuple[*Arrays], tuple(None if a is None else mark(a) for a in given))
 
 
 def varying_axes(*arrays: Array | None) -> frozenset[str]:

@@ -1,9 +1,9 @@
 """Which history a position belongs to: one integer per position says where histories and rows end."""
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.core import Tracer
 
 
 def checked_segment_ids(segment_ids: Array | None, rows: tuple[int, ...]) -> Array | None:
@@ -26,7 +26,7 @@ def checked_segment_ids(segment_ids: Array | None, rows: tuple[int, ...]) -> Arr
             f"segment_ids is {segment_ids.dtype} of shape {segment_ids.shape}, expected int32 [b, l] = {rows}: which "
             "history a position belongs to, 0 for padding"
         )
-    if not isinstance(segment_ids, jax.core.Tracer):
+    if not isinstance(segment_ids, Tracer):
         _check_order(np.asarray(segment_ids))
     return jnp.asarray(segment_ids, jnp.int32)
 
@@ -50,7 +50,7 @@ def real_positions(segment_ids: Array | None) -> Array | None:
     return None if segment_ids is None else segment_ids != 0
 
 
-def row_lengths(segment_ids: Array | None, rows: tuple[int, int]) -> Array:
+def row_lengths(segment_ids: Array | None, rows: tuple[int, ...]) -> Array:
     """Returns the number of real positions per row, int32 [b]."""
     if segment_ids is None:
         return jnp.full(rows[0], rows[1], jnp.int32)

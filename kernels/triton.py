@@ -4,7 +4,8 @@ Sides of tiles are powers of two; what lies outside an array is loaded as 0 and 
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -38,7 +39,8 @@ def tile_precision(precision: Precision) -> TilePrecision:
     Raises:
       ValueError: for a precision that the kernels do not offer.
     """
-    wanted = jax.config.jax_default_matmul_precision if precision is None else precision_name(precision)
+    configured = jax.config.jax_default_matmul_precision  # pyright: ignore[reportAttributeAccessIssue]
+    wanted = configured if precision is None else precision_name(precision)
     if wanted not in _TILE_PRECISIONS:
         source = "jax_default_matmul_precision" if precision is None else "precision"
         known = [key for key in _TILE_PRECISIONS if key]
@@ -69,7 +71,8 @@ def tile_dot(
     return pltriton.dot(a, b, trans_a=trans_a, trans_b=trans_b, precision=of_dot)
 
 
-class Span(NamedTuple):
+@dataclass(frozen=True)
+class Span:
     """A run of indices along one axis: first index, power-of-two count, and how many indices the axis has."""
 
     start: Any

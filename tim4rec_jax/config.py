@@ -313,7 +313,7 @@ def _upgraded(values: dict[str, Any]) -> dict[str, Any]:
     )
     name, mode = model.get("name", "tim4rec"), model.get("time_mode", "faithful")
     require(mode in ("faithful", "causal"), f"model.time_mode={mode!r} must be 'faithful' or 'causal'")
-    name = _FORMER_MODELS.get((name, bool(model.get("use_time", True)), mode), name)
+    name = _FORMER_MODELS.get((name, bool(model.get("use_time", True)), mode)) or name
     backends = {model.get(flag) for flag in _BACKENDS} - {None}
     backend = backends.pop() if len(backends) == 1 else None  # All of them compute the same.
     kernels = backend.removesuffix("_interpreted") if isinstance(backend, str) else backend

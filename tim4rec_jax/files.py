@@ -111,7 +111,7 @@ def _locked_temporary(path: pathlib.Path, stem: str, *, folder: bool) -> tuple[p
         temporary = path.with_name(f"{stem}{secrets.token_hex(8)}.tmp")
         if folder:
             temporary.mkdir()
-        with contextlib.suppress(FileNotFoundError if folder else ()):
+        with contextlib.suppress(*[FileNotFoundError] if folder else []):
             flags = os.O_RDONLY | os.O_DIRECTORY if folder else os.O_RDWR | os.O_CREAT | os.O_EXCL
             descriptor = os.open(temporary, flags | os.O_CLOEXEC, 0o666)
             fcntl.flock(descriptor, fcntl.LOCK_EX)

@@ -149,13 +149,15 @@ def _default_config(log: InteractionLog, model: str) -> ExperimentConfig:
     longest = int(np.clip(lengths.max() - 1, 2, LONGEST if packable else settings.max_len))
     examples = int(np.maximum(lengths - 3, 0).sum()) if not packable else int(lengths.sum()) // longest
     batch_size = int(np.clip(examples // STEPS_PER_EPOCH, 1 if packable else 32, LARGEST_BATCH))
-    schedule = {"positions": "all", "epochs": 20, "schedule": "cosine", "warmup_steps": 40} if packable else {}
+    schedule: dict[str, Any] = (
+        {"positions": "all", "epochs": 20, "schedule": "cosine", "warmup_steps": 40} if packable else {}
+    )
     top_k = tuple(k for k in EvalConfig().top_k if k <= log.num_items) or (log.num_items,)
     return ExperimentConfig(
         model,
         dataclasses.replace(settings, max_len=longest),
         DataConfig(name="custom", timestamp_precision=log.statistics.timestamp_precision),
-        TrainConfig(**{"batch_size": batch_size, "patience": 10, "length_groups": 2} | schedule),
+        TrainConfig(batch_size=batch_size, patience=10, **({"length_groups": 2} | schedule)),
         EvalConfig(top_k=top_k, monitor=f"ndcg@{top_k[0]}"),
     )
 

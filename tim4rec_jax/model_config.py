@@ -17,7 +17,7 @@ LARGEST = {"num_layers": 200, "d_model": 2**16, "expand": 2**10, "d_conv": 2**10
 def require_sizes(settings: Any) -> None:
     """Refuses whole numbers, also in tuples, that are beyond what can be meant."""
     for field in dataclasses.fields(settings):
-        value, largest = getattr(settings, field.name), LARGEST.get(field.name, 2**31 - 1)
+        value, largest = getattr(settings, field.name), LARGEST.get(field.name) or 2**31 - 1
         for number in value if isinstance(value, tuple) else (value,):
             if isinstance(number, int) and abs(number) > largest:
                 shown = number if abs(number) < 2**63 else f"(about 2^{number.bit_length() - 1})"

@@ -68,13 +68,20 @@ class Log(Protocol):
       fingerprint: hash of the cleaned log.
     """
 
-    items: np.ndarray
-    timestamps: np.ndarray
-    offsets: np.ndarray
-    user_ids: pl.Series
-    item_ids: pl.Series
-    titles: pl.Series | None
-    fingerprint: str
+    @property
+    def items(self) -> np.ndarray: ...
+    @property
+    def timestamps(self) -> np.ndarray: ...
+    @property
+    def offsets(self) -> np.ndarray: ...
+    @property
+    def user_ids(self) -> pl.Series: ...
+    @property
+    def item_ids(self) -> pl.Series: ...
+    @property
+    def titles(self) -> pl.Series | None: ...
+    @property
+    def fingerprint(self) -> str: ...
 
 
 def create_run(
@@ -329,7 +336,7 @@ def read_histories(path: pathlib.Path) -> pl.DataFrame:
         raise _not_a_run(path, HISTORIES, "there are no users, or one has no events or not one time for each item")
     num_items = len(read_items(path))
     items, times = (histories[name].explode() for name in ("items", "timestamps"))
-    if items.null_count() or times.null_count() or not 1 <= items.min() <= items.max() <= num_items:
+    if items.null_count() or times.null_count() or not items.is_between(1, num_items).all():
         raise _not_a_run(path, HISTORIES, f"an item lies outside 1 to {num_items}, the items of {ITEMS}")
     # In the order of the log, which is that of the times as they were rounded for sorting.
     times = times.to_numpy().astype(read_config(path).data.timestamp_precision)

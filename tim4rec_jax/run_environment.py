@@ -15,7 +15,7 @@ import jax
 
 def processors_allowed() -> int:
     """Returns how many processors this process may use; XLA splits sums among so many threads."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def environment(fingerprint: str | None = None, *, command: Sequence[str] | None = None) -> dict[str, Any]:

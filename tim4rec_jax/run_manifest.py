@@ -62,12 +62,11 @@ def read_manifest(run: pathlib.Path) -> Manifest | None:
             f"{file} has format {str(version)[:20]}, this program reads format {FORMAT_VERSION}; use the version of "
             "the program that wrote it"
         )
-    manifest = Manifest(*map(values.get, Manifest._fields))
-    texts = isinstance(manifest.run_id, str) and isinstance(manifest.data_fingerprint, str)
-    hashes = isinstance(manifest.files, dict) and all(isinstance(of_file, list) for of_file in manifest.files.values())
-    if not (texts and hashes):
+    run_id, fingerprint, files = map(values.get, Manifest._fields)
+    hashes = isinstance(files, dict) and all(isinstance(of_file, list) for of_file in files.values())
+    if not (isinstance(run_id, str) and isinstance(fingerprint, str) and isinstance(files, dict) and hashes):
         raise ValueError(f"{file} is no manifest of a run; {_ADVICE}")
-    return manifest
+    return Manifest(run_id, fingerprint, files)
 
 
 def identity(run: pathlib.Path) -> dict[str, Any] | None:

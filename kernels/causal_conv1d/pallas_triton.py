@@ -197,7 +197,7 @@ def _forward_kernel(params: KernelParams, x_ref: Any, weight_ref: Any, *rest: An
     at = _program_index(params, params.strip_length)
     weight, bias = _load_parameters(params, at, weight_ref, *bias_ref)
 
-    def body(block: Array, carry: tuple[tuple[Array, ...], ...]) -> tuple[tuple[Array, ...], ...]:
+    def body(block: Array, carry: tuple[Any, ...]) -> tuple[Any, ...]:
         x, depths = carry
         step = block * unroll
         # Memory answers while the present positions are worked on.
@@ -225,7 +225,7 @@ def _backward_kernel(params: KernelParams, x_ref: Any, weight_ref: Any, *rest: A
     at = _program_index(params, num_steps)
     weight, bias = _load_parameters(params, at, weight_ref, *bias_ref)
 
-    def body(block: Array, carry: tuple[tuple[Array, ...], ...]) -> tuple[tuple[Array, ...], ...]:
+    def body(block: Array, carry: tuple[Any, ...]) -> tuple[Any, ...]:
         x, dy, dpre, sums, depths = carry
         step = block * unroll
         following = [_load_run(params, at, ref, step + unroll, unroll) for ref in (x_ref, dy_ref)]
@@ -281,11 +281,11 @@ def _causal_conv1d(params: KernelParams, x: Array, weight: Array, bias: Array | 
     return _call(params, _forward_kernel, warps, arguments, [(x.shape, x.dtype)], "causal_conv1d_forward")[0]
 
 
-def _vjp_forward(params: KernelParams, *inputs: Array | None) -> tuple[Array, tuple[Array | None, ...]]:
+def _vjp_forward(params: KernelParams, *inputs: Any) -> tuple[Array, tuple[Any, ...]]:
     return _causal_conv1d(params, *inputs), inputs
 
 
-def _vjp_backward(params: KernelParams, inputs: tuple[Array | None, ...], dy: Array) -> tuple[Array | None, ...]:
+def _vjp_backward(params: KernelParams, inputs: tuple[Any, ...], dy: Array) -> tuple[Array | None, ...]:
     x, weight, bias, depths = inputs
     arguments = [*_arguments(x, weight, bias, depths), dy]
     partial_shape = (params.strip_blocks, params.taps + (bias is not None), params.channels)
@@ -335,9 +335,10 @@ def causal_conv1d_pallas_triton(
         raise ValueError(f"weight has K={taps} taps: the GPU kernels of causal_conv1d offer 1 to {MAX_TAPS}")
     if 0 in x.shape:
         raise ValueError(f"x {x.shape} is empty: the GPU kernels of causal_conv1d want every size at least 1")
-    config = config or default_config(batch=x.shape[0], length=x.shape[1], channels=x.shape[2])
+    batch, length, channels = x.shape
+    config = config or default_config(batch=batch, length=length, channels=channels)
     config.check()
     packed = segment_ids is not None
-    params = KernelParams(*x.shape, taps, activation, config, interpreted(interpret), packed)
-    depths = _depths(segment_ids, taps - 1) if packed else None
+    params = KernelParams(batch, length, channels, taps, activation, config, interpreted(interpret), packed)
+    depths = None if segment_ids is None else _depths(segment_ids, taps - 1)
     return _causal_conv1d(params, *pvary_together(x, weight, bias, depths))

@@ -1,5 +1,7 @@
 """The causal depthwise convolution in plain JAX, for any platform."""
 
+from typing import cast
+
 import jax.numpy as jnp
 from jax import Array
 
@@ -30,7 +32,7 @@ def causal_conv1d_xla(
     if segment_ids is not None:
         shifted = _within_histories(shifted, segment_ids)
     # A handful of shifted products fuse into one pass; a general convolution does not.
-    y = sum(values * weight[k].astype(x.dtype) for k, values in enumerate(shifted))
+    y = cast(Array, sum(values * weight[k].astype(x.dtype) for k, values in enumerate(shifted)))
     if bias is not None:
         y = y + bias.astype(x.dtype)
     return activation_named(activation)(y)

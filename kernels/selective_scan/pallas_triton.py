@@ -33,9 +33,9 @@ def _step_size(dt: Array, bias: Array, exists: Array) -> Array:
     return jnp.where(exists, jnp.maximum(raw, 0.0) + jnp.log1p(jnp.exp(-jnp.abs(raw))), 0.0)
 
 
-def _kernel(*refs: Any, options: _Options, initial: bool, packed: bool, keep: bool) -> None:
+def _kernel(*all_refs: Any, options: _Options, initial: bool, packed: bool, keep: bool) -> None:
     """Refs: lengths, x, dt, A, B, C, D, dt_bias, [initial state], [starts]; y, [final state], [delta, states]."""
-    refs = list(refs)
+    refs = list(all_refs)
     lengths_ref, x_ref, dt_ref, A_ref, B_ref, C_ref, D_ref, bias_ref = refs[:8]
     del refs[:8]
     initial_ref = refs.pop(0) if initial else None
@@ -74,14 +74,14 @@ def _kernel(*refs: Any, options: _Options, initial: bool, packed: bool, keep: bo
         store_tile(final_ref, state, tile.row, tile.states, tile.channels)
 
 
-def _load_position(tile: Tile, refs: tuple[Any, ...], t: Array) -> tuple[Array | None, ...]:
+def _load_position(tile: Tile, refs: tuple[Any, ...], t: Array) -> tuple[Any, ...]:
     x_ref, dt_ref, B_ref, C_ref, starts_ref = refs
     by_channel = (tile.load(ref, t, tile.channels) for ref in (x_ref, dt_ref))
     by_state = (tile.load(ref, t, tile.states) for ref in (B_ref, C_ref))
     return *by_channel, *by_state, tile.load_start(starts_ref, t)
 
 
-def _forward(options: _Options, inputs: tuple[Array | None, ...], *, keep: bool) -> list[Array]:
+def _forward(options: _Options, inputs: tuple[Any, ...], *, keep: bool) -> list[Array]:
     """Returns y, the final state [b, n, e] where asked for, and with `keep` what the gradient needs."""
     x, dt, A, B, C, D, dt_bias, initial_state, lengths, starts = inputs
     config = options.config
@@ -107,11 +107,11 @@ def _forward(options: _Options, inputs: tuple[Array | None, ...], *, keep: bool)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _scan(options: _Options, *inputs: Array | None) -> tuple[Array, ...]:
+def _scan(options: _Options, *inputs: Any) -> tuple[Array, ...]:
     return tuple(_forward(options, inputs, keep=False))
 
 
-def _scan_fwd(options: _Options, *inputs: Array | None) -> tuple[tuple[Array, ...], tuple[Any, ...]]:
+def _scan_fwd(options: _Options, *inputs: Any) -> tuple[tuple[Array, ...], tuple[Any, ...]]:
     *outputs, delta, states = _forward(options, inputs, keep=True)
     x, dt, A, B, C, D, _, initial_state, _, starts = inputs
     like_dt = jnp.zeros((0,), dt.dtype)
@@ -188,5 +188,5 @@ def selective_scan_pallas_triton(
     )
     options = _Options(config or default_config(A.shape[1]), return_final_state, interpreted(interpret))
     # What has been made here varies over no mesh axis yet.
-    y, *state = _scan(options, *pvary_together(*inputs))
+    y, *state = _scan(options, *pvary_together(*inputs))  # pyright: ignore[reportGeneralTypeIssues]
     return y, jnp.swapaxes(state[0], 1, 2) if return_final_state else None

@@ -63,8 +63,8 @@ def _states_after(
         for t in positions
     ]
     states = [state]
-    for x, delta, B, start in loaded:
-        states.append(exp2(delta * A, interpret) * from_before(states[-1], start) + (delta * x) * B[:, None])
+    for x, delta, B, begins in loaded:
+        states.append(exp2(delta * A, interpret) * from_before(states[-1], begins) + (delta * x) * B[:, None])
     return states
 
 
@@ -99,7 +99,7 @@ class _Sums(NamedTuple):
 def _one_position(
     tile: Tile,
     out: _Outputs,
-    loaded: tuple[Array | None, ...],
+    loaded: tuple[Any, ...],
     A: Array,
     D: Array,
     before: Array,
@@ -134,7 +134,7 @@ def _kernel(*refs: Any, config: SelectiveScanConfig, packed: bool, final: bool, 
     D = load_tile(kept.D, tile.channels)
     num_groups, per_chunk = pl.cdiv(tile.positions, config.group), config.chunk // config.group
 
-    def load_position(t: Array) -> tuple[Array | None, ...]:
+    def load_position(t: Array) -> tuple[Any, ...]:
         by_channel = [tile.load(ref, t, tile.channels) for ref in (kept.x, kept.delta, dy_ref)]
         by_state = [tile.load(ref, t, tile.states) for ref in (kept.B, kept.C)]
         return *by_channel, *by_state, tile.load_start(kept.starts, t)

@@ -1,5 +1,7 @@
 """The definition of the selective scan: a recurrence, step by step."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax import Array
@@ -41,7 +43,7 @@ def selective_scan_reference(
     if initial_state is not None:
         state = initial_state.astype(dtype)
 
-    def step(state: Array, inputs: tuple[Array, ...]) -> tuple[Array, Array]:
+    def step(state: Array, inputs: tuple[Any, ...]) -> tuple[Array, Array]:
         x_t, delta_t, B_t, C_t, start = inputs
         if start is not None:
             state = jnp.where(start[:, None, None], 0, state)

@@ -6,6 +6,7 @@ of one tile; states are [b, n, e], channels last, so that loops run along contig
 """
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -47,13 +48,13 @@ def _scan(
 
 def _scan_fwd(
     delta: Array, u: Array, A: Array, B: Array, C: Array, state: Array, starts: Array | None
-) -> tuple[tuple[Array, Array], tuple[Array | None, ...]]:
-    def step(state: Array, inputs: tuple[Array | None, ...]) -> tuple[Array, Array]:
+) -> tuple[tuple[Array, Array], tuple[Any, ...]]:
+    def step(state: Array, inputs: tuple[Any, ...]) -> tuple[Array, Array]:
         delta_t, u_t, B_t, C_t, start = inputs
         state = _advance(A, state, delta_t, u_t, B_t, start)
         return state, jnp.sum(state * C_t[..., None].astype(state.dtype), axis=1)
 
-    def chunk(state: Array, inputs: tuple[Array | None, ...]) -> tuple[Array, tuple[Array, Array]]:
+    def chunk(state: Array, inputs: tuple[Any, ...]) -> tuple[Array, tuple[Array, Array]]:
         after, y = jax.lax.scan(step, state, inputs)
         return after, (y, state)
 
@@ -62,7 +63,7 @@ def _scan_fwd(
 
 
 def _step_back(
-    A: Array, carry: tuple[Array, Array], inputs: tuple[Array | None, ...]
+    A: Array, carry: tuple[Array, Array], inputs: tuple[Any, ...]
 ) -> tuple[tuple[Array, Array], tuple[Array, ...]]:
     """Passes the gradient g of the state over a position; `dA` is summed for each row apart."""
     g, dA = carry
@@ -81,17 +82,15 @@ def _step_back(
     return (_from_before(g * decay, start), dA + flow * delta[:, None]), (d_delta, du, dB, dC)
 
 
-def _scan_bwd(residuals: tuple[Array | None, ...], cotangents: tuple[Array, Array]) -> tuple[Array | None, ...]:
+def _scan_bwd(residuals: tuple[Any, ...], cotangents: tuple[Array, Array]) -> tuple[Array | None, ...]:
     """Walks the chunks backwards; states inside a chunk are computed again from the one before it."""
     delta, u, A, B, C, before, starts = residuals
     dy, d_final = cotangents
 
-    def remember(state: Array, inputs: tuple[Array | None, ...]) -> tuple[Array, Array]:
+    def remember(state: Array, inputs: tuple[Any, ...]) -> tuple[Array, Array]:
         return _advance(A, state, *inputs), state
 
-    def chunk(
-        carry: tuple[Array, Array], inputs: tuple[Array | None, ...]
-    ) -> tuple[tuple[Array, Array], tuple[Array, ...]]:
+    def chunk(carry: tuple[Array, Array], inputs: tuple[Any, ...]) -> tuple[tuple[Array, Array], tuple[Array, ...]]:
         delta, u, B, C, state, dy, starts = inputs
         _, states = jax.lax.scan(remember, state, (delta, u, B, starts))
         return jax.lax.scan(partial(_step_back, A), carry, (delta, u, B, C, states, dy, starts), reverse=True)
@@ -172,7 +171,7 @@ def selective_scan_xla(
         None if starts is None else to_chunks(starts[..., None])[..., 0],
     )
 
-    def scan_tile(tile: list[Array | None]) -> tuple[Array, Array]:
+    def scan_tile(tile: list[Any]) -> tuple[Array, Array]:
         delta, u, B, C, state, starts = tile
         return _scan(delta, u, decay, B, C, state, starts)
 

@@ -63,7 +63,7 @@ def _forward_kernel(*refs: Any, has_mask: bool, loop: LoopConfig, blocks: int, s
         scores = columns.scores(hidden, at_targets, dot)
         diagonal = jnp.arange(loop.own)[:, None] == jnp.arange(loop.own)[None, :]
         at_target = jnp.sum(jnp.where(diagonal, scores, 0.0), axis=1)
-        if has_mask:
+        if mask_ref is not None:
             masked = pltriton.load(mask_ref.at[targets], mask=known, other=0) != 0
             at_target = jnp.where(masked, -jnp.inf, at_target)
         pltriton.store(at_target_ref.at[rows], at_target, mask=real)

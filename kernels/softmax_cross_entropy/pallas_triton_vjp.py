@@ -29,7 +29,7 @@ def _targets(refs: tuple[Any, ...], start: Array, size: int) -> tuple[Array, ...
     return tuple(load_vector(ref, start, size) for ref in refs)
 
 
-def _d_scores(scores: Array, items: tuple[Array, Array | None], targets: tuple[Array, ...], items_axis: int) -> Array:
+def _d_scores(scores: Array, items: tuple[Any, ...], targets: tuple[Any, ...], items_axis: int) -> Array:
     """Gradient of a tile of scores, whose items lie along `items_axis` and targets along the other one."""
     (ids, masked), (target_ids, lse, weights) = items, targets
     along_items = partial(jnp.expand_dims, axis=1 - items_axis)
@@ -44,7 +44,7 @@ def _d_scores(scores: Array, items: tuple[Array, Array | None], targets: tuple[A
 def _kernel(
     hidden_ref: Any,
     embedding_ref: Any,
-    *refs: Any,
+    *all_refs: Any,
     by_hidden: bool,
     loop: LoopConfig,
     blocks: int,
@@ -52,7 +52,7 @@ def _kernel(
     dot: Any,
 ):
     """Gradient by a block of own rows, summed over a stretch of the other side."""
-    *refs, out_ref = refs
+    *refs, out_ref = all_refs
     target_refs, mask_refs = tuple(refs[:3]), tuple(refs[3:])
     block, part = pl.program_id(0) % blocks, pl.program_id(0) // blocks
     own_ref, other_ref = (hidden_ref, embedding_ref) if by_hidden else (embedding_ref, hidden_ref)

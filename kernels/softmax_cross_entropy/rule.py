@@ -4,7 +4,7 @@ What targets mean is decided here alone.
 """
 
 from functools import partial
-from typing import Protocol
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -53,7 +53,7 @@ def _loss_fwd(passes: Passes, hidden: Array, embedding: Array, targets: Array, m
     return loss, (hidden, embedding, targets, masked, lse)
 
 
-def _loss_bwd(passes: Passes, residuals: tuple[Array | None, ...], d_loss: Array):
+def _loss_bwd(passes: Passes, residuals: tuple[Any, ...], d_loss: Array):
     hidden, embedding, targets, masked, lse = residuals
     weights = jnp.where(targets < 0, 0.0, d_loss)
     d_hidden, d_embedding = passes.backward(hidden, embedding, targets, masked, lse, weights)
@@ -74,7 +74,7 @@ def _log_sum_exp_fwd(passes: Passes, hidden: Array, embedding: Array, masked: Ar
     return lse, (hidden, embedding, masked, lse)
 
 
-def _log_sum_exp_bwd(passes: Passes, residuals: tuple[Array | None, ...], d_lse: Array):
+def _log_sum_exp_bwd(passes: Passes, residuals: tuple[Any, ...], d_lse: Array):
     hidden, embedding, masked, lse = residuals
     # With every item masked it is -inf, which would make exp(score - lse) infinite before the mask makes it 0.
     lse = jnp.where(lse == -jnp.inf, 0.0, lse)

@@ -120,7 +120,7 @@ def _call(
     )
 
 
-def _forward(params: KernelParams, keep_states: bool, *inputs: Array | None) -> tuple[Outputs, Array | None]:
+def _forward(params: KernelParams, keep_states: bool, *inputs: Any) -> tuple[Outputs, Array | None]:
     """Returns the outputs, and the state before each chunk [b, k, h, p, n] if it is kept."""
     x, dt, A, B, C, D, dt_bias, initial, lengths, numbers = inputs
     state_shape = (params.heads, params.width, params.state_width)

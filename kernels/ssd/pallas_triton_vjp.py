@@ -200,7 +200,7 @@ def _backward_kernel(names: tuple[str, ...], params: KernelParams, *all_refs: An
     at = program_index(params, count, splits)
     columns, states = params.columns(at.split), params.states
 
-    def one_head(number: Array, nothing: None) -> None:
+    def one_head(number: Array | int, nothing: None) -> None:
         if count > 1:
             # What another thread of the program stored for the head before is visible from here on.
             params.barrier()

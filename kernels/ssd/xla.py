@@ -9,7 +9,7 @@ one product for all heads of a group.
 import functools
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -86,8 +86,8 @@ def _decays(log_decay: Array, histories: _Histories | None, *, transposed: bool 
     # Sums of one history take nothing from another: not its rounding, nor what its strong decay would cancel.
     parts = cumulative_log_decay(jnp.moveaxis(log_decay, 2, -1), _sums_together(histories))
     together, from_before, with_last = (None, None, None) if histories is None else histories
-    to_end = _decay_factor(sum(part[..., -1:] - part for part in parts), with_last)
-    from_start = _decay_factor(sum(parts), from_before)
+    to_end = _decay_factor(cast(Array, sum(part[..., -1:] - part for part in parts)), with_last)
+    from_start = _decay_factor(cast(Array, sum(parts)), from_before)
     between = between_sums(parts, transposed=transposed, together=together)
     return _Decays(between, jnp.moveaxis(from_start, -1, 2), jnp.moveaxis(to_end, -1, 2))
 
@@ -147,7 +147,7 @@ def _einsum(inputs: Inputs) -> Callable[..., Array]:
     return lambda spec, *factors: jnp.einsum(spec, *(factor.astype(accum) for factor in factors))
 
 
-def forward_tile(inputs: Inputs, D: Array, state: Array | None) -> tuple[Array, Array, Array, Array | None]:
+def forward_tile(inputs: Inputs, D: Array, state: Array | None) -> tuple[Array, Array | None, Array, Array | None]:
     """Runs a tile from the state before it, or from nothing.
 
     Returns the output, the part of it that comes from before each chunk, the final state and those before each chunk.
@@ -250,6 +250,7 @@ def backward_tile(
     du, d_log, dB, dC = _inside_backward(inputs, decays.between, dy)
     d_state = None
     if before is not None:
+        assert from_before is not None and d_after is not None  # Both come with it.
         d_state, d_after, d_log_before, dC_before = _before_backward(inputs, decays, from_before, before, dy, d_after)
         d_log, dC = d_log + d_log_before, dC + dC_before
     elif d_after is not None:
@@ -286,11 +287,11 @@ class _TileIndex(NamedTuple):
     which no earlier tile has done.
     """
 
-    index: Array
-    row: Array
-    start: Array
-    first: Array
-    last: Array
+    number: Array | int
+    row: Array | int
+    start: Array | int
+    first: Array | bool
+    last: Array | bool
     fresh: Array | None
 
 
@@ -338,14 +339,14 @@ def _put(whole: Array, tile: Array, at: _TileIndex) -> Array:
     return jax.lax.dynamic_update_slice(whole, tile, (at.row, at.start) + (0,) * (whole.ndim - 2))
 
 
-def _put_rows(whole: Array, tile: Array, row: Array) -> Array:
+def _put_rows(whole: Array, tile: Array, row: Array | int) -> Array:
     """Writes rows of states."""
     if tile.shape == whole.shape:
         return tile
     return jax.lax.dynamic_update_slice(whole, tile, (row,) + (0,) * (whole.ndim - 1))
 
 
-def _tile_index(tiling: _Tiling, batch: int, length: int, index: Array) -> _TileIndex:
+def _tile_index(tiling: _Tiling, batch: int, length: int, index: Array | int) -> _TileIndex:
     row, step = index // tiling.steps, index % tiling.steps
     if tiling.row_tiles == 1:
         row, step = 0, index
@@ -364,10 +365,9 @@ def _tile_index(tiling: _Tiling, batch: int, length: int, index: Array) -> _Tile
 
 def _read(inputs: Inputs, tiling: _Tiling, at: _TileIndex, groups: int) -> Inputs:
     """Reads a tile of the inputs."""
-    *arrays, starts = inputs
-    if starts is not None:
-        starts = _take(starts, tiling, at)
-    tile = Inputs(*(_by_group(_take(a, tiling, at), groups) for a in arrays), starts)
+    starts = None if inputs.starts is None else _take(inputs.starts, tiling, at)
+    x, delta, log_decay, B, C = (_by_group(_take(a, tiling, at), groups) for a in inputs[:5])
+    tile = Inputs(x, delta, log_decay, B, C, starts)
     if at.fresh is not None:
         # Positions done before neither decay nor add, and no history begins there.
         tile = tile._replace(
@@ -389,8 +389,10 @@ def _loop(
     """Runs `carry = body(at, carry)` for every tile of x [b, l, h, p] in turn, rows of tiles after one another."""
     tiles = tiling.row_tiles * tiling.steps
 
-    def step(index: Array, carry: Any) -> Any:
-        return body(_tile_index(tiling, *x.shape[:2], tiles - 1 - index if reverse else index), carry)
+    batch, length = x.shape[:2]
+
+    def step(index: Array | int, carry: Any) -> Any:
+        return body(_tile_index(tiling, batch, length, tiles - 1 - index if reverse else index), carry)
 
     with matmul_precision(tiling.precision):
         return step(0, carry) if tiles == 1 else jax.lax.fori_loop(0, tiles, step, carry)
@@ -407,7 +409,7 @@ def _zeros(shape: tuple[int, ...], dtype: Any, like: Array) -> Array:
     return pvary_together(jnp.zeros(shape, dtype), like)[0]
 
 
-def _arriving(whole: Array, carried: Array | None, tiling: _Tiling, at: _TileIndex, begins: Array) -> Array:
+def _arriving(whole: Array, carried: Array | None, tiling: _Tiling, at: _TileIndex, begins: Array | bool) -> Array:
     """The state that comes into a tile: the carried one, or that of `whole` where the loop over its rows begins."""
     if carried is None:
         return _rows(whole, tiling, at)
@@ -416,10 +418,12 @@ def _arriving(whole: Array, carried: Array | None, tiling: _Tiling, at: _TileInd
 
 def _carried(whole: Array | None, tiling: _Tiling) -> Array | None:
     """The state to carry from tile to tile at the start of the loop, if rows have several tiles."""
-    return whole[: tiling.rows] if tiling.steps > 1 else None
+    return whole[: tiling.rows] if whole is not None and tiling.steps > 1 else None
 
 
-def _forward(tiling: _Tiling, inputs: Inputs, D: Array, state: Array | None, *, keep: bool) -> tuple[Array | None, ...]:
+def _forward(
+    tiling: _Tiling, inputs: Inputs, D: Array, state: Array | None, *, keep: bool
+) -> tuple[Array, Array, Array | None, Array | None]:
     """Runs all tiles.
 
     Returns the output, the final state and, with `keep`, what the gradient reads besides the inputs, if any chunk has
@@ -439,20 +443,20 @@ def _forward(tiling: _Tiling, inputs: Inputs, D: Array, state: Array | None, *, 
         _carried(state, tiling),
     )
 
-    def body(at: _TileIndex, carry: tuple[Array | None, ...]) -> tuple[Array | None, ...]:
+    def body(at: _TileIndex, carry: tuple[Any, ...]) -> tuple[Array | None, ...]:
         y_whole, final, from_before_whole, befores, carried = carry
         outputs = [y_whole, from_before_whole]
-        before = _arriving(state, carried, tiling, at, at.first) if chained else None
+        before = _arriving(state, carried, tiling, at, at.first) if state is not None else None
         y, from_before, after, before = forward_tile(_read(inputs, tiling, at, groups), D, before)
         for index, tile in enumerate((y, from_before)):
-            if outputs[index] is not None:
+            if outputs[index] is not None and tile is not None:
                 if at.fresh is not None:
                     done = _by_group(_take(outputs[index], tiling, at), groups)
                     tile = jnp.where(at.fresh[..., None], tile, done)
                 outputs[index] = _put(outputs[index], tile, at)
         final = _put_rows(final, after, at.row)
-        if befores is not None:
-            befores = _put_rows(befores, before[None], at.index)
+        if befores is not None and before is not None:
+            befores = _put_rows(befores, before[None], at.number)
         return outputs[0], final, outputs[1], befores, None if carried is None else after
 
     return _loop(tiling, x, body, buffers)[:4]
@@ -479,8 +483,8 @@ def _chunked(
 
 def _chunked_fwd(tiling: _Tiling, *arguments: Any) -> tuple[tuple[Array, Array], tuple[Any, ...]]:
     # With symbolic zeros each argument is wrapped, and None is not.
-    *inputs, D, state = (None if a is None else a.value for a in arguments)
-    inputs = Inputs(*inputs)
+    values: list[Any] = [None if a is None else a.value for a in arguments]
+    inputs, (D, state) = Inputs(*values[:6]), values[6:]
     y, final, from_before, befores = _forward(tiling, inputs, D, state, keep=True)
     return (y, final), (inputs, D, state is None, from_before, befores)
 
@@ -502,20 +506,19 @@ def _chunked_bwd(tiling: _Tiling, residuals: tuple[Any, ...], cotangents: tuple[
         _carried(d_final, tiling),
     )
 
-    def body(at: _TileIndex, carry: tuple[Array | None, ...]) -> tuple[Array | None, ...]:
+    def body(at: _TileIndex, carry: tuple[Any, ...]) -> tuple[Array | None, ...]:
         *gradients, d_initial, carried = carry
-        dy_tile, from_before_tile = (
-            None if a is None else _by_group(_take(a, tiling, at), groups) for a in (dy, from_before)
-        )
+        dy_tile = _by_group(_take(dy, tiling, at), groups)
+        from_before_tile = None if from_before is None else _by_group(_take(from_before, tiling, at), groups)
         if at.fresh is not None:
             # Gradients at the other positions are written over later.
             dy_tile = jnp.where(at.fresh[..., None], dy_tile, 0)
-        before = None if befores is None else jax.lax.dynamic_index_in_dim(befores, at.index, keepdims=False)
+        before = None if befores is None else jax.lax.dynamic_index_in_dim(befores, at.number, keepdims=False)
         d_after = None if d_final is None else _arriving(d_final, carried, tiling, at, at.last)
         tile = _read(inputs, tiling, at, groups)
         tiles, d_state = backward_tile(tile, D, from_before_tile, before, dy_tile, d_after)
         gradients = [_put(a, tile, at) for a, tile in zip(gradients, tiles, strict=True)]
-        if d_initial is not None:
+        if d_initial is not None and d_state is not None:
             d_initial = _put_rows(d_initial, d_state, at.row)
         return *gradients, d_initial, None if carried is None else d_state
 
@@ -570,6 +573,6 @@ def ssd_xla(
     if starts is not None:
         log_decay, starts = jnp.where(starts[..., None], 0, log_decay), padded(starts)
     arguments = *(padded(a) for a in (x, delta, log_decay, *maps)), starts, D, state
-    y, final = _chunked(tiling, *pvary_together(*arguments))
+    y, final = _chunked(tiling, *pvary_together(*arguments))  # pyright: ignore[reportGeneralTypeIssues]
     final = jnp.transpose(final, (0, 1, 3, 4, 2)).reshape(batch, heads, width, state_width)
     return y[:, :length], final

@@ -87,7 +87,7 @@ def check_type(source: Source | str, name: str, dtype: pl.DataType, *, is_time: 
             "per row; write one row per event"
         )
     times = dtype.is_temporal() and dtype.base_type() in (pl.Date, pl.Datetime)
-    whole = dtype.is_integer() or dtype.is_float() or (dtype.is_decimal() and (is_time or dtype.scale == 0))
+    whole = dtype.is_integer() or dtype.is_float() or (isinstance(dtype, pl.Decimal) and (is_time or dtype.scale == 0))
     if not (dtype.base_type() in _TEXT or whole or (is_time and times)):
         kind, wanted = ("times", "epoch seconds or a Datetime") if is_time else ("ids", "text or whole numbers")
         raise ValueError(f"{source}: column {shown(name)[1:-1]} is {dtype}, which are no {kind}; write {wanted}")
@@ -156,7 +156,7 @@ def _ticks(times: pl.Series) -> tuple[pl.Series, pl.Series | None]:
     dtype = times.dtype
     if dtype == pl.Date:
         return times.to_physical().cast(pl.Int64) * _SECONDS_PER_DAY, None
-    if dtype == pl.Datetime:
+    if isinstance(dtype, pl.Datetime):
         physical, per_second = times.to_physical(), _TICKS[dtype.time_unit]
         return physical // per_second, (physical % per_second).cast(pl.Float64) / per_second
     if dtype.is_decimal():

@@ -172,7 +172,7 @@ class InteractionLog:
         """Bytes held, ids and titles included."""
         columns = [self.user_ids, self.item_ids] + ([] if self.titles is None else [self.titles])
         arrays = self.items.nbytes + self.timestamps.nbytes + self.offsets.nbytes
-        return arrays + sum(column.estimated_size() for column in columns)
+        return arrays + sum(int(column.estimated_size()) for column in columns)
 
 
 def load_log(
@@ -210,10 +210,14 @@ def load_log(
         columns is None or (len(columns) == 3 and not isinstance(columns, str)),
         f"columns={shown(columns)} must be three names, of the user, item and time columns",
     )
-    names = {} if columns is None else dict(zip(("user_column", "item_column", "time_column"), columns, strict=True))
+    given: dict[str, Any] = {"name": "custom"}
+    if columns is not None:
+        given |= dict(zip(("user_column", "item_column", "time_column"), columns, strict=True))
     if isinstance(source, str | os.PathLike):
-        return _load_ordered(DataConfig(**{"name": "custom", "path": str(source)} | names | settings), None, console)
-    config = DataConfig(**{"name": "custom"} | names | settings)
+        given["path"] = str(source)
+    config = DataConfig(**given | settings)
+    if "path" in given:
+        return _load_ordered(config, None, console)
     for name in ("path", "columns"):
         require(getattr(config, name) is None, f"data.{name} is of files, and a data frame is given; leave one out")
     return _load_ordered(config, _polars_frame(source), console)
@@ -238,12 +242,12 @@ def _load_ordered(config: DataConfig, frame: pl.DataFrame | None, console: Conso
         catalog.find_entry(config.name)
     if config.timestamp_precision != "published":
         return _load(config, config.timestamp_precision, frame, console)
-    log, difference = None, _no_published_log(config, given=config.path is not None or frame is not None)
+    difference = _no_published_log(config, given=config.path is not None or frame is not None)
     if difference is None:
         log = _load(config, "float32", frame, console)
         difference = catalog.expected_mismatch(config.name, log.num_users, log.num_items, log.num_rows)
-    if log is not None and difference is None:
-        return log
+        if difference is None:
+            return log
     catalog.note(
         console,
         "events are ordered by exact seconds (--data.timestamp_precision=float32 gives the original program's order): "
@@ -354,10 +358,10 @@ def _from_cache(folder: pathlib.Path, console: Console) -> InteractionLog | None
         return None
     try:
         require(json.loads((folder / "sha256.json").read_bytes()) == _digests(folder), "its checksums differ")
-        arrays = {name: _stored_array(folder / f"{name}.npy") for name in _ARRAYS}
-        ids = {name: pl.read_ipc(io.BytesIO((folder / f"{name}.arrow").read_bytes()))["id"] for name in _IDS}
+        arrays: dict[str, Any] = {name: _stored_array(folder / f"{name}.npy") for name in _ARRAYS}
+        arrays |= {name: pl.read_ipc(io.BytesIO((folder / f"{name}.arrow").read_bytes()))["id"] for name in _IDS}
         statistics = LogStatistics(**json.loads((folder / "statistics.json").read_bytes()))
-        return InteractionLog(**arrays, **ids, titles=None, statistics=statistics, fingerprint=folder.name)
+        return InteractionLog(**arrays, titles=None, statistics=statistics, fingerprint=folder.name)
     except (OSError, ValueError, TypeError, pl.exceptions.PolarsError) as error:
         catalog.note(console, f"warning: the cached log at {folder} cannot be used and is built again: {error}")
         shutil.rmtree(folder, ignore_errors=True)

@@ -148,8 +148,8 @@ class PrefixSampler:
 
     def gather(self, columns: tuple[Any, ...], indices: tuple[Any, Any, Any], xp: ModuleType) -> Batch:
         """Gathers the windows."""
-        users, ends, weights = indices
-        return Batch(*gather_windows(*columns, users, ends, self._max_len, xp=xp), weights)
+        (items, timestamps, offsets), (users, ends, weights) = columns, indices
+        return Batch(*gather_windows(items, timestamps, offsets, users, ends, self._max_len, xp=xp), weights)
 
 
 class PackedSampler:
@@ -213,7 +213,7 @@ class PackedSampler:
             segment_ids=xp.where(real, xp.cumsum(indices.starts, axis=1, dtype=np.int32), 0),
             timestamps=xp.where(real, timestamps[rows], 0),
             targets=xp.where(real, items[rows + real], 0),
-            weights=indices.trained.astype(np.float32),
+            weights=xp.asarray(indices.trained, np.float32),
         )
 
 
@@ -248,7 +248,8 @@ class Loader:
         proposal: Proposal | None = None,
         num_negatives: int = 0,
     ) -> None:
-        self.sampler, self.num_batches = sampler, sampler.num_batches
+        self.sampler: Any = sampler  # Which alone knows what it draws and reads.
+        self.num_batches = sampler.num_batches
         self.examples_before = sampler.examples_before
         self._on_device, self._seconds, self._num_negatives = on_device, _DEVICE_TIME[precision], num_negatives
         items, timestamps, *others = sampler.columns

@@ -260,9 +260,9 @@ def _read_ratings(source: Source, columns: LogColumns, *, amazon: bool) -> Table
 
 def _users_first(frame: pl.DataFrame) -> pl.DataFrame | None:
     """Exchanges users and items if their ids look like Amazon's the other way round; None where they tell nothing."""
-    head = frame.select("user", "item").head(100_000)
     for pattern, first in ((_AMAZON_USER, "user"), (_AMAZON_ITEM, "item")):
-        share = {name: head[name].str.contains(pattern).mean() or 0 for name in ("user", "item")}
+        found = frame.select("user", "item").head(100_000).select(pl.all().str.contains(pattern).mean().fill_null(0))
+        share = found.row(0, named=True)
         other = "item" if first == "user" else "user"
         if share[first] > 0.8 and share[other] < 0.2:
             return frame

@@ -121,10 +121,12 @@ class Source:
         unzip, gunzip = self.entry is not None, unpacked and self.name.endswith(".gz")
         budget = self.budget()
         with contextlib.ExitStack() as stack:
-            stream: IO[bytes] = stack.enter_context(open_zip(self.path) if unzip else self.path.open("rb"))
+            opened = self.path.open("rb") if self.entry is None else open_zip(self.path)
+            stack.enter_context(opened)
             try:
-                if unzip:
-                    stream = stack.enter_context(stream.open(self.entry))
+                stream = opened
+                if isinstance(stream, zipfile.ZipFile):
+                    stream = stack.enter_context(stream.open(str(self.entry)))
                 if gunzip:
                     stream = stack.enter_context(gzip.GzipFile(fileobj=stream))
                 while chunk := stream.read(_CHUNK):
@@ -263,8 +265,8 @@ def _tar_entries(archive: pathlib.Path, budget: Budget) -> Iterator[tuple[str, I
     with tarfile.open(archive) as opened:
         for entry in opened:
             _check_entry(entry.name, archive, is_plain=entry.isfile() or entry.isdir())
-            if entry.isfile():
-                with opened.extractfile(entry) as stream:
+            if entry.isfile() and (stream := opened.extractfile(entry)) is not None:
+                with stream:
                     yield entry.name, stream
         # What follows the last entry holds the checksum of a packed archive.
         while chunk := opened.fileobj.read(_CHUNK):

@@ -260,14 +260,14 @@ def temporal_split(log: InteractionLog, valid_from: int, test_from: int, *, targ
             )
     trained = np.zeros(log.num_items + 1, bool)
     trained[log.items[_positions(log) < np.repeat(ends[0], counts)]] = True
-    unseen = [int((~trained[log.items[log.offsets[e.users] + e.ends]]).sum()) for e in (valid, test)]
-    without = [log.num_users - len(np.unique(examples.users)) for examples in (train, valid, test)]
+    unseen_valid, unseen_test = [int((~trained[log.items[log.offsets[e.users] + e.ends]]).sum()) for e in (valid, test)]
+    no_train, no_valid, no_test = [log.num_users - len(np.unique(examples.users)) for examples in (train, valid, test)]
     return Split(
         train, valid, test,
         first_held_out=Examples(np.arange(log.num_users, dtype=np.int32), ends[0].astype(np.int32)),
         report=SplitReport(
             valid_from, test_from, len(train), len(valid), len(test), log.num_users, valid_rest, test_rest,
-            *without, log.num_items - int(trained.sum()), *unseen,
+            no_train, no_valid, no_test, log.num_items - int(trained.sum()), unseen_valid, unseen_test,
         ),
     )  # fmt: skip
 

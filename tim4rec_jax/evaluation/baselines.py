@@ -69,11 +69,11 @@ def popularity_ranks(
         for row, (user, end) in enumerate(zip(examples.users, examples.ends, strict=True)):
             start, target = log.offsets[user], targets[row]
             seen = np.setdiff1d(log.items[start : start + end], [target])
-            ranks[row] -= _ahead(counts[seen], counts[target])
+            ranks[row] -= _ahead(counts[seen], int(counts[target]))
     return ranks
 
 
-def _ahead(scores: np.ndarray, target_score: np.integer) -> float:
+def _ahead(scores: np.ndarray, target_score: int) -> float:
     """Counts the items ahead of a target: those with a greater score, and half of those with an equal one."""
     return np.count_nonzero(scores > target_score) + np.count_nonzero(scores == target_score) / 2
 
@@ -164,11 +164,11 @@ def markov_ranks(
         scores = counts * scale + popularity[followers]
         at = np.searchsorted(followers, target)
         if at < len(followers) and followers[at] == target:
-            target_score = scores[at]
+            target_score = int(scores[at])
             # The target is one of its equals.
             ranks[row] = 1 / 2 + _ahead(scores, target_score)
         else:
-            target_score = popularity[target]
+            target_score = int(popularity[target])
             # All followers are ahead; as far as popularity puts them ahead they are in its rank already.
             ranks[row] += len(followers) - _ahead(popularity[followers], target_score)
         if exclude_seen:

@@ -25,7 +25,7 @@ from tim4rec_jax.data.packing import choose_lengths
 from tim4rec_jax.data.splits import Examples, gather_windows
 from tim4rec_jax.evaluation.metrics import check_top_k, rank_of_target, summarise
 from tim4rec_jax.evaluation.seen_targets import Measured, measured
-from tim4rec_jax.models import last_hidden, variables
+from tim4rec_jax.models import apply_method, last_hidden, variables
 from tim4rec_jax.parallel.item_table import (
     ITEM_TILE,
     MODEL_AXIS,
@@ -147,7 +147,7 @@ def _rank_rows(
                 users, ends = jax.lax.all_gather((users, ends), MODEL_AXIS, tiled=True)
                 seen = gather_windows(*log, users, ends, seen_len, xp=jnp).items
             return sharded_ranks(hidden, targets, params[TABLE]["embedding"], seen, vocab_size=model.config.vocab_size)
-        scores = model.apply(variables(params), hidden, method="score")
+        scores = apply_method(model, variables(params), "score", hidden)
         excluded = None
         if seen_len:
             seen = gather_windows(*log, users, ends, seen_len, xp=jnp).items

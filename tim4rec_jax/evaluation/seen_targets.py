@@ -18,17 +18,17 @@ class Measured(NamedTuple):
 
     Attributes:
       examples: those to rank, in the order given.
-      seen: how many targets were seen before, of all `count`; None where seen items stay in the ranking.
-      count: all examples of the part.
+      seen: how many targets were seen before, of all `total`; None where seen items stay in the ranking.
+      total: all examples of the part.
     """
 
     examples: Examples
     seen: int | None
-    count: int
+    total: int
 
     def report(self) -> dict[str, float]:
         """What a record says of the part: {"seen_target_share": ..}, or nothing where seen items stay."""
-        return {} if self.seen is None else {"seen_target_share": self.seen / self.count}
+        return {} if self.seen is None else {"seen_target_share": self.seen / self.total}
 
     def protocol(self, config: ExperimentConfig, split: str = "test") -> str:
         """Says how the part `split` was cut off and ranked under an experiment's settings."""

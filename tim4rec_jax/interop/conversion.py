@@ -82,9 +82,8 @@ def _named_model(
 def _require_plausible(config: ModelConfig, state: Mapping[str, np.ndarray]) -> None:
     """Refuses sizes that a checkpoint cannot have, before anything is built of them."""
     table = state.get(_TABLE)
-    require(
-        table is not None and table.ndim == 2 and len(table) > 1, f"the checkpoint has no table of items ({_TABLE})"
-    )
+    if table is None or table.ndim != 2 or len(table) < 2:
+        raise ValueError(f"the checkpoint has no table of items ({_TABLE})")
     if config.vocab_size not in (0, len(table)):
         raise ValueError(
             f"shape of {_TABLE}: {table.shape}, but n_items={shown(config.vocab_size)} in the settings; give the "

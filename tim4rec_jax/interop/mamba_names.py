@@ -7,6 +7,7 @@ import numpy as np
 
 from tim4rec_jax.interop.torch_names import Entry, conv, linear, norm
 from tim4rec_jax.model_config import MixerConfig
+from tim4rec_jax.models import Mamba4RecConfig
 
 # The original EchoMamba4Rec stores an attention block in each of its layers that it never calls.
 ECHOMAMBA4REC_UNUSED = re.compile(r"mamba_layers\.\d+\.multi_query_transformer_block\.")
@@ -33,7 +34,7 @@ def _embedding() -> Iterator[Entry]:
     yield from norm(("embedding_norm",), "LayerNorm")
 
 
-def mamba4rec_names(config: MixerConfig) -> Iterator[Entry]:
+def mamba4rec_names(config: Mamba4RecConfig) -> Iterator[Entry]:
     """Names every parameter of Mamba4Rec."""
     yield from _embedding()
     for index in range(config.num_layers):

@@ -19,7 +19,7 @@ from tim4rec_jax.interop.torch_names import Entry
 from tim4rec_jax.model_config import ModelConfig
 from tim4rec_jax.models import build_model, init_params
 
-_NAMES: dict[str, Callable[[ModelConfig], Iterator[Entry]]] = {
+_NAMES: dict[str, Callable[[Any], Iterator[Entry]]] = {
     "echomamba4rec": echomamba4rec_names,
     "mamba4rec": mamba4rec_names,
     "sasrec": sasrec_names,
@@ -40,7 +40,7 @@ def _entries(config: ModelConfig) -> list[Entry]:
 
 def _expected_shapes(config: ModelConfig) -> dict[tuple[str, ...], tuple[int, ...]]:
     shapes = jax.eval_shape(functools.partial(init_params, build_model(config)), jax.random.key(0))
-    return {path: leaf.shape for path, leaf in flatten_dict(shapes).items()}
+    return {path: leaf.shape for path, leaf in flatten_dict(shapes).items()}  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _difference(missing: set[str], unexpected: set[str]) -> list[str]:
@@ -101,6 +101,6 @@ def params_to_torch(config: ModelConfig, params: Mapping[str, Any]) -> dict[str,
     problems = _difference({"/".join(path) for path in paths - set(flat)}, {"/".join(p) for p in set(flat) - paths})
     if problems:
         raise ValueError(f"the parameters do not fit {config.name}: {listed(problems)}")
-    flat[_ITEMS] = flat[_ITEMS][: config.vocab_size]
+    flat[_ITEMS] = flat[_ITEMS][: config.vocab_size]  # pyright: ignore[reportArgumentType, reportIndexIssue]
     # Copies in C order, for PyTorch warns of arrays that cannot be written to.
     return {e.torch_name: np.array(e.convert(np.asarray(flat[e.path])), order="C") for e in entries}

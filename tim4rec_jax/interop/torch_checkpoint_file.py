@@ -230,11 +230,11 @@ def _widths(described: Any) -> dict[str, int]:
 def _reference(storage: Any) -> tuple[str, str, int]:
     """Storage class, key and number of elements that a tensor refers to."""
     key = storage.key if isinstance(storage, Persistent) else None
-    require(
+    if not (
         isinstance(key, tuple) and len(key) in (5, 6) and key[0] == "storage" and isinstance(key[1], Name)
-        and isinstance(key[2], str) and _count(key[4]) and (len(key) == 5 or key[5] is None),
-        "is damaged, or of a PyTorch before 0.4: a tensor without a storage",
-    )  # fmt: skip
+        and isinstance(key[2], str) and _count(key[4]) and (len(key) == 5 or key[5] is None)
+    ):  # fmt: skip
+        raise ValueError("is damaged, or of a PyTorch before 0.4: a tensor without a storage")
     return key[1].path, key[2], key[4]
 
 
@@ -307,6 +307,7 @@ class _NoNumbersError(ValueError):
 
 def _array(value: Any, storage: _Storage) -> np.ndarray:
     """Returns a tensor's numbers, after its extent was compared with what is stored."""
+    path, arguments = "", ()
     for _ in range(3):  # Parameters and subclasses wrap the call that makes the tensor.
         path = value.function.path if isinstance(value, Call) and isinstance(value.function, Name) else ""
         arguments = value.arguments if path and isinstance(value.arguments, tuple) else ()

@@ -215,7 +215,7 @@ def read_pickle(stream: BinaryIO, most: int = MOST_OPERATIONS) -> Any:
         for count, (operation, argument, _) in enumerate(pickletools.genops(stream)):
             require(count < most, f"more than {most:,} operations in its pickle")
             if operation.name == "INST":
-                raise CodeRefusedError(argument.replace(" ", ".", 1))
+                raise CodeRefusedError(str(argument).replace(" ", ".", 1))
             if operation.name != "STOP":
                 machine.step(operation.name, argument)
         return machine._pop()

@@ -132,8 +132,8 @@ class CausalAttention(nn.Module):
             for projected in (self.query(queries), self.key(x), self.value(x))
         )
         scores = jnp.einsum("bmhp,blhp->bhml", q, k, preferred_element_type=dtype)
-        if intervals is not None:
-            between = intervals.between(positions)
+        between = None if intervals is None else intervals.between(positions)
+        if intervals is not None and between is not None:
             scores += interval_scores(q, intervals.keys, between)
         seen = (jnp.arange(length) <= positions[:, :, None]) & rows.real[:, None]
         if firsts is not None:
@@ -143,7 +143,7 @@ class CausalAttention(nn.Module):
         weights = jax.nn.softmax(scores / math.sqrt(q.shape[-1]) + mask[:, None], axis=-1)
         weights = self._dropped(weights, positions, rows)
         mixed = jnp.einsum("bhml,blhp->bmhp", weights.astype(v.dtype), v)
-        if intervals is not None:
+        if intervals is not None and between is not None:
             mixed += interval_values(weights, intervals.values, between)
         return self.out(mixed.reshape(queries.shape))
 

@@ -1,10 +1,14 @@
 """A causal time branch: gaps up to each position become a factor on the SSD step, and its date shifts the output."""
 
+from dataclasses import dataclass
+
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
+from jax.typing import ArrayLike
 
+from tim4rec_jax.checks import require
 from tim4rec_jax.layers.convolution import CausalConv
 from tim4rec_jax.layers.dense import Linear, layer_norm, wide
 from tim4rec_jax.layers.dropout import Dropout
@@ -18,7 +22,25 @@ _DATE_STD = 1e-3
 TimeCache = tuple[Array, Array]
 
 
-def gap_features(gaps: Array, firsts: Array, *, mean: float | Array, std: float | Array, dtype: jnp.dtype) -> Array:
+@dataclass(frozen=True)
+class CausalTiM4RecConfig(SSDConfig):
+    """Settings of `CausalTiM4Rec`.
+
+    Attributes:
+      time_dropout: rate inside the time branch.
+      date_knots: values a channel of a piecewise linear function of the date that is added to the output; 0 for none.
+    """
+
+    name: str = "tim4rec_causal"
+    time_dropout: float = 0.2
+    date_knots: int = 64
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.date_knots != 1 and self.date_knots >= 0, f"date_knots={self.date_knots} must be 0, or at least 2")
+
+
+def gap_features(gaps: Array, firsts: Array, *, mean: ArrayLike, std: ArrayLike, dtype: jnp.dtype) -> Array:
     """Describes the time since the event before.
 
       f = [(log1p(gap) - mean) / std if gap > 0 else 0,  gap == 0,  first event]
@@ -52,7 +74,7 @@ class CausalTimeChannel(nn.Module):
       config: the model's settings.
     """
 
-    config: SSDConfig
+    config: CausalTiM4RecConfig
 
     def setup(self) -> None:
         config = self.config
@@ -77,6 +99,7 @@ class CausalTimeChannel(nn.Module):
             return 1 + self.conv_2(first, segment_ids=rows.segment_ids)[0], None
         first, cache_1 = self.conv_1(scaled, segment_ids=rows.real_ids, cache=cache[0])
         second, cache_2 = self.conv_2(first, segment_ids=rows.real_ids, cache=cache[1])
+        assert cache_1 is not None and cache_2 is not None  # A convolution that is given one gives the next.
         return 1 + second, (cache_1, cache_2)
 
     def init_cache(self, batch: int) -> TimeCache:
@@ -102,10 +125,10 @@ class DateOffset(nn.Module):
       config: the model's settings.
     """
 
-    config: SSDConfig
+    config: CausalTiM4RecConfig
 
     @nn.compact
-    def __call__(self, timestamps: Array, first: Array, last: Array, knots_per_second: Array) -> Array:
+    def __call__(self, timestamps: Array, first: ArrayLike, last: ArrayLike, knots_per_second: ArrayLike) -> Array:
         """Maps whole seconds [...] to [..., d]; the rest describes the knots, (m - 1) / (last - first) rounded once."""
         config = self.config
         dtype = wide(config.dtype)

@@ -41,7 +41,6 @@ def table_rows(items: ItemEmbedding) -> Array:
 
 def tied_scores(hidden: Array, items: ItemEmbedding) -> Array:
     """Returns hidden E^T for hidden [.., d] over all rows of the catalogue, [.., v], float32 or wider."""
-    return jnp.einsum(
-        "...d,vd->...v", hidden.astype(items.dtype), table_rows(items),
-        preferred_element_type=jnp.promote_types(items.dtype, jnp.float32),
-    )  # fmt: skip
+    table = table_rows(items)
+    dtype = jnp.promote_types(table.dtype, jnp.float32)
+    return jnp.einsum("...d,vd->...v", hidden.astype(table.dtype), table, preferred_element_type=dtype)

@@ -93,10 +93,10 @@ class MambaMixer(nn.Module):
             return_final_state=cache is not None, segment_ids=segment_ids,
             implementation=config.kernels,
         )  # fmt: skip
-        y, after = (scanned, None) if cache is None else scanned
+        y, after = scanned if isinstance(scanned, tuple) else (scanned, None)
         z = self.in_proj(rows.at(u), [slice(inner, None)])
         out = self.out_proj(rows.at(y) * jax.nn.silu(z))
-        return out, channel, None if cache is None else MambaState(conv_cache, after)
+        return out, channel, None if conv_cache is None or after is None else MambaState(conv_cache, after)
 
     def init_cache(self, batch: int) -> MambaState:
         """Returns the cache before the first event of `batch` histories."""

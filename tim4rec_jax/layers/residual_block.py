@@ -1,7 +1,7 @@
 """The block of the state-space models: a mixer and a feed-forward part, each with dropout, residual and norm."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from flax import linen as nn
 from jax import Array
@@ -12,26 +12,30 @@ from tim4rec_jax.layers.feed_forward import FeedForward
 from tim4rec_jax.layers.rows import Rows
 from tim4rec_jax.model_config import ModelConfig
 
+Settings = TypeVar("Settings", bound=ModelConfig)
 
-class ResidualBlock(nn.Module):
+
+class ResidualBlock(nn.Module, Generic[Settings]):
     """h = LayerNorm(Dropout(mixer(u)) + u), then the feed-forward part; no "+ u" in a model of one block.
 
     Attributes:
       config: the model's settings.
       mixer_type: makes the mixer from them; it is called as this block is.
       activation: of the feed-forward part.
+      use_ffn: there is one.
     """
 
-    config: ModelConfig
-    mixer_type: Callable[[ModelConfig], nn.Module]
+    config: Settings
+    mixer_type: Callable[[Settings], nn.Module]
     activation: Callable[[Array], Array]
+    use_ffn: bool
 
     def setup(self) -> None:
         config = self.config
         self.mixer = self.mixer_type(config)
         self.dropout = Dropout(config.dropout)
         self.norm = layer_norm(config.norm_eps, config.dtype)
-        if config.use_ffn:
+        if self.use_ffn:
             self.ffn = FeedForward(config, self.activation)
 
     def __call__(
@@ -51,7 +55,7 @@ class ResidualBlock(nn.Module):
         mixed, channel, cache = self.mixer(u, channel, rows, cache)
         h = self.dropout(mixed, rows.example_ids, **rows.drop)
         h = self.norm(h if self.config.num_layers == 1 else h + rows.at(u))
-        return (self.ffn(h, rows) if self.config.use_ffn else h), channel, cache
+        return (self.ffn(h, rows) if self.use_ffn else h), channel, cache
 
     def init_cache(self, batch: int) -> Any:
         """Returns the cache before the first event of `batch` histories."""

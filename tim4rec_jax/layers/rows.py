@@ -3,6 +3,7 @@
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 
@@ -11,7 +12,7 @@ def take_at(x: Array, positions: Array) -> Array:
     return jnp.take_along_axis(x, positions[..., None], axis=1)
 
 
-def one_segment(lengths: Array, length: int) -> Array:
+def one_segment(lengths: Array | np.ndarray, length: int) -> Array:
     """Returns segment ids int32 [b, length] of one history per row, of the given lengths [b]."""
     return (jnp.arange(length) < jnp.asarray(lengths)[:, None]).astype(jnp.int32)
 
@@ -61,7 +62,10 @@ class Rows(NamedTuple):
 
 
 def rows_of(
-    items: Array, segment_ids: Array | None, example_ids: Array | None, deterministic: bool
+    items: Array | np.ndarray,
+    segment_ids: Array | np.ndarray | None,
+    example_ids: Array | np.ndarray | None,
+    deterministic: bool,
 ) -> tuple[Array, Rows]:
     """Returns the items with 0 at every padded position, and what layers know of their rows.
 

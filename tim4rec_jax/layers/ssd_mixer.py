@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Generic, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,8 @@ from tim4rec_jax.model_config import SSDConfig
 STEP_RANGE = (1e-3, 1e-1)
 STEP_FLOOR = 1e-4
 DECAY_RANGE = (1.0, 16.0)
+
+Settings = TypeVar("Settings", bound=SSDConfig)
 
 
 def _dt_bias_init(key: Array, shape: tuple[int, ...], dtype: jnp.dtype) -> Array:
@@ -47,7 +49,7 @@ class MixerState(NamedTuple):
     time: TimeCache | None
 
 
-class SSDMixer(nn.Module):
+class SSDMixer(nn.Module, Generic[Settings]):
     """Projection, causal convolution, state space duality, gate and norm, projection.
 
       z, xBC, dt = in_proj(u);   x, B, C = act(conv(xBC));   delta = softplus(dt * g + dt_bias)
@@ -60,8 +62,8 @@ class SSDMixer(nn.Module):
       time_type: makes the time branch from them, `TimeChannel` or `CausalTimeChannel`; None is time off.
     """
 
-    config: SSDConfig
-    time_type: Callable[[SSDConfig], nn.Module] | None = None
+    config: Settings
+    time_type: Callable[[Settings], nn.Module] | None = None
 
     def setup(self) -> None:
         config = self.config
@@ -112,15 +114,15 @@ class SSDMixer(nn.Module):
         A, options = -jnp.exp(self.A_log), {"D": self.D, "dt_bias": self.dt_bias, "segment_ids": segment_ids}
         self.sow("intermediates", "step_size", step_size(dt, self.dt_bias))
         how = {"chunk_size": config.chunk_size, "implementation": config.kernels}
-        if cache is None:
-            y, after = ssd(x, dt, A, B, C, **options, **how), None
-        elif u.shape[1] == 1:
-            y, after = ssd_step(x, dt, A, B, C, state_before, **options)
+        if cache is not None and u.shape[1] == 1:
+            scanned = ssd_step(x, dt, A, B, C, cache.ssm, **options)
         else:
-            y, after = ssd(x, dt, A, B, C, **options, **how, initial_state=state_before, return_final_state=True)
+            how |= {"initial_state": state_before, "return_final_state": cache is not None}
+            scanned = ssd(x, dt, A, B, C, **options, **how)
+        y, after = scanned if isinstance(scanned, tuple) else (scanned, None)
         self.sow("intermediates", "scan", y)
         y = gated_rms_norm(rows.at(y.reshape(z.shape)), rows.at(z), self.norm_scale, eps=config.norm_eps)
-        cache = None if cache is None else MixerState(conv_cache, after, time_cache)
+        cache = None if conv_cache is None or after is None else MixerState(conv_cache, after, time_cache)
         return self.out_proj(y), channel, cache
 
     def _at_one_position(self, u: Array, channel: Array | None, rows: Rows) -> Array:
@@ -139,6 +141,7 @@ class SSDMixer(nn.Module):
         x, B = jnp.split(self.conv(conv_in, slice(0, inner + state))[0], [inner], axis=-1)
         dt, _, _ = self._timed_steps(dt, channel, rows, None)
 
+        assert rows.positions is not None  # Whoever calls this has read them.
         window = rows.positions + 1 - taps + jnp.arange(taps)
         u_window = take_at(u, jnp.maximum(window, 0))
         C_window = jnp.where((window >= 0)[..., None], self.in_proj(u_window, [C_columns]), jnp.zeros((), u.dtype))

@@ -1,5 +1,7 @@
 """The time branch of TiM4Rec: gaps between events become a factor on the SSD step of every head and position."""
 
+from dataclasses import dataclass
+
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
@@ -10,6 +12,23 @@ from tim4rec_jax.layers.dense import Linear, layer_norm, wide
 from tim4rec_jax.layers.dropout import Dropout
 from tim4rec_jax.layers.rows import Rows
 from tim4rec_jax.model_config import SSDConfig
+
+
+@dataclass(frozen=True)
+class TiM4RecConfig(SSDConfig):
+    """Settings of `TiM4Rec`, some of whose parameters are of size max_len.
+
+    Attributes:
+      time_dropout: rate inside the time branch; the raw gaps have `dropout`.
+      time_gate_per_position: the time channel's residual gate has a value per position (`p2p_residual`), else per head.
+      mask_padded_time: a padded position has a gap of 0 (the original: minus the last timestamp).
+      log_time: gaps are compressed to sign(gap) * log1p(|gap|) (the original: raw seconds).
+    """
+
+    time_dropout: float = 0.2
+    time_gate_per_position: bool = False
+    mask_padded_time: bool = False
+    log_time: bool = False
 
 
 def time_gaps(timestamps: Array, lengths: Array, *, mask_padded: bool, log: bool, dtype: jnp.dtype) -> Array:
@@ -51,7 +70,7 @@ class TimeChannel(nn.Module):
       config: the model's settings.
     """
 
-    config: SSDConfig
+    config: TiM4RecConfig
 
     def setup(self) -> None:
         config = self.config

@@ -15,12 +15,21 @@ from tim4rec_jax.layers.rows import one_segment
 from tim4rec_jax.model_config import ModelConfig
 from tim4rec_jax.models.echomamba4rec import EchoMamba4Rec, EchoMamba4RecConfig
 from tim4rec_jax.models.mamba4rec import Mamba4Rec, Mamba4RecConfig
-from tim4rec_jax.models.recommender import STATISTICS, Cache, SequentialModel, StateSpaceModel, last_hidden, variables
+from tim4rec_jax.models.recommender import (
+    STATISTICS,
+    Cache,
+    SequentialModel,
+    StateSpaceModel,
+    apply_method,
+    last_hidden,
+    variables,
+)
 from tim4rec_jax.models.sasrec import SASRec, SASRecConfig
 from tim4rec_jax.models.ssd4rec import SSD4Rec, SSD4RecConfig
 from tim4rec_jax.models.tim4rec import TiM4Rec, TiM4RecConfig
 from tim4rec_jax.models.tim4rec_causal import CausalTiM4Rec, CausalTiM4RecConfig
 from tim4rec_jax.models.tisasrec import TiSASRec, TiSASRecConfig
+from tim4rec_jax.typing import Params
 
 MODELS: dict[str, type[SequentialModel]] = {
     "tim4rec": TiM4Rec,
@@ -149,11 +158,11 @@ def build_model(config: ModelConfig) -> SequentialModel:
 
 def require_x64(config: ModelConfig) -> None:
     """Raises ValueError for float64 without JAX's 64-bit mode."""
-    if config.dtype == "float64" and not jax.config.jax_enable_x64:
+    if config.dtype == "float64" and not jax.config.jax_enable_x64:  # pyright: ignore[reportAttributeAccessIssue]
         raise ValueError("dtype='float64' needs JAX's 64-bit mode: set JAX_ENABLE_X64=1")
 
 
-def init_params(model: SequentialModel, key: Array) -> dict[str, Any]:
+def init_params(model: SequentialModel, key: Array) -> Params:
     """Returns a model's initial parameters; under `jax.eval_shape`, the shapes of its tree.
 
     Args:
@@ -178,6 +187,7 @@ __all__ = [
     "StateSpaceModel",
     "TiM4RecConfig",
     "TiSASRecConfig",
+    "apply_method",
     "build_model",
     "full_config",
     "import_model_module",

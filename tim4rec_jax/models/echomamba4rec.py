@@ -82,7 +82,7 @@ class EchoMamba4RecConfig(MixerConfig):
     name: str = "echomamba4rec"
 
 
-class EchoMamba4Rec(SequentialModel):
+class EchoMamba4Rec(SequentialModel[EchoMamba4RecConfig]):
     """Bidirectional Mamba with spectral filtering for sequential recommendation (Wang et al. 2024, arXiv 2406.02638).
 
       x_0 = LayerNorm(Dropout(E[items])),    x_i = block_i(x_{i-1}),    score = E x_last

@@ -25,7 +25,7 @@ class Mamba4RecConfig(MixerConfig):
     use_ffn: bool = True
 
 
-class Mamba4Rec(StateSpaceModel):
+class Mamba4Rec(StateSpaceModel[Mamba4RecConfig]):
     """Mamba for sequential recommendation (Liu et al. 2024, arXiv 2403.03900).
 
       x_0 = LayerNorm(Dropout(E[items])),    x_i = block_i(x_{i-1}),    score = E x_last
@@ -37,4 +37,5 @@ class Mamba4Rec(StateSpaceModel):
     causal = packable = streamable = True
 
     def block(self) -> ResidualBlock:
-        return ResidualBlock(self.config, MambaMixer, _exact_gelu)
+        config = self.config
+        return ResidualBlock(config, MambaMixer, _exact_gelu, config.use_ffn)

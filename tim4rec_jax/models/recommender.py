@@ -1,11 +1,11 @@
 """What all models share: one call for training, packed rows, single positions and streaming; embedding and scores."""
 
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, Generic, NamedTuple, TypeVar, cast
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
+from jax.core import Tracer
 
 from tim4rec_jax.layers.dense import layer_norm
 from tim4rec_jax.layers.dropout import Dropout
@@ -17,6 +17,8 @@ from tim4rec_jax.typing import Array, Float, Hidden, Int, Items, Lengths, Timest
 
 # Collection of what a model has to know of its training data beside the parameters.
 STATISTICS = "data_statistics"
+
+Settings = TypeVar("Settings", bound=ModelConfig)
 
 
 def variables(params: Any) -> dict[str, Any]:
@@ -34,6 +36,11 @@ def variables(params: Any) -> dict[str, Any]:
     }
 
 
+def apply_method(model: nn.Module, variables: Any, method: str, *arguments: Any) -> Array:
+    """Returns the array that a method of the model gives, as "score" or "item_table"."""
+    return cast(Array, model.apply(variables, *arguments, method=method))
+
+
 class Cache(NamedTuple):
     """All that a model keeps of `b` histories; its size does not depend on their length.
 
@@ -48,7 +55,7 @@ class Cache(NamedTuple):
     layers: tuple[Any, ...]
 
 
-class SequentialModel(nn.Module):
+class SequentialModel(nn.Module, Generic[Settings]):
     """A recommender that reads a history of items and scores the catalogue; the base of every model.
 
     Item 0 is padding, and rows are padded on the right. Dropout draws from the "dropout" key under each row's
@@ -67,7 +74,7 @@ class SequentialModel(nn.Module):
       Config: class of the settings, the model's own beside those that all models read.
     """
 
-    config: ModelConfig
+    config: Settings
 
     Config: ClassVar[type[ModelConfig]] = ModelConfig
 
@@ -124,7 +131,7 @@ class SequentialModel(nn.Module):
         name = type(self).__name__
         if cache is not None and not self.streamable:
             raise ValueError(f"{name} is not streamable: it has no cache; give whole histories")
-        if self.packable and cache is None or segment_ids is None or isinstance(segment_ids, jax.core.Tracer):
+        if self.packable and cache is None or segment_ids is None or isinstance(segment_ids, Tracer):
             return
         most = int(np.max(segment_ids, initial=0))
         if most > 1:
@@ -147,12 +154,19 @@ class SequentialModel(nn.Module):
         """
         raise ValueError(f"{type(self).__name__} is not streamable: it has no cache")
 
-    def data_statistics(self, **times: float | int) -> dict[str, np.ndarray]:
+    def data_statistics(
+        self,
+        *,
+        gap_mean: float = 0.0,
+        gap_std: float = 1.0,
+        first_second: float | int = 0,
+        last_second: float | int = 1,
+    ) -> dict[str, np.ndarray]:
         """Returns what the model has to know of its training data, for the collection `STATISTICS`.
 
         Args:
-          times: gap_mean and gap_std of log1p(seconds) over the positive gaps of the training part, its first_second
-            and last_second; neutral values where there are none.
+          gap_mean, gap_std: of log1p(seconds) over the positive gaps of the training part.
+          first_second, last_second: of the training part.
         """
         return {}
 
@@ -177,7 +191,7 @@ class SequentialModel(nn.Module):
         return timestamps
 
 
-class StateSpaceModel(SequentialModel):
+class StateSpaceModel(SequentialModel[Settings]):
     """x_0 = LayerNorm(Dropout(E[items])), x_i = block_i(x_{i-1}); a model is a config and a block."""
 
     def setup(self) -> None:
@@ -220,6 +234,7 @@ class StateSpaceModel(SequentialModel):
     def _next_cache(self, cache: Cache, layers: tuple[Any, ...], timestamps: Array | None, rows: Rows) -> Cache:
         last, lengths = cache.timestamps, rows.lengths
         if self.uses_time:
+            assert timestamps is not None  # Else the time branch has refused them.
             ends = jnp.take_along_axis(timestamps, jnp.maximum(lengths - 1, 0)[:, None], axis=1)[:, 0]
             last = jnp.where(lengths > 0, ends, last)
         return Cache(last, cache.events + lengths, layers)

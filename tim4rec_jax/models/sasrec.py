@@ -16,7 +16,7 @@ class SASRecConfig(AttentionConfig):
     name: str = "sasrec"
 
 
-class SASRec(SequentialModel):
+class SASRec(SequentialModel[SASRecConfig]):
     """Self-attentive sequential recommendation (Kang & McAuley 2018, arXiv 1808.09781), with post-norm layers.
 
       x_0 = Dropout(LayerNorm(E[items] + P[position])),    x_i = layer_i(x_{i-1}),    score = E x_last

@@ -17,7 +17,7 @@ class SSD4RecConfig(SSDConfig):
     name: str = "ssd4rec"
 
 
-class SSD4Rec(StateSpaceModel):
+class SSD4Rec(StateSpaceModel[SSD4RecConfig]):
     """State space duality as the TiM4Rec authors replicate SSD4Rec: their model with time off (arXiv 2409.16182).
 
       x_0 = LayerNorm(Dropout(E[items])),    x_i = block_i(x_{i-1}),    score = E x_last
@@ -29,4 +29,5 @@ class SSD4Rec(StateSpaceModel):
     causal = packable = streamable = True
 
     def block(self) -> ResidualBlock:
-        return ResidualBlock(self.config, SSDMixer, nn.hard_swish)
+        config = self.config
+        return ResidualBlock(config, SSDMixer, nn.hard_swish, config.use_ffn)

@@ -1,6 +1,5 @@
 """TiM4Rec: state space duality with a time-aware mask, as the paper and its program have it."""
 
-from dataclasses import dataclass
 from functools import partial
 
 from flax import linen as nn
@@ -10,30 +9,12 @@ from tim4rec_jax.layers.dropout import Dropout
 from tim4rec_jax.layers.residual_block import ResidualBlock
 from tim4rec_jax.layers.rows import Rows
 from tim4rec_jax.layers.ssd_mixer import SSDMixer
-from tim4rec_jax.layers.time_channel import TimeChannel, time_gaps
-from tim4rec_jax.model_config import SSDConfig
+from tim4rec_jax.layers.time_channel import TiM4RecConfig, TimeChannel, time_gaps
 from tim4rec_jax.models.recommender import Cache, StateSpaceModel
 from tim4rec_jax.typing import Array
 
 
-@dataclass(frozen=True)
-class TiM4RecConfig(SSDConfig):
-    """Settings of `TiM4Rec`, some of whose parameters are of size max_len.
-
-    Attributes:
-      time_dropout: rate inside the time branch; the raw gaps have `dropout`.
-      time_gate_per_position: the time channel's residual gate has a value per position (`p2p_residual`), else per head.
-      mask_padded_time: a padded position has a gap of 0 (the original: minus the last timestamp).
-      log_time: gaps are compressed to sign(gap) * log1p(|gap|) (the original: raw seconds).
-    """
-
-    time_dropout: float = 0.2
-    time_gate_per_position: bool = False
-    mask_padded_time: bool = False
-    log_time: bool = False
-
-
-class TiM4Rec(StateSpaceModel):
+class TiM4Rec(StateSpaceModel[TiM4RecConfig]):
     """Time-aware Mamba for sequential recommendation (Fan et al. 2025, arXiv 2409.16182).
 
       x_0 = LayerNorm(Dropout(E[items])),    T_0 = LayerNorm_l(Dropout(gaps)),    x_i, T_i = block_i(x_{i-1}, T_{i-1})
@@ -54,7 +35,8 @@ class TiM4Rec(StateSpaceModel):
         self.time_norm = layer_norm(config.norm_eps, wide(config.dtype).name)
 
     def block(self) -> ResidualBlock:
-        return ResidualBlock(self.config, partial(SSDMixer, time_type=TimeChannel), nn.hard_swish)
+        config = self.config
+        return ResidualBlock(config, partial(SSDMixer, time_type=TimeChannel), nn.hard_swish, config.use_ffn)
 
     def time_channel(self, timestamps: Array | None, rows: Rows, cache: Cache | None) -> Array | None:
         """Returns T_0 [b, 1, max_len], shared by the heads."""

@@ -1,42 +1,21 @@
 """TiM4Rec with a causal time branch: any length, whole histories at once or event by event."""
 
-from dataclasses import dataclass
 from functools import partial
 
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from tim4rec_jax.checks import require
-from tim4rec_jax.layers.causal_time import CausalTimeChannel, DateOffset, gap_features
+from tim4rec_jax.layers.causal_time import CausalTiM4RecConfig, CausalTimeChannel, DateOffset, gap_features
 from tim4rec_jax.layers.dense import Linear, wide
 from tim4rec_jax.layers.residual_block import ResidualBlock
 from tim4rec_jax.layers.rows import Rows
 from tim4rec_jax.layers.ssd_mixer import SSDMixer
-from tim4rec_jax.model_config import SSDConfig
 from tim4rec_jax.models.recommender import STATISTICS, Cache, StateSpaceModel
 from tim4rec_jax.typing import Array
 
 
-@dataclass(frozen=True)
-class CausalTiM4RecConfig(SSDConfig):
-    """Settings of `CausalTiM4Rec`.
-
-    Attributes:
-      time_dropout: rate inside the time branch.
-      date_knots: values a channel of a piecewise linear function of the date that is added to the output; 0 for none.
-    """
-
-    name: str = "tim4rec_causal"
-    time_dropout: float = 0.2
-    date_knots: int = 64
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require(self.date_knots != 1 and self.date_knots >= 0, f"date_knots={self.date_knots} must be 0, or at least 2")
-
-
-class CausalTiM4Rec(StateSpaceModel):
+class CausalTiM4Rec(StateSpaceModel[CausalTiM4RecConfig]):
     """Time-aware state space duality in which no position reads a later one.
 
       x_0 = LayerNorm(Dropout(E[items])),    T_0 = W gap_features + b,    x_i, T_i = block_i(x_{i-1}, T_{i-1})
@@ -60,10 +39,16 @@ class CausalTiM4Rec(StateSpaceModel):
             self.date = DateOffset(config)
 
     def block(self) -> ResidualBlock:
-        return ResidualBlock(self.config, partial(SSDMixer, time_type=CausalTimeChannel), nn.hard_swish)
+        config = self.config
+        return ResidualBlock(config, partial(SSDMixer, time_type=CausalTimeChannel), nn.hard_swish, config.use_ffn)
 
     def data_statistics(
-        self, *, gap_mean: float = 0.0, gap_std: float = 1.0, first_second: int = 0, last_second: int = 1
+        self,
+        *,
+        gap_mean: float = 0.0,
+        gap_std: float = 1.0,
+        first_second: float | int = 0,
+        last_second: float | int = 1,
     ) -> dict[str, np.ndarray]:
         floats = {"gap_mean": gap_mean, "gap_std": gap_std}
         # Rounded once, as a constant of the program would be.

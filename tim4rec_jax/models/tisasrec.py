@@ -26,7 +26,7 @@ class TiSASRecConfig(AttentionConfig):
     time_span: int = 256
 
 
-class TiSASRec(SequentialModel):
+class TiSASRec(SequentialModel[TiSASRecConfig]):
     """Time interval aware self-attention (Li et al. 2020), in the form that TiM4Rec is compared with (2409.16182).
 
       x_0 = Dropout(LayerNorm(E[items] + P[position])),    x_i = layer_i(x_{i-1}),    score = E x_last

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
+from flax import linen as nn
 from jax import Array
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -27,6 +28,7 @@ TABLE = "item_embedding"
 ITEM_TILE = 8192
 
 Carry = TypeVar("Carry")
+Model = TypeVar("Model", bound=nn.Module)
 Step = Callable[[Carry, Array, Array, Array], Carry]
 
 
@@ -74,7 +76,7 @@ def fetch_rows(shard: Array, ids: Array) -> Array:
     return jax.lax.psum_scatter(local_rows(shard, everyone), MODEL_AXIS, scatter_dimension=0, tiled=True)
 
 
-def with_rows(model: SequentialModel, params: PyTree, rows: Array) -> tuple[SequentialModel, PyTree]:
+def with_rows(model: Model, params: PyTree, rows: Array) -> tuple[Model, PyTree]:
     """Returns the model and parameters that read a small table of rows [n, d] in place of the whole one."""
     config = dataclasses.replace(model.config, vocab_size=rows.shape[0], vocab_multiple=1)
     return model.clone(config=config), {**params, TABLE: {"embedding": rows}}
@@ -90,7 +92,7 @@ def ids_read(items: Array) -> tuple[Array, Array]:
     return ids, jnp.where(items == 0, jnp.zeros_like(items), index)
 
 
-def sharded_last_hidden(model: SequentialModel, params: PyTree, items: Array, *inputs: Array) -> Array:
+def sharded_last_hidden(model: nn.Module, params: PyTree, items: Array, *inputs: Array) -> Array:
     """Returns `models.last_hidden` of this device's rows inside `shard_map`, from a shard of the table."""
     ids, items = ids_read(items)
     small, small_params = with_rows(model, params, fetch_rows(params[TABLE]["embedding"], ids))

@@ -58,7 +58,8 @@ class Layout:
         """Puts the arrays of a tree, equal in every process, on all devices."""
         if self.mesh is None:
             return jax.device_put(tree)
-        return _put(tree, jax.tree.map(lambda _: NamedSharding(self.mesh, P()), tree))
+        everywhere = NamedSharding(self.mesh, P())
+        return _put(tree, jax.tree.map(lambda _: everywhere, tree))
 
     def shard(self, state: PyTree) -> PyTree:
         """Puts a state or parameters, whole on the host, where training wants them; no device gets more than its part.
@@ -66,7 +67,7 @@ class Layout:
         Args:
           state: arrays, equal in every process.
         """
-        if self.catalogue_shards == 1:
+        if self.mesh is None or self.catalogue_shards == 1:
             return self.replicate(state)
         return _put(state, shardings(self.mesh, state))
 
@@ -76,14 +77,14 @@ class Layout:
         Args:
           make: () -> state, traceable.
         """
-        if self.catalogue_shards == 1:
+        if self.mesh is None or self.catalogue_shards == 1:
             return self.replicate(broadcast(make()))
         # All processes run one program, and no device ever holds all of the embedding.
         return jax.jit(make, out_shardings=shardings(self.mesh, jax.eval_shape(make)))()
 
     def shard_batch(self, payload: PyTree) -> PyTree:
         """Puts a loader's batch, the rows of `batch_indices`, on this process's devices."""
-        if self.strategy == "single":
+        if self.mesh is None:
             return payload
         if self.strategy == "pmap":
             return jax.tree.map(lambda a: a.reshape(self.num_devices, -1, *a.shape[1:]), payload)
@@ -97,7 +98,7 @@ class Layout:
           step: (state, device_data, batch_spec, mesh=, axis=) -> (state, loss): given a mesh the work of all its
             devices, given the name of an axis that of one device of `jax.pmap`.
         """
-        if self.strategy == "pmap":
+        if self.mesh is not None and self.strategy == "pmap":
             return jax.pmap(
                 functools.partial(step, axis=DATA_AXIS),
                 axis_name=DATA_AXIS,

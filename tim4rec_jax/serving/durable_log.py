@@ -16,6 +16,7 @@ from tim4rec_jax.files import named_in_errors, write_atomically
 READ_BYTES = 2**16
 JOURNAL_BUFFER_BYTES = 2**20
 _LONGEST_HEADER = 4096
+_NONE = -1  # No descriptor.
 # What every answer begins with; other lines in a file of answers are somebody else's.
 _ANSWER = b'{"line": '
 
@@ -139,8 +140,8 @@ class LineReader:
             self._passed, self._hash, end = 0, hashlib.sha256(), 0
             taken = b"\n"
         else:
-            line = hashed(bytes(self._buffer[:end]))
-            taken = line.content + b"\n"
+            content = bytes(self._buffer[:end])
+            line, taken = hashed(content), content + b"\n"
         if self.copy is not None:
             self.copy(taken)
         del self._buffer[: end + 1]
@@ -153,7 +154,7 @@ def until_readable(descriptor: int, seconds: float | None) -> bool:
     return bool(select.select([descriptor], [], [], seconds)[0])
 
 
-def _write(descriptor: int, content: bytes) -> None:
+def _write(descriptor: int, content: bytes | bytearray) -> None:
     left = memoryview(content)
     while left:
         left = left[os.write(descriptor, left) :]
@@ -168,7 +169,7 @@ class Journal:
     def __init__(self, path: pathlib.Path) -> None:
         """Names the file; `begin` makes it."""
         self.path = path
-        self._descriptor: int | None = None
+        self._descriptor = _NONE
         self._buffer = bytearray()
 
     @property
@@ -214,9 +215,9 @@ class Journal:
     def close(self) -> None:
         """Lets the file go as it is; lines that `sync` has not written are given up."""
         self._buffer = bytearray()
-        if self._descriptor is not None:
+        if self._descriptor != _NONE:
             os.close(self._descriptor)
-            self._descriptor = None
+            self._descriptor = _NONE
 
     def read(self, held: Chain, longest: int) -> Iterator[Line]:
         """Yields the lines that a table does not hold; one that was torn at the end is none.

@@ -134,7 +134,7 @@ def open_table(options: StreamOptions) -> tuple[UserTable, Chain, Chain | None]:
 
 def answers_name(options: StreamOptions) -> str | None:
     """The file of answers as seen from the table, so that both can be moved together."""
-    if options.output == "-":
+    if options.output == "-" or options.state is None:
         return None
     return os.path.relpath(options.output, options.state.parent)
 
@@ -174,7 +174,7 @@ class Session:
             answer = error_line(error)
             self.counts["errors"] += 1
         else:
-            self.counts["events"] += answer is None and line.content.strip() != b""
+            self.counts["events"] += answer is None and (line.content or b"").strip() != b""
             self.counts["answers"] += answer is not None
         if answer is not None:
             answer = {"line": self.lines.lines} | answer
@@ -355,7 +355,7 @@ def _begun(options: StreamOptions, stack: contextlib.ExitStack) -> Session:
     """Opens what is kept and what is written."""
     state = options.state
     journal = None if state is None else Journal(journal_of(state))
-    if journal is not None and journal.path.exists() and not state.exists():
+    if state is not None and journal is not None and journal.path.exists() and not state.exists():
         raise ValueError(
             f"{journal.path} holds lines that go on from {state}, which is not there; bring it back, or remove the "
             "journal as well to begin anew"

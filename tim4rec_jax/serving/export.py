@@ -16,7 +16,7 @@ from jax import export
 
 from tim4rec_jax.evaluation.metrics import check_top_k
 from tim4rec_jax.files import locked, replacing_folder
-from tim4rec_jax.models import build_model, last_hidden, variables
+from tim4rec_jax.models import apply_method, build_model, last_hidden, variables
 from tim4rec_jax.serving.recommender import Recommender, best_columns
 
 EXPORT_FORMAT = 1
@@ -82,7 +82,7 @@ def _programs(model: nn.Module, params: Any, time_dtype: Any, max_len: int, k: i
         return jax.ShapeDtypeStruct(sizes, dtype)
 
     def rank(parameters: Any, hidden: jax.Array, excluded: jax.Array) -> tuple[jax.Array, jax.Array]:
-        scores = model.apply(collections(parameters), hidden, method="score")
+        scores = apply_method(model, collections(parameters), "score", hidden)
         best, indices, _ = best_columns(scores, excluded, k)
         return jnp.where(best > -jnp.inf, indices, 0).astype(jnp.int32), best
 
@@ -158,7 +158,7 @@ def _export(name: str, program: _Program, platforms: Sequence[str], folder: path
 
 def _write_items(recommender: Recommender, file: pathlib.Path) -> None:
     model, n = recommender.model, recommender.num_items
-    rows = np.asarray(model.apply(variables(recommender.params), method="item_table").astype(jnp.float32))[1:]
+    rows = np.asarray(apply_method(model, variables(recommender.params), "item_table").astype(jnp.float32))[1:]
     table = pl.DataFrame(
         {
             "index": np.arange(1, n + 1, dtype=np.int32),
@@ -224,7 +224,7 @@ def export_model(
             for name, program in _programs(model, recommender.params, time_dtype, recommender.max_len, k).items()
         }
         arrays = {name: np.asarray(leaf) for name, leaf in flat_arrays(recommender.params).items()}
-        np.savez(temporary / PARAMETERS, **arrays)
+        np.savez(temporary / PARAMETERS, **arrays)  # pyright: ignore[reportArgumentType]
         _write_items(recommender, temporary / ITEMS)
         description = {
             "format": EXPORT_FORMAT, "made_with": {name: _version(name) for name in ("tim4rec_jax", "jax")},

@@ -18,7 +18,7 @@ from tim4rec_jax.config import ExperimentConfig
 from tim4rec_jax.data.loader import timestamps_for_device
 from tim4rec_jax.evaluation.full_sort import positions_read
 from tim4rec_jax.evaluation.metrics import check_top_k
-from tim4rec_jax.models import last_hidden, variables
+from tim4rec_jax.models import apply_method, last_hidden, variables
 from tim4rec_jax.run_dir import read_histories, read_items
 from tim4rec_jax.serving.stored_run import load_model
 
@@ -123,7 +123,7 @@ def _top_k(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The k best items after each history, see `best_columns`."""
     hidden = last_hidden(model, variables(params), items, lengths, timestamps)
-    return best_columns(model.apply(variables(params), hidden, method="score"), excluded, k)
+    return best_columns(apply_method(model, variables(params), "score", hidden), excluded, k)
 
 
 class Recommender:
@@ -332,11 +332,11 @@ class Recommender:
         first = 0
         while first < len(order):
             # Ascending lengths: the batch's static length is that of the last row that still fits.
-            row_limit = self._row_limit(lengths[order[first]])
+            row_limit = self._row_limit(int(lengths[order[first]]))
             rows = order[first : first + row_limit]
-            length = self._static_length(lengths[rows[-1]])
+            length = self._static_length(int(lengths[rows[-1]]))
             rows = rows[: self._row_limit(length)]
-            length = self._static_length(lengths[rows[-1]])
+            length = self._static_length(int(lengths[rows[-1]]))
             indices[rows], scores[rows] = self._run(
                 [histories[i] for i in rows], lengths[rows], length, k, exclude_seen
             )
@@ -344,7 +344,7 @@ class Recommender:
         return indices, scores
 
     def _static_length(self, length: int) -> int:
-        return min(max(next_power_of_two(int(length)), SHORTEST_LENGTH), self.max_len)
+        return min(max(next_power_of_two(length), SHORTEST_LENGTH), self.max_len)
 
     def _row_limit(self, length: int) -> int:
         rows = min(BATCH_TOKENS // self._static_length(length), SCORE_TILE_BYTES // (4 * (self.num_items + 1)))

@@ -102,6 +102,7 @@ def load_log(run: pathlib.Path) -> InteractionLog:
     users = np.repeat(np.arange(len(counts)), counts)
     pairs = users * np.int64(len(items_table) + 1) + items
     precision = config.data.timestamp_precision
+    assert precision != "published"  # A run keeps what that came to.
     timestamps = histories["timestamps"].explode().to_numpy().astype(np.int64)
     tied = (np.diff(users) == 0) & (np.diff(timestamps.astype(precision)) == 0)
     # Times are stored in order, so they do not tell what float32 seconds have changed.

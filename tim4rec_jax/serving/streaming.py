@@ -14,7 +14,7 @@ import numpy as np
 
 from tim4rec_jax.data.loader import timestamps_for_device
 from tim4rec_jax.evaluation.metrics import check_top_k
-from tim4rec_jax.models import MODELS, build_model, one_segment, variables
+from tim4rec_jax.models import MODELS, apply_method, build_model, one_segment, variables
 from tim4rec_jax.run_dir import read_config
 from tim4rec_jax.serving.recommender import (
     SCORE_TILE_BYTES,
@@ -111,7 +111,7 @@ def extend_rows(
 def _top_k(
     params: Any, hidden: jax.Array, excluded: jax.Array, *, model: nn.Module, k: int
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    return best_columns(model.apply(variables(params), hidden, method="score"), excluded, k)
+    return best_columns(apply_method(model, variables(params), "score", hidden), excluded, k)
 
 
 def _label(labels: Sequence[str] | None, row: int) -> str:
@@ -249,10 +249,10 @@ class Streamer:
         excluded = [np.unique(row) for row in exclude] if exclude is not None else [np.zeros(0, np.int32)] * len(hidden)
         tile = 1 << (max(1, SCORE_TILE_BYTES // (4 * (self.num_items + 1))).bit_length() - 1)
         # Cut and filled on the host: on the device every number of rows would be another program.
-        hidden = np.asarray(hidden)
+        rows = np.asarray(hidden)
         parts = [
-            self._top_k_tile(hidden[first : first + tile], k, excluded[first : first + tile])
-            for first in range(0, len(hidden), tile)
+            self._top_k_tile(rows[first : first + tile], k, excluded[first : first + tile])
+            for first in range(0, len(rows), tile)
         ]
         indices, scores, finite = (np.concatenate(column) for column in zip(*parts, strict=True))
         if not finite.all():

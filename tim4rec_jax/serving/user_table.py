@@ -113,8 +113,8 @@ class UserTable:
             if user not in latest:
                 row = self._rows.get(user)
                 latest[user] = None if row is None else self._last_times[row]
-            latest[user] = _checked_time(timestamp, latest[user], f"{label}, item {item!r}")
-            checked.append((user, index, latest[user]))
+            latest[user] = seconds = _checked_time(timestamp, latest[user], f"{label}, item {item!r}")
+            checked.append((user, index, seconds))
         for user, index, seconds in checked:
             self._queue(user, [index], [seconds])
 

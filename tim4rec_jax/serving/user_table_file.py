@@ -43,7 +43,7 @@ def write(path: pathlib.Path, header: Mapping[str, Any], arrays: Mapping[str, np
     contents = {_HEADER: text(json.dumps(dict(header)))} | dict(arrays)
     contents[_HASH] = text(_hash(contents))
     with replacing(pathlib.Path(path)) as temporary, temporary.open("wb") as file:
-        np.savez(file, **contents)
+        np.savez(file, **contents)  # pyright: ignore[reportArgumentType]
 
 
 def read(path: pathlib.Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
@@ -110,7 +110,8 @@ def _members(stream: io.BufferedReader) -> dict[str, np.ndarray]:
 def _array(content: bytes) -> np.ndarray:
     """Reads a .npy file as NumPy writes it; numbers alone, and as many as it says."""
     found = _NPY.match(content)
-    require(found is not None, "an array is of another kind")
+    if found is None:
+        raise ValueError("an array is of another kind")
     dtype = np.dtype(found["dtype"].decode())
     shape = tuple(int(n) for n in found["shape"].replace(b" ", b"").split(b",") if n)
     left = len(content) - found.end()

@@ -22,6 +22,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from tim4rec_jax.files import sync_folder, write_atomically
@@ -57,7 +58,7 @@ class Leaf(NamedTuple):
 
 
 def _is_key(leaf: Any) -> bool:
-    return hasattr(leaf, "dtype") and jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+    return hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
 def named_leaves(tree: PyTree) -> dict[str, Any]:
@@ -279,7 +280,7 @@ def _entries(folder: pathlib.Path, prefix: str = "") -> list[pathlib.Path]:
 
 
 def _number(path: pathlib.Path) -> int:
-    return int(re.search(r"\d+", path.name)[0])
+    return int(re.findall(r"\d+", path.name)[0])
 
 
 def _committed(folder: pathlib.Path) -> list[pathlib.Path]:

@@ -5,6 +5,7 @@ a small table, under whose row numbers the model and the optimiser run as they a
 the old ones in the donated state.
 """
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -75,8 +76,10 @@ def in_gathered_rows(
     ids, index = jnp.unique(touched, return_inverse=True, size=size, fill_value=vocab_size)
     ends = [1, 1 + batch.items.size, 1 + batch.items.size + targets.size]
     _, items, targets_in, drawn = jnp.split(index.astype(jnp.int32), ends)
-    batch = batch.replace(items=items.reshape(batch.items.shape), targets=targets_in.reshape(targets.shape))
-    return spread_behind(ids, vocab_size), batch, negatives.replace(items=drawn)
+    batch = dataclasses.replace(
+        batch, items=items.reshape(batch.items.shape), targets=targets_in.reshape(targets.shape)
+    )
+    return spread_behind(ids, vocab_size), batch, dataclasses.replace(negatives, items=drawn)
 
 
 def sum_rows(ids: Array, rows: Array, axis: Axis, vocab_size: int) -> tuple[Array, Array]:

@@ -89,7 +89,7 @@ class MetricLogger:
         line = {"kind": kind} | {name: _jsonable(name, value) for name, value in values.items()}
         self._append((json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n").encode())
         if self._tensorboard is not None and "step" in values:
-            self._log_scalars(kind, line)
+            self._log_scalars(self._tensorboard, kind, line)
 
     def _append(self, line: bytes) -> None:
         with named_in_errors(self._file):
@@ -97,15 +97,15 @@ class MetricLogger:
             if written != len(line):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    def _log_scalars(self, kind: str, line: Mapping[str, Any]) -> None:
+    def _log_scalars(self, folder: pathlib.Path, kind: str, line: Mapping[str, Any]) -> None:
         scalars = {
             f"{kind}/{name}": value
             for name, value in _numbers_restored(line).items()
             if name != "step" and isinstance(value, int | float) and not isinstance(value, bool)
         }
-        with named_in_errors(self._tensorboard):
+        with named_in_errors(folder):
             if self._events is None:
-                self._events = EventFile(self._tensorboard, self._purge_step)
+                self._events = EventFile(folder, self._purge_step)
             self._events.add(line["step"], scalars)
 
     def truncate_after(self, step: int, validated: int | None = None) -> int:
@@ -161,7 +161,7 @@ class EventFile:
     def __init__(self, folder: pathlib.Path, purge_step: int | None = None) -> None:
         # Imported where it is wanted: tensorboardX takes PyTorch along wherever that is installed.
         from tensorboardX.event_file_writer import EventsWriter
-        from tensorboardX.proto.event_pb2 import Event, SessionLog
+        from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore[reportAttributeAccessIssue]
         from tensorboardX.summary import scalar
 
         self._event = lambda step, name, value: Event(wall_time=time.time(), step=step, summary=scalar(name, value))

@@ -251,7 +251,7 @@ class Session:
         bad = next((i for i, loss in enumerate(losses) if not np.isfinite(loss)), None)
         if bad is not None:
             step = progress.step - len(losses) + bad + 1
-            rate = float(self.setup.schedule(step - 1))
+            rate = float(np.asarray(self.setup.schedule(step - 1)))
             self.logger.log("event", message="loss is not finite", step=step, loss=losses[bad], learning_rate=rate)
             raise self.diverged(f"the loss is {losses[bad]} at step {step} (learning rate {rate:g})")
         progress.count_losses(losses)
@@ -272,7 +272,7 @@ class Session:
             step=progress.step,
             epoch=progress.epoch,
             loss=loss,
-            learning_rate=float(self.setup.schedule(progress.step - 1)),
+            learning_rate=float(np.asarray(self.setup.schedule(progress.step - 1))),
             examples_per_second=self.bar.examples_per_second,
             seconds=progress.seconds + self.bar.seconds,
         )

@@ -1,5 +1,6 @@
 """One optimiser step: losses and gradients by microbatches of rows of like length, one update."""
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
@@ -18,7 +19,7 @@ from tim4rec_jax.config import ExperimentConfig, TrainConfig
 from tim4rec_jax.data.loader import Batch, Loader, PackedBatch
 from tim4rec_jax.data.negatives import Negatives
 from tim4rec_jax.data.packing import LengthGroup
-from tim4rec_jax.models import SequentialModel, init_params, last_hidden, variables
+from tim4rec_jax.models import SequentialModel, apply_method, init_params, last_hidden, variables
 from tim4rec_jax.parallel.item_table import (
     DATA_AXIS,
     ROW_AXES,
@@ -119,13 +120,13 @@ def _loss_of_last(
     """Returns the weighted sum of the losses at the rows' last positions."""
     hidden = _encode(model, params, rows, example_ids, key, statistics)
     if negatives is not None:
-        table = model.apply(variables(params), method="item_table")
+        table = apply_method(model, variables(params), "item_table")
         return jnp.sum(rows.weights * sampled_cross_entropy(hidden, table, rows.targets, negatives))
     if config.loss_in_tiles:
-        table = model.apply(variables(params), method="item_table")
+        table = apply_method(model, variables(params), "item_table")
         losses = softmax_cross_entropy(hidden, table, rows.targets, implementation=model.config.kernels)
         return jnp.sum(rows.weights * losses)
-    scores = model.apply(variables(params), hidden, method="score")
+    scores = apply_method(model, variables(params), "score", hidden)
     if config.loss == "ce":
         return jnp.sum(rows.weights * cross_entropy(scores, rows.targets))
     _, negative_key = jax.random.split(key)
@@ -149,7 +150,7 @@ def _packed_value_and_grad(
 
     def encode(params: PyTree) -> tuple[Array, Array]:
         hidden = _encode(model, params, rows, example_ids, key, statistics)
-        return hidden.reshape(rows.items.size, -1), model.apply(variables(params), method="item_table")
+        return hidden.reshape(rows.items.size, -1), apply_method(model, variables(params), "item_table")
 
     (hidden, table), pull_back = jax.vjp(encode, params)
     total, gradients = weighted_cross_entropy(
@@ -197,7 +198,7 @@ def fold_microbatches(
         index = jnp.concatenate([order, jnp.broadcast_to(order[-1:], (spare,))])
         rows = jax.tree.map(lambda a: a[index], batch)
         real = jnp.arange(index.shape[0]) < num_rows
-        rows = rows.replace(weights=jnp.where(real, rows.weights, 0.0))
+        rows = dataclasses.replace(rows, weights=jnp.where(real, rows.weights, 0.0))
         shorter = [group.length for group in groups[1:]] + [0]
         left = [jnp.sum(batch.lengths > length, dtype=jnp.int32) for length in shorter]
 
@@ -208,7 +209,7 @@ def fold_microbatches(
         def add_microbatch(k: Array, carry: Carry, *, group: LengthGroup = group, taken: Array = taken) -> Carry:
             start = taken + k * group.rows
             part, ids = jax.tree.map(lambda a: jax.lax.dynamic_slice_in_dim(a, start, group.rows), (rows, index))
-            return add(carry, part.replace(items=part.items[:, : group.length]), ids)
+            return add(carry, dataclasses.replace(part, items=part.items[:, : group.length]), ids)
 
         carry = jax.lax.fori_loop(0, count, add_microbatch, carry)
         taken = taken + count * group.rows
@@ -241,10 +242,10 @@ def value_and_grad(
     """
 
     def of_rows(rows: Rows, index: Array) -> tuple[Array, PyTree]:
-        given = rows, first_id + index, key, negatives, statistics
+        given = first_id + index, key, negatives, statistics
         if isinstance(rows, PackedBatch):
-            return _packed_value_and_grad(model, config, params, *given)
-        return jax.value_and_grad(functools.partial(_loss_of_last, model, config))(params, *given)
+            return _packed_value_and_grad(model, config, params, rows, *given)
+        return jax.value_and_grad(functools.partial(_loss_of_last, model, config))(params, rows, *given)
 
     if _in_one_piece(batch, groups):
         return of_rows(batch, jnp.arange(batch.items.shape[0]))
@@ -260,7 +261,7 @@ def _sharded_value_and_grad(
     batch: Rows,
     groups: tuple[LengthGroup, ...],
     key: Array,
-    first_id: Array,
+    first_id: Array | int,
     statistics: Statistics,
 ) -> tuple[Array, PyTree]:
     """Does what `value_and_grad` does with the softmax over a sharded table, inside `jax.shard_map`.
@@ -273,7 +274,7 @@ def _sharded_value_and_grad(
     shard = params[TABLE]["embedding"]
     fetched, push_back = jax.vjp(lambda shard: fetch_rows(shard, ids), shard)
     small, small_params = with_rows(model, params, fetched)
-    batch = batch.replace(items=items)
+    batch = dataclasses.replace(batch, items=items)
 
     def encode(params: PyTree, rows: Rows, index: Array) -> Array:
         return _encode(small, params, rows, first_id + index, key, statistics)
@@ -343,7 +344,7 @@ def _gradient(
         reader, read, negatives = model, params, None
         if sampled:
             negatives = loader.negatives(resident, jax.random.fold_in(key, _NEGATIVES))
-        if lazy or sharded:
+        if negatives is not None and (lazy or sharded):  # Neither comes here with another loss.
             ids, batch, negatives = in_gathered_rows(batch, negatives, num_rows)
             table = params[TABLE]["embedding"]
             rows = fetch_rows(table, ids) if sharded else table.at[ids].get(mode="fill", fill_value=0)
@@ -354,7 +355,7 @@ def _gradient(
     if axis is not None:
         table = grads.pop(TABLE) if sharded or ids is not None else None
         total, weight, grads = jax.lax.psum((total, weight, grads), axis)
-        if ids is not None:
+        if table is not None and ids is not None:
             ids, rows = sum_rows(ids, table["embedding"], axis, num_rows)
             grads[TABLE] = {"embedding": rows}
         elif table is not None:
@@ -421,6 +422,6 @@ def train_step(
     else:
         params, opt_state = update(grads, state.opt_state, state.params, ids)
     state = TrainState(state.step + 1, params, opt_state, state.key)
-    if sharded:
+    if mesh is not None and sharded:
         state = jax.lax.with_sharding_constraint(state, shardings(mesh, state))
     return state, loss
