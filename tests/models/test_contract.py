@@ -107,6 +107,7 @@ def packed():
 @over(FORMS)
 def test_shapes_and_scores(form):
     assert isinstance(form.model, SequentialModel)
+    assert form.model.uses_time == (form.config.name in ("tim4rec", "tim4rec_causal", "tisasrec"))
     hidden = form.all(rows()[0], LENGTHS, rows()[1])
     assert hidden.shape == (4, L, D) and np.isfinite(hidden).all()
     assert jax.eval_shape(form.call, *rows())[1] is None
@@ -215,6 +216,7 @@ def test_packed_histories_are_as_if_alone(form):
 
 @over(EXACT)
 def test_nothing_of_a_packed_neighbour_has_a_gradient(form):
+    assert form.model.packable and form.model.causal
     items, times, segment_ids, places = packed()
 
     @jax.jit
