@@ -1,7 +1,6 @@
-"""The JAX model by itself: sizes, initial values, what depends on what, precision, dropout and bad input."""
+"""TiM4Rec: sizes, initial values, what depends on times, and models that cannot be built."""
 
 import dataclasses
-import functools
 import math
 
 import jax
@@ -9,46 +8,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.models.calls import call, program
-from tests.models.settings import sibling
+from tests.models.calls import LENGTHS, initial, program, rows, shapes_of, small, spread
 from tim4rec_jax import build_model
-from tim4rec_jax.models import TiM4RecConfig, init_params
+from tim4rec_jax.models import TiM4RecConfig
 
-SMALL = TiM4RecConfig(
-    vocab_size=23, max_len=12, d_model=16, head_dim=8, d_state=4, chunk_size=5, dropout=0.3, time_dropout=0.3,
-    norm_eps=1e-5,
-)  # fmt: skip
-TIME_OFF = sibling(SMALL, "ssd4rec")
-LENGTHS = np.array([12, 1, 3, 8])
+SMALL = small("tim4rec")
 
 
-def init(config, key):
-    return {"params": init_params(build_model(config), key)}
-
-
-def shapes_of(config):
-    return jax.eval_shape(functools.partial(init, config), jax.random.key(0))
-
-
-@functools.cache
-def initial(config):
-    return jax.jit(functools.partial(init, config))(jax.random.key(0))["params"]
-
-
-def spread(config, seed=0):
-    """Parameters so far from their initial values that every part of the model has its say."""
-    leaves, tree = jax.tree.flatten(shapes_of(config)["params"])
-    rng = np.random.default_rng(seed)
-    draws = [rng.normal(size=leaf.shape) * (0.4 if leaf.ndim > 1 else 1.0) for leaf in leaves]
-    return jax.tree.unflatten(tree, [draw.astype(np.float32) for draw in draws])
-
-
-def batch(seed=0):
-    rng = np.random.default_rng(seed)
-    inside = np.arange(SMALL.max_len) < LENGTHS[:, None]
-    items = rng.integers(1, SMALL.vocab_size, inside.shape) * inside
-    timestamps = np.cumsum(rng.integers(0, 10_000, inside.shape), axis=1) * inside
-    return items, timestamps.astype(np.float32)
+def batch():
+    items, _ = rows()
+    gaps = np.random.default_rng(0).integers(0, 10_000, items.shape)
+    return items, (np.cumsum(gaps, axis=1) * (items != 0)).astype(np.float32)
 
 
 KUAIRAND = {"vocab_size": 7112, "kaiming_init": False}
@@ -103,29 +73,12 @@ def test_layers_start_apart():
     assert (first["in_proj"]["kernel"] != second["in_proj"]["kernel"]).all()
 
 
-def test_without_time_the_model_is_causal():
-    model = build_model(TIME_OFF)
-    assert model.causal and not model.uses_time
-    run, params = program(TIME_OFF, "all"), spread(TIME_OFF)
-    items, _ = batch()
-    before, full = run(params, items, LENGTHS, None), np.full(4, 12)
-    changed = items.copy()
-    changed[:, 7:] = 1 + (changed[:, 7:] + 5) % 22
-    after = run(params, changed, LENGTHS, None)
-    np.testing.assert_array_equal(after[:, :7], before[:, :7])
-    assert (np.abs(after[:, 7:] - before[:, 7:]).max(axis=(1, 2)) > 1e-2).all()
-    np.testing.assert_array_equal(run(params, items, full, None), before)
-
-
-def test_with_time_it_is_not_for_times_but_still_for_items():
+def test_later_times_are_read_by_earlier_positions():
     model = build_model(SMALL)
     assert model.uses_time and not model.causal
     run, params = program(SMALL, "all"), spread(SMALL)
     items, timestamps = batch()
     before = run(params, items, LENGTHS, timestamps)
-    changed = items.copy()
-    changed[:, 7:] = 1 + (changed[:, 7:] + 5) % 22
-    np.testing.assert_array_equal(run(params, changed, LENGTHS, timestamps)[:, :7], before[:, :7])
     later = timestamps.copy()
     later[0, 7:] += 50_000
     after = run(params, items, LENGTHS, later)
@@ -159,77 +112,6 @@ def test_integer_times_are_subtracted_exactly():
     assert np.abs(run(params, items, LENGTHS, far.astype(np.float32)) - expected).max() > 5e-5
 
 
-def test_dropout_follows_the_example_id_and_not_the_batch():
-    run, params = program(SMALL, "last", deterministic=False), spread(SMALL)
-    items, timestamps = batch()
-    ids = np.arange(4)
-    before = np.asarray(run(params, items, LENGTHS, timestamps, ids))
-    order = np.array([3, 1, 2])
-    cut = run(params, items[order, :8], LENGTHS[order], timestamps[order], ids[order])
-    np.testing.assert_allclose(cut, before[order], rtol=1e-5, atol=1e-5)
-    np.testing.assert_array_equal(run(params, items, LENGTHS, timestamps, ids), before)
-    assert (np.abs(run(params, items, LENGTHS, timestamps, ids + 4) - before).max(axis=1) > 1e-2).all()
-    assert (np.abs(run(params, items, LENGTHS, timestamps, ids, 1) - before).max(axis=1) > 1e-2).all()
-    full = np.asarray(program(SMALL, "all", deterministic=False)(params, items, LENGTHS, timestamps))
-    np.testing.assert_allclose(full[ids, LENGTHS - 1], before, rtol=1e-5, atol=1e-5)
-
-
-def primitives(jaxpr):
-    """(name, dtype of the first output) of every operation, inner functions included."""
-    for equation in jaxpr.eqns:
-        yield equation.primitive.name, equation.outvars[0].aval.dtype
-        for value in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda v: hasattr(v, "eqns")):
-            inner = getattr(value, "jaxpr", value)
-            if hasattr(inner, "eqns"):
-                yield from primitives(inner)
-
-
-def test_bfloat16_is_close_and_keeps_sensitive_parts_in_float32():
-    config = dataclasses.replace(SMALL, dtype="bfloat16")
-    params = initial(SMALL)
-    assert {leaf.dtype for leaf in jax.tree.leaves(shapes_of(config))} == {jnp.dtype("float32")}
-    model = build_model(config)
-    items, timestamps = batch()
-
-    def run(params):
-        given = params, items, LENGTHS, timestamps
-        hidden, full = (call(model, *given, where) for where in ("last", "all"))
-        return hidden, model.apply({"params": params}, hidden, method="score"), full
-
-    traced = jax.jit(run).trace(params)
-    found = set(primitives(traced.jaxpr.jaxpr))
-    assert ("dot_general", jnp.dtype("bfloat16")) in found
-    for name in ("exp", "log1p", "rsqrt", "cumsum", "reduce_sum"):
-        assert (name, jnp.dtype("bfloat16")) not in found, name
-    for name in ("exp", "log1p", "rsqrt"):
-        assert (name, jnp.dtype("float32")) in found, name
-    hidden, scores, full = traced.lower().compile()(params)
-    assert (hidden.dtype, full.dtype, scores.dtype) == (jnp.bfloat16, jnp.bfloat16, jnp.float32)
-    expected = np.asarray(program(SMALL, "all")(params, items, LENGTHS, timestamps))
-    last = expected[np.arange(4), LENGTHS - 1]
-    np.testing.assert_allclose(np.asarray(full, np.float32), expected, rtol=0, atol=0.1)
-    np.testing.assert_allclose(np.asarray(hidden, np.float32), last, rtol=0, atol=0.1)
-    table = np.asarray(params["item_embedding"]["embedding"])
-    np.testing.assert_allclose(scores, last @ table.T, rtol=0, atol=0.02)
-
-
-def test_bad_input():
-    items, timestamps = batch()
-    model = build_model(SMALL)
-
-    def encode(where, **changed):
-        given = {"items": items, "lengths": LENGTHS, "timestamps": timestamps} | changed
-        return jax.eval_shape(lambda: call(model, spread(SMALL), **given, where=where))
-
-    for method in ("all", "last"):
-        with pytest.raises(ValueError, match=r"timestamps have shape None, expected \(b, max_len\)=\(4, 12\)"):
-            encode(method, timestamps=None)
-        with pytest.raises(ValueError, match=r"timestamps have shape \(4, 8\), expected \(b, max_len\)=\(4, 12\)"):
-            encode(method, items=items[:, :8], timestamps=timestamps[:, :8])
-        with pytest.raises(ValueError, match="items have 13 positions, more than max_len=12"):
-            encode(method, items=np.ones((4, 13), np.int32))
-
-
 def test_models_that_cannot_be_built():
     with pytest.raises(ValueError, match="model.name='tim4rek' is unknown; nearest: tim4rec"):
         build_model(dataclasses.replace(SMALL, name="tim4rek"))
@@ -240,6 +122,8 @@ def test_models_that_cannot_be_built():
     for size in (0, 1):
         with pytest.raises(ValueError, match=f"vocab_size={size} must be at least 2: the padding row and one item"):
             build_model(dataclasses.replace(SMALL, vocab_size=size))
+    with pytest.raises(ValueError, match=r"attention_heads=3 must divide d_model=16; choose one of \[1, 2, 4, 8, 16\]"):
+        shapes_of(small("sasrec", attention_heads=3))
     with pytest.raises(ValueError, match="dtype='float64' needs JAX's 64-bit mode: set JAX_ENABLE_X64=1"):
         build_model(dataclasses.replace(SMALL, dtype="float64"))
 

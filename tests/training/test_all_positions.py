@@ -10,7 +10,7 @@ import optax
 import pytest
 
 from tests.evaluation.logs import random_log
-from tests.models.attention_cases import spread
+from tests.models.calls import spread
 from tests.models.settings import settings_of
 from tests.training.test_step import reveal_gradients
 from tim4rec_jax import DataConfig, ExperimentConfig, ModelConfig, TrainConfig, build_model
