@@ -24,7 +24,11 @@ from tim4rec_jax.models import (
     build_model,
 )
 from tim4rec_jax.run_dir import CHECKPOINTS
+from tim4rec_jax.serving import user_table
+from tim4rec_jax.serving.recommender import Recommender
 from tim4rec_jax.serving.stored_run import load_log, load_model
+from tim4rec_jax.serving.streaming import earlier_fingerprint
+from tim4rec_jax.serving.user_table import Event, UserTable
 from tim4rec_jax.training.checkpoint import Checkpointer
 
 # The part "model" of a config.json as it was.
@@ -109,4 +113,37 @@ def test_a_checkpoint_without_statistics_of_the_data(tmp_path):
     assert stored.config == config
     jax.tree.map(np.testing.assert_array_equal, stored.params, bare | {STATISTICS: statistics})
     assert set(stored.variables) == {"params", STATISTICS}
+    assert Recommender.from_run(tmp_path / "run").earlier_settings == values["model"]
     assert load_log(tmp_path / "run").fingerprint == log.fingerprint
+
+
+def test_the_hash_of_a_model_is_the_earlier_one():
+    """As that version itself computed it: statistics of the data were among the settings."""
+    params = {"bias": np.arange(3, dtype=np.float32), STATISTICS: {"gap_mean": np.float32(8.5)}}
+    assert earlier_fingerprint(EARLIER | {"time_mode": "causal"}, params, ["a", "b"]) == (
+        "9fce4ef739cf6aaf1dc2ba4ad66bf7983031825c24b870e3bc48ac656f18976b"
+    )
+
+
+def test_a_table_of_user_states(tmp_path, monkeypatch):
+    """One that the earlier version left is read, and saved again under today's hash; a changed model is refused."""
+    make_run(tmp_path / "run", make_log(), make_causal_config())
+    recommender = Recommender.from_run(tmp_path / "run")
+    assert recommender.earlier_settings is None
+    earlier = EARLIER | {"time_mode": "causal"}
+    table = UserTable(recommender)
+    table.add([Event("u", recommender.item_ids[0], 2000)])
+    with monkeypatch.context() as before:
+        before.setattr(user_table, "fingerprint", lambda model, *rest: earlier_fingerprint(earlier, *rest))
+        table.save(tmp_path / "users")
+    with pytest.raises(ValueError, match="of another model or of other parameters"):
+        UserTable.load(tmp_path / "users", recommender)
+    recommender.earlier_settings = earlier | {"norm_eps": 0.1}
+    with pytest.raises(ValueError, match="of another model or of other parameters"):
+        UserTable.load(tmp_path / "users", recommender)
+    recommender.earlier_settings = earlier
+    loaded = UserTable.load(tmp_path / "users", recommender)
+    assert loaded.users == ["u"] and loaded.events_of("u") == 1
+    loaded.save(tmp_path / "users")
+    recommender.earlier_settings = None
+    assert UserTable.load(tmp_path / "users", recommender).users == ["u"]

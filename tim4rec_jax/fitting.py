@@ -157,7 +157,7 @@ def _default_config(log: InteractionLog, model: str) -> ExperimentConfig:
         model,
         dataclasses.replace(settings, max_len=longest),
         DataConfig(name="custom", timestamp_precision=log.statistics.timestamp_precision),
-        TrainConfig(batch_size=batch_size, patience=10, **({"length_groups": 2} | schedule)),
+        TrainConfig(batch_size=batch_size, patience=10, length_groups=2, **schedule),
         EvalConfig(top_k=top_k, monitor=f"ndcg@{top_k[0]}"),
     )
 

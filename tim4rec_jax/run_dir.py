@@ -234,6 +234,12 @@ def read_config(path: pathlib.Path) -> ExperimentConfig:
         raise ValueError(f"{file}: {error}") from error
 
 
+def read_earlier_model_settings(path: pathlib.Path) -> dict[str, Any] | None:
+    """Returns the part "model" of a config.json of the version with one class for all models; None for a later one."""
+    settings = read_object(_existing(path, CONFIG)).get("model", {})
+    return settings if "time_mode" in settings else None
+
+
 # What programs read of it, and the types this has.
 _ENVIRONMENT_TYPES = {"data_fingerprint": str, "git_commit": str | None, "command": list}
 

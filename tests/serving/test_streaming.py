@@ -145,5 +145,7 @@ def test_the_fingerprint_tells_models_apart(streamer, causal_run):
     }
     assert fingerprint(again.model, changed, ids) != mine
     assert fingerprint(again.model, again.params, ids[::-1]) != mine
+    same = dataclasses.replace(again.model.config, kernels="xla", chunk_size=7, dropout=0.7, time_dropout=0.7)
+    assert fingerprint(type(again.model)(same), again.params, ids) == mine
     other = dataclasses.replace(again.model.config, norm_eps=1e-5)
     assert fingerprint(type(again.model)(other), again.params, ids) != mine

@@ -19,7 +19,7 @@ from tim4rec_jax.data.loader import timestamps_for_device
 from tim4rec_jax.evaluation.full_sort import positions_read
 from tim4rec_jax.evaluation.metrics import check_top_k
 from tim4rec_jax.models import apply_method, last_hidden, variables
-from tim4rec_jax.run_dir import read_histories, read_items
+from tim4rec_jax.run_dir import read_earlier_model_settings, read_histories, read_items
 from tim4rec_jax.serving.stored_run import load_model
 
 SCORE_TILE_BYTES = 64 * 2**20
@@ -127,7 +127,14 @@ def _top_k(
 
 
 class Recommender:
-    """A trained model with the ids, titles and histories of its log."""
+    """A trained model with the ids, titles and histories of its log.
+
+    Attributes:
+      earlier_settings: of the model, as a version with one class of settings for all models wrote them into the run;
+        its tables of user states are known by them. None for other runs.
+    """
+
+    earlier_settings: dict[str, Any] | None = None
 
     def __init__(
         self,
@@ -178,7 +185,7 @@ class Recommender:
                 f"vocab_size={stored.config.model.vocab_size} (items + 1); the folder mixes two runs"
             )
         titles = None if items["title"].is_null().all() else items["title"].to_list()
-        return cls(
+        recommender = cls(
             stored.model,
             stored.params,
             stored.config,
@@ -186,6 +193,8 @@ class Recommender:
             titles=titles,
             histories=read_histories(run),
         )
+        recommender.earlier_settings = read_earlier_model_settings(run)
+        return recommender
 
     @cached_property
     def _row_of_user(self) -> dict[str, int]:

@@ -1,5 +1,6 @@
 """A causal model event by event: a state of constant size for each history, many histories in one call."""
 
+import dataclasses
 import functools
 import hashlib
 import json
@@ -14,7 +15,7 @@ import numpy as np
 
 from tim4rec_jax.data.loader import timestamps_for_device
 from tim4rec_jax.evaluation.metrics import check_top_k
-from tim4rec_jax.models import MODELS, apply_method, build_model, one_segment, variables
+from tim4rec_jax.models import MODELS, STATISTICS, apply_method, build_model, one_segment, variables
 from tim4rec_jax.run_dir import read_config
 from tim4rec_jax.serving.recommender import (
     SCORE_TILE_BYTES,
@@ -54,8 +55,42 @@ def load_streamable(run: pathlib.Path, *, report: Callable[[str], None] = print)
 
 
 def fingerprint(model: nn.Module, params: Any, item_ids: Sequence[str]) -> str:
-    """Returns a hash of a model's settings and parameters and of the items it knows, in their order."""
-    digest = hashlib.sha256(json.dumps([repr(model.config), list(item_ids)]).encode())
+    """Returns a hash of a model's parameters, its settings that change scores, and its items in their order.
+
+    Settings count by name and value where they differ from their default, so that later ones change no hash.
+    """
+    settings = {
+        field.name: value
+        for field in dataclasses.fields(model.config)
+        if (value := getattr(model.config, field.name)) != field.default and not _changes_no_score(field.name)
+    }
+    return _digest([model.config.name, settings, list(item_ids)], params)
+
+
+def _changes_no_score(setting: str) -> bool:
+    return setting.endswith("dropout") or setting in (
+        "module",
+        "vocab_multiple",
+        "kaiming_init",
+        "chunk_size",
+        "kernels",
+    )
+
+
+def earlier_fingerprint(settings: dict[str, Any], params: Any, item_ids: Sequence[str]) -> str:
+    """Returns the hash by which the version with one class of settings for all models knew a model.
+
+    Args:
+      settings: the part "model" of the run's config.json as that version wrote it, statistics of the data included.
+      params: its tree.
+      item_ids: raw id of item 1, 2, ...
+    """
+    written = f"ModelConfig({', '.join(f'{name}={value!r}' for name, value in settings.items())})"
+    return _digest([written, list(item_ids)], {name: part for name, part in params.items() if name != STATISTICS})
+
+
+def _digest(named: list[Any], params: Any) -> str:
+    digest = hashlib.sha256(json.dumps(named, sort_keys=True).encode())
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         array = np.asarray(leaf)
         digest.update(f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}".encode())

@@ -14,7 +14,7 @@ import numpy as np
 
 from tim4rec_jax.serving import user_table_file
 from tim4rec_jax.serving.recommender import History, Recommender, next_power_of_two
-from tim4rec_jax.serving.streaming import Streamer, extend_rows, fingerprint
+from tim4rec_jax.serving.streaming import Streamer, earlier_fingerprint, extend_rows, fingerprint
 from tim4rec_jax.serving.user_table_file import LAST_SECOND
 
 FIRST_CAPACITY = 64
@@ -225,6 +225,11 @@ class UserTable:
     def _fingerprint(self) -> str:
         return fingerprint(self.streamer.model, self.streamer.params, self.recommender.item_ids)
 
+    def _earlier_fingerprint(self) -> str | None:
+        known = self.recommender
+        settings = known.earlier_settings
+        return None if settings is None else earlier_fingerprint(settings, known.params, known.item_ids)
+
     def save(self, path: pathlib.Path) -> None:
         """Writes the table into one file; a kill leaves the old file or the new one.
 
@@ -263,7 +268,7 @@ class UserTable:
         """
         header, arrays = user_table_file.read(path)
         table = cls(recommender, keep_items=header.get("keeps_items") is True)
-        if header.get("fingerprint") != table._fingerprint:
+        if header.get("fingerprint") not in (table._fingerprint, table._earlier_fingerprint()):
             raise ValueError(
                 f"{path} holds the states of another model or of other parameters; states mean nothing to a model that "
                 "did not make them: give the run that made it, or replay the events into a new table"
