@@ -29,8 +29,13 @@ from tim4rec_jax.training.signals import Interrupted, explain
 
 Settings = TypeVar("Settings")
 EXPECTED_ERRORS = (
-    ValueError, OSError, CheckpointError, FloatingPointError, ModuleNotFoundError, ProcessError,
-)  # fmt: skip
+    ValueError,
+    OSError,
+    CheckpointError,
+    FloatingPointError,
+    ModuleNotFoundError,
+    ProcessError,
+)
 
 
 def _options(settings: Any, prefix: str = "--") -> Iterator[tuple[str, Any]]:
@@ -86,9 +91,13 @@ def _kinds(hint: Any) -> tuple[Any, ...]:
 
 def _expected(hint: Any) -> str:
     names = {
-        int: "a whole number", float: "a number", bool: "true or false", str: "a text", pathlib.Path: "a path",
+        int: "a whole number",
+        float: "a number",
+        bool: "true or false",
+        str: "a text",
+        pathlib.Path: "a path",
         types.NoneType: "None",
-    }  # fmt: skip
+    }
     if typing.get_origin(hint) is tuple:
         return f"{_expected(typing.get_args(hint)[0])}, or several with commas between them"
     if typing.get_origin(hint) is Literal:

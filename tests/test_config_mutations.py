@@ -15,13 +15,22 @@ from tim4rec_jax.run_dir import CONFIG, FORMAT_VERSION, read_config
 RUNS, LINES = 3_500, 500
 NAMES = ["quickstart", "ml1m_tim4rec", "beauty_tim4rec_causal", "ml100k_tisasrec"]
 VALUES = st.one_of(
-    st.none(), st.booleans(), st.integers(-3, 3), st.integers(), st.floats(), st.text(max_size=5),
-    st.sampled_from(["1e9", "nan", "float16", "../..", "ndcg@10"]), st.lists(st.integers(-1, 30), max_size=3),
+    st.none(),
+    st.booleans(),
+    st.integers(-3, 3),
+    st.integers(),
+    st.floats(),
+    st.text(max_size=5),
+    st.sampled_from(["1e9", "nan", "float16", "../..", "ndcg@10"]),
+    st.lists(st.integers(-1, 30), max_size=3),
     st.dictionaries(st.text(max_size=3), st.integers(), max_size=2),
-)  # fmt: skip
+)
 ALIKE = {
-    "deadline": None, "derandomize": True, "database": None, "suppress_health_check": list(HealthCheck),
-}  # fmt: skip
+    "deadline": None,
+    "derandomize": True,
+    "database": None,
+    "suppress_health_check": list(HealthCheck),
+}
 STORED = {name: load_config(name).to_dict() for name in NAMES}
 
 
@@ -76,9 +85,25 @@ def test_changed_settings_of_a_run(tmp_path):
 @pytest.mark.exhaustive
 def test_changed_command_lines():
     seen, refused = [], []
-    options = ["--model.max_len", "--model.dropout", "--model.log_time", "--train.epochs", "--train.loss",
-               "--eval.top_k", "--data.k_core", "--train.max_steps", "--parallel.strategy", "--config", "--resume",
-               "--run_dir", "--model.", "--", "-x", "--train.learning-rate", "--data.synthetic.num_users"]  # fmt: skip
+    options = [
+        "--model.max_len",
+        "--model.dropout",
+        "--model.log_time",
+        "--train.epochs",
+        "--train.loss",
+        "--eval.top_k",
+        "--data.k_core",
+        "--train.max_steps",
+        "--parallel.strategy",
+        "--config",
+        "--resume",
+        "--run_dir",
+        "--model.",
+        "--",
+        "-x",
+        "--train.learning-rate",
+        "--data.synthetic.num_users",
+    ]
     words = st.one_of(
         st.text(max_size=6), st.integers().map(str), st.floats().map(str), st.sampled_from(["true", "None"])
     )

@@ -63,8 +63,13 @@ def test_round_trip_of_everything(run):
     run_dir.write_results(run, {"test": {"ndcg@10": 0.0369}, "epoch": 16})
     assert run_dir.read_results(run) == {"test": {"ndcg@10": 0.0369}, "epoch": 16}
     assert sorted(path.name for path in run.iterdir()) == [
-        "config.json", "environment.json", "histories.parquet", "item_ids.parquet", "manifest.json", "results.json",
-    ]  # fmt: skip
+        "config.json",
+        "environment.json",
+        "histories.parquet",
+        "item_ids.parquet",
+        "manifest.json",
+        "results.json",
+    ]
 
 
 def test_titles_are_optional(tmp_path):

@@ -120,8 +120,10 @@ class DataConfig:
             f"data.max_unpacked_gb={self.max_unpacked_gb} must be positive",
         )
         choices = {
-            "timestamp_precision": TimestampChoice, "split": SplitName, "temporal_targets": TemporalTargets,
-        }  # fmt: skip
+            "timestamp_precision": TimestampChoice,
+            "split": SplitName,
+            "temporal_targets": TemporalTargets,
+        }
         for name, known in choices.items():
             value = getattr(self, name)
             require(value in get_args(known), f"data.{name}={value!r} must be one of {get_args(known)}")

@@ -19,6 +19,16 @@ Scores: TypeAlias = Float[Array, "b v"]
 Params: TypeAlias = Mapping[str, Any]
 
 __all__ = [
-    "Array", "Bool", "Float", "Hidden", "Int", "Items", "Key", "Lengths", "Params", "Scores", "Shaped",
+    "Array",
+    "Bool",
+    "Float",
+    "Hidden",
+    "Int",
+    "Items",
+    "Key",
+    "Lengths",
+    "Params",
+    "Scores",
+    "Shaped",
     "Timestamps",
-]  # fmt: skip
+]

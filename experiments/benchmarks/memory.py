@@ -151,9 +151,12 @@ def _training(total: int) -> list[dict[str, int]]:
         run = pathlib.Path(folder, "run")
         options = [f"--train.epochs={total}", f"--train.patience={total}", "--eval.baselines", f"--run_dir={run}"]
         process = spawn(
-            "train", *small_options(), *options,
-            environment=os.environ | {"JAX_LOG_COMPILES": "1"}, errors=file,
-        )  # fmt: skip
+            "train",
+            *small_options(),
+            *options,
+            environment=os.environ | {"JAX_LOG_COMPILES": "1"},
+            errors=file,
+        )
         with process:
             while process.poll() is None and len(readings) < READINGS:
                 lines = read_metrics(run) if (run / METRICS).is_file() else []

@@ -20,9 +20,15 @@ from tim4rec_jax.training.loop import with_data
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 START = 978_300_000
 _SIZES = {
-    "model.max_len": 16, "model.d_model": 16, "model.num_layers": 1, "model.d_state": 4, "model.head_dim": 16,
-    "model.name": "tim4rec_causal", "data.synthetic.num_users": 100, "data.synthetic.num_items": 300,
-}  # fmt: skip
+    "model.max_len": 16,
+    "model.d_model": 16,
+    "model.num_layers": 1,
+    "model.d_state": 4,
+    "model.head_dim": 16,
+    "model.name": "tim4rec_causal",
+    "data.synthetic.num_users": 100,
+    "data.synthetic.num_items": 300,
+}
 
 
 def small_options() -> list[str]:

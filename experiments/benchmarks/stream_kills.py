@@ -66,8 +66,9 @@ class Program:
         self.table, self.answers = folder / "users.npz", folder / "answers.jsonl"
         # Starts find the compiled programs of those before them.
         self._environment = os.environ | {
-            "JAX_COMPILATION_CACHE_DIR": str(cache), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"
-        }  # fmt: skip
+            "JAX_COMPILATION_CACHE_DIR": str(cache),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        }
         self._options = [f"--run={run}", f"--state={self.table}", f"--save-every={max(1, len(lines) // SAVES)}"]
 
     def start(self, *, piped: bool = False) -> subprocess.Popen:
@@ -249,9 +250,10 @@ def compared(whole: Program, killed: Program, answers: dict[int, bytes] | None =
         "answers_doubled": sum(len(lines) - 1 for lines in given.values()),
         "answers_different": sum(given[line][0] != expected.get(line, [b""])[0] for line in given),
         "table_bytes": sum(array.nbytes for array in ours.values()),
-        "table_equal": notes[0] == notes[1] and set(ours) == set(theirs)
+        "table_equal": notes[0] == notes[1]
+        and set(ours) == set(theirs)
         and all(ours[name].tobytes() == theirs[name].tobytes() for name in compared_arrays),
-    }  # fmt: skip
+    }
 
 
 def _by_line(answers: list[bytes]) -> dict[int, list[bytes]]:

@@ -24,12 +24,27 @@ from tim4rec_jax.training.logging import read_metrics
 
 METRICS = {"hit": hit, "ndcg": ndcg, "mrr": mrr}
 _RUN_FACTS = (
-    "git_commit", "git_dirty", "backend", "device_kind", "device_count", "cpu_count", "cpus_allowed", "start_utc",
-)  # fmt: skip
+    "git_commit",
+    "git_dirty",
+    "backend",
+    "device_kind",
+    "device_count",
+    "cpu_count",
+    "cpus_allowed",
+    "start_utc",
+)
 _RUN_RESULTS = (
-    "seed", "test", "valid", "best_epoch", "epochs", "steps", "parameters", "seconds_per_epoch", "peak_resident_bytes",
+    "seed",
+    "test",
+    "valid",
+    "best_epoch",
+    "epochs",
+    "steps",
+    "parameters",
+    "seconds_per_epoch",
+    "peak_resident_bytes",
     "peak_device_bytes",
-)  # fmt: skip
+)
 _VERSIONS = ("tim4rec_jax", "jax", "jaxlib", "flax", "optax", "orbax", "python", "platform")
 
 
@@ -158,7 +173,10 @@ def collect(plan: Plan, note: str) -> dict[str, Any]:
         "note": note,
         "command": command_without_folders(sys.orig_argv),
         "data": {
-            "name": data.name, "users": log.num_users, "items": log.num_items, "rows": log.num_rows,
+            "name": data.name,
+            "users": log.num_users,
+            "items": log.num_items,
+            "rows": log.num_rows,
             "fingerprint": log.fingerprint,
         },
         "protocol": part.protocol(next(iter(plan.configs.values()))),
@@ -182,7 +200,5 @@ def collect(plan: Plan, note: str) -> dict[str, Any]:
             }
             for row in order
         ],
-        "published": [
-            {"model": row.model, "metrics": row.metrics, "source": row.source} for row in published
-        ],
-    }  # fmt: skip
+        "published": [{"model": row.model, "metrics": row.metrics, "source": row.source} for row in published],
+    }

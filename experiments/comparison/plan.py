@@ -25,9 +25,16 @@ from tim4rec_jax.run_dir import CONFIG, read_config, read_environment
 FREE = FREE_BETWEEN_CALLS | {"name", "model.vocab_size", "eval.baselines"}
 # What is measured must be the same for all rows.
 _PROTOCOL = (
-    "eval.top_k", "eval.exclude_seen", "eval.seen_targets", "data.split", "data.valid_share", "data.test_share",
-    "data.valid_from", "data.test_from", "data.temporal_targets",
-)  # fmt: skip
+    "eval.top_k",
+    "eval.exclude_seen",
+    "eval.seen_targets",
+    "data.split",
+    "data.valid_share",
+    "data.test_share",
+    "data.valid_from",
+    "data.test_from",
+    "data.temporal_targets",
+)
 
 
 @dataclass(frozen=True)
@@ -179,9 +186,13 @@ def parse(argv: Sequence[str]) -> tuple[Arguments, Plan]:
     }
     for model, base in bases.items():
         arguments = parse_settings(
-            Arguments, others, defaults[model], list(defaults.values()), prog="experiments.compare",
+            Arguments,
+            others,
+            defaults[model],
+            list(defaults.values()),
+            prog="experiments.compare",
             description=f"Data: {', '.join(DATA_NAMES)}. Models: {', '.join(MODEL_NAMES)}.",
-        )  # fmt: skip
+        )
         configs[model] = _resolved(base, arguments)
         before = flat(base.to_dict())
         overrides |= {key: value for key, value in flat(configs[model].to_dict()).items() if before[key] != value}

@@ -129,10 +129,15 @@ def markdown(numbers: Mapping[str, Any]) -> str:
     if against:
         lines += [f"## Behind {best[metric]} in {metric}", ""]
         cells = [
-            [name, f"{a['behind_by']:.4f}", "{:.4f} to {:.4f}".format(*a["interval_95"]), f"{a['p']:.4f}",
-             f"{a['p_holm']:.4f}"]
+            [
+                name,
+                f"{a['behind_by']:.4f}",
+                "{:.4f} to {:.4f}".format(*a["interval_95"]),
+                f"{a['p']:.4f}",
+                f"{a['p_holm']:.4f}",
+            ]
             for name, a in against
-        ]  # fmt: skip
+        ]
         lines += markdown_table(["model", "by", "95 % interval (bootstrap over users)", "p", "p, Holm"], cells)
     return "\n".join(lines + _published(numbers))
 

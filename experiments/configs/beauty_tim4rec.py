@@ -13,8 +13,15 @@ def config() -> ExperimentConfig:
     return ExperimentConfig(
         name="beauty_tim4rec",
         model=TiM4RecConfig(
-            max_len=50, d_model=64, d_state=32, head_dim=32, dropout=0.4, time_dropout=0.0, norm_eps=1e-5,
-            time_gate_per_position=True, kaiming_init=False,
+            max_len=50,
+            d_model=64,
+            d_state=32,
+            head_dim=32,
+            dropout=0.4,
+            time_dropout=0.0,
+            norm_eps=1e-5,
+            time_gate_per_position=True,
+            kaiming_init=False,
         ),
         data=DataConfig(name="beauty", timestamp_precision="published"),
-    )  # fmt: skip
+    )

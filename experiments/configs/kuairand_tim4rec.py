@@ -13,9 +13,14 @@ def config() -> ExperimentConfig:
     return ExperimentConfig(
         name="kuairand_tim4rec",
         model=SSD4RecConfig(
-            max_len=50, d_model=64, d_state=32, head_dim=32, dropout=0.2, norm_eps=1e-10,
+            max_len=50,
+            d_model=64,
+            d_state=32,
+            head_dim=32,
+            dropout=0.2,
+            norm_eps=1e-10,
             kaiming_init=False,
         ),
         data=DataConfig(name="kuairand", timestamp_precision="published"),
         train=TrainConfig(patience=10),
-    )  # fmt: skip
+    )

@@ -13,8 +13,15 @@ def config() -> ExperimentConfig:
     return ExperimentConfig(
         name="ml1m_tim4rec",
         model=TiM4RecConfig(
-            max_len=200, d_model=64, d_state=32, head_dim=32, dropout=0.2, time_dropout=0.2, norm_eps=1e-12,
-            time_gate_per_position=False, kaiming_init=True,
+            max_len=200,
+            d_model=64,
+            d_state=32,
+            head_dim=32,
+            dropout=0.2,
+            time_dropout=0.2,
+            norm_eps=1e-12,
+            time_gate_per_position=False,
+            kaiming_init=True,
         ),
         data=DataConfig(name="ml-1m", timestamp_precision="published"),
-    )  # fmt: skip
+    )

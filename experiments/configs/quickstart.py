@@ -15,12 +15,21 @@ def config() -> ExperimentConfig:
     return ExperimentConfig(
         name="quickstart",
         model=TiM4RecConfig(
-            max_len=20, d_model=32, num_layers=1, d_state=16, expand=4, head_dim=4, dropout=0.0, time_dropout=0.0,
-            kaiming_init=False, mask_padded_time=True, log_time=True,
+            max_len=20,
+            d_model=32,
+            num_layers=1,
+            d_state=16,
+            expand=4,
+            head_dim=4,
+            dropout=0.0,
+            time_dropout=0.0,
+            kaiming_init=False,
+            mask_padded_time=True,
+            log_time=True,
         ),
         data=DataConfig(name="synthetic", synthetic=SyntheticConfig(noise=0.02)),
         train=TrainConfig(
             epochs=16, batch_size=256, learning_rate=1e-2, adam_eps=1e-15, patience=15, log_every=40, length_groups=1
         ),
         eval=EvalConfig(top_k=(1, 5, 10), baselines=("popularity", "time_off")),
-    )  # fmt: skip
+    )

@@ -12,9 +12,16 @@ def config() -> ExperimentConfig:
     return ExperimentConfig(
         name="steam_tim4rec",
         model=TiM4RecConfig(
-            max_len=50, d_model=64, d_state=32, head_dim=32, dropout=0.2, time_dropout=0.2, norm_eps=1e-10,
-            time_gate_per_position=False, kaiming_init=True,
+            max_len=50,
+            d_model=64,
+            d_state=32,
+            head_dim=32,
+            dropout=0.2,
+            time_dropout=0.2,
+            norm_eps=1e-10,
+            time_gate_per_position=False,
+            kaiming_init=True,
         ),
         data=DataConfig(name="steam", timestamp_precision="published"),
         train=TrainConfig(learning_rate=5e-4),
-    )  # fmt: skip
+    )

@@ -31,10 +31,11 @@ def facts(log, split):
         examples = getattr(split, part)
         targets = items[log.items[log.offsets[examples.users] + examples.ends]]
         ranks = (
-            popularity_ranks(log, counts, examples), popularity_ranks(log, counts, examples, exclude_seen=True),
+            popularity_ranks(log, counts, examples),
+            popularity_ranks(log, counts, examples, exclude_seen=True),
             markov_ranks(log, transitions, counts, examples),
             markov_ranks(log, transitions, counts, examples, exclude_seen=True),
-        )  # fmt: skip
+        )
         names = [users[user] for user in examples.users]
         found[part] = sorted(zip(names, examples.ends, targets, *ranks, strict=True))
     return found
@@ -68,8 +69,9 @@ def newest_first(users=30, length=8, gap=10):
     """Rows of a log written newest first; the item is its true place from 1."""
     return [
         (str(user), str(place), START + 100_000 * user + gap * place)
-        for user in range(users, 0, -1) for place in range(length, 0, -1)
-    ]  # fmt: skip
+        for user in range(users, 0, -1)
+        for place in range(length, 0, -1)
+    ]
 
 
 def write_csv(path, rows):
@@ -123,7 +125,7 @@ def entry_of(monkeypatch, **changes):
         ({"name": "ml-1m", "k_core": 0}, "data.k_core=0, and the published logs are cleaned with 5"),
         ({"name": "steam"}, "no published counts of steam are known to tell by what the log is"),
     ],
-)  # fmt: skip
+)
 def test_the_published_order_is_for_published_logs_alone(tmp_path, changes, reason):
     config = settings_of(tmp_path, write_csv(tmp_path / "log.csv", newest_first()), **changes)
     config = dataclasses.replace(config, timestamp_precision="published")

@@ -55,9 +55,10 @@ def assert_same(log, frame, k_core, precision):
     assert log.statistics.duplicates == expected.height - expected.select("u", "i").n_unique()
     changed = pl.col("i") != pl.col("exact_item")
     by_user = expected.group_by("u", maintain_order=True).agg(
-        (pl.col("row") != pl.col("exact_row")).any().alias("order"), changed.get(-2).alias("valid"),
+        (pl.col("row") != pl.col("exact_row")).any().alias("order"),
+        changed.get(-2).alias("valid"),
         changed.last().alias("test"),
-    )  # fmt: skip
+    )
     counts = log.statistics.reordered_users, log.statistics.changed_valid_targets, log.statistics.changed_test_targets
     assert counts == tuple(by_user.select("order", "valid", "test").sum().row(0))
     assert all(counts) if precision == "float32" else not any(counts)

@@ -43,8 +43,13 @@ def test_every_input_is_trained_on_once_with_its_context(num_inputs, setting):
 def test_windows_worked_by_hand():
     windows = window_histories(np.array([3, 0, 10, 11, 14]), 10, 4)
     assert np.stack(windows, axis=1).tolist() == [
-        [0, 0, 3, 0], [2, 0, 10, 0], [3, 0, 10, 0], [3, 6, 11, 10], [4, 0, 10, 0], [4, 6, 14, 10],
-    ]  # fmt: skip
+        [0, 0, 3, 0],
+        [2, 0, 10, 0],
+        [3, 0, 10, 0],
+        [3, 6, 11, 10],
+        [4, 0, 10, 0],
+        [4, 6, 14, 10],
+    ]
     assert np.stack(window_histories(np.array([12]), 10, None), axis=1).tolist() == [[0, 0, 10, 0], [0, 5, 12, 10]]
 
 

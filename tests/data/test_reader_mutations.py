@@ -31,9 +31,30 @@ from tim4rec_jax.data.titles import read_titles
 EACH, CHUNKS = 800, 20
 # What often tells one format from another, ends a field, or is a number that few expect.
 TOKENS = [
-    b"\n", b"\r\n", b"\r", b"\t", b",", b"::", b":", b'"', b'""', b"\0", b"\xff", b"\xef\xbb\xbf", b"-1", b"1e400",
-    b"nan", b"inf", b"99999999999999999999", b"0x10", b"1_000", b" ", b"\xc3\x28", b"\xe2\x80\xa8", b"timestamp:float",
-]  # fmt: skip
+    b"\n",
+    b"\r\n",
+    b"\r",
+    b"\t",
+    b",",
+    b"::",
+    b":",
+    b'"',
+    b'""',
+    b"\0",
+    b"\xff",
+    b"\xef\xbb\xbf",
+    b"-1",
+    b"1e400",
+    b"nan",
+    b"inf",
+    b"99999999999999999999",
+    b"0x10",
+    b"1_000",
+    b" ",
+    b"\xc3\x28",
+    b"\xe2\x80\xa8",
+    b"timestamp:float",
+]
 
 
 def packed(name, content):

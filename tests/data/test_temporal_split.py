@@ -28,10 +28,15 @@ def quick_log(times):
     num = sum(map(len, rows))
     ids = pl.Series(range(1, num + 1)).cast(pl.String)
     return InteractionLog(
-        items=np.arange(1, num + 1, dtype=np.int32), timestamps=np.concatenate(rows),
-        offsets=np.cumsum([0, *map(len, rows)]), user_ids=ids[: len(rows)], item_ids=ids, titles=None, statistics=None,
+        items=np.arange(1, num + 1, dtype=np.int32),
+        timestamps=np.concatenate(rows),
+        offsets=np.cumsum([0, *map(len, rows)]),
+        user_ids=ids[: len(rows)],
+        item_ids=ids,
+        titles=None,
+        statistics=None,
         fingerprint="",
-    )  # fmt: skip
+    )
 
 
 def pairs(examples):
@@ -95,9 +100,7 @@ def test_shares_and_dates_choose_the_cuts():
     )
     report = split_log(log, DataConfig(split="temporal", valid_share=0.2, test_share=0.1)).report
     assert (log.timestamps >= report.test_from).sum() == 10 and (log.timestamps >= report.valid_from).sum() == 31
-    dates = DataConfig(
-        split="temporal", valid_from="1970-01-01T00:01:00", test_from="1970-01-01 02:01:30+02:00"
-    )  # fmt: skip
+    dates = DataConfig(split="temporal", valid_from="1970-01-01T00:01:00", test_from="1970-01-01 02:01:30+02:00")
     report = split_log(log, dates).report
     assert (report.valid_from, report.test_from) == (60, 90)
     shown = report.table()
@@ -108,8 +111,10 @@ def test_shares_and_dates_choose_the_cuts():
 @settings(max_examples=60, deadline=None)
 @given(
     st.lists(st.lists(st.integers(0, 400), min_size=1, max_size=9), min_size=1, max_size=6),
-    st.integers(65, 180), st.integers(200, 330), st.sampled_from(["last", "first", "all"]),
-)  # fmt: skip
+    st.integers(65, 180),
+    st.integers(200, 330),
+    st.sampled_from(["last", "first", "all"]),
+)
 def test_nothing_leaks_and_nothing_is_lost(times, first_cut, second_cut, targets):
     start = 978_300_000
     # The last user has something to train, to validate and to test on, whatever the others have.
@@ -204,7 +209,7 @@ def test_the_split_is_part_of_a_cached_log_only_where_cleaning_depends_on_it(tmp
         ({"split": "random"}, r"data\.split='random' must be one of"),
         ({"temporal_targets": "some"}, r"data\.temporal_targets='some' must be one of"),
     ],
-)  # fmt: skip
+)
 def test_bad_settings_are_refused(settings_, complaint):
     with pytest.raises(ValueError, match=complaint):
         DataConfig(**{"split": "temporal", **settings_})

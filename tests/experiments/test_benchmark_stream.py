@@ -54,9 +54,7 @@ def _left(folder: pathlib.Path, log: list[dict], users: dict[str, int], answers:
     files.lines = [json.dumps(line).encode() for line in log]
     header = json.dumps({"notes": {"lines": {"lines": len(log)}}})
     ids = json.dumps(list(users))
-    texts = {
-        name: np.frombuffer(text.encode(), np.uint8) for name, text in {"header": header, "users": ids}.items()
-    }  # fmt: skip
+    texts = {name: np.frombuffer(text.encode(), np.uint8) for name, text in {"header": header, "users": ids}.items()}
     np.savez(files.table, **texts, events=np.array(list(users.values())), hidden=np.array([state]))
     files.answers.write_text("".join(json.dumps(answer) + "\n" for answer in answers))
     return files
@@ -68,8 +66,12 @@ def test_what_is_counted(tmp_path):
     whole = _left(tmp_path / "whole", log, {"a": 2, "b": 3, "c": 1}, answers, 0.5)
     same = stream_kills.compared(whole, _left(tmp_path / "same", log, {"a": 2, "b": 3, "c": 1}, answers, 0.5))
     assert same["table_equal"] and {n: c for n, c in same.items() if "_" in n and not n.startswith("table")} == {
-        "events_lost": 0, "events_doubled": 0, "answers_missing": 0, "answers_doubled": 0, "answers_different": 0
-    }  # fmt: skip
+        "events_lost": 0,
+        "events_doubled": 0,
+        "answers_missing": 0,
+        "answers_doubled": 0,
+        "answers_different": 0,
+    }
     given = [answers[0], answers[0], {"line": 4, "items": ["7"]}]
     other = stream_kills.compared(whole, _left(tmp_path / "other", log, {"a": 4, "b": 2}, given, 0.25))
     assert (other["events_lost"], other["events_doubled"]) == (2, 2)

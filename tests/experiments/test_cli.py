@@ -27,26 +27,36 @@ FLAGS = {
     "train, on by default": (train.parse, (), "--train.progress", lambda parsed: parsed[0].train.progress),
     "evaluate": (evaluate.parse, (), "--eval.exclude_seen", lambda parsed: parsed.eval.exclude_seen),
     "recommend": (
-        lambda argv: parse_settings(recommend.Arguments, argv), ("--run=r",), "--exclude_seen",
+        lambda argv: parse_settings(recommend.Arguments, argv),
+        ("--run=r",),
+        "--exclude_seen",
         lambda parsed: parsed.exclude_seen,
     ),
     "recommend, histories": (
-        lambda argv: parse_settings(recommend.Arguments, argv), ("--run=r",), "--full_history",
+        lambda argv: parse_settings(recommend.Arguments, argv),
+        ("--run=r",),
+        "--full_history",
         lambda parsed: parsed.full_history,
     ),
-    "stream": (
-        lambda argv: parse_settings(StreamOptions, argv), ("--run=r",), "--warm", lambda parsed: parsed.warm
-    ),
+    "stream": (lambda argv: parse_settings(StreamOptions, argv), ("--run=r",), "--warm", lambda parsed: parsed.warm),
     "stream, on by default": (
-        lambda argv: parse_settings(StreamOptions, argv), ("--run=r",), "--keep_items",
+        lambda argv: parse_settings(StreamOptions, argv),
+        ("--run=r",),
+        "--keep_items",
         lambda parsed: parsed.keep_items,
     ),
     "stream, another log": (
-        lambda argv: parse_settings(StreamOptions, argv), ("--run=r",), "--new_log", lambda parsed: parsed.new_log
+        lambda argv: parse_settings(StreamOptions, argv),
+        ("--run=r",),
+        "--new_log",
+        lambda parsed: parsed.new_log,
     ),
     "convert": (convert.parse, FILES, "--eval.exclude_seen", lambda parsed: parsed[0].eval.exclude_seen),
     "compare": (
-        parse_comparison, ("--models=sasrec", "--data=ml-100k"), "--report_only", lambda parsed: parsed[0].report_only
+        parse_comparison,
+        ("--models=sasrec", "--data=ml-100k"),
+        "--report_only",
+        lambda parsed: parsed[0].report_only,
     ),
     "sweep": (sweep.parse, GRID, "--eval.exclude_seen", lambda parsed: parsed.base.eval.exclude_seen),
     "benchmark gpu": (gpu._parse, (), "--tiny", lambda parsed: parsed.tiny),
@@ -54,7 +64,7 @@ FLAGS = {
     "benchmark models": (train_step._parse_models, (), "--tiny", lambda parsed: parsed.tiny),
     "benchmark catalogue": (catalogue._parse, (), "--tiny", lambda parsed: parsed.tiny),
     "benchmark sampled": (catalogue._parse_sampled, (), "--tiny", lambda parsed: parsed.tiny),
-}  # fmt: skip
+}
 
 
 @pytest.fixture
@@ -95,7 +105,7 @@ def test_the_opposite_of_a_yes(option):
 @pytest.mark.parametrize(
     "given",
     [["--eval.top_k=5,10"], ["--eval.top_k", "5,10"], ["--eval.top_k", "5", "10"], ["--eval.top-k=5, 10"]],
-)  # fmt: skip
+)
 def test_lists_have_commas_or_blanks(given):
     config, _, _ = train.parse([*given, "--eval.monitor=ndcg@5"])
     assert config.eval.top_k == (5, 10)

@@ -31,11 +31,20 @@ from tim4rec_jax.training.logging import MetricLogger, read_metrics
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 TINY = [
-    "--data=quickstart", "--models=sasrec,ssd4rec", "--epochs=3", "--data.synthetic.num_users=60",
-    "--data.synthetic.num_items=30", "--model.max_len=8", "--model.d_model=16", "--model.d_state=8",
-    "--model.head_dim=16", "--train.batch_size=16", "--train.log_every=1", "--train.progress=false",
+    "--data=quickstart",
+    "--models=sasrec,ssd4rec",
+    "--epochs=3",
+    "--data.synthetic.num_users=60",
+    "--data.synthetic.num_items=30",
+    "--model.max_len=8",
+    "--model.d_model=16",
+    "--model.d_state=8",
+    "--model.head_dim=16",
+    "--train.batch_size=16",
+    "--train.log_every=1",
+    "--train.progress=false",
     "--train.tensorboard=false",
-]  # fmt: skip
+]
 
 
 def _arguments(tmp_path: pathlib.Path, *more: str) -> list[str]:
@@ -145,8 +154,15 @@ def test_the_table_says_what_it_rests_on(tmp_path, finished):
     line = next(line for line in text.splitlines() if line.startswith("| sasrec |"))
     assert "**" in line and " ± " in line and line.endswith("| 2 | 1,234 | 4.5 | 9 | 300 | 2 of 2, 2 of 2 |")
     assert "‡" in next(line for line in text.splitlines() if line.startswith("| ssd4rec |"))
-    for words in ("One budget for all: epochs 3", "`train.batch_size=16`", "seeds 2020, 2021", "Holm", "not excluded",
-                  "## Behind sasrec in ndcg@10", "No numbers are known at this setting"):  # fmt: skip
+    for words in (
+        "One budget for all: epochs 3",
+        "`train.batch_size=16`",
+        "seeds 2020, 2021",
+        "Holm",
+        "not excluded",
+        "## Behind sasrec in ndcg@10",
+        "No numbers are known at this setting",
+    ):
         assert words in text, words
     assert "Not finished" not in text
 
@@ -297,9 +313,12 @@ def test_bad_input_is_one_clear_line(capsys, arguments, message):
 def _start(arguments: list[str]) -> subprocess.Popen:
     environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
     return subprocess.Popen(
-        [sys.executable, "-m", "experiments.compare", *arguments], env=environment, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-    )  # fmt: skip
+        [sys.executable, "-m", "experiments.compare", *arguments],
+        env=environment,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
 
 
 @pytest.mark.exhaustive

@@ -39,13 +39,27 @@ def test_values_of_the_original_programs(name):
     assert config.name == name
     of_time = (model.time_dropout, model.time_gate_per_position) if model.name == "tim4rec" else ()
     assert EXPECTED[name] == (
-        model.name, model.max_len, model.d_model, model.d_state, model.head_dim, model.dropout, model.norm_eps,
-        model.kaiming_init, train.batch_size, train.learning_rate, train.patience, *of_time,
-    )  # fmt: skip
+        model.name,
+        model.max_len,
+        model.d_model,
+        model.d_state,
+        model.head_dim,
+        model.dropout,
+        model.norm_eps,
+        model.kaiming_init,
+        train.batch_size,
+        train.learning_rate,
+        train.patience,
+        *of_time,
+    )
     assert (model.num_layers, model.expand, model.d_conv, model.chunk_size, model.use_ffn) == (2, 2, 4, 32, True)
     assert (train.epochs, train.loss, train.weight_decay, train.clip_norm, train.schedule) == (
-        300, "ce", 0.0, None, "constant",
-    )  # fmt: skip
+        300,
+        "ce",
+        0.0,
+        None,
+        "constant",
+    )
     assert (config.eval.batch_size, config.eval.top_k, config.eval.monitor) == (4096, (10, 20, 50), "ndcg@10")
     assert config.data.k_core == 5
 
@@ -78,8 +92,12 @@ def test_values_of_the_causal_experiments(name):
     config = load_config(name)
     train = config.train
     assert CAUSAL[name] == (
-        config.model.max_len, train.batch_size, train.epochs, config.model.dropout, train.learning_rate,
-    )  # fmt: skip
+        config.model.max_len,
+        train.batch_size,
+        train.epochs,
+        config.model.dropout,
+        train.learning_rate,
+    )
     assert (train.schedule, train.warmup_steps) == ("cosine", 40)
     assert (config.name, config.model.name, config.train.positions) == (name, "tim4rec_causal", "all")
     base = load_config(name.removesuffix("_causal"))
@@ -91,8 +109,12 @@ def test_values_of_the_family(name):
     config = load_config(name)
     model, train = config.model, config.train
     assert FAMILY[name] == (
-        model.name, getattr(model, "attention_heads", None), model.dropout, train.batch_size, train.patience,
-    )  # fmt: skip
+        model.name,
+        getattr(model, "attention_heads", None),
+        model.dropout,
+        train.batch_size,
+        train.patience,
+    )
     base = load_config(name.partition("_")[0] + "_tim4rec")
     assert config.name == name and config.eval == base.eval
     assert config.data == dataclasses.replace(base.data, timestamp_precision="int64")

@@ -36,11 +36,12 @@ TWINS = {
     "SSD4Rec": (tim4rec.TiM4Rec, sibling(SMALL, "ssd4rec")),
     "Mamba4Rec": (mamba4rec.Mamba4Rec, sibling(SMALL, "mamba4rec", kaiming_init=False)),
     "EchoMamba4Rec": (
-        echomamba4rec.EchoMamba4Rec, sibling(SMALL, "echomamba4rec", kaiming_init=False),
+        echomamba4rec.EchoMamba4Rec,
+        sibling(SMALL, "echomamba4rec", kaiming_init=False),
     ),
     "SASRec": (sasrec.SASRec, sibling(SMALL, "sasrec", inner_size=32)),
     "TiSASRec": (tisasrec.TiSASRec, sibling(SMALL, "tisasrec", inner_size=32)),
-}  # fmt: skip
+}
 DATA = ["--data.k_core=0", "--eval.top_k", "3", "5", "--eval.monitor=ndcg@5", "--train.progress=false"]
 # As the original programs' files have them, beside the model.
 BESIDE = {"dataset": "ml-1m", "loss_type": "CE", "topk": [10, 20], "load_col": {"inter": ["user_id", "item_id"]}}
@@ -170,9 +171,7 @@ def test_there_and_back_is_exact(tmp_path, log_file, capsys, name):
 
 def test_what_the_original_cannot_express_is_said(tmp_path, log_file, capsys):
     output = tmp_path / "theirs"
-    assert _main(
-        capsys, *_write(tmp_path, "TiM4Rec"), f"--output={output}", f"--data.path={log_file}", *DATA
-    )[0] == 0  # fmt: skip
+    assert _main(capsys, *_write(tmp_path, "TiM4Rec"), f"--output={output}", f"--data.path={log_file}", *DATA)[0] == 0
     settings = json.loads((output / "config.json").read_text())
     settings["model"]["log_time"] = True
     (output / "config.json").write_text(json.dumps(settings))
@@ -272,7 +271,7 @@ def test_files_that_hold_no_model_of_the_family(tmp_path, log_file, capsys, stat
         ("SASRec", "SASRec", ["--model=SASReq"], "model_name='SASReq' is unknown; nearest: sasrec"),
         ("SASRec", "SASRec", ["--config=ml100k_tim4rec"], "is an experiment with tim4rec, the checkpoint is a sasrec"),
     ],
-)  # fmt: skip
+)
 def test_a_checkpoint_of_another_model(tmp_path, log_file, capsys, checkpoint, settings, more, message):
     options = _write(tmp_path, settings, state=_model(checkpoint)[0].state_dict())
     code, _, err = _main(capsys, *options, f"--output={tmp_path / 'theirs'}", f"--data.path={log_file}", *DATA, *more)

@@ -43,9 +43,13 @@ def folder(honest, tmp_path):
 
 def _options(folder, honest):
     return [
-        f"--checkpoint={folder / 'm.pth'}", f"--settings={folder / 'm.yaml'}", f"--output={folder / 'out'}",
-        f"--data.path={honest / 'log.csv'}", f"--data.cache_dir={honest / 'cache'}", *OPTIONS,
-    ]  # fmt: skip
+        f"--checkpoint={folder / 'm.pth'}",
+        f"--settings={folder / 'm.yaml'}",
+        f"--output={folder / 'out'}",
+        f"--data.path={honest / 'log.csv'}",
+        f"--data.cache_dir={honest / 'cache'}",
+        *OPTIONS,
+    ]
 
 
 def _outcome(capsys, options):
@@ -163,7 +167,7 @@ BOMBS = {
     "many": lambda: _pickled(b"(" + b"]" * 600_000 + b"l"),
     "colliding": lambda: _pickled(b"}(" + _COLLIDING + b"u"),
     "cyclic": _cyclic,
-}  # fmt: skip
+}
 
 _CHILD = """
 import json, resource, sys
@@ -195,9 +199,14 @@ def test_small_files_take_little_memory(honest, tmp_path):
     environment = os.environ | {"JAX_PLATFORMS": "cpu"}
     root = pathlib.Path(convert.__file__).parents[1]
     done = subprocess.run(
-        [sys.executable, "-c", _CHILD], input=json.dumps(tasks), capture_output=True, text=True, timeout=400,
-        cwd=root, env=environment,
-    )  # fmt: skip
+        [sys.executable, "-c", _CHILD],
+        input=json.dumps(tasks),
+        capture_output=True,
+        text=True,
+        timeout=400,
+        cwd=root,
+        env=environment,
+    )
     results = [json.loads(line) for line in done.stdout.splitlines()]
     lines = done.stderr.splitlines()
     assert len(results) == len(tasks) == len(lines), done.stderr[-2000:]
@@ -250,9 +259,11 @@ _ALIASES = {
 def test_settings_that_no_program_writes(folder, honest, capsys, text, message):
     (folder / "m.yaml").write_text((folder / "m.yaml").read_text() + text + "\n", encoding="utf-8")
     code, line = _outcome(capsys, _options(folder, honest))
-    assert code == 2 and message.replace("hidden_size stands", "'hidden_size' stands").replace(
-        "model stands", "'model' stands"
-    ) in line, line  # fmt: skip
+    assert (
+        code == 2
+        and message.replace("hidden_size stands", "'hidden_size' stands").replace("model stands", "'model' stands")
+        in line
+    ), line
 
 
 @pytest.mark.parametrize(
@@ -365,9 +376,13 @@ def test_names_that_no_file_has(folder, honest, capsys, option, path):
 @pytest.mark.parametrize("prefix", ["module.", "model.", "_orig_mod.", "module._orig_mod."])
 @pytest.mark.parametrize(
     "wrap",
-    [dict, lambda s: {"model_state_dict": s, "optimizer_state_dict": {"state": {0: {"exp_avg": torch.ones(3)}}}},
-     lambda s: {"model": s, "epoch": 3}, lambda s: {"model": {"state_dict": s}, "args": {"lr": 0.1, 3: (None, True)}}],
-)  # fmt: skip
+    [
+        dict,
+        lambda s: {"model_state_dict": s, "optimizer_state_dict": {"state": {0: {"exp_avg": torch.ones(3)}}}},
+        lambda s: {"model": s, "epoch": 3},
+        lambda s: {"model": {"state_dict": s}, "args": {"lr": 0.1, 3: (None, True)}},
+    ],
+)
 def test_what_programs_wrap_a_state_dict_in(honest, tmp_path, legacy, prefix, wrap):
     plain = torch.load(honest / "m.pth", weights_only=True)
     named = {prefix + name: torch.nn.Parameter(value) for name, value in plain.items()}
@@ -388,9 +403,15 @@ def test_a_prefix_that_only_some_names_have_stays(tmp_path):
 def test_views_and_precisions_are_read_as_pytorch_reads_them(tmp_path, legacy):
     base = torch.arange(24.0)
     state = {
-        "transposed": base.view(4, 6).t(), "part": base[3:9], "steps": base[::5], "expanded": base[:1].expand(5),
-        "half": base.half(), "bfloat16": base.bfloat16(), "double": base.double() / 3, "scalar": torch.tensor(2.0),
-    }  # fmt: skip
+        "transposed": base.view(4, 6).t(),
+        "part": base[3:9],
+        "steps": base[::5],
+        "expanded": base[:1].expand(5),
+        "half": base.half(),
+        "bfloat16": base.bfloat16(),
+        "double": base.double() / 3,
+        "scalar": torch.tensor(2.0),
+    }
     torch.save(state | {"other": torch.arange(3)}, tmp_path / "m.pth", _use_new_zipfile_serialization=not legacy)
     with pytest.raises(ValueError, match="other is of torch.LongStorage"):
         read_state_dict(tmp_path / "m.pth")

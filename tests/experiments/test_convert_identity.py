@@ -63,9 +63,13 @@ def _main(capsys, *argv):
 
 def _options(folder, log, output="back", checkpoint="m.pth"):
     return [
-        f"--checkpoint={folder / checkpoint}", f"--settings={folder / 'm.yaml'}", f"--output={folder / output}",
-        f"--data.path={log}", f"--data.cache_dir={folder / 'cache'}", *OPTIONS,
-    ]  # fmt: skip
+        f"--checkpoint={folder / checkpoint}",
+        f"--settings={folder / 'm.yaml'}",
+        f"--output={folder / output}",
+        f"--data.path={log}",
+        f"--data.cache_dir={folder / 'cache'}",
+        *OPTIONS,
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -110,9 +114,11 @@ def test_the_raw_ids_lie_beside_the_checkpoint(written):
 @pytest.mark.parametrize("order", ["time", "shuffled", "item"])
 def test_a_log_in_another_order_gives_the_same_recommendations(written, tmp_path, capsys, order):
     frame = _frame()
-    frame = frame.sample(fraction=1, shuffle=True, seed=4) if order == "shuffled" else frame.sort(
-        "timestamp" if order == "time" else order
-    )  # fmt: skip
+    frame = (
+        frame.sample(fraction=1, shuffle=True, seed=4)
+        if order == "shuffled"
+        else frame.sort("timestamp" if order == "time" else order)
+    )
     frame.write_csv(tmp_path / "log.csv")
     options = _options(written, tmp_path / "log.csv")
     options[2] = f"--output={tmp_path / 'back'}"
@@ -175,7 +181,7 @@ def _change_ids(ids):
         (lambda ids: b"", "no column item_id"),
         (lambda ids: as_csv(ids) + b"\n" * 2**21, "bytes, too many for 11 item ids"),
     ],
-)  # fmt: skip
+)
 def test_other_ids_beside_the_checkpoint_are_refused(copied, written, capsys, change, message):
     file = copied / "m.item_ids.csv"
     file.write_bytes(change(read_items(written / "run")["item_id"].to_list()))
@@ -203,10 +209,11 @@ def test_a_log_with_other_items_names_how_many_and_one(copied, written, capsys):
     frame = _frame()
     frame.with_columns(pl.col("item").replace("物", "new")).write_csv(copied / "log.csv")
     _refused(
-        capsys, _options(copied, copied / "log.csv"),
+        capsys,
+        _options(copied, copied / "log.csv"),
         "1 items of the log are not in the checkpoint (such as 'new') and 1 items of the checkpoint are not in the log "
         "(such as '物')",
-    )  # fmt: skip
+    )
     frame.filter(~pl.col("item").is_in(["物", "07"])).write_csv(copied / "log.csv")
     _refused(
         capsys, _options(copied, copied / "log.csv"), "2 items of the checkpoint are not in the log (such as '07')"

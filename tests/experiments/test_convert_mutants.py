@@ -36,9 +36,27 @@ def _mutants(content, count, seed):
 
 
 _TOKENS = [
-    *":-[]{},&*<!|>'\"#%@`~?\n\t", "- ", "<<", "!!int", "!!float", "!!binary", "null", ".nan", "1e999", "0x", "1:2:3",
-    "&a", "*a", "---", "...", "\ufeff", "\u2028", "hidden_size", "model", "true",
-]  # fmt: skip
+    *":-[]{},&*<!|>'\"#%@`~?\n\t",
+    "- ",
+    "<<",
+    "!!int",
+    "!!float",
+    "!!binary",
+    "null",
+    ".nan",
+    "1e999",
+    "0x",
+    "1:2:3",
+    "&a",
+    "*a",
+    "---",
+    "...",
+    "\ufeff",
+    "\u2028",
+    "hidden_size",
+    "model",
+    "true",
+]
 
 
 def _texts(text, count, seed):

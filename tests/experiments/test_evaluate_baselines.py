@@ -38,9 +38,18 @@ def _own_count():
 
 def _main(tmp_path, *options):
     return evaluate.main(
-        ["--baselines", "--config=quickstart", f"--data.path={_log(tmp_path / 'log.csv')}", "--data.format=csv",
-         "--data.k_core=0", "--data.name=custom", f"--eval.top_k={K}", f"--eval.monitor=ndcg@{K}", *options]
-    )  # fmt: skip
+        [
+            "--baselines",
+            "--config=quickstart",
+            f"--data.path={_log(tmp_path / 'log.csv')}",
+            "--data.format=csv",
+            "--data.k_core=0",
+            "--data.name=custom",
+            f"--eval.top_k={K}",
+            f"--eval.monitor=ndcg@{K}",
+            *options,
+        ]
+    )
 
 
 def test_own_count_and_record(tmp_path, capsys):

@@ -17,10 +17,18 @@ from tim4rec_jax.serving import stored_run
 from tim4rec_jax.serving.recommender import Recommender
 
 TINY = [
-    "--model.num_layers=1", "--model.d_model=16", "--model.max_len=10", "--train.batch_size=64", "--train.epochs=1",
-    "--train.length_groups=1", "--train.progress=false", "--train.tensorboard=false",
-    "--eval.top_k", "3", "--eval.monitor=ndcg@3",
-]  # fmt: skip
+    "--model.num_layers=1",
+    "--model.d_model=16",
+    "--model.max_len=10",
+    "--train.batch_size=64",
+    "--train.epochs=1",
+    "--train.length_groups=1",
+    "--train.progress=false",
+    "--train.tensorboard=false",
+    "--eval.top_k",
+    "3",
+    "--eval.monitor=ndcg@3",
+]
 
 
 @pytest.fixture(scope="module")

@@ -12,11 +12,19 @@ from tim4rec_jax.run_dir import read_items
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 OPTIONS = [
-    "--config=quickstart", "--model.module=my_models:GRU4Rec", "--data.synthetic.num_users=60",
-    "--data.synthetic.num_items=30", "--model.max_len=8", "--model.d_model=8", "--train.batch_size=128",
-    "--train.epochs=1", "--eval.baselines=popularity", "--train.progress=false", "--train.tensorboard=false",
+    "--config=quickstart",
+    "--model.module=my_models:GRU4Rec",
+    "--data.synthetic.num_users=60",
+    "--data.synthetic.num_items=30",
+    "--model.max_len=8",
+    "--model.d_model=8",
+    "--train.batch_size=128",
+    "--train.epochs=1",
+    "--eval.baselines=popularity",
+    "--train.progress=false",
+    "--train.tensorboard=false",
     "--parallel.strategy=single",
-]  # fmt: skip
+]
 
 
 def start(program: str, *options: str, path: pathlib.Path | None) -> subprocess.CompletedProcess:

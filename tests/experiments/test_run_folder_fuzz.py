@@ -16,11 +16,25 @@ from experiments import evaluate, recommend, train
 from tests.edited_runs import make_old
 
 OPTIONS = [
-    "--config=quickstart_sasrec", "--data.synthetic.num_users=60", "--data.synthetic.num_items=20", "--model.max_len=8",
-    "--model.d_model=16", "--model.inner_size=16", "--model.num_layers=1", "--train.batch_size=128", "--train.epochs=1",
-    "--train.log_every=2", "--train.length_groups=1", "--train.progress=false", "--train.tensorboard=false",
-    "--eval.top_k", "5", "10", "--eval.baselines", "popularity",
-]  # fmt: skip
+    "--config=quickstart_sasrec",
+    "--data.synthetic.num_users=60",
+    "--data.synthetic.num_items=20",
+    "--model.max_len=8",
+    "--model.d_model=16",
+    "--model.inner_size=16",
+    "--model.num_layers=1",
+    "--train.batch_size=128",
+    "--train.epochs=1",
+    "--train.log_every=2",
+    "--train.length_groups=1",
+    "--train.progress=false",
+    "--train.tensorboard=false",
+    "--eval.top_k",
+    "5",
+    "10",
+    "--eval.baselines",
+    "popularity",
+]
 JSON_FILES = ("config.json", "environment.json", "results.json", "manifest.json", "metrics.jsonl")
 TABLES = ("item_ids.parquet", "histories.parquet")
 ODD_VALUES = [None, True, -1, 0, 10**6, 10**18, 10**400, 1e308, "", "x", "float16", [], [[]], {}, {"a": 1}]

@@ -13,10 +13,18 @@ from experiments.cli import read_value
 from tim4rec_jax.run_dir import read_config, read_results
 
 SMALL = [
-    "--config=quickstart", "--data.synthetic.num_users=120", "--data.synthetic.num_items=30", "--model.max_len=10",
-    "--model.d_model=16", "--model.d_state=8", "--model.head_dim=16", "--train.batch_size=128", "--train.epochs=1",
-    "--train.progress=false", "--train.tensorboard=false",
-]  # fmt: skip
+    "--config=quickstart",
+    "--data.synthetic.num_users=120",
+    "--data.synthetic.num_items=30",
+    "--model.max_len=10",
+    "--model.d_model=16",
+    "--model.d_state=8",
+    "--model.head_dim=16",
+    "--train.batch_size=128",
+    "--train.epochs=1",
+    "--train.progress=false",
+    "--train.tensorboard=false",
+]
 # Validates best at learning rate 0.003 and a dropout of 0.1, and tests best where validation is worst; notes its turn.
 PROGRAM = """
 import json, math, pathlib, sys, time
@@ -184,7 +192,7 @@ def test_an_interrupted_grid_goes_on(tmp_path, capsys, trained):
         ([*GRID, "--data.synthetic.seed=8"], ["data_fingerprint: ", "and 1 more; choose another --folder"]),
         ([*SPACE, "--trials=3"], ["sampler: None there, 'tpe' asked for", " more; choose another --folder"]),
     ],
-)  # fmt: skip
+)
 def test_a_folder_of_another_sweep_is_refused(tmp_path, capsys, trained, argv, lines):
     assert _main(capsys, tmp_path / "g", *GRID)[0] == 0
     code, _, err = _main(capsys, tmp_path / "g", *argv)

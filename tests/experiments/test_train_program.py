@@ -36,18 +36,32 @@ from tim4rec_jax.training.loop import Session, Setup
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 SMALL = [
-    "--config=quickstart", "--data.synthetic.num_users=120", "--data.synthetic.num_items=30", "--model.max_len=10",
-    "--model.d_model=16", "--model.d_state=8", "--model.head_dim=16", "--train.batch_size=128", "--train.epochs=2",
-    "--train.log_every=3", "--train.progress=false", "--train.tensorboard=false",
-]  # fmt: skip
+    "--config=quickstart",
+    "--data.synthetic.num_users=120",
+    "--data.synthetic.num_items=30",
+    "--model.max_len=10",
+    "--model.d_model=16",
+    "--model.d_state=8",
+    "--model.head_dim=16",
+    "--train.batch_size=128",
+    "--train.epochs=2",
+    "--train.log_every=3",
+    "--train.progress=false",
+    "--train.tensorboard=false",
+]
 
 
 # What any model reads, and a model for where it does not matter.
 SHAPE = [option for option in SMALL if not option.startswith(("--model.d_state", "--model.head_dim"))]
 FAST = [
-    *SHAPE, "--model.name=sasrec", "--model.num_layers=1", "--model.inner_size=16", "--train.length_groups=1",
-    "--eval.baselines", "popularity",
-]  # fmt: skip
+    *SHAPE,
+    "--model.name=sasrec",
+    "--model.num_layers=1",
+    "--model.inner_size=16",
+    "--train.length_groups=1",
+    "--eval.baselines",
+    "popularity",
+]
 
 
 def _run_folder(tmp_path: pathlib.Path, name: str = "run") -> list[str]:
@@ -64,8 +78,17 @@ def finished(tmp_path_factory) -> pathlib.Path:
 
 @pytest.mark.quick
 def test_the_run_folder_holds_everything(finished):
-    for name in ("config.json", "metrics.jsonl", "item_ids.parquet", "histories.parquet", "environment.json",
-                 "results.json", "curves.png", "checkpoints/best", "checkpoints/latest"):  # fmt: skip
+    for name in (
+        "config.json",
+        "metrics.jsonl",
+        "item_ids.parquet",
+        "histories.parquet",
+        "environment.json",
+        "results.json",
+        "curves.png",
+        "checkpoints/best",
+        "checkpoints/latest",
+    ):
         assert (finished / name).exists(), name
     config = read_config(finished)
     assert config.model.vocab_size == len(read_items(finished)) + 1 and config.train.epochs == 2
@@ -169,9 +192,14 @@ def test_both_loaders_train_alike(tmp_path):
 
 
 PACKED = [
-    *SHAPE[1:], "--config=quickstart_sasrec", "--train.positions=all", "--train.batch_size=32", "--train.log_every=1",
-    "--eval.baselines", "popularity",
-]  # fmt: skip
+    *SHAPE[1:],
+    "--config=quickstart_sasrec",
+    "--train.positions=all",
+    "--train.batch_size=32",
+    "--train.log_every=1",
+    "--eval.baselines",
+    "popularity",
+]
 
 
 @pytest.mark.usefixtures("usual_fusion")
@@ -212,9 +240,13 @@ def _template(folder, config):
 def _start(arguments: list[str]) -> subprocess.Popen:
     environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
     return subprocess.Popen(
-        [sys.executable, "-m", "experiments.train", *arguments], cwd=ROOT, env=environment, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-    )  # fmt: skip
+        [sys.executable, "-m", "experiments.train", *arguments],
+        cwd=ROOT,
+        env=environment,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
 
 
 def _wait_for_step(folder: pathlib.Path, step: int, process: subprocess.Popen) -> None:

@@ -224,10 +224,19 @@ def test_every_difference_of_a_parameter_tree_is_named_at_once():
 
 
 ATTENTION = {
-    "hidden_size": 64, "inner_size": 256, "n_layers": 2, "n_heads": 4, "hidden_dropout_prob": 0.1,
-    "attn_dropout_prob": 0.2, "hidden_act": "gelu", "layer_norm_eps": "1e-12", "initializer_range": 0.02,
-    "MAX_ITEM_LIST_LENGTH": 50, "n_items": 101, "time_span": 256,
-}  # fmt: skip
+    "hidden_size": 64,
+    "inner_size": 256,
+    "n_layers": 2,
+    "n_heads": 4,
+    "hidden_dropout_prob": 0.1,
+    "attn_dropout_prob": 0.2,
+    "hidden_act": "gelu",
+    "layer_norm_eps": "1e-12",
+    "initializer_range": 0.02,
+    "MAX_ITEM_LIST_LENGTH": 50,
+    "n_items": 101,
+    "time_span": 256,
+}
 
 
 def test_settings_of_the_attention_models():

@@ -456,7 +456,7 @@ def test_a_missing_mask():
         ("setp.lt.u32 %p1, %r1, 5; @%p1 bra $L_end; bar.warp.sync -1; $L_end:", "some lanes never come here"),
         ("$L_loop: bra.uni $L_loop", "still runs after 1000 instructions"),
     ],
-)  # fmt: skip
+)
 def test_what_a_kernel_may_not_do(body, message, monkeypatch):
     monkeypatch.setattr(program, "_MOST_STEPS", 1000)
     lines = body.replace("$L_end:", "\n$L_end:").replace("$L_loop:", "\n$L_loop:\n")

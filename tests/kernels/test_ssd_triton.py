@@ -56,9 +56,13 @@ def program(config, precision=None):
     def run(arrays, ids, dy, dstate):
         def apply(arrays):
             return ssd(
-                **arrays, segment_ids=ids, return_final_state=True, config=config, precision=precision,
+                **arrays,
+                segment_ids=ids,
+                return_final_state=True,
+                config=config,
+                precision=precision,
                 implementation="pallas_triton",
-            )  # fmt: skip
+            )
 
         (y, state), pull = jax.vjp(apply, arrays)
         return y, state, pull((dy.astype(y.dtype), dstate))[0]
@@ -115,9 +119,14 @@ def test_default_configs_fill_a_large_gpu():
 def test_default_configs_are_valid(batch, length, width, state_width, chunk_size):
     for groups in (1, 3):
         config = default_config(
-            batch=batch, length=length, heads=6, groups=groups, width=width, state_width=state_width,
+            batch=batch,
+            length=length,
+            heads=6,
+            groups=groups,
+            width=width,
+            state_width=state_width,
             chunk_size=chunk_size,
-        )  # fmt: skip
+        )
         config.check(heads_per_group=6 // groups, width=width)
 
 

@@ -135,8 +135,13 @@ def test_weights_are_dropped_by_example_head_and_pair():
     assert set(np.unique(full)) == {0.0, np.float32(1 / 0.7)} or np.allclose(np.unique(full), [0, 1 / 0.7], rtol=1e-4)
     kept = full > 0
     assert kept.mean() == pytest.approx(0.7, abs=4 * np.sqrt(0.21 / kept.size))
-    for one, other in ((kept[0], kept[1]), (kept[:, 0], kept[:, 1]), (kept[:, :, 0], kept[:, :, 1]),
-                       (kept[..., 0], kept[..., 1]), (kept, kept.swapaxes(2, 3))):  # fmt: skip
+    for one, other in (
+        (kept[0], kept[1]),
+        (kept[:, 0], kept[:, 1]),
+        (kept[:, :, 0], kept[:, :, 1]),
+        (kept[..., 0], kept[..., 1]),
+        (kept, kept.swapaxes(2, 3)),
+    ):
         assert (one != other).mean() == pytest.approx(0.42, abs=5 * np.sqrt(0.25 / one.size))
     # A single query of rows that are cut drops what it dropped among all.
     cut = drop(np.array([[17], [5]]), ids, 20)

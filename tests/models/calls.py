@@ -11,10 +11,22 @@ from tim4rec_jax.models import build_model, init_params, last_hidden, one_segmen
 
 L, V, D = 12, 100, 16
 SHAPE = {
-    "vocab_size": V, "max_len": L, "d_model": D, "d_state": 8, "head_dim": 8, "chunk_size": 5, "attention_heads": 4,
-    "inner_size": 24, "num_layers": 2, "dropout": 0.3, "time_dropout": 0.3, "attention_dropout": 0.3,
-    "norm_eps": 1e-5, "time_span": 30, "date_knots": 5,
-}  # fmt: skip
+    "vocab_size": V,
+    "max_len": L,
+    "d_model": D,
+    "d_state": 8,
+    "head_dim": 8,
+    "chunk_size": 5,
+    "attention_heads": 4,
+    "inner_size": 24,
+    "num_layers": 2,
+    "dropout": 0.3,
+    "time_dropout": 0.3,
+    "attention_dropout": 0.3,
+    "norm_eps": 1e-5,
+    "time_span": 30,
+    "date_knots": 5,
+}
 LENGTHS = np.array([12, 1, 3, 8])
 
 

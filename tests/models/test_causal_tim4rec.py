@@ -13,9 +13,18 @@ from tim4rec_jax.layers.causal_time import DateOffset, gap_features
 from tim4rec_jax.models import STATISTICS, CausalTiM4RecConfig, init_params, variables
 
 CAUSAL = CausalTiM4RecConfig(
-    vocab_size=40, max_len=12, d_model=16, d_state=8, head_dim=8, chunk_size=5, dropout=0.0, time_dropout=0.0,
-    norm_eps=1e-6, date_knots=5, dtype="float64",
-)  # fmt: skip
+    vocab_size=40,
+    max_len=12,
+    d_model=16,
+    d_state=8,
+    head_dim=8,
+    chunk_size=5,
+    dropout=0.0,
+    time_dropout=0.0,
+    norm_eps=1e-6,
+    date_knots=5,
+    dtype="float64",
+)
 TIMES = {"gap_mean": 8.0, "gap_std": 3.0, "first_second": 1_000, "last_second": 40_000_000}
 
 

@@ -39,8 +39,15 @@ def test_initial_values(kaiming):
     layer, time = params["layers_0"], params["layers_0"]["mixer"]["time"]
     mixer = layer["mixer"]
     table = params["item_embedding"]["embedding"]
-    for kernel in (table, mixer["in_proj"]["kernel"], mixer["out_proj"]["kernel"], layer["ffn"]["fc1"]["kernel"],
-                   layer["ffn"]["fc2"]["kernel"], time["scale_in"]["kernel"], time["scale_out"]["kernel"]):  # fmt: skip
+    for kernel in (
+        table,
+        mixer["in_proj"]["kernel"],
+        mixer["out_proj"]["kernel"],
+        layer["ffn"]["fc1"]["kernel"],
+        layer["ffn"]["fc2"]["kernel"],
+        time["scale_in"]["kernel"],
+        time["scale_out"]["kernel"],
+    ):
         assert float(kernel.std()) == pytest.approx(0.02, rel=0.06)
         assert abs(float(kernel.mean())) < 4 * 0.02 / math.sqrt(kernel.size)
     assert float(jnp.abs(table[0]).min()) > 0

@@ -34,10 +34,16 @@ TWINS = {
 }
 # File of numbers -> model, and the arrays that it has: outputs, gradients, hidden states.
 CASES = {
-    "tim4rec_small": ("tim4rec", 84), "tim4rec_beauty": ("tim4rec", 84), "tim4rec_notime": ("ssd4rec", 53),
-    "tim4rec_ml1m": ("tim4rec", 84), "ssd4rec": ("ssd4rec", 53), "mamba4rec_ml1m_l2": ("mamba4rec", 47),
-    "echomamba4rec": ("echomamba4rec", 63 - 18), "sasrec": ("sasrec", 44), "tisasrec": ("tisasrec", 46),
-}  # fmt: skip
+    "tim4rec_small": ("tim4rec", 84),
+    "tim4rec_beauty": ("tim4rec", 84),
+    "tim4rec_notime": ("ssd4rec", 53),
+    "tim4rec_ml1m": ("tim4rec", 84),
+    "ssd4rec": ("ssd4rec", 53),
+    "mamba4rec_ml1m_l2": ("mamba4rec", 47),
+    "echomamba4rec": ("echomamba4rec", 63 - 18),
+    "sasrec": ("sasrec", 44),
+    "tisasrec": ("tisasrec", 46),
+}
 CUT = 33
 
 
@@ -320,8 +326,17 @@ def test_only_the_uncalled_attention_block_is_left_out(golden_dir):
 # Other settings of each model. The odd length has no frequency of its own at the end.
 SETTINGS = (
     ("tim4rec", {"d_state": 4}),
-    ("tim4rec", {"time_gate_per_position": True, "head_dim": 4, "mask_padded_time": True, "log_time": True,
-                 "use_ffn": False, "d_state": 4}),
+    (
+        "tim4rec",
+        {
+            "time_gate_per_position": True,
+            "head_dim": 4,
+            "mask_padded_time": True,
+            "log_time": True,
+            "use_ffn": False,
+            "d_state": 4,
+        },
+    ),
     ("tim4rec", {"num_layers": 1, "log_time": True, "d_conv": 5, "d_state": 6}),
     ("ssd4rec", {"num_layers": 3, "use_ffn": False, "head_dim": 16, "chunk_size": 64, "d_state": 4}),
     ("ssd4rec", {"num_layers": 1, "head_dim": 2, "expand": 1, "d_state": 4}),
@@ -333,7 +348,7 @@ SETTINGS = (
     ("sasrec", {"num_layers": 3, "d_model": 32}),
     ("tisasrec", {"num_layers": 1, "attention_heads": 1, "time_span": 6}),
     ("tisasrec", {"num_layers": 3, "d_model": 32}),
-)  # fmt: skip
+)
 
 
 def test_the_settings_cover_both_activations():
@@ -380,9 +395,16 @@ def test_the_twin_on_other_settings(name, changes, x64):
 
 @pytest.mark.parametrize(
     ("name", "layers"),
-    [("sasrec", 1), ("sasrec", 3), ("tisasrec", 2), ("mamba4rec", 1), ("mamba4rec", 3), ("echomamba4rec", 1),
-     ("echomamba4rec", 2)],
-)  # fmt: skip
+    [
+        ("sasrec", 1),
+        ("sasrec", 3),
+        ("tisasrec", 2),
+        ("mamba4rec", 1),
+        ("mamba4rec", 3),
+        ("echomamba4rec", 1),
+        ("echomamba4rec", 2),
+    ],
+)
 def test_state_dicts_round_trip(name, layers):
     """To our tree and back changes nothing; the tree is that of a fresh model."""
     config, generator = small(name, num_layers=layers), torch.Generator().manual_seed(0)

@@ -29,9 +29,17 @@ from tim4rec_jax.training.step import init_state, make_optimizer, train_step
 
 STEPS, HALF, SEED = 50, 25, 3
 MODEL = SASRecConfig(
-    vocab_size=23, max_len=12, d_model=8, attention_heads=2, inner_size=8, dropout=0.3,
-    attention_dropout=0.2, norm_eps=1e-5, num_layers=1, dtype="float64",
-)  # fmt: skip
+    vocab_size=23,
+    max_len=12,
+    d_model=8,
+    attention_heads=2,
+    inner_size=8,
+    dropout=0.3,
+    attention_dropout=0.2,
+    norm_eps=1e-5,
+    num_layers=1,
+    dtype="float64",
+)
 # Neither is a multiple of 8.
 BATCH = {"last": 21, "all": 5}
 # None is one device; the others are (strategy, loader).
@@ -115,9 +123,15 @@ def everything() -> dict:
 def with_kernels() -> list[list[float]]:
     """Losses of the interpreted kernels on one device and on all."""
     model = SSD4RecConfig(
-        vocab_size=23, max_len=12, d_model=16, head_dim=16, d_state=16, num_layers=1, use_ffn=False,
+        vocab_size=23,
+        max_len=12,
+        d_model=16,
+        head_dim=16,
+        d_state=16,
+        num_layers=1,
+        use_ffn=False,
         kernels="pallas_triton",
-    )  # fmt: skip
+    )
     losses = []
     for strategy in ("single", "sharded"):
         training = Training("last", strategy, "device", dataclasses.replace(model))

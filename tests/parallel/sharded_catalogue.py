@@ -53,9 +53,16 @@ class Training:
     def __init__(self, positions: str, shards: int) -> None:
         train = TrainConfig(positions=positions, batch_size=BATCH[positions], learning_rate=1e-2, clip_norm=0.5)
         model = settings_of(
-            **MODELS[positions], vocab_size=VOCAB, vocab_multiple=MULTIPLE, max_len=12, d_model=8, num_layers=1,
-            dropout=0.3, norm_eps=1e-5, dtype="float64",
-        )  # fmt: skip
+            **MODELS[positions],
+            vocab_size=VOCAB,
+            vocab_multiple=MULTIPLE,
+            max_len=12,
+            d_model=8,
+            num_layers=1,
+            dropout=0.3,
+            norm_eps=1e-5,
+            dtype="float64",
+        )
         parallel = ParallelConfig("sharded", catalogue_shards=shards) if shards > 1 else ParallelConfig("single")
         self.config = ExperimentConfig(
             "test", model, DataConfig(loader="device"), train, EvalConfig(5, top_k=(5, 10)), parallel

@@ -23,11 +23,23 @@ from tim4rec_jax.training.logging import read_metrics
 
 # A batch of 29 on 8 devices is filled with 3 rows; the step is compiled for one length only.
 SMALL = [
-    "--config=quickstart_sasrec", "--data.synthetic.num_users=60", "--data.synthetic.num_items=20", "--model.max_len=6",
-    "--model.d_model=8", "--model.inner_size=8", "--model.num_layers=1", "--train.batch_size=29", "--train.epochs=100",
-    "--train.length_groups=1", "--train.log_every=1", "--train.progress=false", "--train.tensorboard=false",
-    "--model.vocab_multiple=2", "--eval.baselines", "popularity",
-]  # fmt: skip
+    "--config=quickstart_sasrec",
+    "--data.synthetic.num_users=60",
+    "--data.synthetic.num_items=20",
+    "--model.max_len=6",
+    "--model.d_model=8",
+    "--model.inner_size=8",
+    "--model.num_layers=1",
+    "--train.batch_size=29",
+    "--train.epochs=100",
+    "--train.length_groups=1",
+    "--train.log_every=1",
+    "--train.progress=false",
+    "--train.tensorboard=false",
+    "--model.vocab_multiple=2",
+    "--eval.baselines",
+    "popularity",
+]
 HALF, WHOLE = 8, 16
 
 
@@ -53,10 +65,13 @@ def two_processes(folder, *arguments):
         with output.open("wb") as stream:
             started.append(
                 subprocess.Popen(
-                    [sys.executable, "-m", "experiments.train", *own], cwd=ROOT, env=environment(4), stdout=stream,
+                    [sys.executable, "-m", "experiments.train", *own],
+                    cwd=ROOT,
+                    env=environment(4),
+                    stdout=stream,
                     stderr=subprocess.STDOUT,
                 )
-            )  # fmt: skip
+            )
     try:
         yield started, outputs
     finally:
@@ -150,9 +165,13 @@ def test_a_lost_process_ends_the_other_with_an_error(tmp_path):
 def as_slurm_does(number: int, port: int) -> dict[str, str]:
     """The environment of a task of SLURM, from whose job number JAX takes the port."""
     variables = {
-        "JOB_ID": port - 61440, "STEP_NODELIST": "localhost", "NTASKS": 2, "PROCID": number, "LOCALID": number,
+        "JOB_ID": port - 61440,
+        "STEP_NODELIST": "localhost",
+        "NTASKS": 2,
+        "PROCID": number,
+        "LOCALID": number,
         "STEP_NUM_NODES": 1,
-    }  # fmt: skip
+    }
     return environment(1) | {f"SLURM_{name}": str(value) for name, value in variables.items()}
 
 
@@ -162,11 +181,15 @@ def test_tasks_of_slurm_that_were_started_differently_refuse(tmp_path):
     arguments = options(tmp_path, "--parallel.distributed=auto", f"--run_dir={folder}")
     started = [
         subprocess.Popen(
-            [sys.executable, "-m", "experiments.train", *arguments, f"--train.seed={number}"], cwd=ROOT,
-            env=as_slurm_does(number, port), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+            [sys.executable, "-m", "experiments.train", *arguments, f"--train.seed={number}"],
+            cwd=ROOT,
+            env=as_slurm_does(number, port),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
         )
         for number in range(2)
-    ]  # fmt: skip
+    ]
     errors = [process.communicate(timeout=300)[1] for process in started]
     assert [process.returncode for process in started] == [2, 2], errors
     assert all("the processes do not have the same settings (digest by process: 0: " in error for error in errors)

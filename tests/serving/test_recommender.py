@@ -234,9 +234,13 @@ def test_as_many_events_are_read_as_in_evaluation(recommender, histories, read, 
     )
     if name == "ssd4rec":
         whole = Recommender(
-            build_model(longer.model), params, longer, item_ids=recommender.item_ids, titles=None,
+            build_model(longer.model),
+            params,
+            longer,
+            item_ids=recommender.item_ids,
+            titles=None,
             histories=recommender._histories,
-        )  # fmt: skip
+        )
         np.testing.assert_array_equal(made.top_k(histories, 5)[0], whole.top_k(histories, 5)[0])
 
 

@@ -32,8 +32,10 @@ BAD = [
     ('{"user": "a", "item": "i1"}', '"timestamp" is missing: seconds since 1970'),
     ('{"user": "a", "item": "i1", "time": 3}', "unknown keys ['time']; known: ['item', 'timestamp', 'user']"),
     ('{"user": "a", "recommend": 2, "\\ud800": 3}', "unknown keys"),
-    *((f'{{"user": {value}, "recommend": 2}}', "must be a string or a whole number")
-      for value in ("1.5", "null", "[]", "{}", "true", "1e999", json.dumps(["x" * 9999]))),
+    *(
+        (f'{{"user": {value}, "recommend": 2}}', "must be a string or a whole number")
+        for value in ("1.5", "null", "[]", "{}", "true", "1e999", json.dumps(["x" * 9999]))
+    ),
     *((_bad(item=value), "must be a string or a whole number") for value in (None, [], {}, False, 2.0)),
     (_bad(user="\ud83d"), "half of a surrogate pair"),
     (_bad(item="\udc00x"), "half of a surrogate pair"),
@@ -46,20 +48,33 @@ BAD = [
     (_bad(timestamp=2_000_000_001), "is over --latest_time=2000000000"),
     (_bad(timestamp=-1), "must lie in 0 to"),
     (_bad(timestamp=10**400), "must lie in 0 to"),
-    *((_bad(timestamp=value), "must be a whole number of seconds")
-      for value in (str(START), None, True, START + 0.5, [START], float(START), "9" * 5000)),
+    *(
+        (_bad(timestamp=value), "must be a whole number of seconds")
+        for value in (str(START), None, True, START + 0.5, [START], float(START), "9" * 5000)
+    ),
     ('{"user": "nobody", "recommend": 2}', "user 'nobody' has no events; give at least one, or start with --warm"),
-    *((json.dumps({"user": "a", "recommend": k}), message) for k, message in (
-        (31, "k=31 is larger than the catalogue of 30 items"), (10**300, "must be a whole number of items"),
-        (0, "must be at least 1"), (-1, "must be at least 1"), (2.0, "must be a whole number of items"),
-        (True, "must be a whole number of items, not true"), ("3", 'whole number of items, not "3"'),
-        (None, "must be a whole number of items"), ([1], "must be a whole number of items"))),
-    *((json.dumps({"user": "a", "recommend": 3, "exclude_seen": value}), '"exclude_seen" must be true or false')
-      for value in (1, "true", None, [])),
+    *(
+        (json.dumps({"user": "a", "recommend": k}), message)
+        for k, message in (
+            (31, "k=31 is larger than the catalogue of 30 items"),
+            (10**300, "must be a whole number of items"),
+            (0, "must be at least 1"),
+            (-1, "must be at least 1"),
+            (2.0, "must be a whole number of items"),
+            (True, "must be a whole number of items, not true"),
+            ("3", 'whole number of items, not "3"'),
+            (None, "must be a whole number of items"),
+            ([1], "must be a whole number of items"),
+        )
+    ),
+    *(
+        (json.dumps({"user": "a", "recommend": 3, "exclude_seen": value}), '"exclude_seen" must be true or false')
+        for value in (1, "true", None, [])
+    ),
     (_bad(user="v" * 70_000), "the line has 70"),
     ("[" * 70_000, "over --longest_line=65536; passed over"),
     (b"\r" * 200_000 + b"x", "the line has 200002 bytes"),
-]  # fmt: skip
+]
 
 
 def test_bad_lines_are_answered_and_skipped(causal_run, tmp_path, capsys):
@@ -71,8 +86,9 @@ def test_bad_lines_are_answered_and_skipped(causal_run, tmp_path, capsys):
         b"\r\n".join(
             line if isinstance(line, bytes) else (line if isinstance(line, str) else json.dumps(line)).encode()
             for line in lines
-        ) + b"\n"
-    )  # fmt: skip
+        )
+        + b"\n"
+    )
     options = (f"--run={causal_run}", f"--events={log}", "--longest-line=65536", "--latest-time=2000000000")
     state = tmp_path / "users.npz"
     code, answers, err = main(capsys, *options, f"--state={state}")

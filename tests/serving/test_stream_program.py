@@ -17,11 +17,18 @@ from tim4rec_jax.serving.user_table import UserTable
 
 # The first part ends inside one user's history; questions stand between events.
 LOG = [
-    event("a", "i1", 0), event("b", "i2", 5), event("a", "i3", 90), {"user": "a", "recommend": 3},
-    event(7, "i4", 100), event("b", "i2", 100), event("a", "i3", 4000),
-    {"user": "b", "recommend": 2, "exclude_seen": True}, event("b", "i9", 4000), {"user": "a", "recommend": 3},
+    event("a", "i1", 0),
+    event("b", "i2", 5),
+    event("a", "i3", 90),
+    {"user": "a", "recommend": 3},
+    event(7, "i4", 100),
+    event("b", "i2", 100),
+    event("a", "i3", 4000),
+    {"user": "b", "recommend": 2, "exclude_seen": True},
+    event("b", "i9", 4000),
+    {"user": "a", "recommend": 3},
     {"user": "7", "recommend": 1},
-]  # fmt: skip
+]
 
 
 @pytest.fixture
@@ -138,10 +145,14 @@ def _die():
     raise _Killed
 
 
-@pytest.mark.parametrize(("steps", "options"), [
-    (LOG[:7], ["--save-every=3"]),
-    ([*LOG[:6], _idle, LOG[6]], ["--save-seconds=1e-9"]),
-], ids=["lines", "seconds"])  # fmt: skip
+@pytest.mark.parametrize(
+    ("steps", "options"),
+    [
+        (LOG[:7], ["--save-every=3"]),
+        ([*LOG[:6], _idle, LOG[6]], ["--save-seconds=1e-9"]),
+    ],
+    ids=["lines", "seconds"],
+)
 def test_saves_on_the_way(causal_run, causal_recommender, tmp_path, monkeypatch, steps, options):
     """Killed without warning, the table holds the lines of the last save; without input too, it is made."""
     state = tmp_path / "users.npz"

@@ -84,8 +84,18 @@ def test_events_of_one_user_in_one_call_keep_their_order(causal_recommender, mon
 
 def test_batches_are_powers_of_four():
     assert [user_table._batch_rows(n, 4096) for n in (1, 2, 3, 5, 7, 8, 31, 32, 2047, 2048, 9999)] == [
-        1, 4, 4, 4, 4, 16, 16, 64, 1024, 4096, 4096,
-    ]  # fmt: skip
+        1,
+        4,
+        4,
+        4,
+        4,
+        16,
+        16,
+        64,
+        1024,
+        4096,
+        4096,
+    ]
     assert [user_table._batch_rows(n, 128) for n in (1, 40, 70, 500)] == [1, 64, 128, 128]
 
 
@@ -180,9 +190,13 @@ def test_bfloat16_states_keep_their_bits(causal_recommender, tmp_path):
     config = dataclasses.replace(causal_recommender.config.model, dtype="bfloat16")
     model = type(causal_recommender.model)(config)
     narrow = Recommender(
-        model, causal_recommender.params, causal_recommender.config, item_ids=causal_recommender.item_ids, titles=None,
+        model,
+        causal_recommender.params,
+        causal_recommender.config,
+        item_ids=causal_recommender.item_ids,
+        titles=None,
         histories=causal_recommender._histories,
-    )  # fmt: skip
+    )
     table = UserTable(narrow)
     table.add([Event("a", "i1", START), Event("b", "i2", START)])
     table.save(tmp_path / "users.npz")

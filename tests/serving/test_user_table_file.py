@@ -64,7 +64,7 @@ CHANGES = {
     "waiting backwards": {"waiting_seconds": np.array([START + 51, START + 50], np.int32)},
     "waiting elsewhen": {"waiting_seconds": np.array([START, START], np.int32)},
     "nothing more": {"more": np.zeros(1)},
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("change", CHANGES)

@@ -17,11 +17,22 @@ from tim4rec_jax.training.loop import Setup
 
 # 33 steps in 3 epochs, with checkpoints and validations between them.
 OPTIONS = [
-    "--config=quickstart_sasrec", "--data.synthetic.num_users=60", "--data.synthetic.num_items=20", "--model.max_len=8",
-    "--model.d_model=16", "--model.inner_size=16", "--model.num_layers=1", "--train.batch_size=128", "--train.epochs=3",
-    "--train.log_every=1", "--train.checkpoint_every=3", "--train.length_groups=1", "--train.progress=false",
-    "--eval.baselines", "popularity",
-]  # fmt: skip
+    "--config=quickstart_sasrec",
+    "--data.synthetic.num_users=60",
+    "--data.synthetic.num_items=20",
+    "--model.max_len=8",
+    "--model.d_model=16",
+    "--model.inner_size=16",
+    "--model.num_layers=1",
+    "--train.batch_size=128",
+    "--train.epochs=3",
+    "--train.log_every=1",
+    "--train.checkpoint_every=3",
+    "--train.length_groups=1",
+    "--train.progress=false",
+    "--eval.baselines",
+    "popularity",
+]
 
 
 def run_forking(module: str, *arguments: str, folder: pathlib.Path, devices: int = 1, before: Sequence[str] = ()):

@@ -24,9 +24,16 @@ from tim4rec_jax.training.step import TrainState, init_state, make_optimizer, tr
 
 MAX_LEN, ITEMS = 12, 22
 MODEL = SASRecConfig(
-    vocab_size=ITEMS + 1, max_len=MAX_LEN, d_model=16, attention_heads=2, inner_size=24, dropout=0.3,
-    attention_dropout=0.2, norm_eps=1e-5, num_layers=2,
-)  # fmt: skip
+    vocab_size=ITEMS + 1,
+    max_len=MAX_LEN,
+    d_model=16,
+    attention_heads=2,
+    inner_size=24,
+    dropout=0.3,
+    attention_dropout=0.2,
+    norm_eps=1e-5,
+    num_layers=2,
+)
 PLAIN = dataclasses.replace(MODEL, dropout=0.0, attention_dropout=0.0)
 FAMILY = (
     {"name": "sasrec"},

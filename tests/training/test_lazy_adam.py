@@ -25,9 +25,17 @@ from tim4rec_jax.training.step import init_state, make_optimizer, train_step
 
 STEPS = 20
 MODEL = SASRecConfig(
-    vocab_size=23, max_len=12, d_model=8, attention_heads=2, inner_size=8, dropout=0.3,
-    attention_dropout=0.2, norm_eps=1e-5, num_layers=1, dtype="float64",
-)  # fmt: skip
+    vocab_size=23,
+    max_len=12,
+    d_model=8,
+    attention_heads=2,
+    inner_size=8,
+    dropout=0.3,
+    attention_dropout=0.2,
+    norm_eps=1e-5,
+    num_layers=1,
+    dtype="float64",
+)
 BATCH = {"last": 6, "all": 3}
 
 

@@ -36,8 +36,13 @@ def test_lines_are_strict_json_and_there_at_once(tmp_path):
         logger.log("test", **{"hit@10": 0.1, "ks": (10, 20), "note": None, "ok": True, "name": "ü"})
     assert text == '{"kind": "train", "step": 3, "loss": 0.5, "epoch": 1, "learning_rate": 0.001, "seconds": 2.0}\n'
     assert read_metrics(tmp_path / "new")[1] == {
-        "kind": "test", "hit@10": 0.1, "ks": [10, 20], "note": None, "ok": True, "name": "ü",
-    }  # fmt: skip
+        "kind": "test",
+        "hit@10": 0.1,
+        "ks": [10, 20],
+        "note": None,
+        "ok": True,
+        "name": "ü",
+    }
 
 
 def test_numbers_that_are_not_finite_come_back(tmp_path):
@@ -77,8 +82,13 @@ def test_appends_and_truncates_to_the_resumed_step(tmp_path):
         logger.log("train", step=30, loss=-1.0)
     lines = [(line["kind"], line.get("step", line.get("message"))) for line in read_metrics(tmp_path)]
     assert lines == [
-        ("event", "start"), ("train", 10), ("event", "after 10"), ("train", 20), ("event", "after 20"), ("train", 30),
-    ]  # fmt: skip
+        ("event", "start"),
+        ("train", 10),
+        ("event", "after 10"),
+        ("train", 20),
+        ("event", "after 20"),
+        ("train", 30),
+    ]
     assert read_metrics(tmp_path)[-1]["loss"] == -1.0
     with _logger(tmp_path) as logger:
         assert logger.truncate_after(30) == 0

@@ -11,10 +11,14 @@ READ_BY_ALL = [option for option in SHORT if not option.startswith("--model.inne
 WAYS = {
     "prefixes": SHORT,
     "all positions": [
-        *READ_BY_ALL, "--model.name=tim4rec_causal", "--model.d_state=8", "--model.head_dim=16",
-        "--train.positions=all", "--data.timestamp_precision=int64",
+        *READ_BY_ALL,
+        "--model.name=tim4rec_causal",
+        "--model.d_state=8",
+        "--model.head_dim=16",
+        "--train.positions=all",
+        "--data.timestamp_precision=int64",
     ],
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("devices", [1, pytest.param(8, marks=pytest.mark.exhaustive)])

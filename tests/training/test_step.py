@@ -23,9 +23,18 @@ LENGTHS = [12, 1, 3, 5, 4, 7, 1, 5, 6, 2]
 PLAIN = (LengthGroup(MAX_LEN, ROWS),)
 GROUPED = (LengthGroup(MAX_LEN, 3), LengthGroup(5, 4))
 MODEL = TiM4RecConfig(
-    vocab_size=23, max_len=MAX_LEN, d_model=16, head_dim=8, d_state=4, chunk_size=5, dropout=0.3, time_dropout=0.2,
-    norm_eps=1e-5, num_layers=1, use_ffn=False,
-)  # fmt: skip
+    vocab_size=23,
+    max_len=MAX_LEN,
+    d_model=16,
+    head_dim=8,
+    d_state=4,
+    chunk_size=5,
+    dropout=0.3,
+    time_dropout=0.2,
+    norm_eps=1e-5,
+    num_layers=1,
+    use_ffn=False,
+)
 DEEP = dataclasses.replace(MODEL, num_layers=2, dtype="float64")
 TIME_OFF = sibling(MODEL, "ssd4rec")
 DOUBLE = dataclasses.replace(TIME_OFF, dtype="float64")

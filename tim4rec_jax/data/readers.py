@@ -483,10 +483,12 @@ def _is_quoted(data: bytes, source: Source, delimiter: str) -> bool:
         opening, closing = quotes[opens::2], quotes[1 - opens :: 2]
         opens = (opens + len(quotes)) % 2
         last = quotes[-1] if len(quotes) else last
-        bad = np.concatenate([
-            opening[(opening > 0) & ~np.isin(text[opening - 1], before)],
-            closing[(closing < len(data) - 1) & ~np.isin(text[np.minimum(closing + 1, len(data) - 1)], after)],
-        ])  # fmt: skip
+        bad = np.concatenate(
+            [
+                opening[(opening > 0) & ~np.isin(text[opening - 1], before)],
+                closing[(closing < len(data) - 1) & ~np.isin(text[np.minimum(closing + 1, len(data) - 1)], after)],
+            ]
+        )
         if len(bad):
             raise ValueError(
                 f"{source}:{_line(data, int(bad.min()))}: a quote inside a field; write it twice and the whole field "

@@ -263,13 +263,27 @@ def temporal_split(log: InteractionLog, valid_from: int, test_from: int, *, targ
     unseen_valid, unseen_test = [int((~trained[log.items[log.offsets[e.users] + e.ends]]).sum()) for e in (valid, test)]
     no_train, no_valid, no_test = [log.num_users - len(np.unique(examples.users)) for examples in (train, valid, test)]
     return Split(
-        train, valid, test,
+        train,
+        valid,
+        test,
         first_held_out=Examples(np.arange(log.num_users, dtype=np.int32), ends[0].astype(np.int32)),
         report=SplitReport(
-            valid_from, test_from, len(train), len(valid), len(test), log.num_users, valid_rest, test_rest,
-            no_train, no_valid, no_test, log.num_items - int(trained.sum()), unseen_valid, unseen_test,
+            valid_from,
+            test_from,
+            len(train),
+            len(valid),
+            len(test),
+            log.num_users,
+            valid_rest,
+            test_rest,
+            no_train,
+            no_valid,
+            no_test,
+            log.num_items - int(trained.sum()),
+            unseen_valid,
+            unseen_test,
         ),
-    )  # fmt: skip
+    )
 
 
 def _examples(firsts: np.ndarray, ends: np.ndarray) -> Examples:

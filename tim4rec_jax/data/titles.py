@@ -12,14 +12,33 @@ from tim4rec_jax.data.sources import Source, expanded, list_sources
 
 # A column is known by its name's letters and digits alone: movieId, movie_id and "Movie ID" are one.
 _THINGS = (
-    "item", "product", "movie", "book", "track", "song", "game", "app", "video", "course", "business", "article",
-    "news", "recipe", "anime", "venue", "poi",
-)  # fmt: skip
+    "item",
+    "product",
+    "movie",
+    "book",
+    "track",
+    "song",
+    "game",
+    "app",
+    "video",
+    "course",
+    "business",
+    "article",
+    "news",
+    "recipe",
+    "anime",
+    "venue",
+    "poi",
+)
 _ID_COLUMNS = ("itemid", "id", "productid", "item", *(f"{thing}id" for thing in _THINGS), "parentasin", "asin", "isbn")
 _TITLE_COLUMNS = (
-    "movietitle", "title", "name", "appname", *(f"{thing}title" for thing in _THINGS),
+    "movietitle",
+    "title",
+    "name",
+    "appname",
+    *(f"{thing}title" for thing in _THINGS),
     *(f"{thing}name" for thing in _THINGS),
-)  # fmt: skip
+)
 _MOVIELENS = {"movies.dat": "::", "u.item": "|"}
 
 

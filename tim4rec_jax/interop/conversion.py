@@ -39,12 +39,26 @@ from tim4rec_jax.training.step import TrainState, make_optimizer
 _TABLE = "item_embedding.weight"
 # Settings of speed and of training.
 _SAME_SCORES = {
-    "dtype", "chunk_size", "kernels", "kaiming_init", "dropout", "time_dropout", "attention_dropout",
-}  # fmt: skip
+    "dtype",
+    "chunk_size",
+    "kernels",
+    "kaiming_init",
+    "dropout",
+    "time_dropout",
+    "attention_dropout",
+}
 _BOUNDED = (
-    "d_model", "d_state", "d_conv", "expand", "head_dim", "chunk_size", "attention_heads", "inner_size", "time_span",
+    "d_model",
+    "d_state",
+    "d_conv",
+    "expand",
+    "head_dim",
+    "chunk_size",
+    "attention_heads",
+    "inner_size",
+    "time_span",
     "max_len",
-)  # fmt: skip
+)
 # Of a file's name, in bytes: those beside it end in ".item_ids.csv", and file systems take 255.
 _LONGEST_NAME = 240
 # Largest setting that no tensor of a checkpoint bounds.

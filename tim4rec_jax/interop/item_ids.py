@@ -73,8 +73,11 @@ def read_item_ids(path: pathlib.Path, count: int) -> list[str]:
     require(len(places) == count, f"{name}: index must be 1 to {count:,}, each once; one stands twice")
     ids = [places[index] for index in range(1, count + 1)]
     first: dict[str, int] = {}
-    twice = [f"{shown(item, 40)} (items {first[item]} and {index})" for index, item in enumerate(ids, 1)
-             if first.setdefault(item, index) != index]  # fmt: skip
+    twice = [
+        f"{shown(item, 40)} (items {first[item]} and {index})"
+        for index, item in enumerate(ids, 1)
+        if first.setdefault(item, index) != index
+    ]
     require("" not in first, f"{name}: the id of item {first.get('')} is empty")
     require(not twice, f"{name} has ids twice: {listed(twice, 100) if twice else ''}")
     return ids

@@ -34,9 +34,11 @@ _KEYS = ("state_dict", "model_state_dict", "model_state", "model", "net", "modul
 # What wrappers put before every name: DataParallel, Lightning and the like, torch.compile.
 _PREFIXES = ("module.", "model.", "_orig_mod.", "net.")
 _DTYPES = {
-    "torch.FloatStorage": np.dtype("<f4"), "torch.DoubleStorage": np.dtype("<f8"), "torch.HalfStorage": np.dtype("<f2"),
+    "torch.FloatStorage": np.dtype("<f4"),
+    "torch.DoubleStorage": np.dtype("<f8"),
+    "torch.HalfStorage": np.dtype("<f2"),
     "torch.BFloat16Storage": np.dtype(jnp.bfloat16),
-}  # fmt: skip
+}
 # How files of torch.save before release 1.6 begin: a pickle of a number that nothing else begins with.
 _LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 _MOST_PICKLED = 64 * 2**20
@@ -202,9 +204,23 @@ def _open_legacy(stream: Any, size: int) -> tuple[Any, _Storage]:
 
 # Bytes of one number in the storages of PyTorch.
 _WIDTHS = {
-    "Double": 8, "Float": 4, "Half": 2, "BFloat16": 2, "Long": 8, "Int": 4, "Short": 2, "Char": 1, "Byte": 1, "Bool": 1,
-    "ComplexFloat": 8, "ComplexDouble": 16, "QInt8": 1, "QUInt8": 1, "QInt32": 4, "Untyped": 1,
-}  # fmt: skip
+    "Double": 8,
+    "Float": 4,
+    "Half": 2,
+    "BFloat16": 2,
+    "Long": 8,
+    "Int": 4,
+    "Short": 2,
+    "Char": 1,
+    "Byte": 1,
+    "Bool": 1,
+    "ComplexFloat": 8,
+    "ComplexDouble": 16,
+    "QInt8": 1,
+    "QUInt8": 1,
+    "QInt32": 4,
+    "Untyped": 1,
+}
 
 
 def _widths(described: Any) -> dict[str, int]:
@@ -231,9 +247,14 @@ def _reference(storage: Any) -> tuple[str, str, int]:
     """Storage class, key and number of elements that a tensor refers to."""
     key = storage.key if isinstance(storage, Persistent) else None
     if not (
-        isinstance(key, tuple) and len(key) in (5, 6) and key[0] == "storage" and isinstance(key[1], Name)
-        and isinstance(key[2], str) and _count(key[4]) and (len(key) == 5 or key[5] is None)
-    ):  # fmt: skip
+        isinstance(key, tuple)
+        and len(key) in (5, 6)
+        and key[0] == "storage"
+        and isinstance(key[1], Name)
+        and isinstance(key[2], str)
+        and _count(key[4])
+        and (len(key) == 5 or key[5] is None)
+    ):
         raise ValueError("is damaged, or of a PyTorch before 0.4: a tensor without a storage")
     return key[1].path, key[2], key[4]
 
@@ -256,9 +277,11 @@ def _find_state(content: Any) -> dict[Any, Any]:
         state = next(filter(_holds_tensors, inner), inner[0])
     if isinstance(state, dict) and state:
         return state
-    kind = "an empty dict" if state == {} else "a " + {Names: "dict", Call: "tensor or another object"}.get(
-        type(state), type(state).__name__
-    )  # fmt: skip
+    kind = (
+        "an empty dict"
+        if state == {}
+        else "a " + {Names: "dict", Call: "tensor or another object"}.get(type(state), type(state).__name__)
+    )
     raise ValueError(f"holds {kind}, where a state dict or a dict with 'state_dict' is expected")
 
 

@@ -44,7 +44,7 @@ _VALUES = frozenset(
         "SHORT_BINBYTES",
         "BINBYTES8",
         "BYTEARRAY8",
-    }  # fmt: skip
+    }
 )
 _MARK = object()
 
@@ -193,7 +193,7 @@ _OPERATIONS: dict[str, Callable[[_Machine], Any]] = {
     "BINPERSID": lambda m: m.stack.append(Persistent(m._pop())),
     "PROTO": lambda m: None,
     "FRAME": lambda m: None,
-}  # fmt: skip
+}
 
 
 def read_pickle(stream: BinaryIO, most: int = MOST_OPERATIONS) -> Any:

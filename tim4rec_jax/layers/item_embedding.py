@@ -11,9 +11,12 @@ from tim4rec_jax.model_config import ModelConfig
 def embedding_table(rows: int, config: ModelConfig) -> nn.Embed:
     """Returns a table of `rows` vectors of width d, N(0, 0.02); row 0 is drawn like all others."""
     return nn.Embed(
-        rows, config.d_model, dtype=jnp.dtype(config.dtype), param_dtype=wide(config.dtype),
+        rows,
+        config.d_model,
+        dtype=jnp.dtype(config.dtype),
+        param_dtype=wide(config.dtype),
         embedding_init=nn.initializers.normal(INIT_STD),
-    )  # fmt: skip
+    )
 
 
 class ItemEmbedding(nn.Embed):
@@ -29,9 +32,13 @@ class ItemEmbedding(nn.Embed):
 def item_embedding(config: ModelConfig) -> ItemEmbedding:
     """Returns the item embedding, initial values as `embedding_table`, of `config.embedding_rows` rows."""
     return ItemEmbedding(
-        config.embedding_rows, config.d_model, dtype=jnp.dtype(config.dtype), param_dtype=wide(config.dtype),
-        embedding_init=nn.initializers.normal(INIT_STD), vocab_size=config.vocab_size,
-    )  # fmt: skip
+        config.embedding_rows,
+        config.d_model,
+        dtype=jnp.dtype(config.dtype),
+        param_dtype=wide(config.dtype),
+        embedding_init=nn.initializers.normal(INIT_STD),
+        vocab_size=config.vocab_size,
+    )
 
 
 def table_rows(items: ItemEmbedding) -> Array:

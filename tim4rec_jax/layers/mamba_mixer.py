@@ -89,10 +89,18 @@ class MambaMixer(nn.Module):
         x, conv_cache = self.conv(x, segment_ids=segment_ids, cache=conv_cache)
         r, B, C = jnp.split(self.x_proj(x), [rank, rank + state], axis=-1)
         scanned = selective_scan(
-            x, self.dt_proj(r), -jnp.exp(self.A_log), B, C, D=self.D, dt_bias=self.dt_bias, initial_state=before,
-            return_final_state=cache is not None, segment_ids=segment_ids,
+            x,
+            self.dt_proj(r),
+            -jnp.exp(self.A_log),
+            B,
+            C,
+            D=self.D,
+            dt_bias=self.dt_bias,
+            initial_state=before,
+            return_final_state=cache is not None,
+            segment_ids=segment_ids,
             implementation=config.kernels,
-        )  # fmt: skip
+        )
         y, after = scanned if isinstance(scanned, tuple) else (scanned, None)
         z = self.in_proj(rows.at(u), [slice(inner, None)])
         out = self.out_proj(rows.at(y) * jax.nn.silu(z))

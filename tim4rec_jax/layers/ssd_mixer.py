@@ -71,9 +71,13 @@ class SSDMixer(nn.Module, Generic[Settings]):
         inner, state, heads = config.d_inner, config.d_state, config.num_heads
         self.in_proj = Linear(2 * inner + 2 * state + heads, config.dtype)
         self.conv = CausalConv(
-            inner + 2 * state, config.d_conv, config.activation, config.kaiming_init, config.dtype,
+            inner + 2 * state,
+            config.d_conv,
+            config.activation,
+            config.kaiming_init,
+            config.dtype,
             config.kernels,
-        )  # fmt: skip
+        )
         self.dt_bias = self.param("dt_bias", _dt_bias_init, (heads,), dtype)
         self.A_log = self.param("A_log", _decay_init, (heads,), dtype)
         self.D = self.param("D", nn.initializers.ones_init(), (heads,), dtype)

@@ -42,9 +42,12 @@ class TiM4Rec(StateSpaceModel[TiM4RecConfig]):
         """Returns T_0 [b, 1, max_len], shared by the heads."""
         config = self.config
         gaps = time_gaps(
-            self.full_timestamps(timestamps, rows.real), rows.lengths, mask_padded=config.mask_padded_time,
-            log=config.log_time, dtype=wide(config.dtype),
-        )  # fmt: skip
+            self.full_timestamps(timestamps, rows.real),
+            rows.lengths,
+            mask_padded=config.mask_padded_time,
+            log=config.log_time,
+            dtype=wide(config.dtype),
+        )
         dropped = self.time_dropout(gaps[:, None], rows.example_ids, deterministic=rows.deterministic)
         return self.time_norm(dropped)
 

@@ -227,13 +227,19 @@ def export_model(
         np.savez(temporary / PARAMETERS, **arrays)  # pyright: ignore[reportArgumentType]
         _write_items(recommender, temporary / ITEMS)
         description = {
-            "format": EXPORT_FORMAT, "made_with": {name: _version(name) for name in ("tim4rec_jax", "jax")},
-            "run": config.name, "model": dataclasses.asdict(config.model), "platforms": list(platforms), "k": k,
-            "max_len": recommender.max_len, "num_items": recommender.num_items,
+            "format": EXPORT_FORMAT,
+            "made_with": {name: _version(name) for name in ("tim4rec_jax", "jax")},
+            "run": config.name,
+            "model": dataclasses.asdict(config.model),
+            "platforms": list(platforms),
+            "k": k,
+            "max_len": recommender.max_len,
+            "num_items": recommender.num_items,
             "sizes": {"b": "histories of a call, at least 1", "s": "items to leave out, at least 1"},
             "order": "arrays of a dictionary follow each other by sorted name",
             "parameters": {"file": PARAMETERS, "arrays": _described(arrays)},
-            "items": {"file": ITEMS, "columns": ["index", "item_id", "title", "embedding"]}, "programs": programs,
-        }  # fmt: skip
+            "items": {"file": ITEMS, "columns": ["index", "item_id", "title", "embedding"]},
+            "programs": programs,
+        }
         (temporary / DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
     return description

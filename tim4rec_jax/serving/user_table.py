@@ -238,9 +238,11 @@ class UserTable:
         """
         self._grow()
         header = {
-            "format": user_table_file.TABLE_FORMAT, "fingerprint": self._fingerprint, "keeps_items": self.keeps_items,
+            "format": user_table_file.TABLE_FORMAT,
+            "fingerprint": self._fingerprint,
+            "keeps_items": self.keeps_items,
             "notes": self.notes,
-        }  # fmt: skip
+        }
         arrays = {"users": user_table_file.text(json.dumps(self.users))}
         arrays |= {"last_times": np.array(self._last_times), "events": np.array(self._events)}
         if self.keeps_items:

@@ -29,9 +29,17 @@ _NPY = re.compile(
 )
 # What reading a file that is none, or a torn one, ends in.
 _DAMAGE = (
-    zipfile.BadZipFile, zlib.error, struct.error, ValueError, TypeError, KeyError, EOFError, NotImplementedError,
-    RuntimeError, OverflowError,
-)  # fmt: skip
+    zipfile.BadZipFile,
+    zlib.error,
+    struct.error,
+    ValueError,
+    TypeError,
+    KeyError,
+    EOFError,
+    NotImplementedError,
+    RuntimeError,
+    OverflowError,
+)
 
 
 def write(path: pathlib.Path, header: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> None:

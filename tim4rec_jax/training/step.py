@@ -81,9 +81,12 @@ def learning_rate_schedule(config: TrainConfig, total_steps: int) -> optax.Sched
 def make_optimizer(config: TrainConfig, total_steps: int) -> optax.GradientTransformation:
     """Returns Adam (AdamW with weight decay) after optional clipping of the global norm."""
     adam = optax.adamw(
-        learning_rate_schedule(config, total_steps), b1=config.adam_b1, b2=config.adam_b2, eps=config.adam_eps,
+        learning_rate_schedule(config, total_steps),
+        b1=config.adam_b1,
+        b2=config.adam_b2,
+        eps=config.adam_eps,
         weight_decay=config.weight_decay,
-    )  # fmt: skip
+    )
     return adam if config.clip_norm is None else optax.chain(optax.clip_by_global_norm(config.clip_norm), adam)
 
 

@@ -126,8 +126,13 @@ def _known(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 _COMPARISONS = {
-    "eq": np.equal, "ne": np.not_equal, "lt": np.less, "le": np.less_equal, "gt": np.greater, "ge": np.greater_equal,
-}  # fmt: skip
+    "eq": np.equal,
+    "ne": np.not_equal,
+    "lt": np.less,
+    "le": np.less_equal,
+    "gt": np.greater,
+    "ge": np.greater_equal,
+}
 
 
 def _same(a: np.ndarray) -> np.ndarray:
