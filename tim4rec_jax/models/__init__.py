@@ -89,7 +89,8 @@ def model_class(name: str) -> type[SequentialModel]:
     if name not in MODELS:
         near = difflib.get_close_matches(str(name), MODELS, n=3, cutoff=0.5) or sorted(MODELS)
         raise ValueError(
-            f"model.name={name!r} is unknown; nearest: {', '.join(near)}; of your own: give --model.module too"
+            f"model.name={name!r} is unknown; nearest: {', '.join(near)}; of your own: import its module, or "
+            "give --model.module"
         )
     return MODELS[name]
 
