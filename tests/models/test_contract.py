@@ -261,6 +261,7 @@ def test_pieces_of_any_size_give_what_one_pass_gives(form):
 def test_ragged_pieces_leave_what_is_padded_alone(form):
     items, times = (column[:, :8] for column in rows(lengths=[8] * 4))
     empty = form.init_cache(4)
+    jax.tree.map(np.testing.assert_array_equal, empty, form.model.init_cache(4))  # It depends on no parameter.
     options = {"segment_ids": one_segment(jnp.array([0, 2, 6, 8]), 8), "cache": empty}
     _, cache = form.call(items, times, **options)
     for leaf, start in zip(jax.tree.leaves(cache), jax.tree.leaves(empty), strict=True):

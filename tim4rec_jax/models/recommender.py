@@ -2,6 +2,7 @@
 
 from typing import Any, ClassVar, Generic, NamedTuple, TypeVar, cast
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
@@ -242,8 +243,21 @@ class StateSpaceModel(SequentialModel[Settings]):
     def init_cache(self, batch: int) -> Cache:
         if not self.streamable:
             return super().init_cache(batch)
+        if self.scope is None:
+            return self._empty_cache(batch)
         zeros = jnp.zeros(batch, jnp.int32)
         return Cache(zeros, zeros, tuple(layer.init_cache(batch) for layer in self.layers))
+
+    def _empty_cache(self, batch: int) -> Cache:
+        """What `init_cache` is outside of `apply`; it depends on no parameter."""
+        items = jnp.zeros((1, self.config.max_len), jnp.int32)
+        shapes = jax.eval_shape(self.init, jax.random.key(0), items, items)
+
+        def empty() -> Any:
+            nothing = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+            return self.apply(nothing, batch, method="init_cache")
+
+        return jax.jit(empty)()
 
 
 def last_hidden(
