@@ -38,6 +38,17 @@ EXPECTED_ERRORS = (
 )
 
 
+# Options of earlier versions, and what does as they did.
+RETIRED = {
+    "model.time_mode": "--model.name=tim4rec_causal for causal, --model.name=tim4rec for faithful",
+    "model.use_time": "--model.name=ssd4rec for false, --model.name=tim4rec or tim4rec_causal for true",
+    "train.loss_implementation": "--train.loss_in_tiles, and --model.kernels for its backend",
+    **dict.fromkeys(
+        ("model.ssd_implementation", "model.conv_implementation", "model.scan_implementation"), "--model.kernels"
+    ),
+}
+
+
 def _options(settings: Any, prefix: str = "--") -> Iterator[tuple[str, Any]]:
     """Yields the option of every field of nested dataclasses, as in --train.learning_rate, with its type."""
     hints = typing.get_type_hints(type(settings))
@@ -67,6 +78,8 @@ def _known_option(option: str, hints: Mapping[str, Any]) -> tuple[str, bool]:
     opposite = known.get(head + dot + last.removeprefix("no_"), "") if last.startswith("no_") else ""
     if hints.get(opposite) is bool:
         return opposite, True
+    if (gone := head + dot + last.removeprefix("no_")) in RETIRED:
+        raise ValueError(f"{shortened(option, 60)} is gone; give {RETIRED[gone]}")
     near = difflib.get_close_matches(plain, known, n=3, cutoff=0.4) or sorted(known)
     raise ValueError(f"unknown option {shortened(option, 60)}; nearest: {listed([known[n] for n in near], 160, ', ')}")
 

@@ -99,7 +99,7 @@ def file_name(data: str) -> str:
 
 def family_names() -> list[str]:
     """Returns the names of all combinations."""
-    return [f"{file_name(data)}_{model}" for data in DATA_NAMES for model in MODEL_NAMES]
+    return [f"{file_name(data)}_{model}" for data in DATA_NAMES for model in MODELS]
 
 
 def compose(name: str, load: Callable[[str], ExperimentConfig]) -> ExperimentConfig:

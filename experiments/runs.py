@@ -45,7 +45,8 @@ def options(config: ExperimentConfig, name: str) -> tuple[str, ...]:
     """
     before, given = flat(load_config(name).to_dict()), [f"--config={name}"]
     for path, value in flat(config.to_dict()).items():
-        if path == "name" or (path in before and before[path] == value):
+        needed = path == "model.module" and value is not None  # Without it the name is not known.
+        if path == "name" or (path in before and before[path] == value and not needed):
             continue
         given += [f"--{path}", *map(str, value)] if isinstance(value, tuple) else [f"--{path}={value}"]
     if train.parse(given)[0] != config:

@@ -19,6 +19,7 @@ from tim4rec_jax.checks import listed, require
 from tim4rec_jax.config import DataConfig, EvalConfig, ExperimentConfig, ParallelConfig, TrainConfig, flat
 from tim4rec_jax.data_config import DATA_ALIASES
 from tim4rec_jax.model_config import ModelConfig
+from tim4rec_jax.models import MODELS, import_model_module
 from tim4rec_jax.run_dir import CONFIG, read_config, read_environment
 
 # Settings that a model's numbers do not depend on, and those that the data answer for by their fingerprint.
@@ -44,7 +45,7 @@ class Arguments:
     Attributes:
       model, data, train, eval, parallel: settings for every model that reads them, each an option by its path.
       data_set: the data, one of `DATA_NAMES`.
-      models: names, separated by commas.
+      models: names, separated by commas; my_models:GRU4Rec names one that the module my_models registers.
       seeds: how many, counted up from 2020, or the seeds themselves, separated by commas ("7," is seed 7 alone).
       epochs: short for --train.epochs.
       metric: decides which model is best; None is eval.monitor.
@@ -136,16 +137,17 @@ def _require_known(kind: str, name: str, names: Sequence[str]) -> None:
 
 
 def parse_models(text: str) -> tuple[str, ...]:
-    """Reads "tim4rec,sasrec".
+    """Reads "tim4rec,sasrec,my_models:GRU4Rec"; the last is imported, and stands for the name it is registered by.
 
     Raises:
       ValueError: for an unknown name (the nearest are shown), a repeated one, or none.
     """
-    names = tuple(name.strip() for name in text.split(",") if name.strip())
+    given = [name.strip() for name in text.split(",") if name.strip()]
+    names = tuple(import_model_module(name) or name if ":" in name else name for name in given)
     if not names:
         raise ValueError(f"--models={text!r} names no model; choose of {', '.join(MODEL_NAMES)}")
     for name in names:
-        _require_known("model", name, MODEL_NAMES)
+        _require_known("model", name, tuple(MODELS))
         if names.count(name) > 1:
             raise ValueError(f"--models={text}: {name} is there {names.count(name)} times; name each model once")
     return names

@@ -55,6 +55,6 @@ def chosen(argv: Sequence[str]) -> tuple[ExperimentConfig, ModelConfig]:
     finder.add_argument("--model.name", "--model-name", dest="model")
     finder.add_argument("--model.module", "--model-module", dest="module")
     found, _ = finder.parse_known_args(argv)
-    config = load_config(found.config)
     of_module = None if found.module in (None, "None") else import_model_module(found.module)
+    config = load_config(found.config)
     return config, of_model(config.model, found.model or of_module or config.model.name)

@@ -194,3 +194,17 @@ def test_help_shows_all_options(capsys):
     assert stop.value.code == 0
     shown = capsys.readouterr().out
     assert all(f"--{field.name.replace('_', '-')}" in shown for field in dataclasses.fields(recommend.Arguments))
+
+
+@pytest.mark.parametrize(
+    ("option", "instead"),
+    [
+        ("--model.use_time=false", "ssd4rec"),
+        ("--model.no-use-time", "ssd4rec"),
+        ("--model.time_mode=causal", "tim4rec_causal"),
+    ],
+)
+def test_options_of_earlier_versions_name_what_does_as_they_did(option, instead, capsys):
+    assert train.main(["--config=quickstart", option]) == 2
+    shown = capsys.readouterr().err
+    assert shown.count("\n") == 1 and "is gone" in shown and f"--model.name={instead}" in shown

@@ -58,3 +58,12 @@ def test_a_module_that_is_not_there_is_one_line(run):
     done = start("evaluate", f"--run={run[0]}", path=None)
     assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1
     assert "model.module=my_models cannot be imported" in done.stderr and "PYTHONPATH" in done.stderr
+
+
+def test_it_stands_in_a_comparison(run, tmp_path):
+    options = [option for option in OPTIONS[2:] if "baselines" not in option]
+    where = ["--data=quickstart", f"--runs={tmp_path / 'runs'}", f"--output={tmp_path / 'table'}", "--seeds=1"]
+    models = "--models=ssd4rec,my_models:GRU4Rec"
+    done = start("compare", models, "--model.d_state=4", "--model.head_dim=4", *where, *options, path=run[1])
+    assert done.returncode == 0, done.stderr
+    assert "gru4rec" in (tmp_path / "table.md").read_text()
