@@ -144,6 +144,33 @@ def operators_on_cpu() -> str:
     return markdown(["operator", "this", "time of others / this"], rows)
 
 
+def speed() -> str:
+    """A training step on a CPU and the SSD on a GPU, each with what it is measured beside."""
+    step = record("benchmark_train_step_beauty")
+    rows = [
+        [
+            f"training step of `beauty_tim4rec`, batch {step['batch_size']}, two CPU cores "
+            "([run](experiments/results/benchmark_train_step_beauty.json))",
+            f"{step['median_seconds']['grouped']:.2f} s",
+            f"our PyTorch model, padded as the original program is: {step['pytorch_over']['grouped']:.1f}x",
+        ]
+    ]
+    for one in record("gpu_h100_ops")["ops"]["comparisons"]:
+        if one["op"] != "ssd" or one["precision"] != "tfloat32":
+            continue
+        forms = {name.partition(":")[0]: form for name, form in one["forms"].items() if "forward_backward" in name}
+        mine, sizes = forms["pallas_triton"]["median_seconds"], one["sizes"]
+        rows.append(
+            [
+                f"SSD forward and backward, TF32, {sizes['b']:,} rows of {sizes['l']}, "
+                f"{sizes['h']} heads of {sizes['p']}, state {sizes['n']}, one H100 ([run](experiments/results/gpu_h100_ops.json))",
+                f"{1e3 * mine:.2f} ms",
+                f"plain JAX: {forms['xla']['median_seconds'] / mine:.1f}x",
+            ]
+        )
+    return markdown(["", "this", "time of others / this"], rows)
+
+
 def operators_on_h100() -> str:
     """The kernels on one H100, forward and backward."""
     wanted = [
@@ -185,6 +212,7 @@ TABLES: dict[str, Callable[[], str]] = {
         step_forms,
         operators_on_cpu,
         operators_on_h100,
+        speed,
     )
 }
 _REGION = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
