@@ -163,7 +163,8 @@ def speed() -> str:
         rows.append(
             [
                 f"SSD forward and backward, TF32, {sizes['b']:,} rows of {sizes['l']}, "
-                f"{sizes['h']} heads of {sizes['p']}, state {sizes['n']}, one H100 ([run](experiments/results/gpu_h100_ops.json))",
+                f"{sizes['h']} heads of {sizes['p']}, state {sizes['n']}, one H100 "
+                "([run](experiments/results/gpu_h100_ops.json))",
                 f"{1e3 * mine:.2f} ms",
                 f"plain JAX: {forms['xla']['median_seconds'] / mine:.1f}x",
             ]
