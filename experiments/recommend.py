@@ -5,7 +5,7 @@
     python -m experiments.recommend --run=runs/ml1m --input=histories.jsonl --output=top.parquet --exclude-seen
 
 A line of the input file is {"user": "42"} or {"history": ["1193", "661"], "times": [978300760, 978302109]}, times
-optional. Where times are missing they are assumed, and the output says so. The output file has one row a recommended
+optional. Where times are missing they are assumed, and the output says so. The output file has one row per recommended
 item: line, user, rank, item_id, score, title, assumed_gap (seconds; null where times are known).
 
 The last max_len events of a history are read, as in evaluation. A causal model's state can hold all of them, however
@@ -35,8 +35,8 @@ class Arguments:
       run: the run folder.
       user: raw id of a user of the run's log.
       history: raw item ids, oldest first, separated by commas.
-      times: seconds since 1970, one an item of --history, separated by commas.
-      input: JSON-lines file with a user or a history a line.
+      times: seconds since 1970, one per item of --history, separated by commas.
+      input: JSON-lines file with a user or a history per line.
       output: Parquet file for the recommendations of --input.
       k: items to recommend.
       exclude_seen: leave the items of the history out; lists are shorter where fewer than k are left.
@@ -74,7 +74,7 @@ def check(arguments: Arguments) -> None:
     require_no_run_file(output)
     if source.suffix.lower() in (".csv", ".tsv", ".parquet"):
         raise ValueError(
-            f"--input={shortened(str(source), 80)}: a JSON-lines file is read, one object a line, such as "
+            f"--input={shortened(str(source), 80)}: a JSON-lines file is read, one object per line, such as "
             '{"user": "42"}; convert it'
         )
 

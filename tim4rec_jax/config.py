@@ -34,7 +34,7 @@ class TrainConfig:
     Attributes:
       epochs: most passes over the training examples.
       max_steps: most optimiser steps; None for no limit.
-      batch_size: examples a step; with `positions="all"` rows of max_len positions.
+      batch_size: examples per step; with `positions="all"` rows of max_len positions.
       learning_rate: peak rate of Adam.
       adam_b1, adam_b2, adam_eps: Adam's constants.
       weight_decay: decoupled (AdamW); 0 is Adam.

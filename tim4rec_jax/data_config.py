@@ -36,7 +36,7 @@ class SyntheticConfig:
     Attributes:
       num_users: users.
       num_items: items.
-      min_events, max_events: events a user, drawn uniformly.
+      min_events, max_events: events per user, drawn uniformly.
       noise: share of events whose item is drawn from the popularity distribution instead of the rule.
       seed: of the generator.
     """

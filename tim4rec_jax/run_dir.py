@@ -62,9 +62,9 @@ class Log(Protocol):
       items: int32[rows], model indices, 1 and up.
       timestamps: int64[rows], seconds.
       offsets: int64[users+1].
-      user_ids: raw ids, one a user.
+      user_ids: raw ids, one per user.
       item_ids: raw ids; the one of index i is at i-1.
-      titles: one an item, or None.
+      titles: one per item, or None.
       fingerprint: hash of the cleaned log.
     """
 

@@ -33,7 +33,7 @@ class Form:
 
     Attributes:
       launch: starts the work and returns what `wait` needs; launches run one after the other.
-      wait: returns once a launch and all before it are done.
+      wait: returns once per launch and all before it are done.
     """
 
     launch: Callable[[], Any]

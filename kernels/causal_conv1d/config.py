@@ -9,7 +9,7 @@ _MAX_CHANNELS = 64
 _MAX_TILE = 512
 _MAX_UNROLL = 16
 # Channels times strips that fill a large GPU once: 132 multiprocessors, 24 warps each (the backward kernel has 80
-# registers a thread), two channels a thread, and a little less.
+# registers per thread), two channels a thread, and a little less.
 _ENOUGH_LANES = 3 * 2**16
 # Shorter segments would read too many positions twice (K - 1 each).
 _MIN_SEGMENT = 32
@@ -73,7 +73,7 @@ def default_config(*, batch: int, length: int, channels: int) -> CausalConv1dCon
         strips=strips,
         segments=segments,
         forward_unroll=4,
-        # 80 registers a thread at most, so that three programs of 8 warps share a multiprocessor; 4 take up to 100.
+        # 80 registers per thread at most, so that three programs of 8 warps share a multiprocessor; 4 take up to 100.
         backward_unroll=3,
         forward_warps=warps,
         backward_warps=warps,

@@ -109,7 +109,7 @@ _TILE_VALUES = 2**15
 
 
 def _row_tiles(batch: int, state_values: int) -> tuple[int, int]:
-    """Returns how many tiles of how many rows a batch is cut into, for states of so many values a row.
+    """Returns how many tiles of how many rows a batch is cut into, for states of so many values per row.
 
     On CPUs a step on all rows would go through memory. Elsewhere one tile is everything, for small ones would leave a
     GPU idle.

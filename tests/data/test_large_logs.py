@@ -1,4 +1,4 @@
-"""Reading and cleaning in pieces: the result of the plain path, within memory that is a fixed number of bytes a row."""
+"""Reading and cleaning in pieces: the result of the plain path, within a fixed number of bytes of memory per row."""
 
 import dataclasses
 import json
@@ -18,7 +18,7 @@ from tim4rec_jax.data.sources import Source
 from tim4rec_jax.data.splits import leave_one_out
 
 ROWS = 600_000
-# Columns, their successors and the order take under 60 bytes a row; blocks and libraries do not grow with the log.
+# Columns, their successors and the order take under 60 bytes per row; blocks and libraries do not grow with the log.
 BYTES_A_ROW = 80
 FIXED_BYTES = 150_000_000
 

@@ -79,7 +79,7 @@ FAMILY = {
 }
 
 
-# Columns: length, rows a batch, epochs, dropout, learning rate.
+# Columns: length, rows per batch, epochs, dropout, learning rate.
 CAUSAL = {
     "ml1m_tim4rec_causal": (200, 16, 30, 0.2, 1e-3),
     "ml100k_tim4rec_causal": (200, 8, 20, 0.2, 1e-3),

@@ -126,7 +126,7 @@ def test_a_line_without_an_end_is_not_read_whole(recommender, monkeypatch):
 
 def test_empty_input(recommender, tmp_path):
     (tmp_path / "none.jsonl").write_text("\n\n")
-    with pytest.raises(ValueError, match="holds no lines; write one JSON object a line"):
+    with pytest.raises(ValueError, match="holds no lines; write one JSON object per line"):
         read_histories(recommender, tmp_path / "none.jsonl")
 
 

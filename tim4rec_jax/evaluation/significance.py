@@ -96,7 +96,7 @@ def sign_flip_test(differences: np.ndarray, *, resamples: int = SIGN_VECTORS, se
 def bootstrap_interval(
     differences: np.ndarray, *, level: float = 0.95, resamples: int = BOOTSTRAP_DRAWS, seed: int = 0
 ) -> np.ndarray:
-    """Percentile interval of the mean difference when users are drawn anew with replacement, one a row.
+    """Percentile interval of the mean difference when users are drawn anew with replacement, one per row.
 
     Args:
       differences: [rows, users].

@@ -28,7 +28,7 @@ class CausalTiM4RecConfig(SSDConfig):
 
     Attributes:
       time_dropout: rate inside the time branch.
-      date_knots: values a channel of a piecewise linear function of the date that is added to the output; 0 for none.
+      date_knots: values per channel of a piecewise linear function of the date that is added to the output; 0 for none.
     """
 
     name: str = "tim4rec_causal"

@@ -41,7 +41,7 @@ def time_gaps(timestamps: Array, lengths: Array, *, mask_padded: bool, log: bool
 
     Args:
       timestamps: [b, l] seconds; float32 or an integer dtype.
-      lengths: int [b] real events a row.
+      lengths: int [b] real events per row.
       mask_padded: padded positions have a gap of 0 instead.
       log: compress to sign(diff) * log1p(|diff|).
       dtype: of the result.

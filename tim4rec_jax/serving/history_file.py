@@ -67,7 +67,7 @@ def read_histories(recommender: Recommender, path: pathlib.Path) -> list[History
         more = f" (and {len(bad) - 1} more bad lines)" if len(bad) > 1 else ""
         raise ValueError(f"{path}: {shortened(bad[0], 160)}{more}; nothing was written")
     if not lines:
-        raise ValueError(f"{path} holds no lines; write one JSON object a line")
+        raise ValueError(f"{path} holds no lines; write one JSON object per line")
     return lines
 
 

@@ -272,7 +272,7 @@ class Recommender:
 
         Args:
           raw_item_ids: ids as in the log, oldest first.
-          times: whole seconds since 1970, one an item, never backwards.
+          times: whole seconds since 1970, one per item, never backwards.
           label: how messages call it.
 
         Raises:
@@ -296,7 +296,7 @@ class Recommender:
 
         Args:
           histories: of any length; the last `max_len` events are read, as in evaluation.
-          k: items a history.
+          k: items per history.
           exclude_seen: leave every item of a history out of its list.
 
         Raises:
@@ -323,7 +323,7 @@ class Recommender:
 
         Args:
           histories: n of them, of any length; the last `max_len` events are read, as in evaluation.
-          k: items a history.
+          k: items per history.
           exclude_seen: leave every item of a history out of its list.
 
         Returns:

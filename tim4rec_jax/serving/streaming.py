@@ -268,7 +268,7 @@ class Streamer:
 
         Args:
           hidden: [b, d] from `step` or `extend`.
-          k: items a row.
+          k: items per row.
           exclude: item indices to leave out of each row's list, b arrays; None leaves out nothing.
           labels: how messages call the rows; None counts them from 0.
 

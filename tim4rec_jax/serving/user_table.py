@@ -193,7 +193,7 @@ class UserTable:
 
         Args:
           users: raw ids.
-          k: items a user.
+          k: items per user.
           exclude_seen: leave out what the user has had; needs the items to be kept.
 
         Returns:

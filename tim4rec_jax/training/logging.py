@@ -322,7 +322,7 @@ class TrainingProgress:
 
     Args:
       epochs: most epochs of the run.
-      examples: training examples an epoch.
+      examples: training examples per epoch.
       enabled: show the bar.
       console: where to print; None is standard output.
     """
@@ -382,7 +382,7 @@ class TrainingProgress:
           epoch: counted from 1.
           loss: mean training loss of the epoch.
           seconds: training time.
-          rate: examples a second.
+          rate: examples per second.
           metrics: validation metrics to show, by name.
         """
         self._bar.update(self._task, visible=False)
