@@ -43,6 +43,12 @@ def find(op: str, implementations: Implementations, name: str | None) -> Callabl
         raise ValueError(f"implementation={name!r} of {op} is not available here ({error}): name another") from error
 
 
+def runs_interpreted(op: str, implementations: Implementations, name: str | None) -> bool:
+    """Returns whether an implementation is made of kernels that run as slow plain JAX here, for want of a GPU."""
+    offered = inspect.signature(find(op, implementations, name)).parameters
+    return "interpret" in offered and interpreted(None)
+
+
 def run(op: str, implementations: Implementations, name: str | None, *arrays: Array | None, **options: Any) -> Any:
     """Runs an operator.
 

@@ -37,6 +37,13 @@ def test_a_refused_start_leaves_no_folder(tmp_path, capsys, monkeypatch):
     assert "error: no such step" in capsys.readouterr().err and not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(("kernels", "interpreted"), [("pallas_triton", True), ("xla", False)])
+def test_kernels_that_are_interpreted_are_said_to_be(tmp_path, capsys, kernels, interpreted):
+    tiny = ["--model.num_layers=1", "--model.max_len=4", "--train.batch_size=8", "--train.max_steps=1"]
+    assert _train(tmp_path / "run", *tiny, f"--model.kernels={kernels}") == 0
+    assert ("there is no GPU here, so the kernels are interpreted" in capsys.readouterr().out) == interpreted
+
+
 def test_times_beyond_2038_are_refused_without_a_run_folder(tmp_path, capsys):
     log, runs = tmp_path / "log.csv", tmp_path / "runs"
     times = [1_500_000_000 + 60 * step for step in range(39)] + [2_309_729_734]

@@ -16,6 +16,7 @@ import numpy as np
 from jax import Array
 from rich.console import Console
 
+from kernels.dispatch import runs_interpreted
 from tim4rec_jax.config import ExperimentConfig
 from tim4rec_jax.data.interactions import InteractionLog, with_precision
 from tim4rec_jax.data.loader import Loader, make_loader
@@ -110,6 +111,13 @@ def train(
         if (multiple := config.model.vocab_multiple) != given.model.vocab_multiple:
             session.bar.report(
                 f"model.vocab_multiple={multiple}: the item embedding gets so many rows, for equal shards"
+            )
+        if any(
+            runs_interpreted(op.__name__, op.IMPLEMENTATIONS, config.model.kernels) for op in config.model.OPERATORS
+        ):
+            session.bar.report(
+                f"model.kernels={config.model.kernels}: there is no GPU here, so the kernels are interpreted, "
+                "which takes many times as long as plain JAX; leave it out for that"
             )
         state, progress = setup.init_state(), Progress(stop=EarlyStop(config.train.patience))
         if resume:
