@@ -39,6 +39,7 @@ READINGS = 20
 USERS = 1000
 _COMPILED = "/jax/core/compile/backend_compile_duration"
 _MOST_SECONDS = 900
+_SPARE_EPOCHS = 5
 
 
 def _parse(rest: list[str]) -> argparse.Namespace:
@@ -145,11 +146,13 @@ def _streaming(run: pathlib.Path, item_ids: list[str], total: int, seed: int) ->
 
 
 def _training(total: int) -> list[dict[str, int]]:
-    """Reads experiments.train at the end of epochs."""
+    """Reads experiments.train at the end of epochs; a few more than are read, so that it has not ended at the last."""
     readings, deadline = [], time.monotonic() + _MOST_SECONDS
     with tempfile.TemporaryDirectory() as folder, (errors := pathlib.Path(folder, "errors")).open("wb") as file:
         run = pathlib.Path(folder, "run")
-        options = [f"--train.epochs={total}", f"--train.patience={total}", "--eval.baselines", f"--run_dir={run}"]
+        epochs_of_all = total + _SPARE_EPOCHS
+        options = [f"--train.epochs={epochs_of_all}", f"--train.patience={epochs_of_all}"]
+        options += ["--eval.baselines", f"--run_dir={run}"]
         process = spawn(
             "train",
             *small_options(),
@@ -167,8 +170,9 @@ def _training(total: int) -> list[dict[str, int]]:
                 if time.monotonic() > deadline:
                     process.kill()
                 time.sleep(0.02)
-            if process.wait():
+            if len(readings) < READINGS:
                 raise _failed(process, errors)
+            process.kill()
     return readings
 
 

@@ -37,9 +37,10 @@ def test_memory_of_all_parts(tmp_path):
     assert list(results) == list(counts)
     for name, count in counts.items():
         readings = results[name]["readings"]
-        assert readings[-1]["done"] == count and readings[-1]["programs"] > 0, name
+        most = count + (memory._SPARE_EPOCHS if name == "epochs" else 0)
+        assert count <= readings[-1]["done"] <= most and readings[-1]["programs"] > 0, name
         assert all(20e6 < reading["resident_bytes"] < 20e9 for reading in readings), name
-        assert results[name]["growth"]["to"] == count
+        assert results[name]["growth"]["to"] == readings[-1]["done"]
 
 
 def test_growth_begins_at_a_tenth():
