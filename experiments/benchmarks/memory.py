@@ -56,9 +56,9 @@ def _parse(rest: list[str]) -> argparse.Namespace:
 
 
 def resident_bytes(process: int | str = "self") -> int:
-    """Resident memory of a process."""
-    gc.collect()
+    """Resident memory of a process; ValueError if it has ended."""
     status = pathlib.Path(f"/proc/{process}/status").read_text(encoding="utf-8")
+    require("VmRSS:" in status, f"process {process} ended before its memory was read; take more epochs")
     return 1024 * int(status.split("VmRSS:")[1].split()[0])
 
 
@@ -108,6 +108,7 @@ def _inside(make: Callable, recommender: Recommender, total: int, seed: int) -> 
             for i in range(total):
                 step(i)
                 if _is_reading(i + 1, total):
+                    gc.collect()
                     readings.append({"done": i + 1, "resident_bytes": resident_bytes(), "programs": len(compiled)})
     finally:
         jax.monitoring.unregister_event_duration_listener(count)
