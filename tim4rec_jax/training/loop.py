@@ -173,9 +173,10 @@ class Setup:
         if len(self.split.test.users) == 0:
             raise ValueError("the log has 0 test targets; give more users, or longer histories")
         self.model: SequentialModel = build_model(config.model)
-        measures = self.model.data_statistics(**training_times(log, self.split))
         # Beside the parameters: with them they are saved and evaluated, and no step changes them.
-        self.statistics = {STATISTICS: measures} if measures else {}
+        self.statistics = {}
+        if self.model.data_statistics():
+            self.statistics = {STATISTICS: self.model.data_statistics(**training_times(log, self.split))}
         self.layout: Layout = make_layout(config.parallel)
         indices = self.layout.batch_indices(config.train.batch_size)
         self.loader: Loader = make_loader(config, log, self.split.train, indices)
