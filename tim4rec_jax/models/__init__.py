@@ -8,8 +8,6 @@ import sys
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-from jax import Array
 
 from tim4rec_jax.layers.rows import one_segment
 from tim4rec_jax.model_config import ModelConfig
@@ -21,6 +19,7 @@ from tim4rec_jax.models.recommender import (
     SequentialModel,
     StateSpaceModel,
     apply_method,
+    init_params,
     last_hidden,
     variables,
 )
@@ -29,7 +28,6 @@ from tim4rec_jax.models.ssd4rec import SSD4Rec, SSD4RecConfig
 from tim4rec_jax.models.tim4rec import TiM4Rec, TiM4RecConfig
 from tim4rec_jax.models.tim4rec_causal import CausalTiM4Rec, CausalTiM4RecConfig
 from tim4rec_jax.models.tisasrec import TiSASRec, TiSASRecConfig
-from tim4rec_jax.typing import Params
 
 MODELS: dict[str, type[SequentialModel]] = {
     "tim4rec": TiM4Rec,
@@ -161,17 +159,6 @@ def require_x64(config: ModelConfig) -> None:
     """Raises ValueError for float64 without JAX's 64-bit mode."""
     if config.dtype == "float64" and not jax.config.jax_enable_x64:  # pyright: ignore[reportAttributeAccessIssue]
         raise ValueError("dtype='float64' needs JAX's 64-bit mode: set JAX_ENABLE_X64=1")
-
-
-def init_params(model: SequentialModel, key: Array) -> Params:
-    """Returns a model's initial parameters; under `jax.eval_shape`, the shapes of its tree.
-
-    Args:
-      model: from `build_model`.
-      key: typed PRNG key.
-    """
-    items = jnp.ones((1, model.config.max_len), jnp.int32)
-    return model.init(key, items, jnp.zeros_like(items))["params"]
 
 
 __all__ = [

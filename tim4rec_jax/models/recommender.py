@@ -1,5 +1,6 @@
 """What all models share: one call for training, packed rows, single positions and streaming; embedding and scores."""
 
+import functools
 from typing import Any, ClassVar, Generic, NamedTuple, TypeVar, cast
 
 import jax
@@ -14,7 +15,7 @@ from tim4rec_jax.layers.item_embedding import item_embedding, table_rows, tied_s
 from tim4rec_jax.layers.residual_block import ResidualBlock
 from tim4rec_jax.layers.rows import Rows, one_segment, rows_of
 from tim4rec_jax.model_config import ModelConfig
-from tim4rec_jax.typing import Array, Float, Hidden, Int, Items, Lengths, Timestamps
+from tim4rec_jax.typing import Array, Float, Hidden, Int, Items, Lengths, Params, Timestamps
 
 # Collection of what a model has to know of its training data beside the parameters.
 STATISTICS = "data_statistics"
@@ -250,14 +251,24 @@ class StateSpaceModel(SequentialModel[Settings]):
 
     def _empty_cache(self, batch: int) -> Cache:
         """What `init_cache` is outside of `apply`; it depends on no parameter."""
-        items = jnp.zeros((1, self.config.max_len), jnp.int32)
-        shapes = jax.eval_shape(self.init, jax.random.key(0), items, items)
+        shapes = jax.eval_shape(functools.partial(init_params, self), jax.random.key(0))
 
         def empty() -> Any:
             nothing = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
-            return self.apply(nothing, batch, method="init_cache")
+            return self.apply({"params": nothing}, batch, method="init_cache")
 
         return jax.jit(empty)()
+
+
+def init_params(model: SequentialModel, key: Array) -> Params:
+    """Returns a model's initial parameters; under `jax.eval_shape`, the shapes of its tree.
+
+    Args:
+      model: from `build_model`.
+      key: typed PRNG key.
+    """
+    items = jnp.ones((1, model.config.max_len), jnp.int32)
+    return model.init(key, items, jnp.zeros_like(items))["params"]
 
 
 def last_hidden(
