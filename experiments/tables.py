@@ -144,6 +144,11 @@ def operators_on_cpu() -> str:
     return markdown(["operator", "this", "time of others / this"], rows)
 
 
+def forward_and_backward(comparison: dict[str, Any]) -> dict[str, Any]:
+    """Returns what a comparison on a GPU says of value and gradients together, by whose it is."""
+    return {name.partition(":")[0]: form for name, form in comparison["forms"].items() if "forward_backward" in name}
+
+
 def speed() -> str:
     """A training step on a CPU and the SSD on a GPU, each with what it is measured beside."""
     step = record("benchmark_train_step_beauty")
@@ -158,8 +163,8 @@ def speed() -> str:
     for one in record("gpu_h100_ops")["ops"]["comparisons"]:
         if one["op"] != "ssd" or one["precision"] != "tfloat32":
             continue
-        forms = {name.partition(":")[0]: form for name, form in one["forms"].items() if "forward_backward" in name}
-        mine, sizes = forms["pallas_triton"]["median_seconds"], one["sizes"]
+        forms, sizes = forward_and_backward(one), one["sizes"]
+        mine = forms["pallas_triton"]["median_seconds"]
         rows.append(
             [
                 f"SSD forward and backward, TF32, {sizes['b']:,} rows of {sizes['l']}, "
@@ -190,9 +195,9 @@ def operators_on_h100() -> str:
     rows = []
     for key in wanted:
         one = found[key]
-        seconds = {name.partition(":")[0]: form for name, form in one["forms"].items() if "forward_backward" in name}
-        mine = seconds["pallas_triton"]
-        others = [seconds.get("xla"), seconds.get("PyTorch, graph") or seconds.get("PyTorch")]
+        forms = forward_and_backward(one)
+        mine = forms["pallas_triton"]
+        others = [forms.get("xla"), forms.get("PyTorch, graph") or forms.get("PyTorch")]
         ratios = [f"{other['median_seconds'] / mine['median_seconds']:.1f}x" if other else "" for other in others]
         shape = " ".join(f"{axis}{size:,}" for axis, size in one["sizes"].items())
         microseconds, share = f"{1e6 * mine['median_seconds']:,.0f}", f"{100 * mine['fraction_of_floor']:.0f} %"
