@@ -199,21 +199,16 @@ def test_no_examples(log):
         FullSortEvaluator(model, log, Examples(np.zeros(0, np.int32), np.zeros(0, np.int32)), CONFIG)
 
 
+def small(model, max_len):
+    sizes = {"d_model": 8, "d_state": 4, "head_dim": 4, "inner_size": 8, "num_layers": 1, "use_ffn": False}
+    return settings_of(model, vocab_size=NUM_ITEMS + 1, max_len=max_len, **sizes)
+
+
 def test_longer_histories_than_trained(log, examples):
     """A model of any length reads as many events as asked for; one with parameters for its length refuses."""
 
     def with_lengths(model, trained, read):
-        shape = settings_of(
-            model,
-            vocab_size=NUM_ITEMS + 1,
-            max_len=trained,
-            d_model=8,
-            d_state=4,
-            head_dim=4,
-            inner_size=8,
-            num_layers=1,
-            use_ffn=False,
-        )
+        shape = small(model, trained)
         return ExperimentConfig("test", shape, eval=EvalConfig(top_k=(10,), max_len=read))
 
     long = with_lengths("ssd4rec", 45, None)
@@ -232,17 +227,7 @@ def test_longer_histories_than_trained(log, examples):
 @pytest.mark.parametrize("model", ["tim4rec", "tisasrec"])
 def test_fewer_events_than_a_fixed_length_holds(log, examples, model):
     """The ranks are those of histories cut to as many events."""
-    shape = settings_of(
-        model,
-        vocab_size=NUM_ITEMS + 1,
-        max_len=MAX_LEN,
-        d_model=8,
-        d_state=4,
-        head_dim=4,
-        inner_size=8,
-        num_layers=1,
-        use_ffn=False,
-    )
+    shape = small(model, MAX_LEN)
     config = ExperimentConfig("test", shape, eval=EvalConfig(top_k=(10,), max_len=3))
     built = build_model(shape)
     params = jax.tree.map(lambda p: 20 * p if p.ndim == 2 else p, init_params(built, jax.random.key(0)))

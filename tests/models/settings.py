@@ -4,7 +4,21 @@ import dataclasses
 from typing import Any
 
 from tim4rec_jax.model_config import ModelConfig
-from tim4rec_jax.models import model_class
+from tim4rec_jax.models import SASRecConfig, model_class
+
+# With every kind of dropout, in float64.
+SMALL_SASREC = SASRecConfig(
+    vocab_size=23,
+    max_len=12,
+    d_model=8,
+    attention_heads=2,
+    inner_size=8,
+    dropout=0.3,
+    attention_dropout=0.2,
+    norm_eps=1e-5,
+    num_layers=1,
+    dtype="float64",
+)
 
 
 def settings_of(name: str | None = None, /, **values: Any) -> ModelConfig:

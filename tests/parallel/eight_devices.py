@@ -16,30 +16,19 @@ import jax
 import numpy as np
 
 from tests.evaluation.logs import random_log
+from tests.models.settings import SMALL_SASREC
 from tim4rec_jax import DataConfig, ExperimentConfig, ModelConfig, TrainConfig, build_model
 from tim4rec_jax.config import EvalConfig, ParallelConfig
 from tim4rec_jax.data.loader import make_loader
 from tim4rec_jax.data.packing import LengthGroup
 from tim4rec_jax.data.splits import leave_one_out
 from tim4rec_jax.evaluation.full_sort import FullSortEvaluator
-from tim4rec_jax.models import SASRecConfig, SSD4RecConfig
+from tim4rec_jax.models import SSD4RecConfig
 from tim4rec_jax.parallel.mesh import make_layout
 from tim4rec_jax.training.checkpoint import Checkpointer
 from tim4rec_jax.training.step import init_state, make_optimizer, train_step
 
 STEPS, HALF, SEED = 50, 25, 3
-MODEL = SASRecConfig(
-    vocab_size=23,
-    max_len=12,
-    d_model=8,
-    attention_heads=2,
-    inner_size=8,
-    dropout=0.3,
-    attention_dropout=0.2,
-    norm_eps=1e-5,
-    num_layers=1,
-    dtype="float64",
-)
 # Neither is a multiple of 8.
 BATCH = {"last": 21, "all": 5}
 # None is one device; the others are (strategy, loader).
@@ -57,7 +46,7 @@ def log():
 class Training:
     """One model with its devices and its compiled step."""
 
-    def __init__(self, positions: str, strategy: str, loader: str, model: ModelConfig = MODEL) -> None:
+    def __init__(self, positions: str, strategy: str, loader: str, model: ModelConfig = SMALL_SASREC) -> None:
         train = TrainConfig(positions=positions, batch_size=BATCH[positions], learning_rate=1e-2, clip_norm=0.5)
         self.config = ExperimentConfig(
             "test",

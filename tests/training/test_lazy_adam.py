@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 
 from tests.evaluation.logs import random_log
+from tests.models.settings import SMALL_SASREC
 from tim4rec_jax import DataConfig, ExperimentConfig, TrainConfig, build_model
 from tim4rec_jax.config import ParallelConfig
 from tim4rec_jax.data.loader import make_loader
 from tim4rec_jax.data.negatives import Negatives, draw_negatives, make_proposal
 from tim4rec_jax.data.packing import LengthGroup
 from tim4rec_jax.data.splits import leave_one_out
-from tim4rec_jax.models import SASRecConfig
 from tim4rec_jax.parallel.item_table import shardings
 from tim4rec_jax.parallel.mesh import make_layout
 from tim4rec_jax.training.checkpoint import Checkpointer
@@ -24,18 +24,6 @@ from tim4rec_jax.training.losses import cross_entropy, sampled_cross_entropy
 from tim4rec_jax.training.step import init_state, make_optimizer, train_step
 
 STEPS = 20
-MODEL = SASRecConfig(
-    vocab_size=23,
-    max_len=12,
-    d_model=8,
-    attention_heads=2,
-    inner_size=8,
-    dropout=0.3,
-    attention_dropout=0.2,
-    norm_eps=1e-5,
-    num_layers=1,
-    dtype="float64",
-)
 BATCH = {"last": 6, "all": 3}
 
 
@@ -47,7 +35,7 @@ def log():
 class Training:
     """A model with its loader and its compiled step."""
 
-    def __init__(self, positions="last", strategy="single", model=MODEL, vocab_size=None, shards=1, **train):
+    def __init__(self, positions="last", strategy="single", model=SMALL_SASREC, vocab_size=None, shards=1, **train):
         options = {"loss": "sampled_ce", "num_negatives": 7, "negatives_power": 0.75, "clip_norm": 0.5}
         options |= {"table_optimizer": "lazy_adam", "learning_rate": 1e-2, "batch_size": BATCH[positions]}
         settings = TrainConfig(positions=positions, **options | train)
@@ -150,7 +138,7 @@ def test_where_every_row_is_touched_it_is_adam(positions, x64):
 @pytest.mark.parametrize("positions", ["last", "all"])
 def test_other_rows_and_their_moments_keep_every_bit(positions):
     training = Training(
-        positions, model=dataclasses.replace(MODEL, dtype="float32"), vocab_size=400, negatives_power=0.0
+        positions, model=dataclasses.replace(SMALL_SASREC, dtype="float32"), vocab_size=400, negatives_power=0.0
     )
     state, _ = training.go_on(training.start(), 0, 1)
     before = [table(state.params).copy(), *(m.copy() for m in moments(state))]
@@ -167,7 +155,7 @@ def test_other_rows_and_their_moments_keep_every_bit(positions):
         np.testing.assert_array_equal(new[others], old[others])
     # Adam, for comparison, moves rows on by their moments alone.
     dense = Training(
-        positions, model=dataclasses.replace(MODEL, dtype="float32"), vocab_size=400, table_optimizer="adam"
+        positions, model=dataclasses.replace(SMALL_SASREC, dtype="float32"), vocab_size=400, table_optimizer="adam"
     )
     first, _ = dense.go_on(dense.start(), 0, 1)
     old = table(first.params).copy()
@@ -201,7 +189,7 @@ def test_several_devices_train_as_one(way, x64):
     positions, strategy, shards, table_optimizer = MANY[way]
     assert jax.device_count() == 4
     state, losses = on_one_device(positions, table_optimizer)
-    model = dataclasses.replace(MODEL, vocab_multiple=8 if shards > 1 else 1)
+    model = dataclasses.replace(SMALL_SASREC, vocab_multiple=8 if shards > 1 else 1)
     many = Training(positions, strategy, model, shards=shards, table_optimizer=table_optimizer)
     other, found = many.go_on(many.start(), 0, STEPS)
     assert len(set(losses)) == STEPS
@@ -220,7 +208,9 @@ def everywhere(state):
 @pytest.mark.parametrize("table_optimizer", ["adam", "lazy_adam"])
 def test_rows_that_only_make_parts_equal_change_nothing(table_optimizer, x64):
     alone, padded = (
-        Training("all", model=dataclasses.replace(MODEL, vocab_multiple=multiple), table_optimizer=table_optimizer)
+        Training(
+            "all", model=dataclasses.replace(SMALL_SASREC, vocab_multiple=multiple), table_optimizer=table_optimizer
+        )
         for multiple in (1, 16)
     )
     (state, losses), (wider, found) = (training.go_on(training.start(), 0, 5) for training in (alone, padded))
@@ -233,7 +223,7 @@ def test_rows_that_only_make_parts_equal_change_nothing(table_optimizer, x64):
 
 @pytest.mark.exhaustive
 def test_what_parts_trained_goes_on_on_one_device_and_elsewhere(tmp_path, x64):
-    model = dataclasses.replace(MODEL, vocab_multiple=8)
+    model = dataclasses.replace(SMALL_SASREC, vocab_multiple=8)
     ways = [{"strategy": "sharded", "shards": 4}, {"strategy": "single"}, {"strategy": "sharded", "shards": 2}]
     trainings = [Training("all", model=model, **way) for way in ways]
     whole, losses = trainings[1].go_on(trainings[1].start(), 0, 6)
@@ -247,7 +237,7 @@ def test_what_parts_trained_goes_on_on_one_device_and_elsewhere(tmp_path, x64):
 
 
 def test_a_checkpoint_goes_on_bit_for_bit(tmp_path):
-    training = Training("all", model=dataclasses.replace(MODEL, dtype="float32"))
+    training = Training("all", model=dataclasses.replace(SMALL_SASREC, dtype="float32"))
     whole, losses = training.go_on(training.start(), 0, 6)
     half, _ = training.go_on(training.start(), 0, 3)
     with Checkpointer(tmp_path) as checkpoints:
@@ -259,7 +249,9 @@ def test_a_checkpoint_goes_on_bit_for_bit(tmp_path):
 
 
 def compiled(vocab_size, multiple=1, **train):
-    model = dataclasses.replace(MODEL, dtype="float32", vocab_size=vocab_size, num_layers=1, vocab_multiple=multiple)
+    model = dataclasses.replace(
+        SMALL_SASREC, dtype="float32", vocab_size=vocab_size, num_layers=1, vocab_multiple=multiple
+    )
     training = Training("all", model=model, negatives_power=0.0, **train)
     state = jax.eval_shape(lambda: init_state(training.model, training.optimizer, 0))
     if training.layout.catalogue_shards > 1:
@@ -301,7 +293,7 @@ def test_of_a_table_in_parts_no_device_holds_more_than_one():
     assert memory[1].temp_size_in_bytes < 1.1 * memory[0].temp_size_in_bytes + 4096
     # The table and two moments, of which every device has a quarter.
     grown = memory[1].argument_size_in_bytes - memory[0].argument_size_in_bytes
-    assert grown == 3 * (1_000_000 - 10_000) // 4 * MODEL.d_model * 4
+    assert grown == 3 * (1_000_000 - 10_000) // 4 * SMALL_SASREC.d_model * 4
     text = large.as_text()
     assert not re.search(r"\[(?:\d+,)*1000000[,\]]", text) and re.search(r"\[250000,8\]", text)
 
