@@ -1,4 +1,4 @@
-"""The Python of the front page runs as it stands there, on a small log."""
+"""The Python of the READMEs runs as it stands there, on a small log."""
 
 import pathlib
 import re
@@ -6,11 +6,11 @@ import re
 import numpy as np
 import polars as pl
 
-README = pathlib.Path(__file__).resolve().parents[2] / "README.md"
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 
-def block(word: str) -> str:
-    text = README.read_text(encoding="utf-8")
+def block(word: str, readme: str = "README.md") -> str:
+    text = (ROOT / readme).read_text(encoding="utf-8")
     blocks = re.findall(r"^```python\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
     [code] = [code for code in blocks if word in code]
     return code
@@ -35,5 +35,5 @@ def test_from_a_log_to_recommendations(tmp_path, monkeypatch, capsys):
 
 def test_a_model_alone():
     names = {}
-    exec(block("build_model"), names)
+    exec(block("build_model", "experiments/README.md"), names)
     assert names["hidden"].shape == (1, 1, 64) and names["scores"].shape == (1, 1, 3417)
