@@ -39,8 +39,8 @@ class LoopConfig:
       columns: of both sides that it multiplies at once; a power of two, 16 at least.
       num_warps: warps of 32 threads a program.
       num_stages: depth of software pipelining.
-      programs: wanted, by default two for each of an H100's 132 multiprocessors; where there are fewer blocks of own
-        rows, each loop is split among several programs, whose partial results are merged afterwards.
+      programs: that run at once, by default two on each of an H100's 132 multiprocessors; where there are fewer blocks
+        of own rows, each loop is split among several programs, whose partial results are merged afterwards.
     """
 
     own: int
@@ -61,9 +61,19 @@ class LoopConfig:
         return -(-own_rows // self.own)
 
     def split(self, own_rows: int, other_rows: int) -> tuple[int, int]:
-        """Returns the number of programs that share a loop, and the steps of each."""
-        steps = -(-other_rows // self.other)
-        steps_each = -(-steps // min(steps, -(-self.programs // self.blocks(own_rows))))
+        """Returns the number of programs that share a loop, and the steps of each.
+
+        All programs run in waves of `programs`, each as long as the steps of one of them: a few programs too many cost
+        a whole wave. Of the splits that make one wave and a bit the one with the fewest steps one after the other is
+        taken, and among equals the one with fewer parts to merge.
+        """
+        steps, blocks = -(-other_rows // self.other), self.blocks(own_rows)
+
+        def steps_in_turn(parts: int) -> int:
+            return -(-blocks * parts // self.programs) * -(-steps // parts)
+
+        parts = min(range(1, min(steps, -(-self.programs // blocks)) + 1), key=steps_in_turn)
+        steps_each = -(-steps // parts)
         return -(-steps // steps_each), steps_each
 
 

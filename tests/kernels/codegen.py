@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import math
 import pathlib
 import re
 import subprocess
@@ -45,6 +46,7 @@ class Kernel:
       text: its Triton module.
       num_warps, num_stages: how it is launched.
       grid: number of programs.
+      array_bytes: of all arrays that it is given and returns.
     """
 
     name: str
@@ -52,6 +54,15 @@ class Kernel:
     num_warps: int
     num_stages: int
     grid: tuple[int, int, int]
+    array_bytes: int
+
+
+@dataclass(frozen=True)
+class Cubin:
+    """A compiled kernel: the file, and the shared memory of a program that a launch asks for."""
+
+    content: bytes
+    shared_bytes: int
 
 
 @dataclass(frozen=True)
@@ -94,6 +105,11 @@ def _walk(operation: Any) -> Iterator[Any]:
                 yield from _walk(inner.operation)
 
 
+def _array_bytes(operation: Any) -> int:
+    types = [ir.RankedTensorType(value.type) for value in (*operation.operands, *operation.results)]
+    return sum(math.prod(one.shape) * -(-one.element_type.width // 8) for one in types)
+
+
 def capture(function: Callable[..., Any], *arguments: Any) -> list[Kernel]:
     """Lowers jit(function)(*arguments) for CUDA and returns the kernels in it, in order of appearance.
 
@@ -115,7 +131,8 @@ def capture(function: Callable[..., Any], *arguments: Any) -> list[Kernel]:
             text = str(ir.Module.parse(config["ir"].value_bytes))
         sizes = {key: int(config[key].value) for key in ("num_warps", "num_stages", "grid_x", "grid_y", "grid_z")}
         grid = (sizes["grid_x"], sizes["grid_y"], sizes["grid_z"])
-        kernels.append(Kernel(config["name"].value, text, sizes["num_warps"], sizes["num_stages"], grid))
+        launch = sizes["num_warps"], sizes["num_stages"], grid, _array_bytes(operation)
+        kernels.append(Kernel(config["name"].value, text, *launch))
     return kernels
 
 
@@ -127,8 +144,8 @@ def _read(tool: str, *arguments: str) -> str:
 
 
 @functools.cache
-def compile_kernel(kernel: Kernel, capability: int) -> Resources:
-    """Compiles a kernel for one generation of GPUs (80, 90 or 100) and reads what it uses."""
+def compile_cubin(kernel: Kernel, capability: int) -> Cubin:
+    """Compiles a kernel for one generation of GPUs (80, 90 or 100)."""
     import triton
     from triton.backends.compiler import GPUTarget
 
@@ -138,8 +155,19 @@ def compile_kernel(kernel: Kernel, capability: int) -> Resources:
         source.write_text(kernel.text, encoding="utf-8")
         options = {"num_warps": kernel.num_warps, "num_stages": kernel.num_stages, "enable_fp_fusion": True}
         compiled = triton.compile(str(source), target=GPUTarget("cuda", capability, 32), options=options)
+        return Cubin(compiled.asm["cubin"], compiled.metadata.shared)
+
+
+def compile_kernel(kernel: Kernel, capability: int) -> Resources:
+    """Compiles a kernel for one generation of GPUs (80, 90 or 100) and reads what it uses."""
+    return resources(compile_cubin(kernel, capability))
+
+
+def resources(compiled: Cubin) -> Resources:
+    """Reads what a compiled kernel uses."""
+    with tempfile.TemporaryDirectory() as folder:
         cubin = pathlib.Path(folder) / "kernel.cubin"
-        cubin.write_bytes(compiled.asm["cubin"])
+        cubin.write_bytes(compiled.content)
         usage = _read("cuobjdump", "--dump-resource-usage", str(cubin))
         code = _read("nvdisasm", "-c", str(cubin))
     match = re.search(r"REG:(\d+) STACK:(\d+)", usage)
@@ -149,7 +177,7 @@ def compile_kernel(kernel: Kernel, capability: int) -> Resources:
     return Resources(
         registers=int(match[1]),
         stack_bytes=int(match[2]),
-        shared_bytes=compiled.metadata.shared,
+        shared_bytes=compiled.shared_bytes,
         local_accesses=sum(bool(_LOCAL_MEMORY.search(line)) for line in instructions),
         tensor_core_instructions=sum(bool(_TENSOR_CORES.search(line)) for line in instructions),
         instructions=len(instructions),
