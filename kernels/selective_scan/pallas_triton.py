@@ -16,8 +16,8 @@ from kernels.dispatch import interpreted, pvary_together
 from kernels.segment_ids import history_starts, row_lengths
 from kernels.selective_scan.config import DEFAULT_CHUNK_SIZE, MAX_STATE_WIDTH, SelectiveScanConfig, default_config
 from kernels.selective_scan.pallas_triton_vjp import Kept, backward
-from kernels.selective_scan.tiles import Tile, exp2, from_before, this_tile
-from kernels.triton import DTYPES, load_tile, store_tile, triton_call
+from kernels.selective_scan.tiles import Tile, from_before, this_tile
+from kernels.triton import DTYPES, exp2, load_tile, store_tile, triton_call
 
 
 class _Options(NamedTuple):

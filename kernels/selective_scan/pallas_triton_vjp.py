@@ -17,8 +17,8 @@ from jax import Array
 from jax.experimental import pallas as pl
 
 from kernels.selective_scan.config import SelectiveScanConfig
-from kernels.selective_scan.tiles import Tile, divide, exp2, from_before, this_tile
-from kernels.triton import load_tile, store_tile, triton_call
+from kernels.selective_scan.tiles import Tile, divide, from_before, this_tile
+from kernels.triton import exp2, load_tile, store_tile, triton_call
 
 _LN_2 = math.log(2)
 # Under this step 1 - exp(-delta) has lost digits that its series keeps.

@@ -72,17 +72,3 @@ def from_before(a: Array, start: Array | None) -> Array:
 def divide(index: Array, by: int) -> Array:
     """Returns index // by for an index that is not negative, whatever its integer type."""
     return jax.lax.div(index, jax.lax.full_like(index, by))
-
-
-def exp2(a: Array, interpret: bool) -> Array:
-    """Returns 2^a by the one instruction that GPUs have for it; what is under 2^-126 becomes 0."""
-    if interpret:
-        return jnp.exp2(a)
-    [power] = pltriton.elementwise_inline_asm(
-        "ex2.approx.ftz.f32 $0, $1;",
-        args=[a],
-        constraints="=f,f",
-        pack=1,
-        result_shape_dtypes=[jax.ShapeDtypeStruct(a.shape, a.dtype)],
-    )
-    return power

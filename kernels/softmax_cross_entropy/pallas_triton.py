@@ -15,13 +15,13 @@ from kernels.softmax_cross_entropy.config import LoopConfig, TritonConfig, trito
 from kernels.softmax_cross_entropy.pallas_triton_vjp import d_embedding_pass, d_hidden_pass
 from kernels.softmax_cross_entropy.rule import from_passes
 from kernels.softmax_cross_entropy.tiles import Columns, load_vector
-from kernels.triton import DTYPES, TilePrecision, tile_dot, tile_precision, triton_call
+from kernels.triton import DTYPES, TilePrecision, exp, tile_dot, tile_precision, triton_call
 
 _LOWEST = float(jnp.finfo(jnp.float32).min)
 LARGEST_WIDTH = 256
 
 
-def _forward_kernel(*refs: Any, has_mask: bool, loop: LoopConfig, blocks: int, steps: int, dot: Any):
+def _forward_kernel(*refs: Any, has_mask: bool, loop: LoopConfig, blocks: int, steps: int, dot: Any, exp: Any):
     """Log-sum-exp of a block of targets over a stretch of the catalogue; the first stretch scores the targets too."""
     hidden_ref, embedding_ref, targets_ref = refs[:3]
     mask_ref = refs[3] if has_mask else None
@@ -41,8 +41,8 @@ def _forward_kernel(*refs: Any, has_mask: bool, loop: LoopConfig, blocks: int, s
             counts &= load_vector(mask_ref, start, loop.other) == 0
         scores = jnp.where(counts[None, :], scores, -jnp.inf)
         new_largest = jnp.maximum(largest, jnp.max(scores, axis=1))
-        tile_total = jnp.sum(jnp.exp(scores - new_largest[:, None]), axis=1)
-        return new_largest, total * jnp.exp(largest - new_largest) + tile_total
+        tile_total = jnp.sum(exp(scores - new_largest[:, None]), axis=1)
+        return new_largest, total * exp(largest - new_largest) + tile_total
 
     # Finite, for a tile may be masked altogether and -inf less -inf is no number.
     carry = jnp.full(loop.own, _LOWEST, jnp.float32), jnp.zeros(loop.own, jnp.float32)
@@ -95,6 +95,7 @@ class TritonPasses:
             blocks=blocks,
             steps=steps,
             dot=partial(tile_dot, precision=self.precision, interpret=self.interpret),
+            exp=partial(exp, interpret=self.interpret),
         )
         lse, at_target = triton_call(
             kernel,

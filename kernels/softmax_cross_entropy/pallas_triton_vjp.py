@@ -15,7 +15,7 @@ from jax.experimental import pallas as pl
 
 from kernels.softmax_cross_entropy.config import LoopConfig
 from kernels.softmax_cross_entropy.tiles import Columns, load_vector
-from kernels.triton import TilePrecision, tile_dot, triton_call
+from kernels.triton import TilePrecision, exp, tile_dot, triton_call
 
 
 def _items(mask_refs: tuple[Any, ...], start: Array, size: int) -> tuple[Array, Array | None]:
@@ -29,13 +29,13 @@ def _targets(refs: tuple[Any, ...], start: Array, size: int) -> tuple[Array, ...
     return tuple(load_vector(ref, start, size) for ref in refs)
 
 
-def _d_scores(scores: Array, items: tuple[Any, ...], targets: tuple[Any, ...], items_axis: int) -> Array:
+def _d_scores(scores: Array, items: tuple[Any, ...], targets: tuple[Any, ...], *, items_axis: int, exp: Any) -> Array:
     """Gradient of a tile of scores, whose items lie along `items_axis` and targets along the other one."""
     (ids, masked), (target_ids, lse, weights) = items, targets
     along_items = partial(jnp.expand_dims, axis=1 - items_axis)
     along_targets = partial(jnp.expand_dims, axis=items_axis)
     is_target = along_items(ids) == along_targets(target_ids)
-    d_scores = jnp.exp(scores - along_targets(lse)) - is_target.astype(jnp.float32)
+    d_scores = exp(scores - along_targets(lse)) - is_target.astype(jnp.float32)
     if masked is not None:
         d_scores = jnp.where(along_items(masked), 0.0, d_scores)
     return along_targets(weights) * d_scores
@@ -50,6 +50,7 @@ def _kernel(
     blocks: int,
     steps: int,
     dot: Any,
+    exp: Any,
 ):
     """Gradient by a block of own rows, summed over a stretch of the other side."""
     *refs, out_ref = all_refs
@@ -70,7 +71,8 @@ def _kernel(
         other_facts = load_other(other_refs, start, loop.other)
         items, targets = (other_facts, own_facts) if by_hidden else (own_facts, other_facts)
         # Beyond the end nothing is added: items there are rows of 0, targets there have weight 0.
-        d_scores = _d_scores(columns.scores(own, other, dot), items, targets, items_axis=1 if by_hidden else 0)
+        scores = columns.scores(own, other, dot)
+        d_scores = _d_scores(scores, items, targets, items_axis=1 if by_hidden else 0, exp=exp)
         d_scores = d_scores.astype(dtype)
         return [total + dot(d_scores, other(column)) for total, column in zip(totals, columns.starts, strict=True)]
 
@@ -105,6 +107,7 @@ def _gradient(
         blocks=blocks,
         steps=steps,
         dot=partial(tile_dot, precision=precision, interpret=interpret),
+        exp=partial(exp, interpret=interpret),
     )
     (gradients,) = triton_call(
         kernel,

@@ -1,5 +1,6 @@
 """How the GPU kernels of state space duality divide their work."""
 
+import dataclasses
 from dataclasses import dataclass
 
 from kernels.tiling import power_of_two
@@ -24,6 +25,8 @@ class SsdConfig:
       width_splits: programs that share the width p of a head, where its state is too large for one.
       forward_warps, backward_warps: warps of 32 threads a program.
       num_stages: depth of software pipelining.
+      value_chunk_size: c of a forward pass whose gradient nobody asks for, or None for the same; it need not agree with
+        a backward pass, which has more to hold in registers.
     """
 
     chunk_size: int
@@ -33,6 +36,12 @@ class SsdConfig:
     forward_warps: int
     backward_warps: int
     num_stages: int = 1
+    value_chunk_size: int | None = None
+
+    @property
+    def without_gradient(self) -> "SsdConfig":
+        """The division of a forward pass whose gradient nobody asks for."""
+        return dataclasses.replace(self, chunk_size=self.value_chunk_size or self.chunk_size, value_chunk_size=None)
 
     def check(self, *, heads_per_group: int, width: int) -> None:
         """Refuses what the kernels cannot do for these shapes.
@@ -42,6 +51,7 @@ class SsdConfig:
         """
         for name, value, low, high in [
             ("chunk_size", self.chunk_size, 16, 128),
+            ("value_chunk_size", self.without_gradient.chunk_size, 16, 128),
             ("width_splits", self.width_splits, 1, max(1, power_of_two(width) // 16)),
             ("forward_warps", self.forward_warps, 1, 16),
             ("backward_warps", self.backward_warps, 1, 16),
@@ -78,10 +88,12 @@ def default_config(
     """
     columns, states = power_of_two(width), power_of_two(state_width)
     largest = 1 << (max(16, chunk_size).bit_length() - 1)
-    # Timed with TF32 alone: forward and backward in one warp took 0.76 to 0.91 of the time of chunks of 32 in two
-    # warps, though the backward kernel of long rows spills more. In bfloat16 it would spill where the other does not.
-    small = columns <= 32 and states <= 32 and itemsize == 4 and not exact_products
+    # Timed with TF32: forward and backward in one warp took 0.76 to 0.91 of the time of chunks of 32 in two warps,
+    # though the backward kernel spills more. In bfloat16 0.83 and 0.86 are predicted (tests/kernels/issue_model.py).
+    small = columns <= 32 and states <= 32 and not exact_products
     chunk = min(16 if small or exact_products else 32, largest, power_of_two(length))
+    # Timed as well: the forward pass alone took 0.75 and 0.81 of its time with chunks of 32, still in one warp.
+    value_chunk = min(32, largest, power_of_two(length)) if small else None
     # What a program can hold of a head's state without spilling, and with room for the tiles of a chunk.
     slice_width = max(16, min(columns, 32, (512 if exact_products else 2048) // states))
     splits = columns // slice_width
@@ -101,4 +113,5 @@ def default_config(
         width_splits=splits,
         forward_warps=warps,
         backward_warps=warps,
+        value_chunk_size=value_chunk,
     )

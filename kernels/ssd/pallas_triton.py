@@ -55,7 +55,7 @@ def _segment_kernel(params: KernelParams, x_ref, dt_ref, A_ref, B_ref, bias_ref,
         index = segment * params.num_chunks + chunk
         positions = Span(index * params.chunk, params.chunk, params.length)
         delta = load_steps(dt_ref, row, positions, head, bias, row_length).delta
-        _, to_end, total = edge_decays(delta * A, load_histories(params, numbers_ref, row, index))
+        _, to_end, total = edge_decays(params, delta * A, load_histories(params, numbers_ref, row, index))
         x = load_tile(x_ref, row, positions, head, columns)
         B = load_tile(B_ref, row, positions, group, states)
         return _update_state(params, state, to_end, total, delta, x, B), log_total + jnp.sum(delta * A)
@@ -83,7 +83,7 @@ def _forward_kernel(params: KernelParams, keep_states: bool, *refs: Any) -> None
         index = segment * params.num_chunks + chunk
         positions = Span(index * params.chunk, params.chunk, params.length)
         delta = load_steps(dt_ref, row, positions, head, bias, row_length).delta
-        decays = chunk_decays(delta * A, load_histories(params, numbers_ref, row, index))
+        decays = chunk_decays(params, delta * A, load_histories(params, numbers_ref, row, index))
         if keep_states:
             when = chunk != 0 if params.starts_from_zero else None
             store_tile(rest[0], state, row, index, head, columns, states, when=when)
@@ -155,7 +155,7 @@ def _forward(params: KernelParams, keep_states: bool, *inputs: Any) -> tuple[Out
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _ssd(params: KernelParams, *inputs: Array | None) -> Outputs:
-    return _forward(params, False, *inputs)[0]
+    return _forward(params.without_gradient, False, *inputs)[0]
 
 
 def _ssd_fwd(params: KernelParams, *inputs: Array | None) -> tuple[Outputs, tuple[Any, ...]]:

@@ -51,7 +51,7 @@ def _request_kernel(params: KernelParams, dy_ref, dt_ref, A_ref, C_ref, bias_ref
         chunk = (segment + 1) * params.num_chunks - 1 - step
         positions = Span(chunk * params.chunk, params.chunk, params.length)
         delta = load_steps(dt_ref, row, positions, head, bias, row_length).delta
-        from_start, _, total = edge_decays(delta * A, load_histories(params, numbers_ref, row, chunk))
+        from_start, _, total = edge_decays(params, delta * A, load_histories(params, numbers_ref, row, chunk))
         dy = load_tile(dy_ref, row, positions, head, columns)
         C = load_tile(C_ref, row, positions, group, states)
         weighted = (from_start[:, None] * dy.astype(jnp.float32)).astype(dy.dtype)
@@ -149,7 +149,7 @@ def _one_chunk(params: KernelParams, refs: _Refs, at: ProgramIndex, head: _Head,
         store_tile(ref, tile, at.part, at.row, positions, at.group, states)
 
     delta, slope = load_steps(refs.dt, at.row, positions, head.index, head.bias, refs.lengths[at.row])
-    decays = chunk_decays(delta * head.A, load_histories(params, refs.numbers, at.row, chunk))
+    decays = chunk_decays(params, delta * head.A, load_histories(params, refs.numbers, at.row, chunk))
     compute_dtype = refs.x.dtype
     here, until = jnp.arange(params.chunk), lower_triangle(params.chunk)
 

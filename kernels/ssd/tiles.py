@@ -3,6 +3,7 @@
 Tiles are [c, p], [c, n], [c, c] and [p, n] for a chunk of c positions; sides are powers of two, filled with zeros.
 """
 
+import dataclasses
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -16,7 +17,7 @@ from jax.experimental.pallas import triton as pltriton
 from kernels.decays import COARSE_STEP, ENOUGH, decays_between
 from kernels.ssd.config import SsdConfig
 from kernels.tiling import power_of_two
-from kernels.triton import Span, TilePrecision, load_tile, tile_dot
+from kernels.triton import Span, TilePrecision, exp, load_tile, tile_dot
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,11 @@ class KernelParams:
     has_initial: bool
     wants_final: bool = False
     packed: bool = False
+
+    @property
+    def without_gradient(self) -> "KernelParams":
+        """Of a forward pass whose gradient nobody asks for."""
+        return dataclasses.replace(self, config=self.config.without_gradient)
 
     @property
     def chunk(self) -> int:
@@ -85,6 +91,10 @@ class KernelParams:
         """Lets a program's threads see what the others stored before it."""
         if not self.interpret:
             pltriton.debug_barrier()
+
+    def exp(self, a: Array) -> Array:
+        """e^a of a tile or a vector."""
+        return exp(a, self.interpret)
 
     def dot(self, a: Array, b: Array, **transposed: bool) -> Array:
         """Product of two tiles."""
@@ -142,11 +152,15 @@ def scaled(tile: Array, factors: Array) -> Array:
 
 
 def history_numbers(params: KernelParams, segment_ids: Array | None) -> Array | None:
-    """Returns ids int32 [b, k c + 1], entry t of the position before t; padding goes on like the last history."""
+    """Returns ids int32 [b, k c + 1], entry t of the position before t; padding goes on like the last history.
+
+    There are as many as the kernels read with or without a gradient.
+    """
     if segment_ids is None:
         return None
     ids = jax.lax.cummax(jnp.concatenate([segment_ids[:, :1], segment_ids], axis=1), axis=1)
-    return jnp.pad(ids, ((0, 0), (0, params.all_chunks * params.chunk - params.length)), mode="edge")
+    read = max(divided.all_chunks * divided.chunk for divided in (params, params.without_gradient))
+    return jnp.pad(ids, ((0, 0), (0, read - params.length)), mode="edge")
 
 
 class Histories(NamedTuple):
@@ -205,9 +219,9 @@ class Decays(NamedTuple):
     total: Array
 
 
-def chunk_decays(log_decay: Array, histories: Histories | None) -> Decays:
+def chunk_decays(params: KernelParams, log_decay: Array, histories: Histories | None) -> Decays:
     """Builds the decay factors from log decays [c], with the exact coarse sums of `kernels.decays`."""
-    edges = edge_decays(log_decay, histories)
+    edges = edge_decays(params, log_decay, histories)
     coarse, fine = _split(log_decay, histories)
     coarse_sum, fine_sum = jnp.cumsum(coarse), jnp.cumsum(fine)
     segments = (coarse_sum[:, None] - coarse_sum[None, :]) + (fine_sum[:, None] - fine_sum[None, :])
@@ -215,23 +229,23 @@ def chunk_decays(log_decay: Array, histories: Histories | None) -> Decays:
     if histories is not None:
         joined &= histories.together()
     # The mask comes before exp: above the diagonal the sums are positive and overflow for strong decay.
-    between = jnp.exp(jnp.where(joined, segments, -jnp.inf))
+    between = params.exp(jnp.where(joined, segments, -jnp.inf))
     return Decays(between, *edges)
 
 
-def edge_decays(log_decay: Array, histories: Histories | None) -> tuple[Array, Array, Array]:
+def edge_decays(params: KernelParams, log_decay: Array, histories: Histories | None) -> tuple[Array, Array, Array]:
     """`from_start`, `to_end` and `total` of `Decays` alone."""
     coarse, fine = _split(log_decay, histories)
     coarse_total, fine_total = jnp.sum(coarse), jnp.sum(fine)
     coarse_sum, fine_sum = jnp.cumsum(coarse), jnp.cumsum(fine)
     from_first, with_last, throughout = (None,) * 3 if histories is None else histories.edges()
-    from_start = _exp_where(from_first, coarse_sum + fine_sum)
-    to_end = _exp_where(with_last, (coarse_total - coarse_sum) + (fine_total - fine_sum))
-    return from_start, to_end, _exp_where(throughout, coarse_total + fine_total)
+    from_start = _exp_where(params, from_first, coarse_sum + fine_sum)
+    to_end = _exp_where(params, with_last, (coarse_total - coarse_sum) + (fine_total - fine_sum))
+    return from_start, to_end, _exp_where(params, throughout, coarse_total + fine_total)
 
 
-def _exp_where(mask: Array | None, log_decay: Array) -> Array:
-    return jnp.exp(log_decay if mask is None else jnp.where(mask, log_decay, -jnp.inf))
+def _exp_where(params: KernelParams, mask: Array | None, log_decay: Array) -> Array:
+    return params.exp(log_decay if mask is None else jnp.where(mask, log_decay, -jnp.inf))
 
 
 def _split(log_decay: Array, histories: Histories | None) -> tuple[Array, Array]:
@@ -265,7 +279,7 @@ def uncut_segments(params: KernelParams, numbers: Array | None) -> Array | None:
     """Returns bool [b, s], true where no history begins in a segment; or None where every row is one history."""
     if numbers is None:
         return None
-    at_borders = numbers[:, :: params.num_chunks * params.chunk]
+    at_borders = numbers[:, : params.all_chunks * params.chunk + 1 : params.num_chunks * params.chunk]
     return at_borders[:, 1:] == at_borders[:, :-1]
 
 

@@ -99,10 +99,25 @@ def test_the_same_bits_every_run():
         np.testing.assert_array_equal(first, second)
 
 
+def test_value_alone_may_have_chunks_of_its_own():
+    """With segments and several histories too, whose numbers are padded for the longer chunks."""
+    arrays, _, _ = inputs((2, 70, 4, 1, 16, 16))
+    segment_ids = jnp.repeat(jnp.arange(1, 8), 10)[None].repeat(2, axis=0)
+    apply = functools.partial(ssd, **arrays, segment_ids=segment_ids, implementation="pallas_triton", interpret=True)
+    config = dataclasses.replace(PLAIN, segments=2)
+    other = dataclasses.replace(config, value_chunk_size=64)
+    assert other.without_gradient == dataclasses.replace(config, chunk_size=64)
+    expected = apply(config=config, precision="highest")
+    assert "f32[64,64]" in str(jax.make_jaxpr(functools.partial(apply, config=other))())
+    np.testing.assert_allclose(apply(config=other, precision="highest"), expected, rtol=1e-4, atol=1e-5)
+
+
 def test_default_configs_fill_a_large_gpu():
     shape = {"heads": 4, "groups": 1, "width": 32, "state_width": 32, "chunk_size": 64}
     short = default_config(batch=2048, length=50, **shape)
     assert (short.segments, short.chunk_size, short.heads_per_program) == (1, 16, 1)
+    assert short.without_gradient.chunk_size == 32
+    assert default_config(batch=2048, length=16, **shape).without_gradient.chunk_size == 16
     long = default_config(batch=1, length=65_536, **shape)
     assert long.segments * shape["heads"] >= 1024
     assert long.heads_per_program == 1
