@@ -207,6 +207,43 @@ def operators_on_h100() -> str:
     )
 
 
+def kernel_model() -> str:
+    """What a model says of the compiled kernels, beside times on one H100."""
+    found = record("kernel_model")
+    rows = []
+    for one in found["rows"]:
+        if not one["default"]:
+            continue
+        shape = " ".join(f"{axis}{size:,}" for axis, size in one["sizes"].items())
+        name = f"`{one['op']}` {shape}, {one['pass'].replace('_', ' and ')}"
+        measured, predicted = one["measured_seconds"], one["predicted_seconds"]
+        kernels = one["kernels"]
+        rows.append(
+            [
+                name,
+                one["unit"],
+                *(
+                    ", ".join(f"{kernel[key]:.{digits}f}" for kernel in kernels)
+                    for key, digits in [
+                        ("instructions_per_unit", 0),
+                        ("memory_cycles_per_unit", 0),
+                        ("registers", 0),
+                        ("stack_bytes", 0),
+                    ]
+                ),
+                f"{1e6 * predicted:,.0f}",
+                f"{1e6 * measured:,.0f}" if measured else "",
+                f"{100 * one['predicted_share_of_floor']:.0f} %",
+                f"{100 * one['floor_seconds'] / measured:.0f} %" if measured else "",
+            ]
+        )
+    return markdown(
+        ["kernels", "per", "instructions", "memory-pipe cycles", "registers", "stack, B"]
+        + ["predicted us", "measured us", "predicted share of the floor", "measured"],
+        rows,
+    )
+
+
 TABLES: dict[str, Callable[[], str]] = {
     function.__name__: function
     for function in (
@@ -218,6 +255,7 @@ TABLES: dict[str, Callable[[], str]] = {
         step_forms,
         operators_on_cpu,
         operators_on_h100,
+        kernel_model,
         speed,
     )
 }
