@@ -1,4 +1,4 @@
-"""The plan of a GPU's benchmark: it goes on where it ended, however that was, and finds by itself what it goes through."""
+"""The plan of a GPU's benchmark: it goes on where it ended, however that was, and finds what it goes through."""
 
 import dataclasses
 import json
