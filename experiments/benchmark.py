@@ -7,7 +7,7 @@
     python -m experiments.benchmark logs --rows=1e6,5e6,2e7 --output=logs.json
     python -m experiments.benchmark memory --output=memory.json
     python -m experiments.benchmark stream_kills --output=kills.json
-    python -m experiments.benchmark gpu --output=gpu.json
+    python -m experiments.benchmark gpu --plan=ten-minutes --output=gpu.json
     python -m experiments.benchmark catalogue --items=1e6,1e7 --shards=1,8 --output=catalogue.json
     python -m experiments.benchmark sampled --items=1e4,1e5,1e6 --output=sampled.json
 
@@ -18,8 +18,8 @@
 `logs` makes Parquet logs of several sizes and measures memory and speed from the file to training batches.
 `memory` reads resident memory and compiled programs over many saves, questions, streamed events and training epochs.
 `stream_kills` kills experiments.stream again and again and compares what it leaves with an unkilled run.
-`gpu` checks the GPU kernels and times everything that a GPU runs, in one call: --parts, --budget_seconds and --tiny are
-its options, and a wrong result makes the exit code 1 (see experiments/benchmarks/gpu.py). `catalogue` asks XLA for the
+`gpu` checks the GPU kernels and times everything that a GPU runs; the same --output goes on where a call ended, and a
+wrong result makes the exit code 1 (see experiments/benchmarks/gpu.py). `catalogue` asks XLA for the
 memory of a training step with the item embedding whole and in shards, on fake devices. `sampled` takes training steps
 with the softmax over all items and over a sample, in turns.
 """

@@ -5,6 +5,8 @@ of parameters are added up over the blocks, so that every row counts.
 """
 
 import functools
+import importlib
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,8 +15,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.benchmarks.timing import Part, build_all, reason
+from experiments.benchmarks.timing import Part, Settings, build_all, reason
 from kernels.causal_conv1d import causal_conv1d
+from kernels.dispatch import Implementations, find
 from kernels.selective_scan import selective_scan
 from kernels.softmax_cross_entropy import softmax_cross_entropy
 from kernels.ssd import ssd
@@ -174,6 +177,7 @@ ODD_CASES = (
     Case("ssd", {"b": 64, "l": 33} | _SSD_WIDE, ragged=True),
     # Few long rows are cut into segments.
     Case("ssd", {"b": 2, "l": 4099} | _SSD, ragged=True),
+    Case("ssd", {"b": 1, "l": 65_536} | _SSD),
     Case("causal_conv1d", {"b": 64, "l": 1} | _CHANNELS),
     Case("causal_conv1d", {"b": 33, "l": 17, "c": 100}),
     Case("causal_conv1d", {"b": 2, "l": 4099} | _CHANNELS),
@@ -214,6 +218,33 @@ def precisions(case: Case, wanted: tuple[str, ...]) -> list[str]:
 def matmul_precision(precision: str) -> Any:
     """Returns the context in which plain JAX multiplies so; "default" is TF32 on GPUs."""
     return jax.default_matmul_precision("highest" if precision == "float32" else "default")
+
+
+def implementations(op: str) -> Implementations:
+    """Returns an operator's mapping of names to backends."""
+    return importlib.import_module(f"kernels.{op}").IMPLEMENTATIONS
+
+
+def backends(op: str, settings: Settings, absent: dict[str, str]) -> list[str]:
+    """Returns the backends of an operator that can be imported here, plain JAX last and without the definition.
+
+    Args:
+      op: its name.
+      settings: which ones are asked for.
+      absent: where to note why others are missing.
+    """
+    names = [name for name in implementations(op) if name not in ("reference", "xla")]
+    found = []
+    for name in [*names, "xla"]:
+        if settings.implementations and name not in settings.implementations:
+            continue
+        try:
+            find(op, implementations(op), name)
+        except ValueError as error:
+            absent[f"{op}: {name}"] = str(error)
+            continue
+        found.append(name)
+    return found
 
 
 def forward(case: Case, implementation: str, precision: str, **options: Any) -> Apply:
@@ -332,34 +363,54 @@ def _check_precision(case: Case, values: Values, precision: str, run: Any, expec
     return record
 
 
-def check(case: Case, implementation: str, wanted: tuple[str, ...], rng: np.random.Generator) -> list[dict[str, Any]]:
-    """Checks one case in all precisions; whatever goes wrong is in the records."""
+class Refused(ValueError):
+    """A backend does not offer this, and says so before anything is compiled."""
+
+
+def _compiled(case: Case, implementation: str, precision: str, values: Values) -> tuple[Any, float]:
+    """Compiles value and gradients; returns the program and the seconds, while others are compiled on other cores.
+
+    Raises:
+      Refused: the backend does not offer it.
+    """
+    began = time.perf_counter()
+    arguments = (values.inputs, values.fixed, values.dy)
+    try:
+        traced = jax.jit(both(forward(case, implementation, precision))).trace(*arguments)
+    except ValueError as error:
+        raise Refused(str(error)) from error
+    return traced.lower().compile(), time.perf_counter() - began
+
+
+def check(case: Case, names: list[str], wanted: tuple[str, ...], rng: np.random.Generator) -> list[dict[str, Any]]:
+    """Checks one case in all backends and precisions; whatever goes wrong is in the records."""
     drawn = draw(case, rng)
-    names = precisions(case, wanted)
-    values = {name: stored(case, drawn, name) for name in names}
-
-    def build(name: str) -> Any:
-        run = jax.jit(both(forward(case, implementation, name)))
-        return run.lower(values[name].inputs, values[name].fixed, values[name].dy).compile()
-
-    runs, failed = build_all({name: functools.partial(build, name) for name in names})
+    values = {precision: stored(case, drawn, precision) for precision in precisions(case, wanted)}
+    keys = [(precision, name) for precision in values for name in names]
+    builders = {f"{p} {name}": functools.partial(_compiled, case, name, p, values[p]) for p, name in keys}
+    runs, failed = build_all(builders)
     define = jax.jit(both(forward(case, "reference", "float32")))
     records, expected = [], {}
-    for name in names:
-        record = {"op": case.op, "sizes": case.sizes, "ragged": case.ragged, "precision": name}
-        if name in failed:
-            records.append(record | {"ok": False, "error": failed[name]})
+    for precision, name in keys:
+        record: dict[str, Any] = {"op": case.op, "sizes": case.sizes, "ragged": case.ragged}
+        record |= {"precision": precision, "implementation": name}
+        if why := failed.get(f"{precision} {name}"):
+            refused = why.startswith("Refused")
+            records.append(record | {"ok": refused, "refused" if refused else "error": why})
             continue
         try:
             # Numbers rounded to bfloat16 are another input.
-            storage = "bfloat16" if name == "bfloat16" else "float32"
+            storage = "bfloat16" if precision == "bfloat16" else "float32"
             if storage not in expected:
                 with jax.enable_x64(True):
-                    wide = jax.tree.map(lambda a: a.astype(np.float64), (values[name].inputs, values[name].dy))
-                    wide = Values(wide[0], values[name].fixed, wide[1])
+                    wide = jax.tree.map(
+                        lambda a: a.astype(np.float64), (values[precision].inputs, values[precision].dy)
+                    )
+                    wide = Values(wide[0], values[precision].fixed, wide[1])
                     expected[storage] = jax.device_get(definition(case, define, wide))
-            record |= {"rows_of_a_block": rows_of_a_block(case)}
-            record |= _check_precision(case, values[name], name, runs[name], expected[storage])
+            run, seconds = runs[f"{precision} {name}"]
+            record |= {"rows_of_a_block": rows_of_a_block(case), "compile_seconds": seconds}
+            record |= _check_precision(case, values[precision], precision, run, expected[storage])
         except Exception as error:  # One broken kernel must not hide the others.
             record |= {"ok": False, "error": reason(error)}
         records.append(record)
@@ -367,18 +418,23 @@ def check(case: Case, implementation: str, wanted: tuple[str, ...], rng: np.rand
 
 
 def check_all(part: Part) -> None:
-    """Checks all cases."""
-    checks, failed = [], []
-    part.record.update({"checks": checks, "failed": failed})
-    settings = part.settings
+    """Checks all cases in every backend."""
+    checks, failed = part.record.setdefault("checks", []), part.record.setdefault("failed", [])
+    absent, settings = part.record.setdefault("absent", {}), part.settings
 
     def check_case(case: Case) -> None:
         try:
-            records = check(case, settings.implementation, PRECISIONS[:1] if settings.tiny else PRECISIONS, part.rng)
+            names = backends(case.op, settings, absent)
+            records = check(case, names, PRECISIONS[:1] if settings.tiny else PRECISIONS, part.rng)
         except Exception as error:  # An operator that is broken as a whole has failed, too.
             records = [{"op": case.op, "sizes": case.sizes, "precision": "", "ok": False, "error": reason(error)}]
         checks.extend(records)
-        failed.extend(f"{case.label} {record['precision']}" for record in records if not record["ok"])
+        failed.extend(
+            f"{case.label} {record['precision']} {record.get('implementation', '')}".rstrip()
+            for record in records
+            if not record["ok"]
+        )
 
-    cases = TINY_CASES if settings.tiny else (*PAPER_CASES, *ODD_CASES)
+    # The SSD, which has most backends, comes first.
+    cases = TINY_CASES if settings.tiny else sorted((*PAPER_CASES, *ODD_CASES), key=lambda case: case.op != "ssd")
     part.do_all((f"check of {case.label}", functools.partial(check_case, case)) for case in cases)

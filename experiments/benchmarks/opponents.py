@@ -8,7 +8,9 @@ import functools
 import importlib
 import importlib.util
 import os
+import pathlib
 import sys
+import tarfile
 import types
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -25,6 +27,8 @@ Apply = Callable[..., Any]
 Arrays = Mapping[str, np.ndarray]
 # Tuning of other people's kernels in a training step.
 _TUNING_SECONDS = 90.0
+# Positions that mamba_ssm handles densely at once.
+_MAMBA_CHUNKS = (64, 256)
 
 
 def require_torch() -> None:
@@ -67,6 +71,26 @@ def import_from(package: str, module: str, name: str) -> Any:
         bare.__path__ = list(found.submodule_search_locations or [])
         sys.modules[package] = bare
         return getattr(importlib.import_module(path), name)
+
+
+def offer_mamba_ssm(path: pathlib.Path, folder: pathlib.Path) -> None:
+    """Makes mamba_ssm importable from its source distribution or an unpacked folder; its CUDA extension is not needed.
+
+    Args:
+      path: the .tar.gz, or a folder that holds the folder mamba_ssm.
+      folder: where a .tar.gz is unpacked.
+
+    Raises:
+      FileNotFoundError: there is no mamba_ssm in it.
+    """
+    if path.is_file():
+        with tarfile.open(path) as packed:
+            packed.extractall(folder, filter="data")
+        path = folder
+    found = next((place.parent.parent for place in sorted(path.rglob("mamba_ssm/__init__.py"))), None)
+    if found is None:
+        raise FileNotFoundError(f"{path} holds no folder mamba_ssm with Python files: give the package's source")
+    sys.path.insert(0, str(found))
 
 
 def _compile_candidates(tuner: Any, configs: list[Any], options: dict[str, Any]) -> None:
@@ -152,9 +176,11 @@ def _plain_conv(x: Any, weight: Any, bias: Any) -> Any:
     return torch.nn.functional.silu(y[..., : x.shape[2]])
 
 
-def _mamba_ssd(scan: Apply, x: Any, dt: Any, A: Any, B: Any, C: Any, D: Any, **options: Any) -> Any:
-    """mamba_ssm's state space duality; chunks of 256 as usual, or less for shorter rows."""
-    chunk = min(256, max(64, 1 << (x.shape[1] - 1).bit_length()))
+def _mamba_ssd(
+    scan: Apply, x: Any, dt: Any, A: Any, B: Any, C: Any, D: Any, *, chunk: int | None = None, **options: Any
+) -> Any:
+    """mamba_ssm's state space duality; chunks of 256 as usual, or less for shorter rows, unless told otherwise."""
+    chunk = chunk or min(256, max(64, 1 << (x.shape[1] - 1).bit_length()))
     return scan(x, dt, A, B[:, :, None], C[:, :, None], chunk, D=D, **options)
 
 
@@ -170,18 +196,19 @@ def _candidates(op: str, precision: str) -> dict[str, Callable[[], tuple[Apply, 
     """Returns builders of functions of the inputs, with the names of those inputs that they take channels first."""
     if op == "ssd":
 
-        def mamba() -> tuple[Apply, tuple[str, ...]]:
+        def mamba(chunk: int) -> tuple[Apply, tuple[str, ...]]:
             if precision == "float32":
                 raise ValueError("its kernels round float32 factors to TF32")
             scan = import_from("mamba_ssm", "ops.triton.ssd_combined", "mamba_chunk_scan_combined")
-            return functools.partial(_mamba_ssd, scan, dt_softplus=True), ()
+            return functools.partial(_mamba_ssd, scan, chunk=chunk, dt_softplus=True), ()
 
         def plain() -> tuple[Apply, tuple[str, ...]]:
             if precision == "bfloat16":
                 raise ValueError("the plain form takes one dtype for all its arrays")
             return torch_ssd, ()
 
-        return {"mamba_ssm": mamba, "PyTorch": plain}
+        chunks = {f"mamba_ssm, chunk {chunk}": functools.partial(mamba, chunk) for chunk in _MAMBA_CHUNKS}
+        return chunks | {"PyTorch": plain}
     if op == "selective_scan":
 
         def scan_form() -> tuple[Apply, tuple[str, ...]]:

@@ -1,4 +1,4 @@
-"""Time on busy and on lent machines: forms timed in turns, programs built side by side, what is left of a budget.
+"""Time on busy machines and on a budget: forms timed in turns, programs built side by side, what is left of a budget.
 
 Machines are shared and noisy, so forms that are compared take turns, and only ratios within one run say much.
 """
@@ -14,15 +14,17 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import jax
 import numpy as np
 
 _MOST_THREADS = 16
-# On a lent machine a form that takes longer than this is run once more and no oftener.
+# On a GPU a form that takes longer than this is run once more and no oftener.
 _SLOW_SECONDS = 2.0
+# A job in which the process ended so often is not begun again.
+_MOST_BEGINNINGS = 2
 
 Name = TypeVar("Name")
 
@@ -209,16 +211,16 @@ class Budget:
 
 @dataclass(frozen=True)
 class Settings:
-    """What the command line of a lent machine's benchmark says.
+    """What the command line of the benchmark of a GPU says.
 
     Attributes:
-      implementation: of our kernels.
+      implementations: backends that are checked and timed; empty is all that an operator has.
       tiny: sizes for trying the program out.
       repeats: readings of each form.
       only: what is checked or measured has one of these in its label; empty is everything.
     """
 
-    implementation: str
+    implementations: tuple[str, ...]
     tiny: bool
     repeats: int
     only: tuple[str, ...] = ()
@@ -239,14 +241,15 @@ class Settings:
 
 @dataclass(frozen=True)
 class Part:
-    """One part of a measurement on a lent machine.
+    """One part of the benchmark of a GPU.
 
     Attributes:
       settings: what the command line says.
       rng: of all inputs.
       budget: for this part.
-      record: what it has found so far.
-      save: called with a label after every step.
+      record: what it has found so far, in this process or in one before it.
+      save: called with a label after every step; keeps the whole record.
+      whole: the record of all parts.
     """
 
     settings: Settings
@@ -254,18 +257,30 @@ class Part:
     budget: Budget
     record: dict[str, Any]
     save: Callable[[str], None]
+    whole: dict[str, Any] = field(default_factory=dict)
 
     def do_all(self, jobs: Iterable[tuple[str, Callable[[], None]]]) -> None:
-        """Does the labelled jobs that are asked for, while there is time; the record says why others are missing."""
+        """Does the labelled jobs that are asked for, while there is time; the record says why others are missing.
+
+        Jobs that the record has as done are left out, and those in which the process has ended twice.
+        """
         skipped = self.record["skipped"] = {}
+        done, begun = self.record.setdefault("done", []), self.record.setdefault("begun", {})
         for label, do in jobs:
-            if self.settings.only and not any(wanted in label for wanted in self.settings.only):
+            if label in done or (self.settings.only and not any(wanted in label for wanted in self.settings.only)):
+                continue
+            if begun.get(label, 0) >= _MOST_BEGINNINGS:
+                skipped[label] = f"skipped: begun {begun[label]} times, and the process ended each time"
                 continue
             if refusal := self.budget.refusal():
                 skipped[label] = refusal
                 continue
+            begun[label] = begun.get(label, 0) + 1
+            self.save(f"begin {label}")
             try:
                 do()
+                done.append(label)
             except Exception as error:  # What cannot be done must not stop the rest.
                 skipped[label] = reason(error)
+            del begun[label]
             self.save(label)

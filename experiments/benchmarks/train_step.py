@@ -62,6 +62,12 @@ from tim4rec_jax.training.step import init_state, make_optimizer, train_step
 from tim4rec_jax.typing import Array
 
 _BATCHES = 4
+# What all operators have kernels in.
+_KERNELS = "pallas_triton"
+STEPS_PER_DISPATCH = 8
+_DISPATCHED = f", {STEPS_PER_DISPATCH} steps per dispatch"
+# Rows of a batch that is bound by launches.
+_FEW_ROWS = 16
 # Data set -> rows of its item table, and the mean length of its training rows.
 _DATA = {"ml-1m": (3417, 118.0), "beauty": (12_102, 8.4)}
 # Of its batches in the paper, of 2048 rows.
@@ -230,12 +236,13 @@ def sized(name: str, about: tuple[int, float], tokens: int, **sizes: Any) -> Sha
 
 
 def shapes(tiny: bool) -> tuple[Shape, ...]:
-    """Returns the paper's two settings, with the number of items that the data sets have after cleaning."""
+    """Returns the paper's two settings, with as many items as the data sets have after cleaning, and few rows."""
     if tiny:
         small = {"max_len": 8, "d_model": 16, "d_state": 16, "head_dim": 16, "dropout": 0.0}
         small |= {"use_ffn": False, "d_conv": 2}
         return (sized("ml1m_ssd4rec", _TINY_DATA, 32, **small),)
-    return tuple(sized(f"{file_name(data)}_tim4rec", about, _PAPER_TOKENS[data]) for data, about in _DATA.items())
+    paper = [sized(f"{file_name(data)}_tim4rec", about, _PAPER_TOKENS[data]) for data, about in _DATA.items()]
+    return (*paper, sized("ml1m_tim4rec", _DATA["ml-1m"], 200 * _FEW_ROWS))
 
 
 def draw_lengths(rng: np.random.Generator, mean: float, longest: int, count: int) -> np.ndarray:
@@ -286,37 +293,68 @@ class ResidentBatches:
         return batch
 
 
-def with_kernels(config: ExperimentConfig, kernels: str, *, loss: bool) -> ExperimentConfig:
-    """Returns the settings with all operators in one backend, also the loss or not."""
+def with_kernels(config: ExperimentConfig, kernels: str | None, *, loss: bool) -> ExperimentConfig:
+    """Returns the settings with all operators in one backend, or each in its default, and the loss in tiles or not."""
     model, train = dataclasses.replace(config.model, kernels=kernels), config.train
     return dataclasses.replace(config, model=model, train=dataclasses.replace(train, loss_in_tiles=loss))
 
 
 def our_form(config: ExperimentConfig, precision: str, groups: tuple[LengthGroup, ...], batches: list[Batch]) -> Form:
     """Compiles our step; its optimiser state lives on in the form."""
-    dtype = "bfloat16" if precision == "bfloat16" else "float32"
-    config = dataclasses.replace(config, model=dataclasses.replace(config.model, dtype=dtype))
+    config = _in_dtype(config, precision)
     # The context belongs to a thread.
     with matmul_precision(precision):
         step = compile_step(config, build_model(config.model), ResidentBatches(batches), groups)
     return step_form(step, batches)
 
 
+def dispatch_form(
+    config: ExperimentConfig, precision: str, groups: tuple[LengthGroup, ...], batches: list[Batch]
+) -> Form:
+    """Compiles `STEPS_PER_DISPATCH` of our steps as one program; a launch is all of them."""
+    config = _in_dtype(config, precision)
+    model, optimizer = build_model(config.model), make_optimizer(config.train, total_steps=1000)
+    step = functools.partial(train_step, model, optimizer, config, groups, ResidentBatches(batches))
+    turns = itertools.islice(itertools.cycle(batches), STEPS_PER_DISPATCH)
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *turns)
+
+    def steps(state: Any, _: tuple[()], stacked: Batch) -> tuple[Any, jax.Array]:
+        state, losses = jax.lax.scan(lambda state, batch: step(state, (), batch), state, stacked)
+        return state, losses[-1]
+
+    with matmul_precision(precision):
+        state = init_state(model, optimizer, config.train.seed)
+        return step_form(Step(jax.jit(steps, donate_argnums=0), state, stacked), [stacked])
+
+
+def _in_dtype(config: ExperimentConfig, precision: str) -> ExperimentConfig:
+    dtype = "bfloat16" if precision == "bfloat16" else "float32"
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, dtype=dtype))
+
+
 def compare_kernels(
     shape: Shape, precision: str, settings: Settings, batches: list[Batch], lengths: np.ndarray
 ) -> dict:
-    """Times the step with kernels on and off, and PyTorch's, in turns; every row at full length."""
-    choices = {"kernels off": ("xla", False), "kernels on": (settings.implementation, True)}
-    if precision == "tfloat32" and not settings.tiny:
-        choices["kernels of ssd and conv"] = (settings.implementation, False)
+    """Times the step with kernels on, off and as the operators choose, and PyTorch's, in turns; rows at full length."""
+    choices: dict[str, tuple[str | None, bool]] = {"kernels off": ("xla", False), "kernels on": (_KERNELS, True)}
+    if not settings.tiny:
+        choices["kernels chosen"] = None, True
+        if precision == "tfloat32":
+            choices["kernels of ssd and conv"] = _KERNELS, False
     groups = groups_of(shape.config, lengths, max_groups=1, microbatch_tokens=None, platform="gpu")
-    builders = {
-        name: functools.partial(our_form, with_kernels(shape.config, kernels, loss=loss), precision, groups, batches)
-        for name, (kernels, loss) in choices.items()
-    }
+    builders = {}
+    for name, (kernels, loss) in choices.items():
+        given = with_kernels(shape.config, kernels, loss=loss), precision, groups, batches
+        builders[name] = functools.partial(our_form, *given)
+        if name in ("kernels on", "kernels chosen"):
+            builders[f"{name}{_DISPATCHED}"] = functools.partial(dispatch_form, *given)
     forms, failed = build_all(builders)
     others, missing = torch_step_forms(shape.config, precision, batches, settings.tiny)
     times, untimed = settings.time(forms | others)
+    for name, record in times.items():
+        if name.endswith(_DISPATCHED):
+            record["median_seconds"] /= STEPS_PER_DISPATCH
+            record["seconds"] = [seconds / STEPS_PER_DISPATCH for seconds in record["seconds"]]
     ratios = {
         f"{other} over {name}": times[other]["median_seconds"] / times[name]["median_seconds"]
         for name in forms.keys() & times.keys()
@@ -344,7 +382,7 @@ def sweep_groups(shape: Shape, precision: str, settings: Settings, batches: list
     tried = [(1, None), (2, tokens // 2), (4, tokens // 4), (6, tokens // 8), (6, tokens // 16)]
     if settings.tiny:
         tried = [(1, tokens // 2)]
-    config = with_kernels(shape.config, settings.implementation, loss=True)
+    config = with_kernels(shape.config, _KERNELS, loss=True)
     plans = {
         f"length_groups={g}, microbatch_tokens={t}": groups_of(
             config, lengths, max_groups=g, microbatch_tokens=t, platform="gpu"
@@ -360,10 +398,15 @@ def sweep_groups(shape: Shape, precision: str, settings: Settings, batches: list
     return record | {"groups": groups, "forms": times, "best": best, "missing": failed | untimed}
 
 
+def _label(shape: Shape) -> str:
+    return f"{shape.config.name} {shape.config.train.batch_size} rows"
+
+
 def time_kernels(part: Part) -> None:
     """Measures comparisons and sweeps of the paper's settings."""
     settings, record = part.settings, part.record
-    record.update({"comparisons": [], "sweep": []})
+    for kind in ("comparisons", "sweep"):
+        record.setdefault(kind, [])
     prepared = []
     for shape in shapes(settings.tiny):
         batches = [draw_batch(shape, part.rng) for _ in range(_BATCHES)]
@@ -378,7 +421,10 @@ def time_kernels(part: Part) -> None:
         record[kind].append(how(shape, precision, settings, batches, lengths))
 
     part.do_all(
-        (f"{kind}: {inputs[0].config.name} {precision}", functools.partial(measure, kind, how, precision, *inputs))
+        (
+            f"{kind}: {_label(inputs[0])} {precision}",
+            functools.partial(measure, kind, how, precision, *inputs),
+        )
         for (kind, how, precision), inputs in itertools.product(order, prepared)
     )
 

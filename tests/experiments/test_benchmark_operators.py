@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from experiments import benchmark
-from experiments.benchmarks import operator_speed, operators
+from experiments.benchmarks import operator_speed, operator_work, operators
 from experiments.benchmarks.operators import Case
 from experiments.benchmarks.timing import Form
 from kernels.causal_conv1d.config import CausalConv1dConfig
@@ -119,7 +119,7 @@ def test_bytes_of_ssd_by_hand():
     # x 2*20*2*8*4, dt 2*20*2*4, B and C 2*20*4*4 each, three numbers a head; two chunks, states of 2*2*8*4*4 bytes.
     x, dt, maps, parameters, state = 2560, 320, 640, 24, 512
     inputs = x + dt + 2 * maps + parameters
-    counts = operator_speed.ssd_work(sizes, 4, one)
+    counts = operator_work.ssd_work(sizes, 4, one)
     assert (counts.needed, counts.needed_both) == (inputs + x, 2 * (inputs + x)) == (6744, 13488)
     assert counts.moved == inputs + x
     # Backward: inputs, dy, the state between the two chunks; dx, ddt, dB, dC; ddt again for dt_bias.
@@ -127,11 +127,11 @@ def test_bytes_of_ssd_by_hand():
     assert counts.moved_both == counts.moved + state + backward
 
     # A program a head: both write gradients of the maps, which are read and added up.
-    parts = operator_speed.ssd_work(sizes, 4, dataclasses.replace(one, heads_per_program=1))
+    parts = operator_work.ssd_work(sizes, 4, dataclasses.replace(one, heads_per_program=1))
     assert parts.moved_both == counts.moved_both - 2 * maps + 2 * 2 * maps + 2 * (2 * maps + maps)
 
     # Two segments: two passes more over a tensor, the steps and a map, and ten times states between segments.
-    cut = operator_speed.ssd_work(sizes, 4, dataclasses.replace(one, segments=2))
+    cut = operator_work.ssd_work(sizes, 4, dataclasses.replace(one, segments=2))
     segment_pass = x + dt + maps + 5 * 2 * state
     assert cut.moved == inputs + x + segment_pass + 2 * state
     # Both chunks' states are kept, and the states after both segments are read.
@@ -140,7 +140,7 @@ def test_bytes_of_ssd_by_hand():
 
 def test_bytes_of_the_convolution_by_hand():
     config = CausalConv1dConfig(16, 1, 2, 4, 3, 1, 1)
-    counts = operator_speed.conv_work({"b": 2, "l": 10, "c": 16}, 2, config)
+    counts = operator_work.conv_work({"b": 2, "l": 10, "c": 16}, 2, config)
     x, parameters, shared = 2 * 10 * 16 * 2, 5 * 16 * 4, 2 * 3 * 16 * 2
     assert (counts.needed, counts.needed_both) == (2 * x + parameters, 4 * x + 2 * parameters)
     assert counts.moved == 2 * x + parameters + shared
@@ -150,7 +150,7 @@ def test_bytes_of_the_convolution_by_hand():
 
 def test_bytes_of_the_scan_by_hand():
     config = SelectiveScanConfig(chunk=6, group=3, forward_channels=8, backward_channels=4)
-    counts = operator_speed.scan_work({"b": 2, "l": 7, "e": 8, "n": 4}, 4, config)
+    counts = operator_work.scan_work({"b": 2, "l": 7, "e": 8, "n": 4}, 4, config)
     x, maps, parameters = 2 * 7 * 8 * 4, 2 * 7 * 4 * 4, (8 * 4 + 16) * 4
     inputs = 2 * x + 2 * maps + parameters
     assert (counts.needed, counts.needed_both, counts.moved) == (inputs + x, 2 * (inputs + x), inputs + x)
@@ -162,7 +162,7 @@ def test_bytes_of_the_scan_by_hand():
 
 def test_bytes_and_products_of_the_loss_by_hand():
     loop = LoopConfig(own=16, other=16, columns=16, num_warps=1, num_stages=1, programs=2)
-    counts = operator_speed.loss_work({"t": 16, "v": 32, "d": 8}, 4, TritonConfig(loop, loop, loop))
+    counts = operator_work.loss_work({"t": 16, "v": 32, "d": 8}, 4, TritonConfig(loop, loop, loop))
     numbers, vector = 48 * 8 * 4, 64
     assert (counts.flops, counts.flops_both) == (2 * 16 * 32 * 8, 3 * 2 * 16 * 32 * 8)
     assert (counts.needed, counts.needed_both) == (numbers + 2 * vector, 2 * numbers + 3 * vector)
@@ -174,5 +174,5 @@ def test_bytes_and_products_of_the_loss_by_hand():
 
 
 def test_the_floor_is_the_longer_of_bytes_and_products():
-    assert operator_speed.floor_seconds(100, 0, 50.0, 10.0) == 2.0
-    assert operator_speed.floor_seconds(100, 40, 50.0, 10.0) == 4.0
+    assert operator_work.floor_seconds(100, 0, 50.0, 10.0) == 2.0
+    assert operator_work.floor_seconds(100, 40, 50.0, 10.0) == 4.0

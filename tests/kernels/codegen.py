@@ -86,15 +86,25 @@ class Resources:
     instructions: int
 
 
-@contextlib.contextmanager
-def _some_gpu() -> Iterator[None]:
+def _chip() -> dict[str, Any]:
     """Newer JAX releases want to know the chip when they lower a kernel; the module does not depend on it."""
     if not hasattr(jax.sharding, "AbstractDevice"):
+        return {}
+    return {"abstract_device": jax.sharding.AbstractDevice("NVIDIA H100 80GB HBM3", None, "gpu")}
+
+
+@contextlib.contextmanager
+def _some_gpu() -> Iterator[None]:
+    if not (chip := _chip()):
         yield
         return
-    device = jax.sharding.AbstractDevice("NVIDIA H100 80GB HBM3", None, "gpu")
-    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=device)):
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), **chip)):
         yield
+
+
+def gpu_mesh(axis: str, count: int) -> jax.sharding.AbstractMesh:
+    """Returns a mesh of `count` GPUs along one axis, for `capture` of what runs inside shard_map."""
+    return jax.sharding.AbstractMesh((count,), (axis,), (jax.sharding.AxisType.Auto,), **_chip())
 
 
 def _walk(operation: Any) -> Iterator[Any]:

@@ -1,4 +1,4 @@
-"""The causal convolution, in every implementation, against loops and against PyTorch's grouped convolution."""
+"""The causal convolution, in every implementation, against loops in NumPy."""
 
 import functools
 from dataclasses import dataclass, replace
@@ -8,13 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-
-torch = pytest.importorskip("torch")
 from jax.experimental.pallas import triton as pltriton
 from jax.sharding import PartitionSpec as P
 
 from kernels.causal_conv1d import IMPLEMENTATIONS, causal_conv1d, causal_conv1d_last, pallas_triton
 from kernels.causal_conv1d.config import CausalConv1dConfig, default_config
+from tests.kernels.walks import ACTIVATIONS, convolution
 
 KERNELS = "pallas_triton"
 # Segments that divide nothing, strips and channels that do not exist.
@@ -22,11 +21,6 @@ CUT = CausalConv1dConfig(
     channels=4, strips=4, segments=3, forward_unroll=3, backward_unroll=2, forward_warps=1, backward_warps=1
 )
 FORMS = {"reference": [None], "xla": [None], KERNELS: [None, CUT]}
-ACTIVATIONS = {
-    "none": (lambda y: y, lambda y: y),
-    "silu": (lambda y: y / (1 + np.exp(-y)), torch.nn.functional.silu),
-    "hard_swish": (lambda y: y * np.clip(y + 3, 0, 6) / 6, torch.nn.functional.hardswish),
-}
 # Outputs and gradients, as shares of the largest magnitude.
 TOLERANCES = {"float32": (2e-5, 1e-4), "float64": (1e-10, 1e-10)}
 
@@ -76,17 +70,6 @@ def inputs(case):
     return 2 * x, weight, bias if case.bias else None, dy
 
 
-def by_pytorch(activation, x, weight, bias, dy):
-    """Returns y and the gradients by x, weight and, if there is one, bias in float64."""
-    leaves = [torch.from_numpy(np.asarray(a, np.float64)).requires_grad_() for a in (x, weight, bias) if a is not None]
-    taps, channels = weight.shape
-    padded = torch.nn.functional.pad(leaves[0].transpose(1, 2), (taps - 1, 0))
-    y = torch.nn.functional.conv1d(padded, leaves[1].T[:, None], *leaves[2:], groups=channels).transpose(1, 2)
-    y = ACTIVATIONS[activation][1](y)
-    gradients = torch.autograd.grad((y * torch.from_numpy(np.asarray(dy, np.float64))).sum(), leaves)
-    return [a.detach().numpy() for a in (y, *gradients)]
-
-
 def value_and_gradients(x, weight, bias, dy, **kwargs):
     """Returns y and the gradients by x, weight and, if there is one, bias."""
     given = [a for a in (x, weight, bias) if a is not None]
@@ -110,7 +93,7 @@ def assert_near(actual, expected, tolerances):
 def check(case, dtype, **kwargs):
     arrays = in_dtype(inputs(case), dtype)
     run = jax.jit(functools.partial(value_and_gradients, activation=case.activation, **kwargs))
-    assert_near(run(*arrays), by_pytorch(case.activation, *inputs(case)), TOLERANCES[dtype])
+    assert_near(run(*arrays), convolution(case.activation, *inputs(case)), TOLERANCES[dtype])
 
 
 def test_the_suite_knows_every_implementation():
@@ -160,7 +143,7 @@ def test_bfloat16_stays_bfloat16_and_close(activation, implementation):
     y, dx, dweight, dbias = run(x, weight, bias, dy)
     assert (y.dtype, dx.dtype) == (jnp.bfloat16, jnp.bfloat16)
     assert (dweight.dtype, dbias.dtype) == (jnp.float32, jnp.float32)
-    expected = by_pytorch(activation, x, weight, bias, dy)
+    expected = convolution(activation, x, weight, bias, dy)
     assert_near([y, dx, dweight, dbias], expected, (2e-2, 2e-2))
     if implementation == KERNELS:
         # Only what is stored is rounded.
@@ -171,7 +154,7 @@ def test_kernels_take_bfloat16_parameters():
     arrays = in_dtype(inputs(SMALL), jnp.bfloat16)
     results = jax.jit(functools.partial(value_and_gradients, activation="silu", implementation=KERNELS))(*arrays)
     assert {a.dtype for a in results} == {jnp.dtype(jnp.bfloat16)}
-    assert_near(results, by_pytorch("silu", *arrays), (2**-8, 2**-8))
+    assert_near(results, convolution("silu", *arrays), (2**-8, 2**-8))
 
 
 @by_form
@@ -181,7 +164,7 @@ def test_vmap(implementation, config):
     many = [jnp.stack([a, a[::-1] * 0.5]) for a in (x, weight, dy)]
     results = jax.jit(jax.vmap(run, in_axes=(0, 0, None, 0)))(many[0], many[1], bias, many[2])
     for index in range(2):
-        expected = by_pytorch("silu", many[0][index], many[1][index], bias, many[2][index])
+        expected = convolution("silu", many[0][index], many[1][index], bias, many[2][index])
         assert_near([a[index] for a in results], expected, TOLERANCES["float32"])
 
 
@@ -204,7 +187,7 @@ def test_inside_shard_map(implementation, config):
         y, pull = jax.vjp(sharded, x, weight, bias)
         return [y, *pull(dy)]
 
-    assert_near(jax.jit(run)(x, weight, bias, dy), by_pytorch("silu", x, weight, bias, dy), TOLERANCES["float32"])
+    assert_near(jax.jit(run)(x, weight, bias, dy), convolution("silu", x, weight, bias, dy), TOLERANCES["float32"])
 
 
 def _guarded(access):

@@ -8,7 +8,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from kernels.causal_conv1d import causal_conv1d
-from tests.kernels.codegen import capture, compile_kernel, for_gpus
+from tests.kernels.codegen import capture, compile_kernel, for_gpus, gpu_mesh
 
 KERNELS = ["causal_conv1d_forward", "causal_conv1d_backward"]
 # Three backward programs of 256 threads share a multiprocessor's 65,536 registers at 80 a thread.
@@ -93,7 +93,7 @@ def test_lowers_inside_shard_map():
     rows, same = P("devices"), P()
     sharded = jax.shard_map(
         functools.partial(value_and_gradients, "silu"),
-        mesh=jax.make_mesh((len(jax.devices()),), ("devices",), axis_types=(jax.sharding.AxisType.Auto,)),
+        mesh=gpu_mesh("devices", 4),
         in_specs=(rows, rows, same, same),
         out_specs=[rows, rows, same, same],
     )

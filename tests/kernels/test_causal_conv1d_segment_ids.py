@@ -9,12 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-pytest.importorskip("torch")
-
 from kernels.causal_conv1d import IMPLEMENTATIONS, causal_conv1d, causal_conv1d_tail
 from kernels.causal_conv1d.config import CausalConv1dConfig
 from tests.kernels.op_suite import BAD_IDS, histories, ids_of
-from tests.kernels.test_causal_conv1d import assert_near, by_pytorch
+from tests.kernels.test_causal_conv1d import assert_near
+from tests.kernels.walks import convolution
 
 BATCH, LENGTH, CHANNELS = 3, 11, 5
 # Outputs and gradients, as shares of the largest magnitude.
@@ -85,7 +84,7 @@ def alone(x, weight, bias, initial, dy, ids):
         # What comes before is given as zeros, or as more of x; its outputs are nobody's.
         earlier = initial[rows] if follows else np.zeros_like(initial[rows])
         given, weights = np.concatenate([earlier, x[rows, part]], 1), np.concatenate([0 * earlier, dy[rows, part]], 1)
-        y, dx, dweight, dbias = by_pytorch("silu", given, weight, bias, weights)
+        y, dx, dweight, dbias = convolution("silu", given, weight, bias, weights)
         results[0][rows, part], results[1][rows, part] = y[:, before:], dx[:, before:]
         results[2] += dweight
         results[3] += dbias

@@ -1,4 +1,4 @@
-"""Every implementation of the selective scan against a float64 walk along the sequence in another framework."""
+"""Every implementation of the selective scan against a float64 walk along the sequence."""
 
 import functools
 
@@ -7,9 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-torch = pytest.importorskip("torch")
-
-from experiments.benchmarks.torch_models.selective_scan import selective_scan_sequential
 from kernels.selective_scan import IMPLEMENTATIONS, SelectiveScanConfig, selective_scan, step_size, xla
 from tests.kernels.op_suite import (
     BATCH,
@@ -21,23 +18,11 @@ from tests.kernels.op_suite import (
     ids_of,
     numbers,
 )
+from tests.kernels.walks import recurrence as sequential
 
 WIDTH, STATE = 10, 5
 # Small blocks: more than one block of channels per row, ends that lie inside a block, and groups that are skipped.
 CONFIG = SelectiveScanConfig(chunk=4, group=2, forward_channels=8, backward_channels=4)
-
-
-def sequential(arrays, lengths, dy, dstate):
-    """Returns y, the final state, and the gradient by every input, in float64."""
-    leaves = {name: torch.from_numpy(np.array(a, np.float64)).requires_grad_() for name, a in arrays.items()}
-    delta = torch.nn.functional.softplus(leaves["dt"] + leaves["dt_bias"])
-    delta = delta * (torch.arange(delta.shape[1]) < torch.tensor(lengths)[:, None])[..., None]
-    x, A, B, C = (leaves[name] for name in ("x", "A", "B", "C"))
-    state = leaves.get("initial_state")
-    y, final = selective_scan_sequential(x, delta, A, B, C, D=leaves["D"], initial_state=state)
-    total = (y * torch.from_numpy(dy)).sum() + (final * torch.from_numpy(dstate)).sum()
-    gradients = torch.autograd.grad(total, list(leaves.values()))
-    return y.detach().numpy(), final.detach().numpy(), dict(zip(leaves, (g.numpy() for g in gradients), strict=True))
 
 
 class TestSelectiveScan(RecurrenceSuite):

@@ -2,14 +2,13 @@
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import PartitionSpec
 
 from kernels.selective_scan import selective_scan
 from kernels.selective_scan.config import default_config
 from kernels.tiling import power_of_two
-from tests.kernels.codegen import capture, compile_kernel, for_gpus
+from tests.kernels.codegen import capture, compile_kernel, for_gpus, gpu_mesh
 
 NAMES = ["selective_scan_forward", "selective_scan_backward"]
 # (b, l, e, n) and for which GPUs.
@@ -104,8 +103,7 @@ def test_lowers_inside_shard_map():
 
     shapes = [(128, 32), (8, 50, 128), (8, 50, 128), (8, 50, 32), (8, 50, 32)]
     split, whole = PartitionSpec("rows"), PartitionSpec()
-    mesh = Mesh(np.array(jax.devices()[:1]), ("rows",))
-    sharded = jax.shard_map(loss, mesh=mesh, in_specs=(whole, *[split] * 4), out_specs=split)
+    sharded = jax.shard_map(loss, mesh=gpu_mesh("rows", 1), in_specs=(whole, *[split] * 4), out_specs=split)
     gradient = jax.grad(lambda *given: sharded(*given).sum(), argnums=range(5))
     kernels = capture(gradient, *[jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes])
     assert [kernel.name for kernel in kernels] == NAMES

@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 from kernels.softmax_cross_entropy import TritonConfig, softmax_cross_entropy
 from kernels.softmax_cross_entropy.config import LoopConfig, triton_config
 from kernels.triton import tile_precision
-from tests.kernels.codegen import CAPABILITIES, capture, compile_cubin, compile_kernel, for_gpus
+from tests.kernels.codegen import CAPABILITIES, capture, compile_cubin, compile_kernel, for_gpus, gpu_mesh
 from tests.kernels.issue_model import read_cubin
 
 KERNELS = [f"softmax_cross_entropy_{name}" for name in ("forward", "d_hidden", "d_embedding")]
@@ -171,7 +171,7 @@ def test_lowers_inside_shard_map():
     rows, same = P("data"), P()
     sharded = jax.shard_map(
         lambda *arrays: case.gradients(*arrays, None),
-        mesh=jax.make_mesh((len(jax.devices()),), ("data",), axis_types=(jax.sharding.AxisType.Auto,)),
+        mesh=gpu_mesh("data", 4),
         in_specs=(rows, same, rows),
         out_specs=(rows, rows, same),
     )

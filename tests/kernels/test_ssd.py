@@ -1,4 +1,4 @@
-"""Every implementation of the SSD operator against a float64 walk along the sequence in another framework."""
+"""Every implementation of the SSD operator against a float64 walk along the sequence."""
 
 import dataclasses
 import functools
@@ -9,9 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-torch = pytest.importorskip("torch")
-
-from experiments.benchmarks.torch_models.ssd import ssd_sequential
 from kernels.causal_conv1d import causal_conv1d, causal_conv1d_tail
 from kernels.ssd import IMPLEMENTATIONS, SsdConfig, dense_mask, ssd, ssd_last, ssd_step, xla
 from tests.kernels.op_suite import (
@@ -27,6 +24,7 @@ from tests.kernels.op_suite import (
     in_dtype,
     numbers,
 )
+from tests.kernels.walks import recurrence as sequential
 
 HEADS, WIDTH, STATE = 4, 8, 5
 WHOLE = SsdConfig(chunk_size=16, segments=1, heads_per_program=1, width_splits=1, forward_warps=2, backward_warps=2)
@@ -43,19 +41,6 @@ STEP_CASES = [
     HISTORIES,
     Case(200, ((200,), (1,), (64,)), initial=True, sizes=SHARED),
 ]
-
-
-def sequential(arrays, lengths, dy, dstate):
-    """Returns y, the final state, and the gradient by every input, in float64."""
-    leaves = {name: torch.from_numpy(np.asarray(a, np.float64)).requires_grad_() for name, a in arrays.items()}
-    B, C = (leaves[m] if leaves[m].ndim == 4 else leaves[m][:, :, None] for m in "BC")
-    delta = torch.nn.functional.softplus(leaves["dt"] + leaves["dt_bias"])
-    delta = delta * (torch.arange(delta.shape[1]) < torch.tensor(lengths)[:, None])[..., None]
-    state = leaves.get("initial_state")
-    y, final = ssd_sequential(leaves["x"], delta, leaves["A"], B, C, D=leaves["D"], initial_state=state)
-    total = (y * torch.from_numpy(dy)).sum() + (final * torch.from_numpy(dstate)).sum()
-    gradients = torch.autograd.grad(total, list(leaves.values()))
-    return y.detach().numpy(), final.detach().numpy(), dict(zip(leaves, (g.numpy() for g in gradients), strict=True))
 
 
 class TestSsd(RecurrenceSuite):

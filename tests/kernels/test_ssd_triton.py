@@ -8,8 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-pytest.importorskip("torch")
-
 from kernels.ssd import SsdConfig, default_config, ssd
 from kernels.triton import tile_precision
 from tests.kernels.op_suite import assert_near, ids_of
