@@ -140,7 +140,7 @@ def _forward_kernel(params: KernelParams, *refs: Any) -> None:
     back = range(taps - 1, -1, -1)
 
     def step(t: Array, before: tuple[Array, ...]) -> tuple[Array, ...]:
-        window = (*before, at.load(at.x_ref, t))
+        window = (*before, at.x(t))
         pre = at.before_activation(_seen(window, back, [at.depth(t)] * taps))
         y_ref[at.row, t, at.channels] = _value_and_slope(params.activation, pre)[0].astype(y_ref.dtype)
         return window[1:]

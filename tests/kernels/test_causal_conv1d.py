@@ -22,6 +22,8 @@ MOSAIC = "pallas_mosaic"
 CUT = CausalConv1dConfig(
     channels=4, strips=4, segments=3, forward_unroll=3, backward_unroll=2, forward_warps=1, backward_warps=1
 )
+# What the interpreter of Mosaic GPU kernels takes seconds for is part of the exhaustive tier.
+SLOW = {MOSAIC: [pytest.mark.exhaustive]}
 FORMS = {"reference": [None], "xla": [None], KERNELS: [None, CUT], MOSAIC: [None]}
 ACTIVATIONS = {
     "none": (lambda y: y, lambda y: y),
@@ -35,7 +37,7 @@ by_activation = pytest.mark.parametrize("activation", ACTIVATIONS)
 by_form = pytest.mark.parametrize(
     ("implementation", "config"),
     [
-        pytest.param(name, c, id=name if c is None else f"{name}-cut")
+        pytest.param(name, c, id=name if c is None else f"{name}-cut", marks=SLOW.get(name, []))
         for name, configs in FORMS.items()
         for c in configs
     ],

@@ -41,7 +41,9 @@ PLAIN = ["reference", "xla"]
 NO_INITIAL = {*CUTS, MOSAIC}
 
 by_plain = pytest.mark.parametrize("implementation", PLAIN)
-by_implementation = pytest.mark.parametrize("implementation", [*PLAIN, *CUTS, MOSAIC])
+# The interpreter of Mosaic GPU kernels is slow.
+SLOW = pytest.param(MOSAIC, marks=pytest.mark.exhaustive)
+by_implementation = pytest.mark.parametrize("implementation", [*PLAIN, *CUTS, SLOW])
 by_taps = pytest.mark.parametrize("taps", [1, 2, 4, 8])
 
 
@@ -128,7 +130,7 @@ def test_each_history_alone_in_float32(implementation, name):
 
 
 @pytest.mark.parametrize("taps", [1, 2, 8])
-@pytest.mark.parametrize("implementation", ["segments", MOSAIC])
+@pytest.mark.parametrize("implementation", ["segments", SLOW])
 def test_kernels_with_other_numbers_of_taps(implementation, taps):
     check(implementation, taps, "some", "float32")
 
