@@ -10,12 +10,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.experimental import pallas as pl
-from jax.experimental.pallas import mosaic_gpu as plgpu
 
 # Neither has a public name; without them this module, and so the backend, is not available.
 from jax._src.config import _check_vma
 from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels.dispatch import varying_axes
 
@@ -62,10 +62,8 @@ class Tiles:
         self._along = {0: plgpu.Layout.WGMMA.reduce(1), 1: plgpu.Layout.WGMMA.reduce(0)}
 
     def _load(self, ref: Any, index: tuple[Any, ...], layout: Any) -> Array:
-        if self.interpret:
-            found = ref[index]
-        else:
-            found = plgpu.load(ref.at[index], *_NO_INDEX, layout=layout, optimized=False)
+        options = {"layout": layout, "optimized": False}
+        found = ref[index] if self.interpret else plgpu.load(ref.at[index], *_NO_INDEX, **options)
         return found if found.dtype == jnp.int32 else found.astype(jnp.float32)
 
     def _cast(self, array: Array, layout: Any) -> Array:
@@ -99,7 +97,7 @@ def operand(rows: int, columns: int, dtype: Any) -> Any:
 
 
 def fetch(places: Sequence[tuple[Any, Any]], barrier: Any) -> None:
-    """Copies (part of device memory, place in shared memory) and waits for all; the barrier expects so many arrivals."""
+    """Copies (part of device memory, place in shared memory) and waits; the barrier expects as many arrivals."""
     for source, place in places:
         plgpu.copy_gmem_to_smem(source, place, barrier)
     plgpu.barrier_wait(barrier)
@@ -118,10 +116,10 @@ def product(a: Any, b: Any) -> Array:
         add_product(total, a, b)
         return total[...]
 
-    return pl.run_scoped(multiply, plgpu.ACC((a.shape[0], b.shape[0]), jnp.float32))
+    return pl.run_scoped(multiply, plgpu.WGMMAAccumulatorRef((a.shape[0], b.shape[0]), jnp.float32))
 
 
-def lanes(block: Array, width: int) -> pl.Slice:
+def lanes(block: Array, width: int) -> Any:
     """Returns a block's 128 of `width` columns; the last block begins sooner, so that it ends where the columns do.
 
     Columns that two blocks have in common are written by both, with the same bits.

@@ -277,4 +277,5 @@ def causal_conv1d_pallas_mosaic(
     )
     depths = None if segment_ids is None else _depths(segment_ids, taps - 1)
     padded = [pad_lanes(a) for a in (x, weight, None if bias is None else bias[None, :])]
-    return _causal_conv1d(params, *pvary_together(*padded, depths))[..., :channels]
+    y: Array = _causal_conv1d(params, *pvary_together(*padded, depths))
+    return y[..., :channels]

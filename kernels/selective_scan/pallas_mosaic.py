@@ -92,8 +92,8 @@ def _scan(options: _Options, *inputs: Any) -> tuple[Array, ...]:
 
 def _scan_fwd(options: _Options, *inputs: Any) -> tuple[tuple[Array, ...], tuple[Any, ...]]:
     *outputs, states = _forward(options, inputs, keep=True)
-    *arrays, initial_state, starts = inputs
-    return tuple(outputs), (Kept(*arrays, states, starts), initial_state is not None)
+    x, delta, A, B, C, D, initial_state, starts = inputs
+    return tuple(outputs), (Kept(x, delta, A, B, C, D, states, starts), initial_state is not None)
 
 
 def _scan_bwd(options: _Options, residuals: tuple[Any, ...], cotangents: tuple[Array, ...]) -> tuple[Any, ...]:
@@ -166,5 +166,6 @@ def selective_scan_pallas_mosaic(
         None if initial_state is None else padded(initial_state, Tiles.ROWS, 8),
         None if starts is None else starts.astype(jnp.int32),
     )
-    y, *final = _scan(_Options(return_final_state, interpreted(interpret)), *pvary_together(*inputs))
-    return y[..., :width], final[0][:, :width, :state_width] if final else None
+    outputs: tuple[Array, ...] = _scan(_Options(return_final_state, interpreted(interpret)), *pvary_together(*inputs))
+    y, final = outputs[0], outputs[1] if return_final_state else None
+    return y[..., :width], None if final is None else final[:, :width, :state_width]

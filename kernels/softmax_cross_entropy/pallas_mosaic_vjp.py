@@ -90,7 +90,7 @@ def _kernel(
         jax.lax.fori_loop(0, steps, step, None)
         return total[...]
 
-    out_ref[part, rows, :] = pl.run_scoped(run, plgpu.ACC((tiles.ROWS, own_ref.shape[1]), jnp.float32))
+    out_ref[part, rows, :] = pl.run_scoped(run, plgpu.WGMMAAccumulatorRef((tiles.ROWS, own_ref.shape[1]), jnp.float32))
 
 
 def gradient(

@@ -167,9 +167,10 @@ def mosaic_kernels(function: Callable[..., Any], *arguments: Any) -> list[str]:
     """
     with _some_gpu():
         lowered = jax.jit(function).trace(*arguments).lower(lowering_platforms=("cuda",))
-    calls = [
-        str(operation.attributes)
-        for operation in _walk(lowered.compiler_ir("stablehlo").operation)
-        if "mosaic_gpu" in str(operation.attributes["call_target_name"] if "call_target_name" in operation.attributes else "")
-    ]
-    return calls
+    names = []
+    for operation in _walk(lowered.compiler_ir("stablehlo").operation):
+        attributes = operation.attributes
+        if "call_target_name" in attributes and "mosaic_gpu" in str(attributes["call_target_name"]):
+            module = attributes["mhlo.backend_config"]["module"].value_bytes
+            names.append(re.findall(rb"(\w+)_mosaic_gpu\b", module)[-1].decode())
+    return names

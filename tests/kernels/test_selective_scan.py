@@ -51,7 +51,11 @@ class TestSelectiveScan(RecurrenceSuite):
         "kernels": {"implementation": "pallas_triton", "config": CONFIG},
         "mosaic": {"implementation": "pallas_mosaic"},
     }
-    plain, kernels, thorough = ["reference", "xla-7"], ["kernels", "mosaic"], ["reference", "xla-7", "kernels", "mosaic"]
+    plain, kernels, thorough = (
+        ["reference", "xla-7"],
+        ["kernels", "mosaic"],
+        ["reference", "xla-7", "kernels", "mosaic"],
+    )
     slow = ("mosaic",)  # Its interpreter calls back to Python for each load and store.
     kernel_names = ["selective_scan_forward", "selective_scan_backward"]
     small_sizes = ()

@@ -430,7 +430,9 @@ def test_what_the_kernels_do_not_offer():
         with pytest.raises(ValueError, match=message):
             softmax_cross_entropy(**GIVEN, **mosaic, **options)
     if not INTERPRETS_PRODUCTS:
-        with pytest.raises(ValueError, match="implementation='pallas_mosaic' without a GPU needs JAX 0.11, this is 0.10"):
+        with pytest.raises(
+            ValueError, match="implementation='pallas_mosaic' without a GPU needs JAX 0.11, this is 0.10"
+        ):
             softmax_cross_entropy(**GIVEN, implementation="pallas_mosaic", interpret=True)
     half = GIVEN | {"embedding": jnp.ones((9, 8), jnp.float16)}
     with pytest.raises(ValueError, match="embedding has dtype float16, the GPU kernels take"):
