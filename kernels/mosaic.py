@@ -105,7 +105,7 @@ def fetch(places: Sequence[tuple[Any, Any]], barrier: Any) -> None:
 
 def add_product(total: Any, a: Any, b: Any) -> None:
     """Adds a [m, k] times b [n, k] transposed to an accumulator; float32 factors lose all but 10 bits of mantissa."""
-    plgpu.wgmma(total, a, plgpu.transpose_ref(b, (1, 0)))
+    plgpu.wgmma(total, a, b.transpose((1, 0)))
     plgpu.wgmma_wait(0)
 
 

@@ -58,7 +58,10 @@ def _kernel(*all_refs: Any, options: _Options, initial: bool, packed: bool, keep
         y_ref[row, t, channels] = (jnp.sum(state * C, axis=1) + D * x).astype(y_ref.dtype)
         return state
 
-    state = tiles.zeros() if initial_ref is None else tiles.load(initial_ref, row, channels, states)
+    state = tiles.zeros()
+    if initial_ref is not None:
+        # A sum, as what the loop carries on: inside shard_map what is loaded has another type.
+        state += tiles.load(initial_ref, row, channels, states)
     state = jax.lax.fori_loop(0, x_ref.shape[1], step, state)
     if final_ref is not None:
         final_ref[row, channels, states] = state

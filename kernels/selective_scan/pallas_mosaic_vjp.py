@@ -111,7 +111,10 @@ def _kernel(*refs: Any, packed: bool, final: bool, interpret: bool) -> None:
             sums = one_position(start + j, loaded[j], before[j], sums)
         return sums
 
-    g = tiles.load(refs[count + 1], row, channels, states) if final else tiles.zeros()
+    g = tiles.zeros()
+    if final:
+        # A sum, as what the loop carries on: inside shard_map what is loaded has another type.
+        g += tiles.load(refs[count + 1], row, channels, states)
     g, dA, dD = jax.lax.fori_loop(0, chunks, one_chunk, (g, tiles.zeros(), tiles.full_vector(0.0)))
     out.dA[row, channels, states] = dA
     out.d_initial[row, channels, states] = g
