@@ -23,6 +23,7 @@ IMPLEMENTATIONS: Implementations = {
     "reference": causal_conv1d_reference,
     "xla": causal_conv1d_xla,
     "pallas_triton": "kernels.causal_conv1d.pallas_triton:causal_conv1d_pallas_triton",
+    "pallas_mosaic": "kernels.causal_conv1d.pallas_mosaic:causal_conv1d_pallas_mosaic",
 }
 
 

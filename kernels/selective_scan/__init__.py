@@ -15,6 +15,7 @@ IMPLEMENTATIONS: Implementations = {
     "reference": selective_scan_reference,
     "xla": selective_scan_xla,
     "pallas_triton": "kernels.selective_scan.pallas_triton:selective_scan_pallas_triton",
+    "pallas_mosaic": "kernels.selective_scan.pallas_mosaic:selective_scan_pallas_mosaic",
 }
 
 

@@ -15,6 +15,7 @@ IMPLEMENTATIONS: Implementations = {
     "reference": softmax_cross_entropy_reference,
     "xla": softmax_cross_entropy_xla,
     "pallas_triton": "kernels.softmax_cross_entropy.pallas_triton:softmax_cross_entropy_pallas_triton",
+    "pallas_mosaic": "kernels.softmax_cross_entropy.pallas_mosaic:softmax_cross_entropy_pallas_mosaic",
 }
 
 

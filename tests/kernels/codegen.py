@@ -192,3 +192,23 @@ def resources(compiled: Cubin) -> Resources:
         tensor_core_instructions=sum(bool(_TENSOR_CORES.search(line)) for line in instructions),
         instructions=len(instructions),
     )
+
+
+def mosaic_kernels(function: Callable[..., Any], *arguments: Any) -> list[str]:
+    """Lowers jit(function)(*arguments) for CUDA and returns names of the kernels on Mosaic GPU, in order of appearance.
+
+    The module of each is in the program then: layouts, tiles and instructions of the kernel have been chosen.
+
+    Args:
+      function: anything that calls such kernels.
+      arguments: arrays or `jax.ShapeDtypeStruct`s.
+    """
+    with _some_gpu():
+        lowered = jax.jit(function).trace(*arguments).lower(lowering_platforms=("cuda",))
+    names = []
+    for operation in _walk(lowered.compiler_ir("stablehlo").operation):
+        attributes = operation.attributes
+        if "call_target_name" in attributes and "mosaic_gpu" in str(attributes["call_target_name"]):
+            module = attributes["mhlo.backend_config"]["module"].value_bytes
+            names.append(re.findall(rb"(\w+)_mosaic_gpu\b", module)[-1].decode())
+    return names

@@ -98,15 +98,21 @@ class RecurrenceSuite:
       forms: options of the operator by name: every implementation, and what else changes how it works.
       plain: names of those that take float64.
       kernels: names of those that are kernels.
+      slow: names of those that are tested in the exhaustive tier.
       kernel_names: kernels of value and gradient of the last of them.
       cases, packed: by name.
       bad_shapes: (changed shapes, message).
     """
 
+    slow: tuple[str, ...] = ()
+
     def pytest_generate_tests(self, metafunc):
         whole = [name for name in self.forms if name in self.thorough]
         values = {"form": whole, "any_form": list(self.forms), "plain": self.plain, "kernel": self.kernels}
         values |= {"case": [pytest.param(case, id=name) for name, case in self.cases.items()]}
+        for name in ("form", "any_form", "kernel"):
+            slow = [pytest.mark.exhaustive]
+            values[name] = [pytest.param(f, marks=slow) if f in self.slow else f for f in values[name]]
         own = {name for mark in metafunc.definition.iter_markers("parametrize") for name in mark.args[0:1]}
         for name, of_name in values.items():
             if name in metafunc.fixturenames and name not in own:
@@ -392,7 +398,7 @@ class RecurrenceSuite:
         arrays = {name: jnp.ones(shape) for name, shape in self.shapes.items()}
         with pytest.raises(ValueError, match="chunk_size=0 must be at least 1"):
             self.op(**arrays, chunk_size=0)
-        with pytest.raises(ValueError, match=r"implementation='cuda' of \w+ must be one of \['pallas_triton', 'ref"):
+        with pytest.raises(ValueError, match=r"implementation='cuda' of \w+ must be one of \['pallas_\w+', '"):
             self.op(**arrays, implementation="cuda")
         with pytest.raises(ValueError, match=r"implementation='reference' of \w+ takes no interpret: leave"):
             self.op(**arrays, implementation="reference", interpret=True)

@@ -16,11 +16,14 @@ from kernels.causal_conv1d.config import CausalConv1dConfig, default_config
 from tests.kernels.walks import ACTIVATIONS, convolution
 
 KERNELS = "pallas_triton"
+MOSAIC = "pallas_mosaic"
 # Segments that divide nothing, strips and channels that do not exist.
 CUT = CausalConv1dConfig(
     channels=4, strips=4, segments=3, forward_unroll=3, backward_unroll=2, forward_warps=1, backward_warps=1
 )
-FORMS = {"reference": [None], "xla": [None], KERNELS: [None, CUT]}
+# What the interpreter of Mosaic GPU kernels takes seconds for is part of the exhaustive tier.
+SLOW = {MOSAIC: [pytest.mark.exhaustive]}
+FORMS = {"reference": [None], "xla": [None], KERNELS: [None, CUT], MOSAIC: [None]}
 # Outputs and gradients, as shares of the largest magnitude.
 TOLERANCES = {"float32": (2e-5, 1e-4), "float64": (1e-10, 1e-10)}
 
@@ -28,7 +31,7 @@ by_activation = pytest.mark.parametrize("activation", ACTIVATIONS)
 by_form = pytest.mark.parametrize(
     ("implementation", "config"),
     [
-        pytest.param(name, c, id=name if c is None else f"{name}-cut")
+        pytest.param(name, c, id=name if c is None else f"{name}-cut", marks=SLOW.get(name, []))
         for name, configs in FORMS.items()
         for c in configs
     ],
@@ -145,14 +148,16 @@ def test_bfloat16_stays_bfloat16_and_close(activation, implementation):
     assert (dweight.dtype, dbias.dtype) == (jnp.float32, jnp.float32)
     expected = convolution(activation, x, weight, bias, dy)
     assert_near([y, dx, dweight, dbias], expected, (2e-2, 2e-2))
-    if implementation == KERNELS:
+    if implementation in (KERNELS, MOSAIC):
         # Only what is stored is rounded.
         assert_near([y, dweight, dbias], [expected[0], *expected[2:]], (2**-8, 1e-4))
 
 
-def test_kernels_take_bfloat16_parameters():
+@pytest.mark.parametrize("implementation", [KERNELS, MOSAIC])
+def test_kernels_take_bfloat16_parameters(implementation):
     arrays = in_dtype(inputs(SMALL), jnp.bfloat16)
-    results = jax.jit(functools.partial(value_and_gradients, activation="silu", implementation=KERNELS))(*arrays)
+    run = functools.partial(value_and_gradients, activation="silu", implementation=implementation)
+    results = jax.jit(run)(*arrays)
     assert {a.dtype for a in results} == {jnp.dtype(jnp.bfloat16)}
     assert_near(results, convolution("silu", *arrays), (2**-8, 2**-8))
 
@@ -180,7 +185,7 @@ def test_inside_shard_map(implementation, config):
         in_specs=(rows, same, same),
         out_specs=rows,
         # JAX interprets kernels only without this check; that compiled ones pass it is tested where they are compiled.
-        check_vma=implementation != KERNELS,
+        check_vma=implementation not in (KERNELS, MOSAIC),
     )
 
     def run(x, weight, bias, dy):
@@ -263,7 +268,7 @@ def test_bad_arguments():
         causal_conv1d(x, weight, bias[:1])
     with pytest.raises(ValueError, match=r"activation='gelu' must be one of \['hard_swish', 'none', 'silu'\]"):
         causal_conv1d(x, weight, activation="gelu")
-    with pytest.raises(ValueError, match=r"implementation='cuda' of causal_conv1d must be one of \['pallas_triton', "):
+    with pytest.raises(ValueError, match=r"implementation='cuda' of causal_conv1d must be one of \['pallas_mosaic', "):
         causal_conv1d(x, weight, implementation="cuda")
     with pytest.raises(ValueError, match=r"window \(3, 9, 5\) must be \[b, K, c\] for weight \(4, 5\)"):
         causal_conv1d_last(x, weight)
@@ -271,9 +276,10 @@ def test_bad_arguments():
         causal_conv1d_last(x[:, :4], weight, bias[:1])
 
 
-def test_what_the_kernels_do_not_offer():
+@pytest.mark.parametrize("implementation", [KERNELS, MOSAIC])
+def test_what_the_kernels_do_not_offer(implementation):
     x, weight, bias, _ = in_dtype(inputs(SMALL), np.float32)
-    run = functools.partial(causal_conv1d, implementation="pallas_triton")
+    run = functools.partial(causal_conv1d, implementation=implementation)
     with pytest.raises(ValueError, match=r"x is float16: the GPU kernels of causal_conv1d take float32 or bfloat16"):
         run(x.astype(jnp.float16), weight)
     with pytest.raises(ValueError, match=r"bias is float16: "):
@@ -282,6 +288,10 @@ def test_what_the_kernels_do_not_offer():
         run(x, jnp.ones((9, 5)))
     with pytest.raises(ValueError, match=r"x \(3, 0, 5\) is empty"):
         run(x[:, :0], weight)
+    if implementation == MOSAIC:
+        with pytest.raises(ValueError, match="implementation='pallas_mosaic' of causal_conv1d takes no config: leave"):
+            run(x, weight, config=CUT)
+        return
     for name, value, limit in [
         ("channels", 3, "a power of two from 1 to 1024"),
         ("strips", 2048, "a power of two from 1 to 1024"),

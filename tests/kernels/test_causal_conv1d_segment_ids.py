@@ -25,6 +25,7 @@ HISTORIES = {
 }
 
 KERNELS = "pallas_triton"
+MOSAIC = "pallas_mosaic"
 # Strips and channels that do not exist, blocks of positions that do not divide a strip, strips shorter than 8 taps.
 CUTS = {
     "rows": CausalConv1dConfig(
@@ -35,9 +36,13 @@ CUTS = {
     ),
 }
 PLAIN = ["reference", "xla"]
+# The forms that take no initial.
+NO_INITIAL = {*CUTS, MOSAIC}
 
 by_plain = pytest.mark.parametrize("implementation", PLAIN)
-by_implementation = pytest.mark.parametrize("implementation", [*PLAIN, *CUTS])
+# The interpreter of Mosaic GPU kernels is slow.
+SLOW = pytest.param(MOSAIC, marks=pytest.mark.exhaustive)
+by_implementation = pytest.mark.parametrize("implementation", [*PLAIN, *CUTS, SLOW])
 by_taps = pytest.mark.parametrize("taps", [1, 2, 4, 8])
 
 
@@ -48,7 +53,7 @@ def inputs(taps, implementation="xla"):
     of_x = (BATCH, LENGTH, CHANNELS)
     shapes = of_x, (taps, CHANNELS), (CHANNELS,), (BATCH, taps - 1, CHANNELS), of_x
     arrays = [rng.normal(size=shape).astype(np.float32).astype(np.float64) for shape in shapes]
-    if implementation in CUTS:
+    if implementation in NO_INITIAL:
         arrays[3] = np.zeros_like(arrays[3])
     return arrays
 
@@ -69,7 +74,7 @@ def program(implementation):
         def apply(x, weight, bias, initial):
             return causal_conv1d(x, weight, bias, segment_ids=ids, initial=initial, **options)
 
-        y, pull = jax.vjp(apply, x, weight, bias, None if implementation in CUTS else initial)
+        y, pull = jax.vjp(apply, x, weight, bias, None if implementation in NO_INITIAL else initial)
         return [a for a in (y, *pull(dy)) if a is not None]
 
     return run
@@ -107,7 +112,7 @@ def check(implementation, taps, name, dtype):
 
 
 def test_the_suite_knows_every_implementation():
-    assert {*PLAIN, KERNELS} == set(IMPLEMENTATIONS)
+    assert {*PLAIN, KERNELS, MOSAIC} == set(IMPLEMENTATIONS)
 
 
 @by_taps
@@ -124,8 +129,9 @@ def test_each_history_alone_in_float32(implementation, name):
 
 
 @pytest.mark.parametrize("taps", [1, 2, 8])
-def test_kernels_with_other_numbers_of_taps(taps):
-    check("segments", taps, "some", "float32")
+@pytest.mark.parametrize("implementation", ["segments", SLOW])
+def test_kernels_with_other_numbers_of_taps(implementation, taps):
+    check(implementation, taps, "some", "float32")
 
 
 @hypothesis.settings(max_examples=30, deadline=None)
@@ -215,8 +221,9 @@ def test_bad_arguments():
         causal_conv1d(x, weight, initial=initial[:, 1:])
     with pytest.raises(ValueError, match="initial is bfloat16, expected float32, the dtype of x"):
         causal_conv1d(x, weight, initial=initial.astype(jnp.bfloat16))
-    with pytest.raises(ValueError, match="implementation='pallas_triton' offers no initial: use implementation='xla'"):
-        causal_conv1d(x, weight, initial=initial, implementation="pallas_triton")
+    for name in (KERNELS, MOSAIC):
+        with pytest.raises(ValueError, match=f"implementation='{name}' offers no initial: use implementation='xla'"):
+            causal_conv1d(x, weight, initial=initial, implementation=name)
     with pytest.raises(ValueError, match=r"x has shape \(3, 11\), expected \[b, l, c\]"):
         causal_conv1d_tail(x[..., 0], 4)
     with pytest.raises(ValueError, match="K=0 must be at least 1"):

@@ -34,8 +34,14 @@ class TestSelectiveScan(RecurrenceSuite):
         "xla-7": {"implementation": "xla", "chunk_size": 7},
         "xla": {"implementation": "xla", "chunk_size": 64},
         "kernels": {"implementation": "pallas_triton", "config": CONFIG},
+        "mosaic": {"implementation": "pallas_mosaic"},
     }
-    plain, kernels, thorough = ["reference", "xla-7"], ["kernels"], ["reference", "xla-7", "kernels"]
+    plain, kernels, thorough = (
+        ["reference", "xla-7"],
+        ["kernels", "mosaic"],
+        ["reference", "xla-7", "kernels", "mosaic"],
+    )
+    slow = ("mosaic",)  # Its interpreter calls back to Python for each load and store.
     kernel_names = ["selective_scan_forward", "selective_scan_backward"]
     small_sizes = ()
     cases = {
@@ -173,3 +179,16 @@ def test_what_the_kernels_do_not_take(interpret):
     wide = {"A": jnp.ones((8, 129)), "B": jnp.ones((3, 6, 129)), "C": jnp.ones((3, 6, 129))}
     with pytest.raises(ValueError, match="n=129 of A and B: the GPU kernels hold at most 128 state entries"):
         run(**given | wide)
+
+
+@pytest.mark.parametrize("interpret", [True, False])
+def test_what_the_kernels_on_mosaic_do_not_take(interpret):
+    given = {name: jnp.ones(shape) for name, shape in TestSelectiveScan.shapes.items()}
+    run = functools.partial(selective_scan, implementation="pallas_mosaic", interpret=interpret)
+    with pytest.raises(ValueError, match="dt is float16: the GPU kernels take float32 and bfloat16"):
+        run(**given | {"dt": given["dt"].astype(jnp.float16)})
+    wide = {"A": jnp.ones((8, 65)), "B": jnp.ones((3, 6, 65)), "C": jnp.ones((3, 6, 65))}
+    with pytest.raises(ValueError, match="n=65 of A and B: the kernels on Mosaic GPU hold at most 64 state entries"):
+        run(**given | wide)
+    with pytest.raises(ValueError, match="implementation='pallas_mosaic' of selective_scan takes no config: leave"):
+        run(**given, config=CONFIG)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from kernels.mosaic import INTERPRETS_PRODUCTS
 from kernels.softmax_cross_entropy import (
     IMPLEMENTATIONS,
     LoopConfig,
@@ -32,13 +33,31 @@ FORMS = {
     "reference": [None],
     "xla": [None, XlaConfig(7)],
     "pallas_triton": [None, cut(16, 32, 64), cut(16, 16, 16, programs=9)],
+    "pallas_mosaic": [None],
+}
+MARKS = {
+    "pallas_mosaic": [
+        pytest.mark.exhaustive,
+        pytest.mark.skipif(not INTERPRETS_PRODUCTS, reason="JAX 0.10 does not interpret its products"),
+    ]
 }
 by_form = pytest.mark.parametrize(
     ("implementation", "config"),
-    [pytest.param(name, c, id=f"{name}-{i}") for name, configs in FORMS.items() for i, c in enumerate(configs)],
+    [
+        pytest.param(name, c, id=f"{name}-{i}", marks=MARKS.get(name, []))
+        for name, configs in FORMS.items()
+        for i, c in enumerate(configs)
+    ],
 )
 # Without a GPU the kernels are interpreted.
-by_implementation = pytest.mark.parametrize("implementation", FORMS)
+by_implementation = pytest.mark.parametrize(
+    "implementation", [pytest.param(name, marks=MARKS.get(name, [])) for name in FORMS]
+)
+
+
+def factors(implementation):
+    """The precision to ask for: whole float32 factors, where they are offered; interpreted ones are whole anyway."""
+    return "default" if implementation == "pallas_mosaic" else "highest"
 
 
 @dataclass(frozen=True)
@@ -99,13 +118,14 @@ def in_numpy(hidden, embedding, targets, masked, d_loss):
 
 
 @functools.cache
-def program(implementation, config=None, precision="highest"):
+def program(implementation, config=None, precision=None):
     """Jitted (hidden, embedding, targets, masked, d_loss) -> loss and gradients by hidden and embedding."""
 
     @jax.jit
     def run(hidden, embedding, targets, masked, d_loss):
         def loss(hidden, embedding):
-            options = {"precision": precision, "implementation": implementation, "config": config}
+            options = {"implementation": implementation, "config": config}
+            options["precision"] = precision or factors(implementation)
             return softmax_cross_entropy(hidden, embedding, targets, masked=masked, **options)
 
         loss, pull = jax.vjp(loss, hidden, embedding)
@@ -181,7 +201,8 @@ def log_sum_exp_program(implementation, config=None):
 
     @jax.jit
     def run(hidden, embedding, masked, d_lse):
-        options = {"masked": masked, "precision": "highest", "implementation": implementation, "config": config}
+        options = {"masked": masked, "implementation": implementation, "config": config}
+        options["precision"] = factors(implementation)
         lse, pull = jax.vjp(lambda *arrays: log_sum_exp(*arrays, **options), hidden, embedding)
         return lse, *pull(d_lse.astype(lse.dtype))
 
@@ -248,7 +269,7 @@ def test_scores_far_from_zero(implementation):
     check(program(implementation)(*arguments), expected, 1e-5, 1e-4)
 
 
-@pytest.mark.parametrize("implementation", ["xla", "pallas_triton"])
+@by_implementation
 def test_same_bits_every_run(implementation):
     arguments = cast(MIDDLE, "float32")
     first, second = (program(implementation)(*arguments) for _ in range(2))
@@ -271,17 +292,19 @@ def test_vmap_equals_one_after_the_other(implementation):
 @by_implementation
 def test_inside_shard_map(implementation):
     """Targets over the devices, the embedding on all of them: its gradient is summed, the rest is as on one."""
+    if implementation == "pallas_mosaic":
+        pytest.skip("JAX's interpreter of Mosaic GPU kernels ends with an error about barriers on several devices")
     devices = jax.devices()
     hidden, embedding, targets, masked, d_loss = cast(Case(8 * len(devices), 40, 16, masked=True), "float32")
     mesh = jax.make_mesh((len(devices),), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     rows, whole = jax.sharding.PartitionSpec("data"), jax.sharding.PartitionSpec()
 
     def loss(hidden, embedding, targets, masked):
-        options = {"precision": "highest", "implementation": implementation}
+        options = {"precision": factors(implementation), "implementation": implementation}
         return softmax_cross_entropy(hidden, embedding, targets, masked=masked, **options)
 
     # The interpreter of kernels makes arrays that do not say over which axes they differ.
-    checked = implementation != "pallas_triton"
+    checked = implementation not in ("pallas_triton", "pallas_mosaic")
     sharded = jax.shard_map(loss, mesh=mesh, in_specs=(rows, whole, rows, whole), out_specs=rows, check_vma=checked)
 
     @jax.jit
@@ -380,7 +403,7 @@ GIVEN = {"hidden": jnp.ones((4, 8)), "embedding": jnp.ones((9, 8)), "targets": j
         ({"masked": jnp.ones(4, bool)}, r"masked is bool of shape \(4,\), expected bool \(9,\)"),
         (
             {"implementation": "cuda"},
-            r"implementation='cuda' of softmax_cross_entropy must be one of \['pallas_triton', 'ref",
+            r"implementation='cuda' of softmax_cross_entropy must be one of \['pallas_mosaic', 'pal",
         ),
         ({"implementation": "pallas_triton", "precision": "int8"}, r"precision='int8' must be one of 'default', "),
         ({"config": cut(16, 16, 16)}, r"config=TritonConfig.* is not for implementation='xla'"),
@@ -399,6 +422,20 @@ def test_what_the_kernels_do_not_offer():
     wide = {"hidden": jnp.ones((4, 300)), "embedding": jnp.ones((9, 300)), "targets": GIVEN["targets"]}
     with pytest.raises(ValueError, match="d=300 is more than the 256 that the GPU kernels take"):
         softmax_cross_entropy(**wide, implementation="pallas_triton")
+    with pytest.raises(ValueError, match="d=300 is more than the 256 that the GPU kernels take"):
+        softmax_cross_entropy(**wide, implementation="pallas_mosaic")
+    mosaic = {"implementation": "pallas_mosaic", "interpret": False}
+    for options, message in [
+        ({"precision": "highest"}, r"precision='highest': the kernels on Mosaic GPU offer TF32 \('default'\) alone"),
+        ({"config": cut(16, 16, 16)}, "'pallas_mosaic' of softmax_cross_entropy takes no config"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            softmax_cross_entropy(**GIVEN, **mosaic, **options)
+    if not INTERPRETS_PRODUCTS:
+        with pytest.raises(
+            ValueError, match="implementation='pallas_mosaic' without a GPU needs JAX 0.11, this is 0.10"
+        ):
+            softmax_cross_entropy(**GIVEN, implementation="pallas_mosaic", interpret=True)
     half = GIVEN | {"embedding": jnp.ones((9, 8), jnp.float16)}
     with pytest.raises(ValueError, match="embedding has dtype float16, the GPU kernels take"):
         softmax_cross_entropy(**half, implementation="pallas_triton")
