@@ -14,10 +14,46 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from experiments.comparison.published import PUBLISHED
+from kernels import causal_conv1d, selective_scan, softmax_cross_entropy, ssd
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "experiments" / "results"
 DOCUMENTS = (ROOT / "README.md", RESULTS / "README.md", ROOT / "kernels" / "README.md")
+MEASURED = ROOT / "kernels" / "measured.py"
+BACKENDS = {
+    "ssd": ssd.IMPLEMENTATIONS,
+    "causal_conv1d": causal_conv1d.IMPLEMENTATIONS,
+    "selective_scan": selective_scan.IMPLEMENTATIONS,
+    "softmax_cross_entropy": softmax_cross_entropy.IMPLEMENTATIONS,
+}
+MEASURED_MODULE = '''"""What operators took on a GPU, value and gradients; written by `python -m experiments.tables`."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Times of one operator at one shape.
+
+    Attributes:
+      op: the operator.
+      arithmetic: what it computed with.
+      sizes: lengths of its axes.
+      microseconds: of value and gradients together, by implementation; medians.
+      record: file in experiments/results, which has the device, the commit and the command.
+    """
+
+    op: str
+    arithmetic: str
+    sizes: Mapping[str, int]
+    microseconds: Mapping[str, int]
+    record: str
+
+
+MEASURED: tuple[Measured, ...] = (
+ROWS)
+'''
 AT_10 = ("hit@10", "ndcg@10", "mrr@10")
 
 
@@ -271,10 +307,27 @@ def filled(text: str) -> str:
     return _REGION.sub(lambda found: f"{found[1]}{TABLES[found[2]]()}\n{found[3]}", text)
 
 
+def measured() -> str:
+    """Returns the module from which operators take their default on a GPU: times of the kernels in the records."""
+    rows = []
+    for name in sorted(path.stem for path in RESULTS.glob("gpu_*_ops.json")):
+        for one in record(name)["ops"]["comparisons"]:
+            forms = {whose: f"{1e6 * form['median_seconds']:.0f}" for whose, form in forward_and_backward(one).items()}
+            times = ", ".join(
+                f'"{whose}": {forms[whose]}' for whose in sorted(forms) if whose in BACKENDS.get(one["op"], ())
+            )
+            sizes = ", ".join(f'"{axis}": {size}' for axis, size in one["sizes"].items())
+            if one["op"] in BACKENDS:
+                fields = [f'"{one["op"]}"', f'"{one["precision"]}"', f"{{{sizes}}}", f"{{{times}}}", f'"{name}"']
+                rows.append("".join(["    Measured(\n", *(f"        {field},\n" for field in fields), "    ),\n"]))
+    return MEASURED_MODULE.replace("ROWS", "".join(rows))
+
+
 def main() -> None:
-    """Rewrites the documents."""
+    """Rewrites the documents, and the module of measured times."""
     for document in DOCUMENTS:
         document.write_text(filled(document.read_text()))
+    MEASURED.write_text(measured())
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ from experiments.family import of_model
 from tim4rec_jax.config import DataConfig, EvalConfig, ExperimentConfig, ParallelConfig, TrainConfig
 from tim4rec_jax.data.interactions import load_log
 from tim4rec_jax.data.splits import split_log
+from tim4rec_jax.devices import require_kernels
 from tim4rec_jax.evaluation.baselines import popularity_metrics
 from tim4rec_jax.model_config import ModelConfig
 from tim4rec_jax.models import model_class
@@ -64,6 +65,8 @@ def parse(argv: Sequence[str]) -> tuple[ExperimentConfig, pathlib.Path, bool]:
     about = f"Experiments: {', '.join(config_names())}"
     given = parse_settings(Arguments, argv, default, prog="experiments.train", description=about)
     config = ExperimentConfig(base.name, given.model, given.data, given.train, given.eval, given.parallel)
+    if not config.parallel.several_processes:  # They meet before any of them asks for its device.
+        require_kernels(config.model)
     return config, given.run_dir or pathlib.Path("runs") / base.name, given.resume
 
 

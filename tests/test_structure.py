@@ -20,8 +20,8 @@ ROOMS = {
     "models": {"model_config", "typing", "layers"},
     "parallel": {"config", "models"},
     "evaluation": {"config", "data", "models", "parallel"},
-    "training": {"config", "data", "models", "parallel", "evaluation", *RUN},
-    "serving": {"config", "data", "models", "parallel", "evaluation", *RUN, "training"},
+    "training": {"config", "data", "devices", "models", "parallel", "evaluation", *RUN},
+    "serving": {"config", "data", "devices", "models", "parallel", "evaluation", *RUN, "training"},
     "interop": {"config", "data", "model_config", "models", "parallel", *RUN, "training", "serving"},
 }
 

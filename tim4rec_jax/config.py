@@ -13,6 +13,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 import jax
 import jax.numpy as jnp
 
+from kernels.dispatch import missing
 from kernels.softmax_cross_entropy import softmax_cross_entropy
 from tim4rec_jax.checks import require
 from tim4rec_jax.data_config import DataConfig
@@ -205,7 +206,8 @@ class ExperimentConfig:
         require_x64(self.model)
         self._require_readable()
         self._require_shardable()
-        if self.model.kernels is not None:
+        # Several processes must meet before any of them asks for a device; theirs are refused where they are traced.
+        if self.model.kernels is not None and not self.parallel.several_processes:
             _require_offered(dataclasses.replace(self.model, vocab_size=2, vocab_multiple=1), self.train.loss_in_tiles)
 
     def _require_readable(self) -> None:
@@ -252,14 +254,16 @@ class ExperimentConfig:
 @cache
 def _require_offered(config: ModelConfig, loss_in_tiles: bool) -> None:
     """Refuses a backend that does not offer what the model asks of it, by what the operators themselves say."""
+    if missing(str(config.kernels)):
+        return  # Runs of other machines are read, too; who computes asks `devices.require_kernels`.
     try:
         jax.eval_shape(partial(init_params, model_class(config.name)(config)), jax.random.key(0))
         if loss_in_tiles:
             rows = jax.ShapeDtypeStruct((2, config.d_model), config.dtype)
-            loss = partial(softmax_cross_entropy, implementation=config.kernels)
+            loss = partial(softmax_cross_entropy, implementation=config.backend("softmax_cross_entropy"))
             jax.eval_shape(loss, rows, rows, jax.ShapeDtypeStruct((2,), jnp.int32))
     except ValueError as error:
-        raise ValueError(f"model.kernels={config.kernels!r} does not offer this: {error}") from error
+        raise ValueError(f"model.kernels={config.kernels!r}: {error}") from error
 
 
 def _fits(value: Any, hint: Any) -> bool:

@@ -40,7 +40,8 @@ class ModelConfig:
       dropout: rate on embeddings and on the outputs inside a block.
       norm_eps: epsilon of the norms (that of a feed-forward block keeps 1e-12).
       dtype: arithmetic; "bfloat16" keeps parameters, norms, softplus, decays and loss in float32.
-      kernels: backend of all operators, a name in the `IMPLEMENTATIONS` of each; None takes what suits the device.
+      kernels: backend of the operators, a name in their `IMPLEMENTATIONS`; None takes what suits the device, and so do
+        operators that a backend does not have.
     """
 
     name: str = "tim4rec"
@@ -69,12 +70,17 @@ class ModelConfig:
         require(self.vocab_size >= 0, f"vocab_size={self.vocab_size} must be at least 0 (0: taken from the data)")
         require(self.norm_eps > 0, f"norm_eps={self.norm_eps} must be positive")
         require(self.dtype in get_args(Dtype), f"dtype={self.dtype!r} must be one of {get_args(Dtype)}")
-        for operator in self.OPERATORS:
-            require(
-                self.kernels is None or self.kernels in operator.IMPLEMENTATIONS,
-                f"model.kernels={self.kernels!r} is not offered by {operator.__name__}: give one of "
-                f"{', '.join(operator.IMPLEMENTATIONS)}, or None",
-            )
+        known = list(dict.fromkeys(name for operator in self.OPERATORS for name in operator.IMPLEMENTATIONS))
+        require(
+            self.kernels is None or self.kernels in known,
+            f"model.kernels={self.kernels!r} is not offered by any operator of the model: give one of "
+            f"{', '.join(known)}, or None",
+        )
+
+    def backend(self, operator: str) -> str | None:
+        """Returns the implementation by which an operator runs, a name of `kernels`; None is what suits the device."""
+        room = next((room for room in self.OPERATORS if room.__name__ == f"kernels.{operator}"), None)
+        return self.kernels if room is not None and self.kernels in room.IMPLEMENTATIONS else None
 
     @cached_property
     def embedding_rows(self) -> int:

@@ -86,7 +86,8 @@ def causal_conv1d(
     activation_named(activation)
     arrays = (x, weight, bias, initial, checked_segment_ids(segment_ids, x.shape[:2]))
     options = {"activation": activation, "interpret": interpret, "config": config}
-    return run("causal_conv1d", IMPLEMENTATIONS, implementation, *arrays, **options)
+    sizes = dict(zip("blc", x.shape, strict=True))
+    return run("causal_conv1d", IMPLEMENTATIONS, implementation, *arrays, sizes=sizes, **options)
 
 
 def causal_conv1d_last(window: Array, weight: Array, bias: Array | None = None, *, activation: str = "none") -> Array:

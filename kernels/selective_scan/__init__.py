@@ -102,5 +102,6 @@ def selective_scan(
     A, D, dt_bias, initial_state = in_accum_dtype(A, D, dt_bias, initial_state)
     options = {"return_final_state": return_final_state, "chunk_size": chunk_size, "interpret": interpret}
     arrays = (x, dt, A, B, C, D, dt_bias, initial_state, segment_ids)
-    y, state = run("selective_scan", IMPLEMENTATIONS, implementation, *arrays, **options, config=config)
+    sizes = dict(zip("blen", (*x.shape, A.shape[1]), strict=True))
+    y, state = run("selective_scan", IMPLEMENTATIONS, implementation, *arrays, sizes=sizes, **options, config=config)
     return (y, state) if return_final_state else y

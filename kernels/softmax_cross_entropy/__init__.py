@@ -1,9 +1,11 @@
 """Softmax cross-entropy fused with the product by the catalogue, its log-sum-exp alone, and their configurations."""
 
+from typing import Any
+
 import jax.numpy as jnp
 from jax import Array
 
-from kernels.dispatch import Implementations, Precision, run
+from kernels.dispatch import Implementations, Precision, arithmetic, run
 from kernels.softmax_cross_entropy.config import LoopConfig, TritonConfig, XlaConfig
 from kernels.softmax_cross_entropy.reference import softmax_cross_entropy_reference
 from kernels.softmax_cross_entropy.xla import softmax_cross_entropy_xla
@@ -33,6 +35,12 @@ def _check(hidden: Array, embedding: Array, targets: Array | None, masked: Array
     items = embedding.shape[0]
     if masked is not None and (masked.shape != (items,) or masked.dtype != jnp.bool_):
         raise ValueError(f"masked is {masked.dtype} of shape {masked.shape}, expected bool ({items},)")
+
+
+def _shape(hidden: Array, embedding: Array, precision: Precision) -> dict[str, Any]:
+    """Returns what the choice of an implementation goes by."""
+    sizes = {"t": hidden.shape[0], "v": embedding.shape[0], "d": hidden.shape[1]}
+    return {"sizes": sizes, "computes_with": arithmetic(hidden, precision)}
 
 
 def softmax_cross_entropy(
@@ -78,7 +86,14 @@ def softmax_cross_entropy(
     _check(hidden, embedding, targets, masked)
     options = {"precision": precision, "interpret": interpret, "config": config}
     arrays = (hidden, embedding, targets.astype(jnp.int32), masked)
-    return run("softmax_cross_entropy", IMPLEMENTATIONS, implementation, *arrays, **options)
+    return run(
+        "softmax_cross_entropy",
+        IMPLEMENTATIONS,
+        implementation,
+        *arrays,
+        **_shape(hidden, embedding, precision),
+        **options,
+    )
 
 
 def log_sum_exp(
@@ -109,4 +124,13 @@ def log_sum_exp(
     """
     _check(hidden, embedding, None, masked)
     options = {"precision": precision, "interpret": interpret, "config": config}
-    return run("log_sum_exp", IMPLEMENTATIONS, implementation, hidden, embedding, None, masked, **options)
+    arrays = (hidden, embedding, None, masked)
+    # Of the loss it is all but one addend per target: what was measured of it holds here.
+    return run(
+        "softmax_cross_entropy",
+        IMPLEMENTATIONS,
+        implementation,
+        *arrays,
+        **_shape(hidden, embedding, precision),
+        **options,
+    )

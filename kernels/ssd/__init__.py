@@ -3,7 +3,7 @@
 from jax import Array
 
 from kernels.decays import in_accum_dtype, step_size
-from kernels.dispatch import Implementations, Precision, check_shape, run
+from kernels.dispatch import Implementations, Precision, arithmetic, check_shape, run
 from kernels.segment_ids import checked_segment_ids
 from kernels.ssd import reference
 from kernels.ssd.config import DEFAULT_CHUNK_SIZE, SsdConfig, default_config
@@ -105,6 +105,8 @@ def ssd(
     arrays = _checked(x, dt, A, B, C, D, dt_bias, initial_state, segment_ids)
     options = {"return_final_state": return_final_state, "chunk_size": chunk_size, "precision": precision}
     options |= {"interpret": interpret, "config": config}
+    sizes = dict(zip("blhpn", (*x.shape, B.shape[-1]), strict=True))
+    options |= {"sizes": sizes, "computes_with": arithmetic(x, precision)}
     y, state = run("ssd", IMPLEMENTATIONS, implementation, *arrays, **options)
     return (y, state) if return_final_state else y
 

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels import dispatch
+from kernels import causal_conv1d as causal_conv1d_room
+from kernels import dispatch, selective_scan, softmax_cross_entropy, ssd
 from kernels.causal_conv1d import IMPLEMENTATIONS, causal_conv1d
 
 
@@ -52,3 +53,108 @@ def test_precisions_are_those_of_jax():
 def test_kernels_are_interpreted_where_there_is_no_gpu():
     assert dispatch.interpreted(None) is (jax.default_backend() != "gpu")
     assert dispatch.interpreted(True) and not dispatch.interpreted(False)
+
+
+@pytest.fixture
+def on_hopper(monkeypatch):
+    monkeypatch.setattr(dispatch, "gpu_capability", lambda: (9, 0))
+
+
+MEASURED = (
+    dispatch.Measured("toys", "float32", {"b": 100, "l": 50}, {"fast": 10, "faster": 5, "xla": 20}, "somewhere"),
+    dispatch.Measured("toys", "float32", {"b": 100, "l": 200}, {"fast": 10, "faster": 50, "xla": 20}, "somewhere"),
+)
+
+
+def _toys(monkeypatch):
+    """Implementations that say who they are; the fastest offers no option, and no more than 300 positions."""
+
+    def faster(x):
+        if x.shape[1] > 300:
+            raise ValueError(f"l={x.shape[1]} is over the 300 of faster: use another")
+        return "faster"
+
+    monkeypatch.setattr(dispatch, "MEASURED", MEASURED)
+    return {"faster": faster, "fast": lambda x, scale=1: "fast", "xla": lambda x, scale=1: "xla"}
+
+
+def _taken(toys, rows, length, dtype=jnp.float32, name=None, **options):
+    x = jnp.zeros((rows, length), dtype)
+    return dispatch.run("toys", toys, name, x, sizes={"b": rows, "l": length}, **options)
+
+
+def test_without_a_gpu_plain_jax_runs(monkeypatch):
+    monkeypatch.setattr(dispatch, "gpu_capability", lambda: None)
+    assert _taken(_toys(monkeypatch), 100, 50) == "xla"
+
+
+def test_on_a_gpu_the_fastest_at_the_nearest_shape_runs(monkeypatch, on_hopper):
+    toys = _toys(monkeypatch)
+    assert [_taken(toys, rows, length) for rows, length in [(100, 50), (10_000, 50), (100, 70)]] == ["faster"] * 3
+    assert [_taken(toys, 100, length) for length in (200, 800, 120)] == ["fast"] * 3
+
+
+def test_away_from_what_was_measured_plain_jax_runs(monkeypatch, on_hopper):
+    toys = _toys(monkeypatch)
+    assert [_taken(toys, 24, 50), _taken(toys, 100, 12), _taken(toys, 100, 801)] == ["xla"] * 3
+    assert _taken(toys, 100, 50, jnp.bfloat16) == "xla"
+    assert _taken(toys, 100, 50, computes_with="tfloat32") == "xla"
+
+
+def test_what_a_backend_does_not_offer_is_passed_over_and_refused_by_name(monkeypatch, on_hopper):
+    toys = _toys(monkeypatch)
+    assert _taken(toys, 100, 50, scale=2) == "fast"
+    with pytest.raises(ValueError, match="'faster' of toys takes no scale"):
+        _taken(toys, 100, 50, name="faster", scale=2)
+    long = dispatch.Measured("toys", "float32", {"b": 100, "l": 400}, {"faster": 1, "xla": 2}, "somewhere")
+    monkeypatch.setattr(dispatch, "MEASURED", (long,))
+    assert _taken(toys, 100, 400) == "xla"
+    with pytest.raises(ValueError, match="l=400 is over the 300 of faster"):
+        _taken(toys, 100, 400, name="faster")
+
+
+def test_a_backend_that_cannot_run_here_is_passed_over_and_refused_by_name(monkeypatch):
+    toys = _toys(monkeypatch)
+    monkeypatch.setitem(dispatch.NEEDS, "faster", dispatch.Needs((9, 0)))
+    monkeypatch.setattr(dispatch, "gpu_capability", lambda: (8, 6))
+    assert _taken(toys, 100, 50) == "fast"
+    with pytest.raises(
+        ValueError, match=r"'faster' of toys cannot run here: it needs .* 9\.0 or newer, this one has 8\.6"
+    ):
+        _taken(toys, 100, 50, name="faster")
+    # Interpreted, it runs without a GPU; with packages of its own it does not.
+    monkeypatch.setattr(dispatch, "gpu_capability", lambda: None)
+    assert _taken(toys, 100, 50, name="faster") == "faster"
+    for needs, lack in [
+        (
+            dispatch.Needs((9, 0), packages=("jax",)),
+            "it needs an NVIDIA GPU of compute capability 9.0 or newer, and JAX",
+        ),
+        (dispatch.Needs((9, 0), packages=("no_such",)), "it needs the package no-such, which is not installed"),
+        (dispatch.Needs((9, 0), python=(9, 1), packages=("jax",)), "it needs Python 9.1 or newer, this is 3."),
+    ]:
+        monkeypatch.setitem(dispatch.NEEDS, "faster", needs)
+        with pytest.raises(ValueError, match=f"'faster' of toys cannot run here: {lack}"):
+            _taken(toys, 100, 50, name="faster")
+
+
+def test_the_times_of_the_records_are_of_operators_and_backends_that_exist():
+    known = {"ssd": ssd, "causal_conv1d": causal_conv1d_room, "selective_scan": selective_scan}
+    known["softmax_cross_entropy"] = softmax_cross_entropy
+    for one in dispatch.MEASURED:
+        assert set(one.microseconds) <= set(known[one.op].IMPLEMENTATIONS) and dispatch.PLAIN in one.microseconds
+        assert all(time > 0 for time in one.microseconds.values())
+
+
+def test_operators_choose_by_shape_and_arithmetic(on_hopper):
+    def taken(function, *shapes, **options):
+        with dispatch.recording() as names:
+            jax.eval_shape(lambda *a: function(*a, **options), *(jax.ShapeDtypeStruct(s, "float32") for s in shapes))
+        return names
+
+    wide = ((2048, 50, 192), (4, 192))
+    assert taken(causal_conv1d, *wide, interpret=True) == {"causal_conv1d": {"pallas_triton"}}
+    assert taken(causal_conv1d, (8, 50, 192), (4, 192)) == {"causal_conv1d": {"xla"}}
+    shapes = ((1024, 200, 4, 32), (1024, 200, 4), (4,), (1024, 200, 32), (1024, 200, 32))
+    assert taken(ssd.ssd, *shapes, interpret=True) == {"ssd": {"pallas_triton"}}
+    assert taken(ssd.ssd, *shapes, precision="highest") == {"ssd": {"xla"}}

@@ -397,5 +397,5 @@ def test_the_backend_of_scan_and_convolution_can_be_named(form):
     items, times = rows()
     named = dataclasses.replace(form.config, kernels="reference")
     form.near(program(named, "last")(form.params, items, LENGTHS, times), form.last(items, LENGTHS, times), 1e-4)
-    with pytest.raises(ValueError, match="model.kernels='fortran' is not offered by kernels"):
+    with pytest.raises(ValueError, match="model.kernels='fortran' is not offered by any operator"):
         dataclasses.replace(form.config, kernels="fortran")

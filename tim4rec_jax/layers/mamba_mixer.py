@@ -58,7 +58,8 @@ class MambaMixer(nn.Module):
         config = self.config
         dtype, inner = wide(config.dtype), config.d_inner
         self.in_proj = Linear(2 * inner, config.dtype, use_bias=False)
-        self.conv = CausalConv(inner, config.d_conv, "silu", config.kaiming_init, config.dtype, config.kernels)
+        backend = config.backend("causal_conv1d")
+        self.conv = CausalConv(inner, config.d_conv, "silu", config.kaiming_init, config.dtype, backend)
         self.x_proj = Linear(dt_rank(config) + 2 * config.d_state, config.dtype, use_bias=False)
         self.dt_proj = Linear(inner, config.dtype, use_bias=False)
         self.dt_bias = self.param("dt_bias", nn.initializers.zeros_init(), (inner,), dtype)
@@ -99,7 +100,7 @@ class MambaMixer(nn.Module):
             initial_state=before,
             return_final_state=cache is not None,
             segment_ids=segment_ids,
-            implementation=config.kernels,
+            implementation=config.backend("selective_scan"),
         )
         y, after = scanned if isinstance(scanned, tuple) else (scanned, None)
         z = self.in_proj(rows.at(u), [slice(inner, None)])

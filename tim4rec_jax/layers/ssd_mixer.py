@@ -76,7 +76,7 @@ class SSDMixer(nn.Module, Generic[Settings]):
             config.activation,
             config.kaiming_init,
             config.dtype,
-            config.kernels,
+            config.backend("causal_conv1d"),
         )
         self.dt_bias = self.param("dt_bias", _dt_bias_init, (heads,), dtype)
         self.A_log = self.param("A_log", _decay_init, (heads,), dtype)
@@ -117,7 +117,7 @@ class SSDMixer(nn.Module, Generic[Settings]):
         x = x.reshape(*x.shape[:2], config.num_heads, config.head_dim)
         A, options = -jnp.exp(self.A_log), {"D": self.D, "dt_bias": self.dt_bias, "segment_ids": segment_ids}
         self.sow("intermediates", "step_size", step_size(dt, self.dt_bias))
-        how = {"chunk_size": config.chunk_size, "implementation": config.kernels}
+        how = {"chunk_size": config.chunk_size, "implementation": config.backend("ssd")}
         if cache is not None and u.shape[1] == 1:
             scanned = ssd_step(x, dt, A, B, C, cache.ssm, **options)
         else:

@@ -10,9 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from kernels.dispatch import missing
 from tim4rec_jax.config import EvalConfig, ExperimentConfig
 from tim4rec_jax.data.interactions import InteractionLog, LogStatistics
 from tim4rec_jax.data.splits import split_log, training_times
+from tim4rec_jax.devices import device_line, taken_by
 from tim4rec_jax.evaluation.full_sort import EvaluationResult, evaluate
 from tim4rec_jax.models import STATISTICS, SequentialModel, build_model, init_params, variables
 from tim4rec_jax.run_dir import CHECKPOINTS, read_config, read_environment, read_histories, read_items
@@ -58,7 +60,11 @@ def load_model(run: pathlib.Path, *, report: Callable[[str], None] = print) -> S
     config = read_config(run)
     if read_manifest(run) is None:
         report(f"{run} is of a version without a manifest: whether its files were changed since cannot be told")
+    if config.model.kernels is not None and (lack := missing(config.model.kernels)) is not None:
+        report(f"{run} was trained with model.kernels={config.model.kernels}; here plain JAX computes: {lack}")
+        config = dataclasses.replace(config, model=dataclasses.replace(config.model, kernels=None))
     model = build_model(config.model)
+    report(device_line(taken_by(model, config.eval.batch_size)))
     template = jax.eval_shape(functools.partial(init_params, model), jax.random.key(0))
     if statistics := model.data_statistics():
         template[STATISTICS] = {name: jax.ShapeDtypeStruct(a.shape, a.dtype) for name, a in statistics.items()}

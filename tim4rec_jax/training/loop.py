@@ -16,12 +16,13 @@ import numpy as np
 from jax import Array
 from rich.console import Console
 
-from kernels.dispatch import runs_interpreted
+from kernels.dispatch import recording, runs_interpreted
 from tim4rec_jax.config import ExperimentConfig
 from tim4rec_jax.data.interactions import InteractionLog, with_precision
 from tim4rec_jax.data.loader import Loader, make_loader
 from tim4rec_jax.data.packing import LengthGroup, plan_length_groups, plan_packed_rows
 from tim4rec_jax.data.splits import Split, split_log, training_times
+from tim4rec_jax.devices import device_line, require_kernels
 from tim4rec_jax.evaluation.full_sort import FullSortEvaluator
 from tim4rec_jax.evaluation.seen_targets import measured
 from tim4rec_jax.files import locked
@@ -104,6 +105,7 @@ def train(
       CheckpointError: a save failed; the checkpoint before it is kept.
       ProcessError: another process was lost.
     """
+    require_kernels(config.model)
     given, config = config, with_data(config, log)
     require_same_start(config, log.fingerprint)
     setup = Setup(config, log)
@@ -112,9 +114,8 @@ def train(
             session.bar.report(
                 f"model.vocab_multiple={multiple}: the item embedding gets so many rows, for equal shards"
             )
-        if any(
-            runs_interpreted(op.__name__, op.IMPLEMENTATIONS, config.model.kernels) for op in config.model.OPERATORS
-        ):
+        named = [op for op in config.model.OPERATORS if config.model.kernels in op.IMPLEMENTATIONS]
+        if any(runs_interpreted(op.__name__, op.IMPLEMENTATIONS, str(config.model.kernels)) for op in named):
             session.bar.report(
                 f"model.kernels={config.model.kernels}: there is no GPU here, so the kernels are interpreted, "
                 "which takes many times as long as plain JAX; leave it out for that"
@@ -249,7 +250,9 @@ class Session:
             rows = ", ".join(f"{group.length} ({group.rows} at once)" for group in self.setup.groups)
             where = f" on each of {devices} devices" if devices > 1 else ""
             self.bar.report(f"compiling the step for rows of {rows} positions{where}")
-            self.step = self.setup.compile_step(state, batch)
+            with recording() as names:
+                self.step = self.setup.compile_step(state, batch)
+            self.bar.report(device_line(names))
             return_freed_memory()
         return self.step
 

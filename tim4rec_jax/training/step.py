@@ -127,7 +127,9 @@ def _loss_of_last(
         return jnp.sum(rows.weights * sampled_cross_entropy(hidden, table, rows.targets, negatives))
     if config.loss_in_tiles:
         table = apply_method(model, variables(params), "item_table")
-        losses = softmax_cross_entropy(hidden, table, rows.targets, implementation=model.config.kernels)
+        losses = softmax_cross_entropy(
+            hidden, table, rows.targets, implementation=model.config.backend("softmax_cross_entropy")
+        )
         return jnp.sum(rows.weights * losses)
     scores = apply_method(model, variables(params), "score", hidden)
     if config.loss == "ce":
@@ -162,7 +164,7 @@ def _packed_value_and_grad(
         rows.targets.ravel(),
         rows.weights.ravel(),
         in_tiles=config.loss_in_tiles,
-        kernels=model.config.kernels,
+        kernels=model.config.backend("softmax_cross_entropy"),
         negatives=negatives,
     )
     return total, pull_back(gradients)[0]
@@ -299,7 +301,7 @@ def _sharded_value_and_grad(
             shard,
             batch.targets.ravel(),
             vocab_size=model.config.vocab_size,
-            implementation=model.config.kernels,
+            implementation=model.config.backend("softmax_cross_entropy"),
         )
         return jnp.sum(batch.weights.ravel() * losses)
 
