@@ -24,7 +24,8 @@ from tests.data.test_readers import (
     with_frame,
 )
 from tim4rec_jax.data.interactions import clean
-from tim4rec_jax.data.readers import find_log, read_log
+from tim4rec_jax.data.log_files import find_log
+from tim4rec_jax.data.readers import read_log
 from tim4rec_jax.data.sources import Source
 from tim4rec_jax.data.titles import read_titles
 
