@@ -121,7 +121,7 @@ def test_json_lines_count_blank_ones_and_name_the_bad_one(tmp_path):
     text = '{"user": 7, "item": "b", "timestamp": 100}\n\n{"user": "7", "item": "a", "timestamp": "50"}\n'
     text += '{"user": 9.0, "item": "b", "timestamp": 75.0}'
     path.write_bytes(gzip.compress(text.encode()))
-    assert read(path).frame.rows() == ROWS
+    assert read(path).frame.rows() == ROWS and read(path).blank_lines == 1
     path = tmp_path / "events.jsonl"
     for bad, complaint in (
         ('{"user": 7,', ":2: no JSON: "),

@@ -89,6 +89,7 @@ class Table(NamedTuple):
       first_row: number of row 0, from 0, where rows are no lines.
       numbers: line of each row where they do not follow each other.
       text: the lines, to quote from.
+      blank_lines: lines that are no rows of the frame.
     """
 
     frame: pl.DataFrame
@@ -97,6 +98,7 @@ class Table(NamedTuple):
     first_row: int = 0
     numbers: pl.Series | None = None
     text: bytes | None = None
+    blank_lines: int = 0
 
     def number(self, row: int) -> int:
         """Returns the line of a row, or its number, from 1."""
@@ -247,7 +249,7 @@ def typed(raw: Table, tally: Tally) -> TypedTable:
     rounded = 0 if fractions is None else int((fractions > 0).sum())
     return TypedTable(
         frame,
-        blank_lines=numbered.height - filled.height,
+        blank_lines=raw.blank_lines + numbered.height - filled.height,
         rounded_timestamps=rounded if tally.times is not None and tally.times.counts_fractions else 0,
         fractions=fractions if rounded else None,
         rows_read=filled.height,

@@ -345,6 +345,7 @@ def _read_json_lines(source: Source, columns: LogColumns, tally: Tally) -> Table
     names, aliases = _wanted(columns, tally)
     lines = data.removesuffix(b"\n").split(b"\n")
     numbers = [number for number, line in enumerate(lines, start=1) if line.strip()]
+    blank_lines = len(lines) - len(numbers)
     schema: dict[str, type[pl.DataType]] = dict.fromkeys(names, pl.String)
     try:
         frame = pl.read_ndjson(data, schema=schema)
@@ -373,7 +374,8 @@ def _read_json_lines(source: Source, columns: LogColumns, tally: Tally) -> Table
                 "write one event a line"
             )
     frame.columns = aliases
-    return Table(frame, source, 1, numbers=pl.Series(numbers), text=data if tally.rules.skip_bad else None)
+    text = data if tally.rules.skip_bad else None
+    return Table(frame, source, 1, numbers=pl.Series(numbers), text=text, blank_lines=blank_lines)
 
 
 def _no_object(line: bytes) -> str | None:
