@@ -73,6 +73,11 @@ def test_bad_rows_of_other_formats(tmp_path):
     found = [(row.line, row.reason) for row in log.bad_rows]
     assert found == [(2, "no JSON"), (4, "no JSON object"), (6, "no item id")]
     assert log.frame.height == 2 and log.bad_rows[0].text == "{bad"
+    path.write_text(good + '{"user": {"id": 1}, "item": "a", "timestamp": 5}\n' + good)
+    log = skipping(path)
+    assert [(row.line, row.reason) for row in log.bad_rows] == [
+        (2, "an id is no single value")
+    ] and log.frame.height == 2
     path = tmp_path / "log.parquet"
     pl.DataFrame({"user": ["u", None, "u"], "item": [1.0, 2.0, 2.5], "timestamp": [1, 2, 3]}).write_parquet(path)
     log = skipping(path)

@@ -70,6 +70,14 @@ def test_a_separator_of_recbole_files_and_of_headers_with_blanks(tmp_path):
         read_as(path, "csv", separator="::")
 
 
+def test_text_that_is_no_utf_8_is_named_by_its_line(tmp_path):
+    path = tmp_path / "log.txt"
+    path.write_bytes("1 2\n1 é\n".encode("latin-1"))
+    for log_format in ("pairs", "lines"):
+        with pytest.raises(ValueError, match=r"log\.txt:2: an id is no UTF-8 text; save the file as UTF-8"):
+            read_as(path, log_format, file_order=True)
+
+
 def test_what_separates_no_fields_is_refused():
     for separator in ("ab", "", '"', "\n"):
         with pytest.raises(ValueError, match=r"data\.separator="):

@@ -110,6 +110,7 @@ def test_long_decimals_keep_their_whole_digits():
         (["2021-03-04", "2021-13-04", "2021-01-01"], {}, "row 2: timestamp '2021-13-04' is no such date as the others"),
         (["2021-03-04", "1600000000", "2021-01-01"], {}, "row 2: timestamp '1600000000' is no such date as the others"),
         (["1600000000", "2021-03-04", "1600000000"], {}, "row 2: timestamp '2021-03-04' is not a number"),
+        ([20210304, 20210305, 20211231], {}, "such as 20210305 may be seconds or days; set data.time_format=%Y%m%d or"),
         (["04/03/2021", "05/03/2021"], {}, r"not a number; .* set data\.time_format for such dates, as in %d/%m/%Y"),
         (["1960-01-01"], {}, "row 1: timestamp '1960-01-01' is negative"),
         (["04.03.2021", "x"], {"time_format": "%d.%m.%Y"}, "row 2: timestamp 'x' is no such date .* %d.%m.%Y"),
@@ -126,6 +127,12 @@ def test_a_named_form_reads_other_dates():
     assert read.frame["timestamp"].to_list() == [SECONDS - 7, SECONDS - 7 + 19 * 3600 - 6 * 60]
     assert read.taken["times"] == "dates (%d/%m/%Y %H:%M, UTC)"
     assert seconds_of(["Mar 04 2021 05:06 +0100"], time_format="%b %d %Y %H:%M %z") == [SECONDS - 7 - 3600]
+
+
+def test_days_written_as_numbers_are_read_when_that_is_said():
+    assert seconds_of([20210304, 20210305], time_format="%Y%m%d") == [SECONDS // 86400 * 86400 + d for d in (0, 86400)]
+    assert seconds_of([20210304, 20210305], time_unit="s") == [20210304, 20210305]
+    assert seconds_of([20210304, 20211304]) == [20210304, 20211304]  # There is no month 13.
 
 
 def test_times_without_a_unit_at_first_take_it_from_a_later_piece(tmp_path):

@@ -296,7 +296,7 @@ def _read_unnamed(
         )
     if known:
         _require_times(source, data, "::" if step == 2 else delimiter)
-    tally.taken.setdefault("separator", repr("::" if step == 2 else delimiter))
+    tally.taken.setdefault("separator", tally.rules.separator or repr("::" if step == 2 else delimiter))
     aliases = _wanted(columns, tally)[1]
     return _fields_table(data, source, delimiter, [step * p for p in positions], aliases, tally, has_header=False)
 
@@ -335,7 +335,7 @@ def _read_csv(source: Source, columns: LogColumns, tally: Tally) -> Table:
     header = header_fields(data, delimiter)
     if given is None and not set(names) <= set(header) and set(names) <= set(header_line(data).split()):
         raise ValueError(f"{source}:1: blanks separate the names of the header; set data.separator=space")
-    tally.taken.setdefault("separator", repr(delimiter))
+    tally.taken.setdefault("separator", tally.rules.separator or repr(delimiter))
     positions = [_position(source, name, header, _hint(name, columns)) for name in names]
     return _fields_table(data, source, delimiter, positions, aliases, tally, has_header=True)
 
@@ -357,7 +357,7 @@ def _read_json_lines(source: Source, columns: LogColumns, tally: Tally) -> Table
             shorter = shown(lines[number - 1].decode("utf-8", "replace"), 60)
             hint = "; a JSON array is not read" if lines[number - 1].lstrip().startswith(b"[") else ""
             raise ValueError(f"{source}:{number}: {reason}: {shorter}{hint}; write one object a line") from None
-        tally.add_bad([BadRow(str(source), n, r, lines[n - 1][:2000].decode("utf-8", "replace")) for n, r in bad])
+        tally.add_bad([_bad_line(source, lines, n, reason) for n, reason in bad])
         numbers = sorted(set(numbers) - {n for n, _ in bad})
         kept = b"\n".join(lines[number - 1] for number in numbers)
         frame = pl.read_ndjson(kept, schema=schema) if numbers else pl.DataFrame(schema=schema)
@@ -366,16 +366,26 @@ def _read_json_lines(source: Source, columns: LogColumns, tally: Tally) -> Table
             keys = list(json.loads(lines[numbers[0] - 1]))
             if name not in keys:
                 raise ValueError(_missing_column(source, name, keys, _hint(name, columns)))
+    nested = pl.repeat(False, frame.height, eager=True, dtype=pl.Boolean)
     for name in names[:2]:
-        nested = frame[name].str.contains(r"^\s*[\[{]").fill_null(False).arg_true()
-        if len(nested):
+        found = frame[name].str.contains(r"^\s*[\[{]").fill_null(False)
+        nested |= found
+        if found.any() and not tally.rules.skip_bad:
+            row = found.arg_true()[0]
             raise ValueError(
-                f"{source}:{numbers[nested[0]]}: {name} is {shown(frame[name][nested[0]], 40)} and not one value; "
+                f"{source}:{numbers[row]}: {name} is {shown(frame[name][row], 40)} and not one value; "
                 "write one event a line"
             )
+    bad = [numbers[row] for row in nested.arg_true()]
+    tally.add_bad([_bad_line(source, lines, n, "an id is no single value") for n in bad])
+    frame, numbers = frame.filter(~nested), [n for n in numbers if n not in set(bad)]
     frame.columns = aliases
     text = data if tally.rules.skip_bad else None
     return Table(frame, source, 1, numbers=pl.Series(numbers), text=text, blank_lines=blank_lines)
+
+
+def _bad_line(source: Source, lines: Sequence[bytes], number: int, reason: str) -> BadRow:
+    return BadRow(str(source), number, reason, lines[number - 1][:2000].decode("utf-8", "replace"))
 
 
 def _no_object(line: bytes) -> str | None:
@@ -390,7 +400,11 @@ def _words(source: Source, tally: Tally) -> tuple[bytes, list[list[str]]]:
     require(not _extras(tally), f"{source}: its fields have no names for data.where; leave it out")
     data = read_text(source)
     given = {"space": None, "tab": "\t"}.get(tally.rules.separator or "", tally.rules.separator)
-    lines = data.removesuffix(b"\n").decode("utf-8", "replace").split("\n")
+    try:
+        lines = data.removesuffix(b"\n").decode().split("\n")
+    except UnicodeDecodeError as error:
+        number = data.count(b"\n", 0, error.start) + 1
+        raise ValueError(f"{source}:{number}: an id is no UTF-8 text; save the file as UTF-8") from None
     if tally.rules.separator is None and " " not in lines[0].strip() and "\t" not in lines[0]:
         given = next((delimiter for delimiter in DELIMITERS if delimiter in lines[0]), None)
     tally.taken.setdefault("separator", "blanks" if given is None else repr(given))

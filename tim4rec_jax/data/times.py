@@ -16,6 +16,8 @@ _SECONDS_PER_DAY = 86_400
 # could be either: so many milliseconds end in 1973 to 1978.
 _SURE = 10**11
 _LARGEST = 2**63 - 1
+# Days written as numbers, which as seconds would all lie in August 1970.
+_EARLIEST_DAY, _LATEST_DAY = 19700101, 21001231
 _DATE = (
     r"^(\d{4})[-/](\d{2})[-/](\d{2})"
     r"(?:[T ](\d{2}):(\d{2})(?::(\d{2})(?:[.,](\d+))?)?)?"
@@ -86,7 +88,7 @@ class TimeReader:
         if isinstance(dtype, pl.Datetime):
             physical, per_second = times.to_physical(), TICKS[dtype.time_unit]
             return _checked(physical, None, None, per_second)
-        if not (dtype.is_numeric() or dtype == pl.Null):
+        if self._form is not None or not (dtype.is_numeric() or dtype == pl.Null):
             text = times.cast(pl.String, strict=False).str.strip_chars()
             if self._are_dates(text):
                 return self._read_dates(text)
@@ -207,6 +209,14 @@ def _ticks(times: pl.Series) -> tuple[pl.Series, pl.Series | None, pl.Series | N
     )
 
 
+def _are_days(numbers: pl.Series) -> bool:
+    """Tells whether all numbers may be days of a calendar, as in 20210131."""
+    days = pl.col("t").cast(pl.Int64)
+    month, day = days // 100 % 100, days % 100
+    in_calendar = days.is_between(_EARLIEST_DAY, _LATEST_DAY) & month.is_between(1, 12) & day.is_between(1, 31)
+    return bool(numbers.alias("t").to_frame().select((in_calendar & (days == pl.col("t"))).all()).item())
+
+
 def _unit_of(ticks: pl.Series, name: str) -> str | None:
     """Tells the unit by the middle one of the positive numbers; None without any."""
     positive = ticks.filter(ticks > 0)
@@ -214,6 +224,10 @@ def _unit_of(ticks: pl.Series, name: str) -> str | None:
         return None if ticks.null_count() == len(ticks) else "s"
     place = (len(positive) - 1) // 2
     middle = float(np.partition(positive.to_numpy(), place)[place])
+    if _EARLIEST_DAY <= middle <= _LATEST_DAY and _are_days(positive):
+        raise ValueError(
+            f"{name}: times such as {middle:.0f} may be seconds or days; set data.time_format=%Y%m%d or data.time_unit=s"
+        )
     for unit, per_second in TICKS.items():
         if middle <= _SURE * per_second:
             return unit
