@@ -226,7 +226,7 @@ def _unit_of(ticks: pl.Series, name: str) -> str | None:
     middle = float(np.partition(positive.to_numpy(), place)[place])
     if _EARLIEST_DAY <= middle <= _LATEST_DAY and _are_days(positive):
         raise ValueError(
-            f"{name}: times such as {middle:.0f} may be seconds or days; set data.time_format=%Y%m%d or data.time_unit=s"
+            f"{name}: times such as {middle:.0f} may be seconds or days; set data.time_format=%Y%m%d or time_unit=s"
         )
     for unit, per_second in TICKS.items():
         if middle <= _SURE * per_second:
