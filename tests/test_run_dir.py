@@ -31,6 +31,8 @@ def _log(**changes):
         "item_ids": pl.Series(["a", "b", "ç"]),
         "titles": pl.Series(["A", None, "C"], dtype=pl.String),
         "fingerprint": "f00d",
+        "parts": None,
+        "bad_rows": (),
     }
     return SimpleNamespace(**(log | changes))
 

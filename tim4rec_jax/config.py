@@ -225,6 +225,11 @@ class ExperimentConfig:
             "int64",
         )
         require(
+            not kind.uses_time or self.data.order == "time",
+            f"data.order='file' reads no times, and model.name={model.name!r} does: take one of "
+            f"{', '.join(name for name, known in MODELS.items() if not known.uses_time)}, or a log with times",
+        )
+        require(
             self.eval.max_len is None or self.eval.max_len <= model.max_len or kind.streamable,
             f"eval.max_len={self.eval.max_len} is over the model's max_len={model.max_len}, and {model.name} reads no "
             "more: train with a larger model.max_len, or take one of "

@@ -1,16 +1,23 @@
 """Settings of a log: where it lies, how it is cleaned and split; a part of `config.ExperimentConfig`."""
 
+import csv
 import datetime
 import math
+import operator
+import re
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 from tim4rec_jax.checks import require, shown
 
-LogFormat = Literal["auto", "recbole", "movielens", "amazon", "kuairand", "csv", "parquet"]
+LogFormat = Literal["auto", "recbole", "movielens", "amazon", "kuairand", "csv", "parquet", "jsonl", "pairs", "lines"]
+TimeUnit = Literal["auto", "s", "ms", "us", "ns"]
+EventOrder = Literal["time", "file"]
+Duplicates = Literal["keep", "first", "last"]
+BadRows = Literal["refuse", "skip"]
 TimestampPrecision = Literal["int64", "float32"]
 TimestampChoice = Literal[TimestampPrecision, "published"]
-SplitName = Literal["leave_one_out", "temporal"]
+SplitName = Literal["leave_one_out", "temporal", "given"]
 TemporalTargets = Literal["last", "first", "all"]
 # Earlier names of published logs, as run folders and commands have them.
 DATA_ALIASES = {"ml1m": "ml-1m", "ml100k": "ml-100k", "amazon-beauty": "beauty", "amazon-video-games": "videogames"}
@@ -22,11 +29,115 @@ def parse_time(text: str, setting: str) -> int:
     Raises:
       ValueError: for what is no such date.
     """
+    return math.ceil(_moment(text, setting))
+
+
+def _moment(text: str, setting: str) -> float:
     try:
         moment = datetime.datetime.fromisoformat(text)
     except ValueError as error:
         raise ValueError(f"{setting}={text} is no date ({error}); write 2000-12-01 or 2000-12-01T08:30:00") from None
-    return math.ceil((moment if moment.tzinfo else moment.replace(tzinfo=datetime.UTC)).timestamp())
+    return (moment if moment.tzinfo else moment.replace(tzinfo=datetime.UTC)).timestamp()
+
+
+_COMPARE = {
+    "<": operator.lt,
+    "<=": operator.le,
+    ">": operator.gt,
+    ">=": operator.ge,
+    "=": operator.eq,
+    "!=": operator.ne,
+}
+_CLAUSE = re.compile(
+    r"""\s*(?:"(?P<quoted>[^"]+)"|(?P<column>[^\s<>=!",]+))\s*(?P<operator><=|>=|!=|==|=|<|>|not\s+in\s|in\s)"""
+    r"\s*(?P<value>.+?)\s*",
+    re.DOTALL,
+)
+_AND = re.compile(r'\s+and\s+(?=(?:[^"]*"[^"]*")*[^"]*$)')
+_LONGEST_WHERE = 1000
+
+
+class Condition(NamedTuple):
+    """One condition of `data.where`.
+
+    Attributes:
+      column: name of the column.
+      operator: <, <=, >, >=, =, !=, in or not in.
+      values: what stands behind it.
+      number: the value as a number, or as epoch seconds for a time; None where texts are compared.
+      of_time: the column is that of the times.
+    """
+
+    column: str
+    operator: str
+    values: tuple[str, ...]
+    number: float | None
+    of_time: bool
+
+    @property
+    def numbers(self) -> tuple[float, ...]:
+        """The values that are numbers."""
+        return tuple(number for number in map(_number, self.values) if number is not None)
+
+    @property
+    def negated(self) -> bool:
+        """Whether rows with the values are left out."""
+        return self.operator in ("!=", "not in")
+
+    def compare(self, values: Any, number: float | None = None) -> Any:
+        """Compares a column with the number, or with another one."""
+        return _COMPARE[self.operator](values, self.number if number is None else number)
+
+    def __str__(self) -> str:
+        space = " " if self.operator.isalpha() or " " in self.operator else ""
+        return f"{self.column}{space}{self.operator}{space}{','.join(self.values)}"
+
+
+def _number(text: str) -> float | None:
+    try:
+        number = float(text)
+    except ValueError:
+        return None
+    return number if math.isfinite(number) else None
+
+
+def parse_where(text: str, time_column: str = "timestamp") -> tuple[Condition, ...]:
+    """Reads conditions joined by "and", as in `rating>=4 and event in view,buy and time<2020-01-01`.
+
+    A name or value with blanks, commas or signs in it stands in double quotes. The time, called `time` or by the
+    name of its column, is compared with a date as of `parse_time` or with epoch seconds.
+
+    Raises:
+      ValueError: for what is no such condition.
+    """
+    form = "write conditions as in rating>=4 and event in view,buy and time>=2020-01-01"
+    require(len(text) <= _LONGEST_WHERE, f"data.where has {len(text):,} characters, over {_LONGEST_WHERE:,}; {form}")
+    found = []
+    for clause in _AND.split(text):
+        match = _CLAUSE.fullmatch(clause)
+        if match is None:
+            raise ValueError(f"data.where={shown(text)[1:-1]}: {shown(clause)} is no condition; {form}")
+        column, sign = match["quoted"] or match["column"], " ".join(match["operator"].split())
+        sign = "=" if sign == "==" else sign
+        given = next(csv.reader([match["value"]], skipinitialspace=True)) if "in" in sign else [match["value"]]
+        values = tuple(value.strip().strip('"') for value in given)
+        require(all(values), f"data.where={shown(text)[1:-1]}: {shown(clause)} has an empty value; {form}")
+        of_time, number = column in ("time", time_column), None
+        if of_time:
+            require(
+                sign in _COMPARE,
+                f"data.where={shown(text)[1:-1]}: a time is compared with <, <=, >, >=, = or !=, not {sign}; {form}",
+            )
+            number = _number(values[0])
+            number = _moment(values[0], f"data.where={column}{sign}") if number is None else number
+        elif sign in ("<", "<=", ">", ">="):
+            number = _number(values[0])
+            require(
+                number is not None,
+                f"data.where={shown(text)[1:-1]}: {shown(values[0])} is no number, and {sign} compares numbers; {form}",
+            )
+        found.append(Condition(column, sign, values, number, of_time))
+    return tuple(found)
 
 
 @dataclass(frozen=True)
@@ -68,17 +179,30 @@ class DataConfig:
       item_path: file with item titles; None looks beside `path` for a file of the same stem ending in `.item`.
       format: file format; "auto" decides by name and header.
       user_column, item_column, time_column: column names in CSV and Parquet logs.
-      columns: names of all fields in their order, for files without a header, as in item,user,rating,timestamp.
+      columns: names of all fields in their order, for files without a header, as in item,user,rating,timestamp; or the
+        numbers, from 1, of the fields of user, item and time, as in 2,1,4.
+      separator: of fields of text, one character or ::; "tab"; "space" for any run of blanks; None tells it by the
+        header.
+      time_unit: of times that are whole or decimal numbers; "auto" tells it by their size and refuses what
+        could be two.
+      time_format: of times that are text, as in %d/%m/%Y %H:%M; None reads numbers and ISO 8601 (UTC, unless a zone
+        stands there).
+      order: "file" takes the events in the order of the file and reads no times, for models that read none.
+      where: which rows are read, as in `rating>=4 and event in view,buy and time>=2020-01-01`; see `parse_where`.
+      duplicates: of a user's events with the same item "keep" all, or the "first" or "last" in time alone.
+      bad_rows: "refuse" the log for the first row that cannot be read, or "skip" such rows, count them by reason, and
+        list them in the run folder.
       max_unpacked_gb: most that a packed file may unpack to; None: 8, and not more than 200 times its size.
       k_core: users and items with fewer interactions are removed, repeatedly, to a fixpoint; 0 keeps all.
       timestamp_precision: what orders a user's events, and what the model reads of their times: "int64" is exact
         seconds; "float32" rounds them first, to 64 or 128 s, as the original program does; "published" is "float32"
         where the log is the data set that `name` says, by its published counts after 5-core, and else "int64".
       split: "leave_one_out" gives every user's last event to the test and the one before to validation; "temporal"
-        cuts all users at the same two moments.
+        cuts all users at the same two moments; "given" reads the parts from files called train, valid and test.
       valid_share, test_share: of all events, the shares whose times a temporal split gives to validation and test.
       valid_from, test_from: the cuts of a temporal split instead of shares, as in 2000-12-01 or 2000-12-01T08:30:00.
-      temporal_targets: which events of a user in either period are predicted: the "last", the "first" or "all".
+      temporal_targets: which events of a user in either later period, or file, are predicted: the "last", the "first"
+        or "all".
       loader: "device" keeps the log on the device and gathers inside the step; "grain" gathers on the host.
       cache_dir: where downloads and cleaned logs are kept.
       synthetic: the generated log of `name="synthetic"`.
@@ -92,6 +216,13 @@ class DataConfig:
     item_column: str = "item"
     time_column: str = "timestamp"
     columns: str | None = None
+    separator: str | None = None
+    time_unit: TimeUnit = "auto"
+    time_format: str | None = None
+    order: EventOrder = "time"
+    where: str | None = None
+    duplicates: Duplicates = "keep"
+    bad_rows: BadRows = "refuse"
     max_unpacked_gb: float | None = None
     k_core: int = 5
     timestamp_precision: TimestampChoice = "int64"
@@ -108,13 +239,7 @@ class DataConfig:
     def __post_init__(self) -> None:
         object.__setattr__(self, "name", DATA_ALIASES.get(self.name, self.name))
         require(self.k_core >= 0, f"k_core={self.k_core} must be at least 0 (0 keeps every user and item)")
-        if self.columns is not None:
-            given, wanted = self.columns.split(","), (self.user_column, self.item_column, self.time_column)
-            require(
-                all([name.strip() for name in given].count(name) == 1 for name in wanted),
-                f"data.columns={shown(self.columns)[1:-1]} must name {', '.join(wanted)} once each, in the order of "
-                "the file, as in item,user,rating,timestamp",
-            )
+        self._check_reading()
         require(
             self.max_unpacked_gb is None or 0 < self.max_unpacked_gb < math.inf,
             f"data.max_unpacked_gb={self.max_unpacked_gb} must be positive",
@@ -123,6 +248,11 @@ class DataConfig:
             "timestamp_precision": TimestampChoice,
             "split": SplitName,
             "temporal_targets": TemporalTargets,
+            "format": LogFormat,
+            "time_unit": TimeUnit,
+            "order": EventOrder,
+            "duplicates": Duplicates,
+            "bad_rows": BadRows,
         }
         for name, known in choices.items():
             value = getattr(self, name)
@@ -138,6 +268,51 @@ class DataConfig:
     def min_events(self) -> int:
         """Least events of a user: to leave one out, one each to train, validate and test; any for a cut in time."""
         return 3 if self.split == "leave_one_out" else 1
+
+    @property
+    def conditions(self) -> tuple[Condition, ...]:
+        """What `where` says."""
+        return () if self.where is None else parse_where(self.where, self.time_column)
+
+    def _check_reading(self) -> None:
+        wanted = [self.user_column, self.item_column] + ([self.time_column] if self.order == "time" else [])
+        if self.columns is not None:
+            given = [name.strip() for name in self.columns.split(",")]
+            numbers = all(re.fullmatch(r"[1-9]\d{0,3}", name) for name in given)
+            require(
+                (numbers and len(set(given)) == len(given) == len(wanted))
+                or (not numbers and all(given.count(name) == 1 for name in wanted)),
+                f"data.columns={shown(self.columns)[1:-1]} must name {', '.join(wanted)} once each, in the order of "
+                "the file, as in item,user,rating,timestamp; or give the numbers of their fields, as in "
+                f"{'2,1,4' if len(wanted) == 3 else '2,1'}",
+            )
+        require(
+            self.separator is None or self.separator in ("::", "tab", "space") or len(self.separator.encode()) == 1,
+            f"data.separator={shown(self.separator)[1:-1]} must be one character, ::, tab or space",
+        )
+        require(
+            self.separator not in ('"', "\n", "\r"),
+            f"data.separator={self.separator!r} separates no fields; give another",
+        )
+        require(
+            self.time_format is None or ("%" in self.time_format and self.time_unit == "auto"),
+            f"data.time_format={shown(self.time_format)[1:-1]} must name the parts of a date, as in %d/%m/%Y, and "
+            "data.time_unit is of numbers",
+        )
+        of_time = [str(condition) for condition in self.conditions if condition.of_time]
+        if self.order == "file":
+            for name, given in (
+                (f"data.where={self.where}", bool(of_time)),
+                (f"data.time_unit={self.time_unit}", self.time_unit != "auto"),
+                (f"data.time_format={self.time_format}", self.time_format is not None),
+                ("data.split=temporal", self.split == "temporal"),
+                ("data.timestamp_precision=float32", self.timestamp_precision == "float32"),
+            ):
+                require(not given, f"{name} reads times, and data.order=file reads none; leave one of them out")
+        require(
+            self.order == "file" or self.format not in ("pairs", "lines"),
+            f"data.format={self.format} has no times; add data.order=file",
+        )
 
     def _check_cuts(self) -> None:
         cuts = {"data.valid_from": self.valid_from, "data.test_from": self.test_from}

@@ -12,6 +12,7 @@ import numpy as np
 import polars as pl
 
 from tim4rec_jax.config import DataConfig, EvalConfig, ExperimentConfig, TrainConfig
+from tim4rec_jax.data.columns import FILE_ORDER
 from tim4rec_jax.data.interactions import InteractionLog, load_log
 from tim4rec_jax.models import model_class
 from tim4rec_jax.serving.recommender import Recommender
@@ -156,7 +157,12 @@ def _default_config(log: InteractionLog, model: str) -> ExperimentConfig:
     return ExperimentConfig(
         model,
         dataclasses.replace(settings, max_len=longest),
-        DataConfig(name="custom", timestamp_precision=log.statistics.timestamp_precision),
+        DataConfig(
+            name="custom",
+            timestamp_precision=log.statistics.timestamp_precision,
+            order="file" if log.statistics.taken.get("order") == FILE_ORDER else "time",
+            split="leave_one_out" if log.parts is None else "given",
+        ),
         TrainConfig(batch_size=batch_size, patience=10, length_groups=2, **schedule),
         EvalConfig(top_k=top_k, monitor=f"ndcg@{top_k[0]}"),
     )

@@ -4,7 +4,9 @@
     environment.json    versions, device, commit, data fingerprint, command line, start
     manifest.json       id of the run, and hashes of the files that decide its answers; see `run_manifest`
     item_ids.parquet    index, item_id, title: row i-1 is the item of model index i
-    histories.parquet   user_id, items (model indices), timestamps (seconds), oldest first
+    histories.parquet   user_id, items (model indices), timestamps (seconds), oldest first; of files already split also
+                        before_valid and before_test, how many of them train, and train or validate
+    bad_rows.csv        file, line, reason, text of rows that were left out of the log; only where there are any
     test_ranks.parquet  user_id, rank: where each test target stood, the best item at 1; written with results.json
     metrics.jsonl  results.json  curves.png  checkpoints/
 
@@ -42,6 +44,7 @@ FORMAT_VERSION = 1
 CONFIG, ENVIRONMENT, RESULTS = "config.json", "environment.json", "results.json"
 METRICS, CURVES, CHECKPOINTS = "metrics.jsonl", "curves.png", "checkpoints"
 ITEMS, HISTORIES, TEST_RANKS = "item_ids.parquet", "histories.parquet", "test_ranks.parquet"
+BAD_ROWS = "bad_rows.csv"
 
 # Differences of settings that an error names.
 SHOWN_DIFFERENCES = 3
@@ -66,6 +69,8 @@ class Log(Protocol):
       item_ids: raw ids; the one of index i is at i-1.
       titles: one per item, or None.
       fingerprint: hash of the cleaned log.
+      parts: int64[users, 2], events before validation and before the test in files already split; else None.
+      bad_rows: file, line, reason and text of rows that were left out.
     """
 
     @property
@@ -78,6 +83,10 @@ class Log(Protocol):
     def user_ids(self) -> pl.Series: ...
     @property
     def item_ids(self) -> pl.Series: ...
+    @property
+    def parts(self) -> np.ndarray | None: ...
+    @property
+    def bad_rows(self) -> Sequence[tuple[str, int, str, str]]: ...
     @property
     def titles(self) -> pl.Series | None: ...
     @property
@@ -120,6 +129,7 @@ def create_run(
     path.mkdir(parents=True, exist_ok=True)
     _write_items(path, log)
     _write_histories(path, log)
+    _write_bad_rows(path, log)
     write_object(path / ENVIRONMENT, environment(log.fingerprint, command=command))
     content = _config_bytes(config)
     digests = {name: file_digest(path / name) for name in (ITEMS, HISTORIES)} | {CONFIG: bytes_digest(content)}
@@ -140,7 +150,7 @@ def discard_run(path: pathlib.Path) -> None:
     """Removes a run folder in which nothing has been trained; any other stays."""
     if has_begun(path):
         return
-    for name in (CONFIG, MANIFEST, ENVIRONMENT, HISTORIES, ITEMS, METRICS):
+    for name in (CONFIG, MANIFEST, ENVIRONMENT, HISTORIES, ITEMS, BAD_ROWS, METRICS):
         (path / name).unlink(missing_ok=True)
     for name in (CHECKPOINTS, "tensorboard"):
         shutil.rmtree(path / name, ignore_errors=True)
@@ -331,6 +341,8 @@ def read_items(path: pathlib.Path) -> pl.DataFrame:
 def read_histories(path: pathlib.Path) -> pl.DataFrame:
     """Returns user_id (String), items (List(Int32)) and timestamps (List(Int64), seconds) of every user.
 
+    Of files already split also before_valid and before_test (Int64), see `Log`.
+
     Raises:
       FileNotFoundError: the folder is no run.
       ValueError: the histories are not those the run was made with, name items that are not there, or run backwards.
@@ -350,12 +362,19 @@ def read_histories(path: pathlib.Path) -> pl.DataFrame:
     backwards = np.flatnonzero(times[1:] < times[:-1]) + 1
     if len(backwards) and not np.isin(backwards, first_of_user).all():
         raise _not_a_run(path, HISTORIES, "times of a user run backwards")
+    if "before_valid" in histories.columns:
+        before = pl.col("before_valid"), pl.col("before_test")
+        fits = (before[0] >= 0) & (before[0] <= before[1]) & (before[1] <= pl.col("items").list.len())
+        if not histories.select(fits.all()).item():
+            raise _not_a_run(path, HISTORIES, "its parts are no parts of the histories")
     return histories
 
 
+_PARTS = "parts of histories.parquet"
 _SCHEMAS = {
     ITEMS: {"index": pl.Int32, "item_id": pl.String, "title": pl.String},
     HISTORIES: {"user_id": pl.String, "items": pl.List(pl.Int32), "timestamps": pl.List(pl.Int64)},
+    _PARTS: {"before_valid": pl.Int64, "before_test": pl.Int64},
     TEST_RANKS: {"user_id": pl.String, "rank": pl.Int32},
 }
 _MAY_BE_NULL = ("title",)
@@ -371,7 +390,7 @@ def _require_different(path: pathlib.Path, name: str, ids: pl.Series) -> None:
 
 
 def _read_table(path: pathlib.Path, name: str) -> pl.DataFrame:
-    file, schema = _existing(path, name), _SCHEMAS[name]
+    file, schema = _existing(path, name), dict(_SCHEMAS[name])
     if name != TEST_RANKS:
         require_as_written(path, name)
     try:
@@ -380,6 +399,8 @@ def _read_table(path: pathlib.Path, name: str) -> pl.DataFrame:
         raise _not_a_run(
             path, name, f"it cannot be read as Parquet ({str(error).partition(chr(10))[0][:80]})"
         ) from error
+    if name == HISTORIES and "before_valid" in table.columns:
+        schema |= _SCHEMAS[_PARTS]
     if table.schema != schema:
         wanted = ", ".join(f"{column} {kind}" for column, kind in schema.items())
         raise _not_a_run(path, name, f"it does not have the columns {wanted}")
@@ -415,8 +436,21 @@ def _write_histories(path: pathlib.Path, log: Log) -> None:
         pl.col("items").cast(pl.Int32), pl.col("timestamps").cast(pl.Int64)
     )
     histories = histories.select(log.user_ids.cast(pl.String).alias("user_id"), "items", "timestamps")
+    if log.parts is not None:
+        histories = histories.with_columns(
+            before_valid=pl.Series(log.parts[:, 0], dtype=pl.Int64),
+            before_test=pl.Series(log.parts[:, 1], dtype=pl.Int64),
+        )
     with replacing(path / HISTORIES) as temporary:
         histories.write_parquet(temporary)
+
+
+def _write_bad_rows(path: pathlib.Path, log: Log) -> None:
+    if not log.bad_rows:
+        return
+    schema = {"file": pl.String, "line": pl.Int64, "reason": pl.String, "text": pl.String}
+    with replacing(path / BAD_ROWS) as temporary:
+        pl.DataFrame([tuple(row) for row in log.bad_rows], schema=schema, orient="row").write_csv(temporary)
 
 
 def _existing(path: pathlib.Path, name: str) -> pathlib.Path:

@@ -75,7 +75,7 @@ def final_tables(
     if config.data.split == "leave_one_out":  # What is published here belongs to that protocol.
         rows = [*rows, *((row.model, row.metrics, row.source) for row in PUBLISHED.get(config.data.name, []))]
     seen = describe_seen(config.eval, seen_target_share)
-    protocol = f"{describe(config.data)}, " if config.data.split == "temporal" else ""
+    protocol = f"{describe(config.data)}, " if config.data.split != "leave_one_out" else ""
     tables = []
     for k in config.eval.top_k:
         columns = [f"{metric}@{k}" for metric in ("hit", "ndcg", "mrr")]

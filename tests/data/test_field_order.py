@@ -6,7 +6,7 @@ import pytest
 
 from tests.data.test_readers import AMAZON, ML_1M, ML_100K, ORDERED, RATINGS, ROWS, read
 from tim4rec_jax.data.interactions import load_log
-from tim4rec_jax.data.readers import LogColumns
+from tim4rec_jax.data.log_files import LogColumns
 from tim4rec_jax.data_config import DataConfig
 
 ITEM_FIRST = "item,user,rating,timestamp"

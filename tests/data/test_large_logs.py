@@ -10,7 +10,7 @@ import pytest
 from experiments import benchmark
 from experiments.benchmarks import data
 from tim4rec_jax.config import DataConfig
-from tim4rec_jax.data import interactions, readers
+from tim4rec_jax.data import cleaning, interactions, readers
 from tim4rec_jax.data.interactions import clean, load_log
 from tim4rec_jax.data.loader import Loader, PrefixSampler, epoch_order
 from tim4rec_jax.data.readers import read_log
@@ -69,8 +69,8 @@ def small_pieces(monkeypatch):
     """Every block, bucket and piece small, so that a small log has many of them; every array mapped."""
     for module, name, value in (
         (readers, "_PIECE_ROWS", 97),
-        (interactions, "_BLOCK", 61),
-        (interactions, "_BUCKET_ROWS", 16),
+        (cleaning, "_BLOCK", 61),
+        (cleaning, "_BUCKET_ROWS", 16),
         (interactions, "_MAPPED_FROM", 1),
     ):
         monkeypatch.setattr(module, name, value)

@@ -1,8 +1,4 @@
-"""Cleaned interaction logs: read from files or data frames, filtered, numbered, sorted, with what that left out.
-
-A step's temporary arrays are of the size of a block of rows, of the users or of the items; what is of the size of the
-log is an int64 and a few bytes per row beside the columns.
-"""
+"""Cleaned interaction logs: read from files or data frames, filtered, numbered, sorted, with what that left out."""
 
 import dataclasses
 import datetime
@@ -12,9 +8,9 @@ import json
 import os
 import pathlib
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -23,19 +19,25 @@ from rich.table import Table
 
 from tim4rec_jax.checks import require, shown
 from tim4rec_jax.data import catalog
-from tim4rec_jax.data.columns import FactorizedLog
-from tim4rec_jax.data.readers import LogColumns, find_log, read_frame, read_log
+from tim4rec_jax.data.cleaning import (
+    SortedRows,
+    blocks,
+    filter_core,
+    number_by_first_appearance,
+    repeated_rows,
+    sort_by_time,
+)
+from tim4rec_jax.data.columns import FILE_ORDER, BadRow, FactorizedLog, Rules
+from tim4rec_jax.data.log_files import LogColumns, find_log, part_of
+from tim4rec_jax.data.readers import read_frame, read_log
 from tim4rec_jax.data.sources import Source, expanded
 from tim4rec_jax.data.synthetic import generate
 from tim4rec_jax.data.titles import titles_for
-from tim4rec_jax.data_config import DataConfig, TimestampPrecision
+from tim4rec_jax.data_config import DataConfig, Duplicates, TimestampPrecision
 from tim4rec_jax.files import replacing_folder
 
 BLANK_LINES = "blank lines"
 _VERSION = 2  # raise it whenever reading or cleaning changes what comes out
-_BLOCK = 2**18
-# Rows sorted at once: small enough for a processor's caches, so that a row costs the same in a log of any size.
-_BUCKET_ROWS = 2**16
 # Arrays from this length on are mapped: the system reads their pages when they are needed and may drop them again.
 # Shorter ones are copied, so that nothing that happens to the file can reach a log in use.
 _MAPPED_FROM = 2**22
@@ -59,6 +61,7 @@ class LogStatistics:
       reordered_users: users whose events exact seconds would order otherwise; None where that is not known.
       changed_valid_targets, changed_test_targets: last but one and last items of users, which validate and test under
         leave-one-out, that would be others by exact seconds; None likewise.
+      taken: what reading told from the files themselves (form of times, separator, files), by what it is about.
     """
 
     rows_read: int
@@ -76,6 +79,7 @@ class LogStatistics:
     reordered_users: int | None
     changed_valid_targets: int | None
     changed_test_targets: int | None
+    taken: dict[str, str] = field(default_factory=dict)
 
     @property
     def mean_length(self) -> float:
@@ -90,6 +94,7 @@ class LogStatistics:
     def table(self, title: str = "interaction log") -> Table:
         """Returns the statistics as a table for `rich.print`."""
         rows = [("rows read", f"{self.rows_read:,}")]
+        rows += [("read as", "; ".join(f"{name}: {how}" for name, how in self.taken.items()))] if self.taken else []
         rows += [(f"dropped: {reason}", f"{count:,}") for reason, count in self.dropped.items()]
         rows += [
             ("users", f"{self.users:,}"),
@@ -98,6 +103,10 @@ class LogStatistics:
             ("repeated (user, item) rows, kept", f"{self.duplicates:,}"),
             ("training examples, leave one out", f"{self.training_examples:,}"),
             ("mean length", f"{self.mean_length:.1f}"),
+        ]
+        if self.taken.get("order") == FILE_ORDER:
+            return titled_table(title, [*rows, ("events ordered by", FILE_ORDER)])
+        rows += [
             ("first event", utc(self.first_time)),
             ("last event", utc(self.last_time)),
             ("span", f"{self.span_days:,.1f} days"),
@@ -134,13 +143,16 @@ class InteractionLog:
 
     Attributes:
       items: int32 [rows], 1 .. num_items.
-      timestamps: int64 [rows], epoch seconds, never backwards within a user; see `_SortedRows`.
+      timestamps: int64 [rows], epoch seconds, never backwards within a user; see `cleaning.SortedRows`.
       offsets: int64 [users + 1].
       user_ids: raw id (String) of user u at position u.
       item_ids: raw id (String) of item i at position i - 1.
       titles: title (String, null where unknown) in the order of `item_ids`; None where no item file is known.
       statistics: of the cleaning.
       fingerprint: sha256 hex digest of the source bytes and of every setting of the cleaning.
+      parts: int64 [users, 2], how many of each user's events train, and train or validate, where the files were split
+        already; else None.
+      bad_rows: rows that were left out as bad.
     """
 
     items: np.ndarray
@@ -151,6 +163,8 @@ class InteractionLog:
     titles: pl.Series | None = field(repr=False)
     statistics: LogStatistics
     fingerprint: str
+    parts: np.ndarray | None = field(default=None, repr=False)
+    bad_rows: tuple[BadRow, ...] = field(default=(), repr=False)
 
     @property
     def num_users(self) -> int:
@@ -218,8 +232,9 @@ def load_log(
     config = DataConfig(**given | settings)
     if "path" in given:
         return _load_ordered(config, None, console)
-    for name in ("path", "columns"):
+    for name in ("path", "columns", "separator"):
         require(getattr(config, name) is None, f"data.{name} is of files, and a data frame is given; leave one out")
+    require(config.split != "given", "data.split=given is of files, and a data frame is given; leave one out")
     return _load_ordered(config, _polars_frame(source), console)
 
 
@@ -256,11 +271,18 @@ def _load_ordered(config: DataConfig, frame: pl.DataFrame | None, console: Conso
     return _load(config, "int64", frame, console)
 
 
+# Settings of reading beside those that every log has; a fingerprint holds them where they are not the usual ones.
+_OF_READING = ("separator", "time_unit", "time_format", "order", "where", "duplicates", "bad_rows")
+
+
 def _no_published_log(config: DataConfig, *, given: bool) -> str | None:
     """Returns why a log, `given` or downloaded, cannot be the data set of `data.name`, as far as the settings tell."""
     entry = catalog.CATALOG.get(config.name)
     if entry is None:
         return f"data.name={config.name} is no published data set"
+    changed = [name for name in _OF_READING if getattr(config, name) != getattr(DataConfig, name)]
+    if changed:
+        return f"data.{changed[0]} is set, and the published logs are read whole"
     if config.k_core != 5:
         return f"data.k_core={config.k_core}, and the published logs are cleaned with 5"
     if given and entry.expected is None:
@@ -276,11 +298,23 @@ def with_precision(config: DataConfig, log: InteractionLog) -> DataConfig:
 def _load(
     config: DataConfig, precision: TimestampPrecision, frame: pl.DataFrame | None, console: Console
 ) -> InteractionLog:
-    rules = {"k_core": config.k_core, "timestamp_precision": precision, "min_events": config.min_events}
-    columns = LogColumns(config.user_column, config.item_column, config.time_column, config.columns)
+    rules: dict[str, Any] = {"k_core": config.k_core, "timestamp_precision": precision, "min_events": config.min_events}
+    rules["duplicates"] = config.duplicates
+    reading = Rules(
+        config.time_unit,
+        config.time_format,
+        config.separator,
+        file_order=config.order == "file",
+        conditions=config.conditions,
+        skip_bad=config.bad_rows == "skip",
+        presplit=config.split == "given",
+    )
+    time_column = config.time_column if config.order == "time" else None
+    columns = LogColumns(config.user_column, config.item_column, time_column, config.columns)
     source = None
+    usual = (config.user_column, config.item_column, config.time_column) == LogColumns().names
     if frame is not None:
-        log = clean(read_frame(frame, None if columns == LogColumns() else columns), **rules)
+        log = clean(read_frame(frame, None if usual else columns, rules=reading), **rules)
     elif config.path is None and config.name == "synthetic":
         return clean(generate(config.synthetic), **rules)
     else:
@@ -290,7 +324,7 @@ def _load(
         log = _from_cache(folder, console)
         if log is None:
             catalog.note(console, f"reading {', '.join(map(str, sources))} ({log_format})")
-            log = clean(read_log(sources, log_format, columns), fingerprint=fingerprint, **rules)
+            log = clean(read_log(sources, log_format, columns, reading), fingerprint=fingerprint, **rules)
             log = _to_cache(folder, log, console)
     if config.k_core == 5 and config.timestamp_precision != "published":
         mismatch = catalog.expected_mismatch(config.name, log.num_users, log.num_items, log.num_rows)
@@ -311,7 +345,7 @@ def _locate(config: DataConfig, columns: LogColumns, console: Console) -> tuple[
     entry = catalog.CATALOG.get(config.name)
     path = config.path or str(catalog.fetch(config.name, config.cache_dir, console, config.max_unpacked_gb))
     folder = expanded(path)
-    if entry is not None and folder.is_dir():
+    if entry is not None and folder.is_dir() and config.split != "given":
         # A known data set has one file that its published numbers belong to, whatever lies beside it.
         found = sorted(folder.rglob(entry.log_file))
         if len(found) == 1:
@@ -322,7 +356,7 @@ def _locate(config: DataConfig, columns: LogColumns, console: Console) -> tuple[
                 f"{folder} holds {len(found)} files {entry.log_file} where one is expected; delete the folder to "
                 "unpack it again, or set data.path to the log"
             )
-    return find_log(path, config.format, columns, config.max_unpacked_gb)
+    return find_log(path, config.format, columns, config.max_unpacked_gb, presplit=config.split == "given")
 
 
 def _fingerprint(config: DataConfig, precision: TimestampPrecision, sources: list[Source], log_format: str) -> str:
@@ -335,6 +369,10 @@ def _fingerprint(config: DataConfig, precision: TimestampPrecision, sources: lis
         "timestamp_precision": precision,
         "sources": [source.sha256() for source in sources],
     }
+    # Left out where they are the usual ones: fingerprints of earlier versions stay what they were.
+    settings |= {n: getattr(config, n) for n in _OF_READING if getattr(config, n) != getattr(DataConfig, n)}
+    if config.split == "given":
+        settings["parts"] = [part_of(source) for source in sources]
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
 
@@ -361,6 +399,10 @@ def _from_cache(folder: pathlib.Path, console: Console) -> InteractionLog | None
         arrays: dict[str, Any] = {name: _stored_array(folder / f"{name}.npy") for name in _ARRAYS}
         arrays |= {name: pl.read_ipc(io.BytesIO((folder / f"{name}.arrow").read_bytes()))["id"] for name in _IDS}
         statistics = LogStatistics(**json.loads((folder / "statistics.json").read_bytes()))
+        if (folder / "parts.npy").is_file():
+            arrays["parts"] = _stored_array(folder / "parts.npy")
+        if (folder / "bad_rows.json").is_file():
+            arrays["bad_rows"] = tuple(BadRow(*row) for row in json.loads((folder / "bad_rows.json").read_bytes()))
         return InteractionLog(**arrays, titles=None, statistics=statistics, fingerprint=folder.name)
     except (OSError, ValueError, TypeError, pl.exceptions.PolarsError) as error:
         catalog.note(console, f"warning: the cached log at {folder} cannot be used and is built again: {error}")
@@ -379,6 +421,10 @@ def _to_cache(folder: pathlib.Path, log: InteractionLog, console: Console) -> In
             for name in _IDS:
                 with (partial / f"{name}.arrow").open("wb") as file:
                     getattr(log, name).to_frame("id").write_ipc(file)
+            if log.parts is not None:
+                np.save(partial / "parts.npy", log.parts, allow_pickle=False)
+            if log.bad_rows:
+                (partial / "bad_rows.json").write_text(json.dumps(log.bad_rows), encoding="utf-8")
             (partial / "statistics.json").write_text(json.dumps(dataclasses.asdict(log.statistics)), encoding="utf-8")
             (partial / "sha256.json").write_text(json.dumps(_digests(partial)), encoding="utf-8")
     except (OSError, ValueError, pl.exceptions.PolarsError) as error:
@@ -397,6 +443,7 @@ def clean(
     k_core: int,
     timestamp_precision: TimestampPrecision,
     min_events: int = 3,
+    duplicates: Duplicates = "keep",
     fingerprint: str | None = None,
 ) -> InteractionLog:
     """Filters, numbers and sorts a log.
@@ -411,39 +458,37 @@ def clean(
       k_core: least rows of a user and of an item; 0 keeps all.
       timestamp_precision: "int64" or "float32".
       min_events: least rows of a user; 3 to leave one out, 1 for a cut in time.
+      duplicates: of a user's events with the same item "keep" all, or the "first" or "last" alone.
       fingerprint: content hash to keep with the log; None hashes the rows and the settings.
 
     Raises:
-      ValueError: as `read_frame`, or when nothing is left (the message names the filter).
+      ValueError: as `read_frame`, when nothing is left (the message names the filter), or when files already split
+        overlap in time.
     """
     log = read_frame(log) if isinstance(log, pl.DataFrame) else log
-    fingerprint = fingerprint or _content_hash(log, (k_core, max(k_core, min_events), timestamp_precision))
+    fingerprint = fingerprint or _content_hash(log, (k_core, max(k_core, min_events), timestamp_precision), duplicates)
     dropped = {BLANK_LINES: log.blank_lines} if log.blank_lines else {}
-    rows_read = len(log.users) + log.blank_lines
-    keep, filtered = _filter_core(log.users, log.items, len(log.user_ids), len(log.item_ids), k_core, min_events)
-    # Each column is let go as soon as its successor is there.
-    log.users, user_order = _number_by_first_appearance(log.users, keep, len(log.user_ids))
-    log.items, item_order = _number_by_first_appearance(log.items, keep, len(log.item_ids))
-    log.timestamps = log.timestamps[keep]
-    log.fractions = None if log.fractions is None else log.fractions[keep]
-    log.items += 1
-    rows = _sort_by_time(log, len(user_order), timestamp_precision)
+    dropped |= log.dropped
+    rows_read = len(log.users) + sum(dropped.values())
+    _require_rows(log, dropped)
+    users, items, filtered = _filtered(log, k_core, min_events, duplicates)
+    rows = sort_by_time(log, len(users), timestamp_precision)
     log.users = log.items = log.timestamps = np.zeros(0, np.int64)
-    log.fractions = None
+    log.fractions = log.parts = None
     return InteractionLog(
         items=rows.items,
         timestamps=rows.timestamps,
         offsets=rows.offsets,
-        user_ids=log.user_ids.gather(user_order),
-        item_ids=log.item_ids.gather(item_order),
+        user_ids=users,
+        item_ids=items,
         titles=None,
         statistics=LogStatistics(
             rows_read=rows_read,
             dropped=dropped | filtered,
             duplicates=rows.repeated,
             rounded_timestamps=log.rounded_timestamps,
-            users=len(user_order),
-            items=len(item_order),
+            users=len(users),
+            items=len(items),
             rows=len(rows.items),
             first_time=int(rows.timestamps.min()),
             last_time=int(rows.timestamps.max()),
@@ -453,165 +498,64 @@ def clean(
             reordered_users=rows.reordered,
             changed_valid_targets=rows.changed_last_but_one,
             changed_test_targets=rows.changed_last,
+            taken=log.taken,
         ),
         fingerprint=fingerprint,
+        parts=None if rows.parts is None else _part_counts(rows, users),
+        bad_rows=tuple(log.bad_rows),
     )
 
 
-def _content_hash(log: FactorizedLog, settings: tuple[int, int, str]) -> str:
-    digest = hashlib.sha256(f"{_VERSION} {settings}".encode())
+def _filtered(
+    log: FactorizedLog, k_core: int, min_events: int, duplicates: Duplicates
+) -> tuple[pl.Series, pl.Series, dict[str, int]]:
+    """Filters and numbers the rows of a log in place; returns the ids of users and items, and what was dropped."""
+    single = repeated_rows(log, duplicates)
+    dropped = {}
+    if duplicates != "keep":
+        dropped[f"repeated (user, item) rows, the {duplicates} kept"] = int((~single).sum())
+    counts = len(log.user_ids), len(log.item_ids)
+    keep, filtered = filter_core(log.users, log.items, *counts, k_core, min_events, single)
+    # Each column is let go as soon as its successor is there.
+    log.users, user_order = number_by_first_appearance(log.users, keep, len(log.user_ids))
+    log.items, item_order = number_by_first_appearance(log.items, keep, len(log.item_ids))
+    log.timestamps = log.timestamps[keep]
+    log.fractions = None if log.fractions is None else log.fractions[keep]
+    log.parts = None if log.parts is None else log.parts[keep]
+    log.items += 1
+    return log.user_ids.gather(user_order), log.item_ids.gather(item_order), dropped | filtered
+
+
+def _require_rows(log: FactorizedLog, dropped: dict[str, int]) -> None:
+    if not len(log.users):
+        counts = ", ".join(f"{rows:,} by {name}" for name, rows in dropped.items() if rows)
+        raise ValueError(f"no row of the log is left (left out: {counts}); change data.where, or the rows")
+
+
+def _part_counts(rows: SortedRows, user_ids: pl.Series) -> np.ndarray:
+    """Counts each user's events before validation and before the test, int64 [users, 2], in a log already split."""
+    assert rows.parts is not None
+    starts = rows.offsets[:-1]
+    back = np.flatnonzero(rows.parts[1:] < rows.parts[:-1]) + 1
+    back = back[~np.isin(back, starts)]
+    if len(back):
+        users = np.unique(np.searchsorted(rows.offsets, back, side="right") - 1)
+        names = ("training", "validation", "test")
+        row = int(back[0])
+        raise ValueError(
+            f"data.split=given: user {shown(user_ids[int(users[0])])} has a {names[rows.parts[row]]} event after a "
+            f"{names[rows.parts[row - 1]]} event ({len(users):,} such users), so that a model would see what comes "
+            "later; split by time, or read all files with another data.split"
+        )
+    return np.stack([np.add.reduceat(rows.parts < part, starts, dtype=np.int64) for part in (1, 2)], axis=1)
+
+
+def _content_hash(log: FactorizedLog, settings: tuple[int, int, str], duplicates: Duplicates) -> str:
+    extra = "" if duplicates == "keep" else f" {duplicates}"
+    digest = hashlib.sha256(f"{_VERSION} {settings}{extra}".encode())
     for codes, ids in ((log.users, log.user_ids), (log.items, log.item_ids)):
-        for block in _blocks(len(codes)):
+        for block in blocks(len(codes)):
             digest.update(("\0" if block.start else "").encode() + "\0".join(ids.gather(codes[block])).encode())
     for column in (log.timestamps, log.fractions):
         digest.update(b"" if column is None else column.tobytes())
     return digest.hexdigest()
-
-
-def _blocks(num_rows: int) -> Iterator[slice]:
-    return (slice(first, min(first + _BLOCK, num_rows)) for first in range(0, num_rows, _BLOCK))
-
-
-def _count_rows(codes: np.ndarray, num_codes: int) -> np.ndarray:
-    """Counts the rows of each code, int64 [num_codes]."""
-    # np.bincount makes an int64 copy of what it counts.
-    counts = np.zeros(num_codes, np.int64)
-    for block in _blocks(len(codes)):
-        counts += np.bincount(codes[block], minlength=num_codes)
-    return counts
-
-
-def _filter_core(
-    users: np.ndarray, items: np.ndarray, num_users: int, num_items: int, k_core: int, min_events: int
-) -> tuple[np.ndarray, dict[str, int]]:
-    """Finds the rows that stay when rare users and items, and users too short to split, go until none is left.
-
-    Returns which rows stay, bool [rows], and the rows dropped by reason.
-    """
-    core, short = f"{k_core}-core", f"users with fewer than {min_events} events"
-    dropped = {core: 0} if k_core > 1 else {}
-    keep, left = np.ones(len(users), bool), len(users)
-    user_rows, item_rows = _count_rows(users, num_users), _count_rows(items, num_items)
-    while True:
-        reason = core
-        leaving = keep & ((user_rows < k_core)[users] | (item_rows < k_core)[items])
-        if not leaving.any():
-            reason = short
-            leaving = keep & (user_rows < min_events)[users]
-        gone = np.flatnonzero(leaving)
-        if not gone.size:
-            return keep, dropped
-        dropped[reason] = dropped.get(reason, 0) + gone.size
-        keep[gone] = False
-        left -= gone.size
-        if not left:
-            counts = ", ".join(f"{rows:,} by {name}" for name, rows in dropped.items() if rows)
-            raise ValueError(
-                f"{_meaning(reason, core, k_core)} left none of the log's {len(users):,} rows ({num_users:,} users, "
-                f"{num_items:,} items; dropped {counts}); "
-                + (
-                    "lower data.k_core"
-                    if reason == core
-                    else "to leave one out a user needs one event each to train, validate, test; --data.split=temporal "
-                    "keeps shorter users"
-                )
-            )
-        user_rows -= _count_rows(users[gone], num_users)
-        item_rows -= _count_rows(items[gone], num_items)
-
-
-def _meaning(reason: str, core: str, k_core: int) -> str:
-    if reason != core:
-        return f"leaving out {reason}"
-    return f"the {reason} filter (users and items with fewer than {k_core} interactions, removed repeatedly)"
-
-
-def _number_by_first_appearance(codes: np.ndarray, keep: np.ndarray, num_codes: int) -> tuple[np.ndarray, np.ndarray]:
-    """Numbers the codes of the kept rows 0, 1, ... by their first such row.
-
-    Returns the numbers of the kept rows, int32 [kept], and the codes in the order of their numbers.
-    """
-    first = np.full(num_codes, -1)
-    for block in reversed(list(_blocks(len(codes)))):
-        # Of repeated indices the last assignment stays: walking backwards leaves the first row.
-        rows = np.flatnonzero(keep[block])[::-1] + block.start
-        first[codes[rows]] = rows
-    present = np.flatnonzero(first >= 0)
-    order = present[np.argsort(first[present])]
-    number = np.zeros(num_codes, np.int32)
-    number[order] = np.arange(len(order), dtype=np.int32)
-    return np.concatenate([number[codes[block][keep[block]]] for block in _blocks(len(codes))]), order
-
-
-class _SortedRows(NamedTuple):
-    """Rows by user and, within a user, by time.
-
-    Attributes:
-      items: int32 [rows].
-      timestamps: int64 [rows], never backwards within a user: rows that tie at the precision have their times in order,
-        whichever of them each belongs to.
-      offsets: int64 [users + 1].
-      repeated: rows whose (user, item) occurs before.
-      tied: rows with the same time as the row before of the same user, at the precision.
-      reordered: users whose rows exact seconds would order otherwise.
-      changed_last_but_one, changed_last: users whose item there would be another then.
-    """
-
-    items: np.ndarray
-    timestamps: np.ndarray
-    offsets: np.ndarray
-    repeated: int
-    tied: int
-    reordered: int
-    changed_last_but_one: int
-    changed_last: int
-
-
-def _sort_by_time(log: FactorizedLog, num_users: int, precision: TimestampPrecision) -> _SortedRows:
-    """Sorts rows by user and time; rows of equal time stay in file order.
-
-    "int64" compares exact times; "float32" rounds seconds first, and what that changes is counted. Rows are first dealt
-    to buckets of neighbouring users, which takes linear time, and then sorted bucket by bucket.
-    """
-    users, items, timestamps, fractions = log.users, log.items, log.timestamps, log.fractions
-    offsets = np.concatenate([[0], np.cumsum(_count_rows(users, num_users))])
-    # NumPy sorts 16-bit numbers stably in linear time.
-    users_per_bucket = max(-(-num_users * _BUCKET_ROWS // len(users)), -(-num_users // 2**16))
-    order = np.argsort((users // np.int32(users_per_bucket)).astype(np.uint16), kind="stable")
-    bounds = np.append(offsets[:-1:users_per_bucket], len(users))
-    sorted_items, sorted_times = np.empty_like(items), np.empty_like(timestamps)
-    repeated = tied = 0
-    changes = np.zeros(3, np.int64)
-    for first, last in zip(bounds[:-1], bounds[1:], strict=True):
-        rows = order[first:last]
-        finer = () if fractions is None else (fractions,)
-        if precision == "float32":
-            rows = rows[np.lexsort((timestamps[rows].astype(precision), users[rows]))]
-        else:
-            rows = rows[np.lexsort(tuple(key[rows] for key in (*finer, timestamps, users)))]
-        user, item, seconds = users[rows], items[rows], timestamps[rows]
-        if precision == "float32":
-            # Rounding never swaps two times, so a stable sort of these rows is the order of exact times.
-            exact = np.lexsort((*(key[rows] for key in finer), seconds, user))
-            changes += _changes(user, item, exact)
-            seconds = seconds[exact]
-        sorted_items[first:last], sorted_times[first:last] = item, seconds
-        pairs = np.sort(user.astype(np.int64) << 32 | item)
-        repeated += int((pairs[1:] == pairs[:-1]).sum())
-        times = seconds.astype(precision)
-        tied += int(((user[1:] == user[:-1]) & (times[1:] == times[:-1])).sum())
-    return _SortedRows(sorted_items, sorted_times, offsets, repeated, tied, *map(int, changes))
-
-
-def _changes(users: np.ndarray, items: np.ndarray, exact: np.ndarray) -> tuple[int, int, int]:
-    """Counts the users whose order, whose last item but one and whose last item exact seconds would change.
-
-    Args:
-      users, items: [rows], sorted by user.
-      exact: int [rows], which of these rows exact seconds put where each stands.
-    """
-    last = np.flatnonzero(np.append(users[1:] != users[:-1], True))
-    before = last[(last > 0) & (users[last] == users[last - 1])] - 1
-    other = items[exact] != items
-    reordered = np.unique(users[exact != np.arange(len(exact))])
-    return len(reordered), int(other[before].sum()), int(other[last].sum())

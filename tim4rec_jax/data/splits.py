@@ -100,10 +100,10 @@ def gather_windows(
 
 @dataclass(frozen=True)
 class SplitReport:
-    """What a temporal split gave to each part, and what it left out.
+    """What a temporal split, or one by files, gave to each part, and what it left out.
 
     Attributes:
-      valid_from, test_from: the cuts, int seconds.
+      valid_from, test_from: the cuts, int seconds; None for files already split.
       train, valid, test: targets of each part.
       first_events: users' first events, which have nothing before them to predict them from: one per user.
       valid_not_targets, test_not_targets: further events of each period that `temporal_targets` does not choose.
@@ -112,8 +112,8 @@ class SplitReport:
       valid_unseen_targets, test_unseen_targets: targets that are such items.
     """
 
-    valid_from: int
-    test_from: int
+    valid_from: int | None
+    test_from: int | None
     train: int
     valid: int
     test: int
@@ -129,7 +129,9 @@ class SplitReport:
 
     def table(self) -> Table:
         """Returns the report as a table for `rich.print`."""
-        rows = [("validation from", utc(self.valid_from)), ("test from", utc(self.test_from))]
+        rows = []
+        if self.valid_from is not None and self.test_from is not None:
+            rows = [("validation from", utc(self.valid_from)), ("test from", utc(self.test_from))]
         for part in ("train", "valid", "test"):
             rows.append((f"{part}: targets", f"{getattr(self, part):,}"))
             rows.append((f"{part}: users without a target", f"{getattr(self, f'users_without_{part}'):,}"))
@@ -138,7 +140,7 @@ class SplitReport:
         for part in ("valid", "test"):
             rows.append((f"{part}: other events, no targets", f"{getattr(self, f'{part}_not_targets'):,}"))
             rows.append((f"{part}: targets among those items", f"{getattr(self, f'{part}_unseen_targets'):,}"))
-        return titled_table("temporal split", rows)
+        return titled_table("files already split" if self.valid_from is None else "temporal split", rows)
 
 
 @dataclass(frozen=True)
@@ -151,7 +153,7 @@ class Split:
       test: what tests.
       first_held_out: one example per user, the first event that is not trained on; its end is 0 for a user without
         training events, and the number of events for one with nothing else.
-      report: of a temporal split.
+      report: of a temporal split, or one by files.
     """
 
     train: Examples
@@ -171,10 +173,12 @@ def split_log(log: InteractionLog, config: DataConfig) -> Split:
     """Splits a cleaned log as `data.split` says.
 
     Raises:
-      ValueError: as `leave_one_out` and `temporal_split`, and for shares whose cuts coincide.
+      ValueError: as `leave_one_out`, `temporal_split` and `given_split`, and for shares whose cuts coincide.
     """
     if config.split == "leave_one_out":
         return leave_one_out(log)
+    if config.split == "given":
+        return given_split(log, targets=config.temporal_targets)
     if config.valid_from is not None and config.test_from is not None:
         cuts = parse_time(config.valid_from, "data.valid_from"), parse_time(config.test_from, "data.test_from")
     else:
@@ -186,9 +190,11 @@ def describe(config: DataConfig) -> str:
     """Returns how `split_log` splits, in words."""
     if config.split == "leave_one_out":
         return "leave one out"
+    targets = {"last": "the last event", "first": "the first event", "all": "every event"}[config.temporal_targets]
+    if config.split == "given":
+        return f"files already split ({targets} of a user and file)"
     shares = f"shares {config.valid_share:g} and {config.test_share:g}"
     cuts = shares if config.valid_from is None else f"{config.valid_from} and {config.test_from}"
-    targets = {"last": "the last event", "first": "the first event", "all": "every event"}[config.temporal_targets]
     return f"temporal split ({cuts}; {targets} of a user and period)"
 
 
@@ -247,17 +253,54 @@ def temporal_split(log: InteractionLog, valid_from: int, test_from: int, *, targ
             f"validation from {utc(valid_from)} and test from {utc(test_from)} must lie in this order within the log's "
             f"span, {utc(first_time)} to {utc(last_time)}; set data.valid_from and data.test_from, or the shares, anew"
         )
+    return _cut(
+        log,
+        [_events_before(log, cut) for cut in (valid_from, test_from)],
+        targets,
+        (valid_from, test_from),
+        f"validation from {utc(valid_from)} and test from {utc(test_from)} leave no {{}}: no user has an event in that "
+        "period and one before it; move the cuts, or use --data.split=leave_one_out",
+    )
+
+
+def given_split(log: InteractionLog, *, targets: TemporalTargets) -> Split:
+    """Splits a cleaned log as the files were that it was read from.
+
+    A user's history is its events of the training file, then of the validation file, then of the test file, none of
+    which may lie in time before one of an earlier file: what a target is predicted from is every event before it.
+    Training, popularity and the statistics of times know the training file alone.
+
+    Args:
+      log: cleaned log, with `parts`.
+      targets: which of a user's events in the later files are predicted: "last", "first" or "all".
+
+    Raises:
+      ValueError: if the log was not read in parts, or a part is left without a target.
+    """
+    if log.parts is None:
+        raise ValueError("the log was not read from files already split; load it with data.split=given")
+    message = (
+        "data.split=given leaves no {}: no user has an event in that file and one before it; another data.split "
+        "cuts the log anew"
+    )
+    return _cut(log, [log.parts[:, 0], log.parts[:, 1]], targets, (None, None), message)
+
+
+def _cut(
+    log: InteractionLog,
+    ends: list[np.ndarray],
+    targets: TemporalTargets,
+    cuts: tuple[int | None, int | None],
+    message: str,
+) -> Split:
+    """Splits each user's events at two places."""
     counts = np.diff(log.offsets)
-    ends = [_events_before(log, cut) for cut in (valid_from, test_from)]
     train = _examples(np.ones_like(counts), ends[0])
     valid, valid_rest = _targets(ends[0], ends[1], targets)
     test, test_rest = _targets(ends[1], counts, targets)
     for part, examples in (("training example", train), ("validation target", valid), ("test target", test)):
         if not len(examples):
-            raise ValueError(
-                f"validation from {utc(valid_from)} and test from {utc(test_from)} leave no {part}: no user has an "
-                "event in that period and one before it; move the cuts, or use --data.split=leave_one_out"
-            )
+            raise ValueError(message.format(part))
     trained = np.zeros(log.num_items + 1, bool)
     trained[log.items[_positions(log) < np.repeat(ends[0], counts)]] = True
     unseen_valid, unseen_test = [int((~trained[log.items[log.offsets[e.users] + e.ends]]).sum()) for e in (valid, test)]
@@ -268,8 +311,7 @@ def temporal_split(log: InteractionLog, valid_from: int, test_from: int, *, targ
         test,
         first_held_out=Examples(np.arange(log.num_users, dtype=np.int32), ends[0].astype(np.int32)),
         report=SplitReport(
-            valid_from,
-            test_from,
+            *cuts,
             len(train),
             len(valid),
             len(test),

@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 import polars as pl
 
 from tim4rec_jax.data.columns import column_names, id_text
-from tim4rec_jax.data.readers import DELIMITERS, UNREADABLE, header_fields
 from tim4rec_jax.data.sources import Source, expanded, list_sources
+from tim4rec_jax.data.text_fields import DELIMITERS, UNREADABLE, header_fields
 
 # A column is known by its name's letters and digits alone: movieId, movie_id and "Movie ID" are one.
 _THINGS = (
@@ -132,7 +132,7 @@ def _read_columns(source: Source, ids: pl.Series | None) -> pl.DataFrame:
         id_columns, title_column = _known_columns(source, names)
         # Of columns with one name the first counts, as in a table read by hand.
         table = table.select(table.to_series(names.index(name)).alias(name) for name in (*id_columns, title_column))
-    candidates = [id_text(table[name])[0].alias("item") for name in id_columns]
+    candidates = [id_text(table[name]).alias("item") for name in id_columns]
     if ids is not None and len(candidates) > 1:
         candidates.sort(key=lambda column: -int(column.is_in(ids.implode()).sum()))
     return pl.DataFrame([candidates[0], table[title_column].cast(pl.String).alias("title")])

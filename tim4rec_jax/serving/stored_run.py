@@ -11,7 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from kernels.dispatch import missing
+from tim4rec_jax.checks import require
 from tim4rec_jax.config import EvalConfig, ExperimentConfig
+from tim4rec_jax.data.columns import FILE_ORDER
 from tim4rec_jax.data.interactions import InteractionLog, LogStatistics
 from tim4rec_jax.data.splits import split_log, training_times
 from tim4rec_jax.devices import device_line, taken_by
@@ -111,6 +113,10 @@ def load_log(run: pathlib.Path) -> InteractionLog:
     assert precision != "published"  # A run keeps what that came to.
     timestamps = histories["timestamps"].explode().to_numpy().astype(np.int64)
     tied = (np.diff(users) == 0) & (np.diff(timestamps.astype(precision)) == 0)
+    parts = None
+    if config.data.split == "given":
+        require("before_valid" in histories.columns, f"{run}: its histories do not say how the files were split")
+        parts = histories.select("before_valid", "before_test").to_numpy()
     # Times are stored in order, so they do not tell what float32 seconds have changed.
     changed = 0 if precision == "int64" else None
     return InteractionLog(
@@ -136,8 +142,10 @@ def load_log(run: pathlib.Path) -> InteractionLog:
             reordered_users=changed,
             changed_valid_targets=changed,
             changed_test_targets=changed,
+            taken={"order": FILE_ORDER} if config.data.order == "file" else {},
         ),
         fingerprint=read_environment(run)["data_fingerprint"],
+        parts=parts,
     )
 
 
