@@ -31,7 +31,8 @@ from experiments.family import exact_order
 from tim4rec_jax.config import ExperimentConfig
 from tim4rec_jax.models import build_model, init_params, last_hidden
 from tim4rec_jax.run_dir import environment
-from tim4rec_jax.serving.recommender import SHORTEST_LENGTH, Recommender, next_power_of_two
+from tim4rec_jax.serving.ranking import next_power_of_two
+from tim4rec_jax.serving.recommender import SHORTEST_LENGTH, Recommender
 from tim4rec_jax.serving.streaming import Streamer, require_streamable
 from tim4rec_jax.serving.user_table import Event, UserTable
 

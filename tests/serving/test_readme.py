@@ -29,7 +29,7 @@ def test_from_a_log_to_recommendations(tmp_path, monkeypatch, capsys):
     exec(code.replace("epochs=20", "epochs=1"), names)
     run, shown = names["run"], capsys.readouterr().out
     assert run.run_dir.resolve() == tmp_path / "runs" / "tim4rec_causal-1"
-    assert str(run.metrics["test"]["ndcg@10"]) in shown and "shape: (20, 4)" in shown
+    assert str(run.metrics["test"]["ndcg@10"]) in shown and "shape: (20, 5)" in shown
     assert len(names["items"]) == 10
 
 

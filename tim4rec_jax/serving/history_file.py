@@ -184,9 +184,11 @@ def top_k(
     if empty.any():
         indices[empty], scores[empty] = recommender.popular(k, allowed=rules.allowed)
     if full:
-        ranked = _whole if whole_histories else recommender.top_k
-        arguments = (recommender, full, k) if whole_histories else (full, k)
-        indices[~empty], scores[~empty] = ranked(*arguments, exclude_seen=rules.exclude_seen, allowed=rules.allowed)
+        restricted = {"exclude_seen": rules.exclude_seen, "allowed": rules.allowed}
+        if whole_histories:
+            indices[~empty], scores[~empty] = _whole(recommender, full, k, **restricted)
+        else:
+            indices[~empty], scores[~empty] = recommender.top_k(full, k, **restricted)
     return indices, scores
 
 

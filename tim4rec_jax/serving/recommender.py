@@ -20,7 +20,7 @@ from tim4rec_jax.evaluation.full_sort import positions_read
 from tim4rec_jax.evaluation.metrics import check_top_k
 from tim4rec_jax.models import apply_method, last_hidden, variables
 from tim4rec_jax.run_dir import read_earlier_model_settings, read_histories, read_items
-from tim4rec_jax.serving.ranking import SCORE_TILE_BYTES, best_columns, items_left, next_power_of_two, padded_lists
+from tim4rec_jax.serving.ranking import best_columns, items_left, next_power_of_two, padded_lists, score_rows
 from tim4rec_jax.serving.stored_run import load_model, training_counts
 
 BATCH_TOKENS = 2**15
@@ -415,7 +415,7 @@ class Recommender:
         for rows, inputs in self._batches(histories):
             columns = padded_lists([items[i] for i in rows], len(inputs[0]))
             found = np.asarray(_scores_of(self.params, *inputs, columns, model=self.model))[: len(rows)]
-            _require_finite(np.isfinite(found).all(axis=1), [histories[i].label for i in rows])
+            _require_finite(np.asarray(np.isfinite(found).all(axis=1)), [histories[i].label for i in rows])
             for i, row in zip(rows, found, strict=True):
                 scores[i] = row[: len(items[i])]
         return scores
@@ -438,7 +438,7 @@ class Recommender:
           FloatingPointError: where a cosine is not finite.
         """
         check_top_k((k,), self.num_items)
-        rows, width = self._score_rows(), min(next_power_of_two(k), self.num_items)
+        rows, width = score_rows(self.num_items + 1), min(next_power_of_two(k), self.num_items)
         indices, cosines = np.zeros((len(items), k), np.int32), np.zeros((len(items), k), np.float32)
         for first in range(0, len(items), rows):
             part = np.asarray(items[first : first + rows], np.int32)
@@ -480,11 +480,8 @@ class Recommender:
     def _static_length(self, length: int) -> int:
         return min(max(next_power_of_two(length), SHORTEST_LENGTH), self.max_len)
 
-    def _score_rows(self) -> int:
-        return 1 << (max(1, SCORE_TILE_BYTES // (4 * (self.num_items + 1))).bit_length() - 1)
-
     def _row_limit(self, length: int) -> int:
-        return 1 << (max(1, min(BATCH_TOKENS // self._static_length(length), self._score_rows())).bit_length() - 1)
+        return 1 << (max(1, min(BATCH_TOKENS // self._static_length(length), score_rows(self.num_items + 1))).bit_length() - 1)
 
     def check(self, histories: Sequence[History], k: int) -> None:
         """Refuses what `top_k` cannot do; raises ValueError as it says."""

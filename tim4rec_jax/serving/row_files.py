@@ -162,15 +162,15 @@ def writing_rows(output: pathlib.Path) -> Iterator[Callable[[pl.DataFrame], None
                 yield write
             return
         with temporary.open("wb") as file:
-            if ending == ".jsonl":
-                yield lambda table: table.write_ndjson(file)
-                return
-            header = [True]
+            first = [True]
 
             def write(table: pl.DataFrame) -> None:
-                table.write_csv(
-                    file, include_header=header.pop() if header else False, separator="\t" if ending == ".tsv" else ","
-                )
+                if ending == ".jsonl":
+                    table.write_ndjson(file)
+                else:
+                    separator = "\t" if ending == ".tsv" else ","
+                    table.write_csv(file, include_header=bool(first), separator=separator)
+                first.clear()
 
             yield write
 

@@ -17,7 +17,7 @@ from tim4rec_jax.data.loader import timestamps_for_device
 from tim4rec_jax.evaluation.metrics import check_top_k
 from tim4rec_jax.models import MODELS, STATISTICS, apply_method, build_model, one_segment, variables
 from tim4rec_jax.run_dir import read_config
-from tim4rec_jax.serving.ranking import SCORE_TILE_BYTES, best_columns, items_left, next_power_of_two, padded_lists
+from tim4rec_jax.serving.ranking import best_columns, items_left, next_power_of_two, padded_lists, score_rows
 from tim4rec_jax.serving.recommender import Recommender
 
 State = Any
@@ -284,7 +284,7 @@ class Streamer:
         """
         check_top_k((k,), self.num_items)
         excluded = [np.unique(row) for row in exclude] if exclude is not None else [np.zeros(0, np.int32)] * len(hidden)
-        tile = 1 << (max(1, SCORE_TILE_BYTES // (4 * (self.num_items + 1))).bit_length() - 1)
+        tile = score_rows(self.num_items + 1)
         # Cut and filled on the host: on the device every number of rows would be another program.
         rows = np.asarray(hidden)
         parts = [
