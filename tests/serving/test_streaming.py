@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from tests.serving.tiny_run import NUM_ITEMS
-from tim4rec_jax.serving.recommender import Recommender
 from tim4rec_jax.serving.ranking import SCORE_TILE_BYTES
+from tim4rec_jax.serving.recommender import Recommender
 from tim4rec_jax.serving.streaming import Streamer, fingerprint, require_streamable
 
 pytestmark = pytest.mark.quick

@@ -481,7 +481,9 @@ class Recommender:
         return min(max(next_power_of_two(length), SHORTEST_LENGTH), self.max_len)
 
     def _row_limit(self, length: int) -> int:
-        return 1 << (max(1, min(BATCH_TOKENS // self._static_length(length), score_rows(self.num_items + 1))).bit_length() - 1)
+        return 1 << (
+            max(1, min(BATCH_TOKENS // self._static_length(length), score_rows(self.num_items + 1))).bit_length() - 1
+        )
 
     def check(self, histories: Sequence[History], k: int) -> None:
         """Refuses what `top_k` cannot do; raises ValueError as it says."""

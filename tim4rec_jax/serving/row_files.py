@@ -2,10 +2,11 @@
 
 import contextlib
 import csv
+import functools
 import itertools
 import pathlib
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, BinaryIO
 
 import polars as pl
 
@@ -162,17 +163,14 @@ def writing_rows(output: pathlib.Path) -> Iterator[Callable[[pl.DataFrame], None
                 yield write
             return
         with temporary.open("wb") as file:
-            first = [True]
+            yield functools.partial(_append, file, ending)
 
-            def write(table: pl.DataFrame) -> None:
-                if ending == ".jsonl":
-                    table.write_ndjson(file)
-                else:
-                    separator = "\t" if ending == ".tsv" else ","
-                    table.write_csv(file, include_header=bool(first), separator=separator)
-                first.clear()
 
-            yield write
+def _append(file: BinaryIO, ending: str, table: pl.DataFrame) -> None:
+    if ending == ".jsonl":
+        table.write_ndjson(file)
+    else:
+        table.write_csv(file, include_header=file.tell() == 0, separator="\t" if ending == ".tsv" else ",")
 
 
 @contextlib.contextmanager
