@@ -43,6 +43,7 @@ def test_what_is_compiled_is_kept_and_read_again(run, tmp_path):
     assert _recommend(run, TIM4REC_JAX_COMPILED=str(folder))[0] == out
 
 
+@pytest.mark.exhaustive
 def test_what_is_set_wins_and_a_folder_that_cannot_be_written_costs_a_note(run, tmp_path):
     own = tmp_path / "own"
     out, err = _recommend(
