@@ -20,6 +20,7 @@ import tyro
 from rich.table import Table
 from rich.text import Text
 
+from experiments.compiled import keep_compiled
 from tim4rec_jax.checks import listed, shortened
 from tim4rec_jax.config import ExperimentConfig
 from tim4rec_jax.files import write_atomically
@@ -320,6 +321,7 @@ def run_program(program: Callable[[list[str]], int], argv: Sequence[str] | None 
     An error of several lines, or of more than 300 characters, loses what does not fit.
     """
     try:
+        keep_compiled(note)
         return program(list(sys.argv[1:] if argv is None else argv))
     except Interrupted as stopped:
         if is_main():

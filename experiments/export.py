@@ -8,8 +8,11 @@ ids, embeddings and titles, and export.json, which says what goes in and what co
 
     program = jax.export.deserialize(pathlib.Path("exported/recommend.jax_export").read_bytes())
     parameters = dict(numpy.load("exported/parameters.npz"))
-    best, scores = program.call(parameters, items, lengths, timestamps, excluded)
+    allowed = numpy.load("exported/allowed.npy")    # what --allow, --deny and --where leave; any other mask will do
+    best, scores = program.call(parameters, items, lengths, timestamps, excluded, allowed)
 
+`excluded` holds what a user has seen, if that is to be left out. items.parquet has the embeddings, whose cosines say
+which items are alike, and training_events, the popularity, for users without a history.
 JAX promises to read such files for six months after the release that wrote them; export anew after that.
 """
 
@@ -23,10 +26,11 @@ from rich.table import Table
 from experiments.cli import note, parse_settings, program, table
 from tim4rec_jax.serving.export import export_model
 from tim4rec_jax.serving.recommender import Recommender
+from tim4rec_jax.serving.rules import RuleOptions, rules_from_options
 
 
 @dataclass(frozen=True)
-class Arguments:
+class Arguments(RuleOptions):
     """Writes a run's best model as programs that run without this library.
 
     Attributes:
@@ -49,8 +53,15 @@ def run(arguments: Arguments) -> Table:
       FileNotFoundError, FileExistsError, ValueError, CheckpointError: the run cannot be read, the folder is there, or
         the settings do not fit.
     """
+    for name in ("exclude_seen", "unknown_users"):
+        default = getattr(RuleOptions, name)
+        if getattr(arguments, name) != default:
+            raise ValueError(f"--{name} is decided at every call of an exported program, not here; leave it out")
     recommender = Recommender.from_run(arguments.run, report=note)
-    description = export_model(recommender, arguments.output, k=arguments.k, platforms=arguments.platforms)
+    rules = rules_from_options(arguments, recommender.index_of_item, report=note)
+    description = export_model(
+        recommender, arguments.output, k=arguments.k, platforms=arguments.platforms, allowed=rules.allowed
+    )
     calls = {written["file"]: written["call"] for written in description["programs"].values()}
     rows = [
         (file.name, f"{file.stat().st_size / 1000:,.1f}", calls.get(file.name, ""))

@@ -5,8 +5,11 @@
     python -m experiments.stream --run=runs/ml1m --events=today.jsonl --state=users.npz --new-log
 
 A line is {"user": "42", "item": "1193", "timestamp": 978300760}, an event, or {"user": "42", "recommend": 10,
-"exclude_seen": true}, a question (exclude_seen optional), which is answered by one line {"line": .., "user": ..,
-"items": [{"item": .., "score": .., "title": ..}]}. A bad line, and an event that goes back in time, is answered by
+"exclude_seen": true, "allow": ["1193"], "deny": []}, a question (the last three optional), answered by one line
+{"line": .., "user": .., "source": "model", "items": [{"item": .., "score": .., "title": ..}]}. {"user": "42",
+"score": ["1193"]} asks for scores, {"item": "1193", "similar": 10} for items like one. Rules for all questions are
+options (--allow, --deny, --where ..), as of experiments.recommend; with --unknown_users=popularity users without events
+get the most frequent items, of source "popularity". A bad line, and an event that goes back in time, is answered by
 {"line": .., "error": ..} and skipped. Answers depend on the lines alone and on no clock. Events between two answers are
 computed together, many users in one call.
 

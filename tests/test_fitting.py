@@ -38,7 +38,7 @@ def test_a_log_becomes_a_run_with_recommendations(log, in_folder, capsys):
 
     users = list(log.user_ids[[3, 0]])
     table = run.recommend(users=users, k=4)
-    assert table.columns == ["user_id", "rank", "item_id", "score"] and len(table) == 8
+    assert table.columns == ["user_id", "rank", "item_id", "score", "source"] and len(table) == 8
     assert table["user_id"].to_list() == [users[0]] * 4 + [users[1]] * 4
     assert table["rank"].to_list() == [1, 2, 3, 4] * 2
     for user in users:
@@ -50,6 +50,14 @@ def test_a_log_becomes_a_run_with_recommendations(log, in_folder, capsys):
     unseen = run.recommend(users[:1], k=4, exclude_seen=True)["item_id"]
     assert not {log.item_ids[int(item) - 1] for item in seen} & set(unseen)
     assert len(run.recommend([])) == 0
+
+    items = pl.DataFrame({"item_id": log.item_ids, "price": range(log.num_items)})
+    rules = {"allow": log.item_ids[2:9], "deny": [log.item_ids[4]], "items": items, "where": ["price<7"]}
+    table = run.recommend([users[0], "nobody"], k=5, **rules, unknown_users="popularity")
+    left = [log.item_ids[i] for i in (2, 3, 5, 6)]
+    for user in (users[0], "nobody"):
+        assert sorted(table.filter(pl.col("user_id") == user)["item_id"]) == sorted(left)
+    assert table["source"].to_list() == ["model"] * 4 + ["popularity"] * 4
 
     shown = repr(run)
     assert "tim4rec_causal" in shown and str(run.run_dir) in shown and f"{run.metrics['test']['hit@10']:.4f}" in shown

@@ -40,7 +40,7 @@ def replacing(file: pathlib.Path) -> Iterator[pathlib.Path]:
     """
     if file.exists() and not (file.is_file() or file.is_dir()):
         raise OSError(errno.EINVAL, "is no regular file; choose another place", str(file))
-    with _temporary(file, folder=False) as temporary:
+    with temporary_beside(file, folder=False) as temporary:
         try:
             yield temporary
         except pl.exceptions.ComputeError as error:
@@ -59,7 +59,7 @@ def replacing_folder(folder: pathlib.Path) -> Iterator[pathlib.Path]:
     Raises:
       OSError: what could not be written is named; also where `folder` is there by then and is not empty.
     """
-    with _temporary(folder, folder=True) as temporary:
+    with temporary_beside(folder, folder=True) as temporary:
         yield temporary
         for written in sorted(temporary.rglob("*")):
             if written.is_dir():
@@ -93,7 +93,8 @@ def _stem(name: str) -> str:
 
 
 @contextlib.contextmanager
-def _temporary(path: pathlib.Path, *, folder: bool) -> Iterator[pathlib.Path]:
+def temporary_beside(path: pathlib.Path, *, folder: bool) -> Iterator[pathlib.Path]:
+    """Yields a new file or folder beside `path`, removed at the end; see `replacing`."""
     stem = _stem(path.name)
     with contextlib.ExitStack() as stack, named_in_errors(path):
         remove_leftovers(path)

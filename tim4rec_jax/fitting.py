@@ -3,9 +3,9 @@
 import dataclasses
 import difflib
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -15,7 +15,9 @@ from tim4rec_jax.config import DataConfig, EvalConfig, ExperimentConfig, TrainCo
 from tim4rec_jax.data.columns import FILE_ORDER
 from tim4rec_jax.data.interactions import InteractionLog, load_log
 from tim4rec_jax.models import model_class
+from tim4rec_jax.serving.history_file import HistoryLine, asked_history, table_of_lists, top_k
 from tim4rec_jax.serving.recommender import Recommender
+from tim4rec_jax.serving.rules import Rules, allowed_items
 from tim4rec_jax.training.loop import only_writer, train
 
 # Steps of an epoch that batches are made small enough for, positions that a model reads at most unless told.
@@ -48,33 +50,49 @@ class FittedRun:
         """Recommends after any history, see `Recommender`."""
         return Recommender.from_run(self.run_dir)
 
-    def recommend(self, users: Sequence[Any], k: int = 10, *, exclude_seen: bool = False) -> pl.DataFrame:
-        """Returns the k items that come next most likely for users of the log.
+    def recommend(
+        self,
+        users: Sequence[Any],
+        k: int = 10,
+        *,
+        exclude_seen: bool = False,
+        allow: Iterable[Any] | None = None,
+        deny: Iterable[Any] = (),
+        items: pl.DataFrame | pathlib.Path | None = None,
+        where: Sequence[str] = (),
+        unknown_users: Literal["refuse", "popularity"] = "refuse",
+    ) -> pl.DataFrame:
+        """Returns the k items that come next most likely for users of the log; fewer where rules leave fewer.
 
         Args:
           users: raw user ids.
           k: items per user.
           exclude_seen: leave out what a user has had already.
+          allow: raw item ids, the only ones to recommend; None for all.
+          deny: raw item ids, never to recommend.
+          items: table of items with a column item_id and others that `where` names.
+          where: conditions on it, such as "genre=Drama" and "price<20", all of which must hold.
+          unknown_users: "popularity" gives users that the log lacks the most frequent items of its training part.
 
         Returns:
-          Columns user_id, rank (from 1), item_id, title (where titles are known) and score; users in the order given.
+          Columns user_id, rank (from 1), item_id, title (where titles are known), score and source ("model" or
+          "popularity"); users in the order given.
 
         Raises:
-          ValueError: for an unknown user, or a k that the catalogue cannot fill.
+          ValueError: for an unknown user or item, rules that leave nothing, or a k over the catalogue.
         """
         if isinstance(users, str):
             raise ValueError(f"users={users!r} must be a list of raw user ids; give [{users!r}]")
-        users = [str(user) for user in users]
-        histories = [self.recommender.history_of_user(user) for user in users]
-        lists = self.recommender.recommend(histories, k, exclude_seen=exclude_seen) if users else []
-        schema = {"user_id": pl.String, "rank": pl.Int32, "item_id": pl.String, "title": pl.String, "score": pl.Float32}
-        rows = [
-            (user, rank, item.item_id, item.title, item.score)
-            for user, items in zip(users, lists, strict=True)
-            for rank, item in enumerate(items, start=1)
+        known = self.recommender
+        lists = {"allow": None if allow is None else [map(str, allow)], "deny": [map(str, deny)]}
+        allowed = allowed_items(known.index_of_item, **lists, items=items, where=where)
+        rules = Rules(allowed, exclude_seen, popular_users=unknown_users == "popularity")
+        lines = [
+            HistoryLine(number, str(user), asked_history(known, str(user), rules)) for number, user in enumerate(users)
         ]
-        table = pl.DataFrame(rows, schema=schema, orient="row")
-        return table if self.recommender.titles is not None else table.drop("title")
+        found = top_k(known, [line.history for line in lines], k, rules=rules)
+        columns = ["rank", "item_id", *(["title"] if known.titles is not None else []), "score", "source"]
+        return table_of_lists(known, lines, *found).select(pl.col("user").alias("user_id"), *columns)
 
     def __repr__(self) -> str:
         about = f"best epoch {self.results['best_epoch']} of {self.results['epochs']}, run folder {self.run_dir}"

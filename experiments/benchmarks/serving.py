@@ -5,10 +5,11 @@ window      the last max_len events are read again (`last_hidden`, at the static
 whole       the whole history is read again, up to --longest events
 table       one event of every user through the table of states by raw id (`UserTable.add` and `flush`)
 answer      ranking the catalogue for every user (`Streamer.top_k`, 10 items)
+list        reading stored histories and ranking what is new to each user (`Recommender.top_k`, 10 items)
 
 First one user, whose history grows (--histories): microseconds per event by step, window and whole. Then many users
-with histories of max_len (--users): events per second by step, table and window, and answers per second. Parameters,
-items and gaps are random, which costs what trained ones cost.
+with histories of max_len (--users): events per second by step, table and window, answers and lists per second.
+Parameters, items and gaps are random, which costs what trained ones cost.
 """
 
 import argparse
@@ -31,7 +32,8 @@ from experiments.family import exact_order
 from tim4rec_jax.config import ExperimentConfig
 from tim4rec_jax.models import build_model, init_params, last_hidden
 from tim4rec_jax.run_dir import environment
-from tim4rec_jax.serving.recommender import SHORTEST_LENGTH, Recommender, next_power_of_two
+from tim4rec_jax.serving.ranking import next_power_of_two
+from tim4rec_jax.serving.recommender import SHORTEST_LENGTH, Recommender
 from tim4rec_jax.serving.streaming import Streamer, require_streamable
 from tim4rec_jax.serving.user_table import Event, UserTable
 
@@ -138,9 +140,7 @@ class Served:
 
     def tabling(self, items: np.ndarray, times: np.ndarray) -> Form:
         """Makes a form that gives one event of every user to a table of states."""
-        empty = pl.DataFrame({"user_id": [], "items": [], "timestamps": []})
-        ids = [str(i) for i in range(1, self.streamer.num_items + 1)]
-        recommender = Recommender(self.model, self.params, self.config, item_ids=ids, titles=None, histories=empty)
+        recommender = self._recommender(pl.DataFrame({"user_id": [], "items": [], "timestamps": []}))
         table = UserTable(recommender, keep_items=False)
         events = [
             Event(f"user {i}", str(item), int(t))
@@ -153,6 +153,22 @@ class Served:
             return table.hidden
 
         return Form(add)
+
+    def _recommender(self, histories: pl.DataFrame) -> Recommender:
+        ids = [str(i) for i in range(1, self.streamer.num_items + 1)]
+        return Recommender(self.model, self.params, self.config, item_ids=ids, titles=None, histories=histories)
+
+    def listing(self, items: np.ndarray, times: np.ndarray) -> Form:
+        """Makes a form that gives every user of a log a list of new items."""
+        users = [str(user) for user in range(len(items))]
+        columns = {"user_id": users, "items": items.tolist(), "timestamps": times.tolist()}
+        recommender = self._recommender(pl.DataFrame(columns))
+
+        def rank() -> np.ndarray:
+            histories = [recommender.history_of_user(user) for user in users]
+            return recommender.top_k(histories, LISTED, exclude_seen=True)[0]
+
+        return Form(rank)
 
     def answering(self, items: np.ndarray, times: np.ndarray) -> Form:
         """Makes a form that ranks the catalogue for every history."""
@@ -190,6 +206,7 @@ def widen(served: Served, options: argparse.Namespace, repeats: int) -> list[dic
             "step": served.stepping(*drawn),
             "table": served.tabling(*drawn),
             "answer": served.answering(*drawn),
+            "list": served.listing(*drawn),
             "window": served.reading(*drawn, served.config.model.max_len),
         }
         for name, found in time_in_turns(forms, repeats=repeats, least_seconds=options.seconds).items():
@@ -200,10 +217,10 @@ def widen(served: Served, options: argparse.Namespace, repeats: int) -> list[dic
 
 def report(growing: list[dict[str, Any]], wide: list[dict[str, Any]], state_bytes: int, title: str) -> Table:
     """Both measurements in one table."""
+    names = ("step", "window", "whole", "table", "answer", "list")
     table = Table(title=f"{title}: {state_bytes:,} bytes of state per user", title_justify="left")
-    for column in ("", "step", "window", "whole", "table", "answer"):
+    for column in ("", *names):
         table.add_column(column, justify="right")
-    names = ("step", "window", "whole", "table", "answer")
     for heading, results, key, value in (
         ("events of one user: microseconds per event", growing, "history", "microseconds_an_event"),
         ("users in a call: users per second", wide, "users", "users_a_second"),

@@ -34,7 +34,7 @@ def test_a_tiny_run(tmp_path, capsys):
     growing = {(one["history"], one["form"]): one for one in record["history"]}
     assert set(growing) == {(10, "step"), (10, "window"), (10, "whole"), (1500, "step"), (1500, "window")}
     wide = {(one["users"], one["form"]): one for one in record["users"]}
-    assert set(wide) == {(users, form) for users in (1, 5) for form in ("step", "table", "answer", "window")}
+    assert set(wide) == {(users, form) for users in (1, 5) for form in ("step", "table", "answer", "list", "window")}
     for one in growing.values():
         assert len(one["seconds"]) == 2 and one["microseconds_an_event"] == pytest.approx(1e6 * sum(one["seconds"]) / 2)
     for (users, _), one in wide.items():
@@ -64,6 +64,8 @@ def test_forms_read_what_they_say(served):
     assert np.asarray(served.tabling(items, times).launch())[:3].any(axis=1).all()
     indices, _ = served.answering(items, times).launch()
     assert indices.shape == (3, serving.LISTED)
+    listed = served.listing(items, times).launch()
+    assert not any(set(row) & set(seen) for row, seen in zip(listed.tolist(), items.tolist(), strict=True))
 
 
 def test_rows_are_read_in_parts(served, monkeypatch):

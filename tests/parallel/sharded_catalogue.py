@@ -26,7 +26,7 @@ from tim4rec_jax.evaluation.full_sort import FullSortEvaluator
 from tim4rec_jax.models import last_hidden
 from tim4rec_jax.parallel.item_table import sharded_top_k
 from tim4rec_jax.parallel.mesh import make_layout
-from tim4rec_jax.serving.recommender import best_columns
+from tim4rec_jax.serving.ranking import best_columns
 from tim4rec_jax.training.checkpoint import Checkpointer
 from tim4rec_jax.training.step import init_state, make_optimizer, train_step
 

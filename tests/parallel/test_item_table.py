@@ -12,7 +12,7 @@ from tim4rec_jax.config import ParallelConfig
 from tim4rec_jax.evaluation.metrics import rank_of_target
 from tim4rec_jax.parallel.item_table import MODEL_AXIS, ROW_AXES, local_top_k, sharded_ranks
 from tim4rec_jax.parallel.mesh import make_layout
-from tim4rec_jax.serving.recommender import best_columns
+from tim4rec_jax.serving.ranking import best_columns
 
 # Parts of 10 rows, the last ones no items; tiles of 4, whose last overlaps the one before.
 ITEMS, ROWS, TILE, HISTORIES, WIDTH = 37, 40, 4, 12, 3

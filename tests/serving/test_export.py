@@ -65,7 +65,8 @@ for folder in sorted(path.parent for path in root.glob("*/export.json")):
                 event["timestamp"] = given["timestamps"][:, i]
             state, hidden = programs["step"].call(parameters, state, *event.values())
         results["step_hidden"] = hidden
-        results["step_best"], results["step_scores"] = programs["top_k"].call(parameters, hidden, given["excluded"])
+        rules = given["excluded"], given["allowed"]
+        results["step_best"], results["step_scores"] = programs["top_k"].call(parameters, hidden, *rules)
     np.savez(root / f"{folder.name}_outputs.npz", **{name: np.asarray(a) for name, a in results.items()})
 """
 
@@ -76,7 +77,8 @@ def _inputs(name, rng):
     lengths = np.array([MAX_LEN] * BATCH if name in STREAMABLE else [1, 3, 7, MAX_LEN - 1, MAX_LEN], np.int32)
     inside = np.arange(MAX_LEN) < lengths[:, None]
     excluded = np.array([[1, 2, 3], [4, 0, 4], [0, 0, 0], [9, 9, 30], [0, 0, 0]], np.int32)
-    inputs = {"items": np.where(inside, items, 0), "lengths": lengths, "excluded": excluded}
+    allowed = np.arange(NUM_ITEMS + 1) % 7 > 0
+    inputs = {"items": np.where(inside, items, 0), "lengths": lengths, "excluded": excluded, "allowed": allowed}
     return inputs | {"timestamps": np.where(inside, times, 0).astype(TIMES.get(name, np.int32))}
 
 
@@ -98,7 +100,7 @@ def exported(tmp_path_factory):
 
 def _assert_ranked(best, scores, all_scores, excluded):
     for row, (found, found_scores) in enumerate(zip(best, scores, strict=True)):
-        allowed = [i for i in range(1, NUM_ITEMS + 1) if i not in excluded[row]]
+        allowed = [i for i in range(1, NUM_ITEMS + 1) if i % 7 and i not in excluded[row]]
         expected = sorted(allowed, key=lambda i, row=row: -all_scores[row, i])[:K]
         assert found.tolist() == expected
         np.testing.assert_allclose(found_scores, all_scores[row, expected], rtol=1e-5, atol=1e-5)
@@ -139,11 +141,11 @@ def test_any_number_of_histories(exported):
     called = jax.export.deserialize((root / "causal" / "recommend.jax_export").read_bytes())
     with np.load(root / "causal" / "parameters.npz") as file:
         parameters = dict(file)
-    names = ("items", "lengths", "timestamps", "excluded")
+    names, allowed = ("items", "lengths", "timestamps", "excluded"), inputs["causal"]["allowed"]
     for rows, width in ((slice(0, 1), 3), (slice(1, 4), 1)):
         given = {name: inputs["causal"][name][rows] for name in names}
         given["excluded"] = given["excluded"][:, :width]
-        best, _ = called.call(parameters, *given.values())
+        best, _ = called.call(parameters, *given.values(), allowed)
         if width == 3:
             np.testing.assert_array_equal(best, outputs["causal"]["best"][rows])
         assert best.shape == (rows.stop - rows.start, K)
@@ -154,7 +156,9 @@ def test_the_description(exported):
     root, recommenders, _, _ = exported
     for name in CONFIGS:
         said = json.loads((root / name / "export.json").read_text())
-        files = {"export.json", "items.parquet", "parameters.npz"} | {p["file"] for p in said["programs"].values()}
+        files = {"export.json", "items.parquet", "parameters.npz", "allowed.npy"} | {
+            p["file"] for p in said["programs"].values()
+        }
         assert {path.name for path in (root / name).iterdir()} == files
         assert set(said["programs"]) == ({"recommend", "step", "top_k"} if name in STREAMABLE else {"recommend"})
         inputs = {one["name"]: one for one in said["programs"]["recommend"]["inputs"]}
@@ -171,15 +175,15 @@ def test_the_description(exported):
                 np.testing.assert_array_equal(file[key], leaf)
                 assert said["parameters"]["arrays"][key]["shape"] == list(leaf.shape)
     # The calls, spelled out, name their inputs.
-    assert (
-        said["programs"]["recommend"]["call"] == "best, scores = call(parameters, items, lengths, timestamps, excluded)"
-    )
+    call = "best, scores = call(parameters, items, lengths, timestamps, excluded, allowed)"
+    assert said["programs"]["recommend"]["call"] == call
 
 
 def test_items_with_their_embeddings(exported):
     root, recommenders, _, _ = exported
     table = pl.read_parquet(root / "causal" / "items.parquet")
-    assert table.columns == ["index", "item_id", "title", "embedding"]
+    assert table.columns == ["index", "item_id", "title", "training_events", "embedding"]
+    assert table["training_events"].to_list() == recommenders["causal"].training_counts[1:].tolist()
     assert table["index"].to_list() == list(range(1, NUM_ITEMS + 1))
     assert table["item_id"].to_list() == recommenders["causal"].item_ids
     assert table["title"].to_list() == recommenders["causal"].titles
@@ -193,7 +197,8 @@ def test_lists_that_cannot_be_filled_end_in_zeros(exported, tmp_path):
     called = jax.export.deserialize((tmp_path / "out" / "recommend.jax_export").read_bytes())
     given = inputs["sasrec"]
     parameters = flat_arrays(recommenders["sasrec"].params)
-    best, scores = called.call(parameters, given["items"], given["lengths"], given["excluded"])
+    allowed = np.load(tmp_path / "out" / "allowed.npy")
+    best, scores = called.call(parameters, given["items"], given["lengths"], given["excluded"], allowed)
     left = [NUM_ITEMS - len(set(row) - {0}) for row in given["excluded"].tolist()]
     assert [(row > 0).sum() for row in np.asarray(best)] == left
     assert [np.isfinite(row).sum() for row in np.asarray(scores)] == left
@@ -216,6 +221,19 @@ def test_the_program(run, tmp_path, capsys):
         assert program.main([f"--run={run}", *options]) == 2
         assert message in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_rules_of_an_export(run, recommender, tmp_path, capsys):
+    index = sorted(recommender.index_of_item[name] for name in ("i2", "i9"))
+    options = [f"--run={run}", f"--output={tmp_path / 'out'}", "--k=3", "--platforms", "cpu"]
+    assert program.main([*options, "--allow=i2,i5,i9", "--deny=i5"]) == 0
+    assert np.flatnonzero(np.load(tmp_path / "out" / "allowed.npy")).tolist() == index
+    options[1] = f"--output={tmp_path / 'two'}"
+    assert program.main([*options, "--exclude_seen"]) == 2
+    assert "--exclude_seen is decided at every call of an exported program" in capsys.readouterr().err
+    assert program.main([*options, "--allow=i2,nothing"]) == 2
+    assert "--allow: 1 of 2 ids are no item of the run: 'nothing'" in capsys.readouterr().err
+    assert not (tmp_path / "two").exists()
 
 
 def test_a_failure_leaves_nothing(recommender, tmp_path, monkeypatch):

@@ -8,7 +8,7 @@ import pytest
 
 from experiments import recommend
 from tests.serving.tiny_run import make_config, make_run
-from tim4rec_jax.serving import history_file
+from tim4rec_jax.serving import row_files
 from tim4rec_jax.serving.history_file import read_histories
 
 
@@ -77,8 +77,9 @@ def test_batch(run, recommender, tmp_path, capsys):
     ("line", "message"),
     [
         ("{", "line 2: not JSON"),
-        ('["i1"]', 'line 2: must be an object with either "user" or "history"'),
-        ('{"user": "u1", "history": ["i1"]}', 'line 2: must be an object with either "user" or "history"'),
+        ('["i1"]', "line 2: must be an object, one per line"),
+        ('{"times": [3]}', 'line 2: must be an object with "user", "history" or both'),
+        ('{"user": "u1", "times": [3]}', 'line 2: "times" belong to a "history"'),
         ('{"history": ["i1"], "time": [3]}', "line 2: unknown keys ['time']"),
         ('{"history": "i1"}', 'line 2: "history" must be a list of item ids, not "i1"'),
         ('{"history": [1.5]}', "line 2: id 1.5 must be a string or a whole number"),
@@ -96,7 +97,7 @@ def test_bad_lines_are_named(recommender, tmp_path, line, message):
     source = tmp_path / "histories.jsonl"
     source.write_text('{"user": "u1"}\n' + line + "\n")
     with pytest.raises(ValueError) as raised:
-        read_histories(recommender, source)
+        list(read_histories(recommender, source))
     assert f"{source}: {message}" in str(raised.value)
     assert str(raised.value).endswith("; nothing was written")
     assert len(str(raised.value).replace(str(source), "")) < 250
@@ -115,28 +116,30 @@ def test_input_that_is_no_text_is_named(recommender, tmp_path):
     source = tmp_path / "histories.jsonl"
     source.write_bytes(b'{"user": "u1"}\r\n\xff\n')
     with pytest.raises(ValueError, match=r"histories.jsonl: line 2: not JSON in UTF-8 \(byte 1: .*nothing was written"):
-        read_histories(recommender, source)
+        list(read_histories(recommender, source))
 
 
 def test_a_line_without_an_end_is_not_read_whole(recommender, monkeypatch):
-    monkeypatch.setattr(history_file, "LONGEST_LINE", 1000)
+    monkeypatch.setattr(row_files, "LONGEST_LINE", 1000)
     with pytest.raises(ValueError, match="/dev/zero: line 1 has over 1,000 bytes; nothing was written"):
-        read_histories(recommender, pathlib.Path("/dev/zero"))
+        list(read_histories(recommender, pathlib.Path("/dev/zero")))
 
 
 def test_empty_input(recommender, tmp_path):
     (tmp_path / "none.jsonl").write_text("\n\n")
     with pytest.raises(ValueError, match="holds no lines; write one JSON object per line"):
-        read_histories(recommender, tmp_path / "none.jsonl")
+        list(read_histories(recommender, tmp_path / "none.jsonl"))
 
 
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        ([], "give exactly one of --user, --history and --input; got none"),
-        (["--user=u1", "--history=i1"], "give exactly one of --user, --history and --input; got --user and --history"),
+        ([], "give exactly one of --user, --history, --input, --users, --pairs and --similar; got none"),
+        (["--user=u1", "--history=i1"], "give exactly one of --user, --history"),
+        (["--user=u1", "--history=i1"], "got --user and --history"),
         (["--user=u1", "--times=5"], "--times belongs to --history; got --user"),
-        (["--input=a.jsonl"], "--input and --output belong together"),
+        (["--input=a.jsonl"], "--output belongs to --input and --users and --pairs, which need it; got --input"),
+        (["--user=u1", "--output=a.csv"], "--output belongs to --input and --users and --pairs, which need it; got"),
         (["--user=nobody"], "unknown user 'nobody'; nearest known: "),
         (["--history=i1,i99"], "the history: unknown item 'i99' at position 2; nearest known: 'i9'"),
         (["--history="], "the history is empty; give at least 1 item id"),
@@ -150,8 +153,8 @@ def test_empty_input(recommender, tmp_path):
         (["--user=u1", "--k=31"], "k=31 is larger than the catalogue of 30 items"),
         (["--user=u1", "--k=0"], "k=0 must be at least 1"),
         (["--input=missing.jsonl", "--output=top.parquet"], "missing.jsonl"),
-        (["--input=a.jsonl", "--output=top.csv"], "--output=top.csv: the file is written as Parquet"),
-        (["--input=a.csv", "--output=top.parquet"], "--input=a.csv: a JSON-lines file is read"),
+        (["--input=a.jsonl", "--output=top.xls"], "--output=top.xls: the ending says what the file holds: .csv, "),
+        (["--users=no.csv", "--output=top.csv"], "there is no file no.csv"),
         (["--user=u1", "--exclude_seen=maybe"], "--exclude_seen=maybe: expected true or false"),
     ],
 )
@@ -179,7 +182,7 @@ def test_who_has_seen_nearly_all_gets_a_shorter_list(run, tmp_path, capsys):
     source.write_text(json.dumps({"history": nearly_all}) + '\n{"history": ["i3"]}\n')
     options = [f"--run={run}", f"--input={source}", f"--output={output}", "--k=5", "--exclude_seen=true"]
     code, out, err = _main(capsys, *options)
-    assert (code, err) == (0, "") and "1 have seen so much that their lists are shorter" in out
+    assert (code, err) == (0, "") and "1 lists are shorter, because no more items are left to them" in out
     table = pl.read_parquet(output)
     first = table.filter(pl.col("line") == 1)
     assert first["rank"].to_list() == [1, 2] and set(first["item_id"]) == {"i29", "i30"}

@@ -14,6 +14,7 @@ from tests.models.settings import sibling
 from tests.serving.tiny_run import MAX_LEN, NUM_ITEMS
 from tim4rec_jax.models import build_model, init_params, last_hidden
 from tim4rec_jax.serving import recommender as recommender_module
+from tim4rec_jax.serving.ranking import SCORE_TILE_BYTES
 from tim4rec_jax.serving.recommender import History, Recommender
 
 
@@ -73,7 +74,7 @@ def test_padding_is_never_recommended(recommender):
 def test_small_batches_give_the_same(recommender, histories, monkeypatch):
     expected, expected_scores = recommender.top_k(histories, 5)
     monkeypatch.setattr(recommender_module, "BATCH_TOKENS", 64)
-    monkeypatch.setattr(recommender_module, "SCORE_TILE_BYTES", 4 * 4 * (NUM_ITEMS + 1))
+    monkeypatch.setitem(SCORE_TILE_BYTES, "cpu", 4 * 4 * (NUM_ITEMS + 1))
     indices, scores = recommender.top_k(histories, 5)
     np.testing.assert_array_equal(indices, expected)
     # The norms over near-constant gaps of this untrained model magnify rounding.

@@ -52,7 +52,7 @@ BAD = [
         (_bad(timestamp=value), "must be a whole number of seconds")
         for value in (str(START), None, True, START + 0.5, [START], float(START), "9" * 5000)
     ),
-    ('{"user": "nobody", "recommend": 2}', "user 'nobody' has no events; give at least one, or start with --warm"),
+    ('{"user": "nobody", "recommend": 2}', "user 'nobody' has no events; give at least one, start with --warm"),
     *(
         (json.dumps({"user": "a", "recommend": k}), message)
         for k, message in (
@@ -110,11 +110,11 @@ def test_bad_lines_are_answered_and_skipped(causal_run, tmp_path, capsys):
 def test_scores_that_are_not_finite_are_one_users_alone(causal_run, tmp_path, capsys, monkeypatch):
     broken = UserTable.top_k
 
-    def top_k(self, users, k, *, exclude_seen=False):
+    def top_k(self, users, k, **rules):
         self.flush()
         hidden = self._table[1].at[self._rows["b"]].set(np.nan)
         self._table = (self._table[0], hidden)
-        return broken(self, users, k, exclude_seen=exclude_seen)
+        return broken(self, users, k, **rules)
 
     monkeypatch.setattr(UserTable, "top_k", top_k)
     lines = [event("a", "i1", 0), event("b", "i1", 0), *({"user": user, "recommend": 1} for user in "bab")]

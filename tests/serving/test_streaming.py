@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from tests.serving.tiny_run import NUM_ITEMS
+from tim4rec_jax.serving.ranking import SCORE_TILE_BYTES
 from tim4rec_jax.serving.recommender import Recommender
 from tim4rec_jax.serving.streaming import Streamer, fingerprint, require_streamable
 
@@ -110,7 +111,7 @@ def test_top_k_is_the_sorted_catalogue(streamer, encoded):
 
 def test_top_k_in_tiles(streamer, encoded, monkeypatch):
     whole = streamer.top_k(jnp.asarray(encoded[0]), 4)
-    monkeypatch.setattr("tim4rec_jax.serving.streaming.SCORE_TILE_BYTES", 4 * 4 * (NUM_ITEMS + 1))
+    monkeypatch.setitem(SCORE_TILE_BYTES, "cpu", 4 * 4 * (NUM_ITEMS + 1))
     for a, b in zip(streamer.top_k(jnp.asarray(encoded[0]), 4), whole, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-6)
 

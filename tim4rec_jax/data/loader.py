@@ -10,7 +10,6 @@ from types import ModuleType
 from typing import Any
 
 import flax.struct
-import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -282,6 +281,8 @@ class Loader:
 
 
 def _prefetched(gather: Callable[[int], Any], start: int, stop: int) -> Iterator[Any]:
+    import grain  # What answers from a model needs no loader, and starts sooner.
+
     batches = grain.MapDataset.range(start, stop).map(gather)
     yield from batches.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=8))
 

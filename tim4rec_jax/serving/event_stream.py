@@ -12,8 +12,9 @@ from typing import Any
 from tim4rec_jax.checks import require
 from tim4rec_jax.files import locked, named_in_errors
 from tim4rec_jax.serving.durable_log import Answers, Chain, Journal, Line, LineReader, hashed, until_readable
-from tim4rec_jax.serving.event_lines import answer_line, error_line, parsed
+from tim4rec_jax.serving.event_lines import UnknownItem, answer_line, error_line, parsed
 from tim4rec_jax.serving.json_lines import as_json
+from tim4rec_jax.serving.rules import RuleOptions, Rules, rules_from_options
 from tim4rec_jax.serving.streaming import load_streamable
 from tim4rec_jax.serving.user_table import LAST_SECOND, UserTable
 
@@ -23,7 +24,7 @@ SAVE_SHARE = 10
 
 
 @dataclass(frozen=True)
-class StreamOptions:
+class StreamOptions(RuleOptions):
     """Keeps the states of users over a log of events and recommends from them.
 
     Attributes:
@@ -146,6 +147,7 @@ class Session:
     Attributes:
       options: what was asked for.
       table: the states.
+      rules: what may be recommended.
       lines: how far the input has been read.
       answers: the file of answers; None for standard output.
       journal: of lines from standard input; None for another input, or where nothing is kept.
@@ -154,12 +156,13 @@ class Session:
 
     options: StreamOptions
     table: UserTable
+    rules: Rules
     lines: Chain
     answers: Answers | None = None
     journal: Journal | None = None
     quiet: bool = False
     first: int = 0
-    counts: dict[str, int] = field(default_factory=lambda: {"events": 0, "answers": 0, "errors": 0})
+    counts: dict[str, int] = field(default_factory=lambda: {"events": 0, "answers": 0, "errors": 0, "skipped": 0})
     began: float = field(default_factory=time.monotonic)
     saved_lines: int = 0
     next_save: float = 0.0
@@ -169,7 +172,10 @@ class Session:
         self.lines.add(line)
         try:
             limits = {name: getattr(self.options, name) for name in ("longest_line", "latest_time")}
-            answer = answer_line(self.table, line, **limits)
+            answer = answer_line(self.table, line, **limits, rules=self.rules)
+        except UnknownItem:
+            answer = None
+            self.counts["skipped"] += 1
         except (ValueError, FloatingPointError) as error:
             answer = error_line(error)
             self.counts["errors"] += 1
@@ -280,10 +286,12 @@ class Session:
 
     def summary(self) -> str:
         """One line that says what was done."""
+        skipped = self.counts["skipped"]
+        left_out = f", {skipped:,} events of unknown items skipped" if skipped else ""
         held = f"; {self.options.state} holds {self.lines.lines:,} lines" if self.options.state is not None else ""
         return (
             f"{self.lines.lines - self.first:,} lines: {self.counts['events']:,} events, {self.counts['answers']:,} "
-            f"answers, {self.counts['errors']:,} bad lines; {len(self.table):,} users of "
+            f"answers, {self.counts['errors']:,} bad lines{left_out}; {len(self.table):,} users of "
             f"{self.table.streamer.state_bytes():,} bytes each; {time.monotonic() - self.began:.1f} s{held}"
         )
 
@@ -361,7 +369,8 @@ def _begun(options: StreamOptions, stack: contextlib.ExitStack) -> Session:
             "journal as well to begin anew"
         )
     table, lines, given = open_table(options)
-    session = Session(options, table, lines, journal=journal, first=lines.lines, saved_lines=lines.lines)
+    rules = rules_from_options(options, table.recommender.index_of_item, report=_note)
+    session = Session(options, table, rules, lines, journal=journal, first=lines.lines, saved_lines=lines.lines)
     if options.output != "-":
         session.answers = Answers(pathlib.Path(options.output), given)
         stack.callback(session.answers.close)

@@ -17,11 +17,12 @@ from jax import export
 from tim4rec_jax.evaluation.metrics import check_top_k
 from tim4rec_jax.files import locked, replacing_folder
 from tim4rec_jax.models import apply_method, build_model, last_hidden, variables
-from tim4rec_jax.serving.recommender import Recommender, best_columns
+from tim4rec_jax.serving.ranking import best_columns
+from tim4rec_jax.serving.recommender import Recommender
 
-EXPORT_FORMAT = 1
+EXPORT_FORMAT = 2
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
-PARAMETERS, ITEMS, DESCRIPTION = "parameters.npz", "items.parquet", "export.json"
+PARAMETERS, ITEMS, ALLOWED, DESCRIPTION = "parameters.npz", "items.parquet", "allowed.npy", "export.json"
 
 _MEANINGS = {
     "parameters": f"the arrays of {PARAMETERS} by name",
@@ -29,6 +30,7 @@ _MEANINGS = {
     "lengths": "events of the history, 1 to max_len",
     "timestamps": "seconds since 1970 of the events, padded with 0",
     "excluded": "item indices to leave out of the list; 0 for none",
+    "allowed": f"whether the item of each index may be recommended; {ALLOWED} holds what was asked for at the export",
     "state": "all zeros before the first event; give back what the last call returned",
     "item": "index of the new event's item",
     "timestamp": "seconds since 1970 of the new event, never before the history's last",
@@ -69,8 +71,10 @@ def _row_by_row(function: Callable[..., Any]) -> Callable[..., Any]:
     return jax.vmap(one)
 
 
-def _programs(model: nn.Module, params: Any, time_dtype: Any, max_len: int, k: int) -> dict[str, _Program]:
+def _programs(recommender: Recommender, k: int) -> dict[str, _Program]:
+    model, params, max_len = _portable(recommender.model), recommender.params, recommender.max_len
     config = model.config
+    time_dtype = jnp.float32 if recommender.config.data.timestamp_precision == "float32" else jnp.int32
     structure = jax.tree.structure(params)
     names = list(flat_arrays(params))
     b, s = export.symbolic_shape("b, s")
@@ -81,22 +85,25 @@ def _programs(model: nn.Module, params: Any, time_dtype: Any, max_len: int, k: i
     def shape(*sizes: Any, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(sizes, dtype)
 
-    def rank(parameters: Any, hidden: jax.Array, excluded: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def rank(
+        parameters: Any, hidden: jax.Array, excluded: jax.Array, allowed: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
         scores = apply_method(model, collections(parameters), "score", hidden)
-        best, indices, _ = best_columns(scores, excluded, k)
+        best, indices, _ = best_columns(scores, excluded, k, allowed)
         return jnp.where(best > -jnp.inf, indices, 0).astype(jnp.int32), best
 
     def recommend(parameters: Any, items: Any, lengths: Any, *rest: Any) -> tuple[jax.Array, jax.Array]:
         def encode(items: Any, lengths: Any, timestamps: Any = None) -> jax.Array:
             return last_hidden(model, collections(parameters), items, lengths, timestamps)
 
-        return rank(parameters, _row_by_row(encode)(items, lengths, *rest[:-1]), rest[-1])
+        return rank(parameters, _row_by_row(encode)(items, lengths, *rest[:-2]), *rest[-2:])
 
     parameters = {name: shape(*leaf.shape, dtype=leaf.dtype) for name, leaf in flat_arrays(params).items()}
     # Models of fixed length ask for all their timestamps, also where fewer events are read.
     columns = max(max_len, config.max_len)
     time = {"timestamps": shape(b, columns, dtype=time_dtype)} if model.uses_time else {}
-    history = {"items": shape(b, max_len), "lengths": shape(b), **time, "excluded": shape(b, s)}
+    restricted = {"excluded": shape(b, s), "allowed": shape(config.vocab_size, dtype=jnp.bool_)}
+    history = {"items": shape(b, max_len), "lengths": shape(b), **time, **restricted}
     programs = {"recommend": _Program(recommend, {"parameters": parameters, **history}, ("best", "scores"))}
     if not model.streamable:
         return programs
@@ -119,7 +126,7 @@ def _programs(model: nn.Module, params: Any, time_dtype: Any, max_len: int, k: i
     state = {name: shape(b, *leaf.shape[1:], dtype=leaf.dtype) for name, leaf in flat_arrays(empty).items()}
     time = {"timestamp": shape(b)} if model.uses_time else {}
     event = {"parameters": parameters, "state": state, "item": shape(b), **time}
-    hidden = {"hidden": shape(b, config.d_model, dtype=config.dtype), "excluded": shape(b, s)}
+    hidden = {"hidden": shape(b, config.d_model, dtype=config.dtype), **restricted}
     programs["step"] = _Program(step, event, ("state", "hidden"))
     programs["top_k"] = _Program(rank, {"parameters": parameters, **hidden}, ("best", "scores"))
     return programs
@@ -162,8 +169,9 @@ def _write_items(recommender: Recommender, file: pathlib.Path) -> None:
     table = pl.DataFrame(
         {
             "index": np.arange(1, n + 1, dtype=np.int32),
-            "item_id": pl.Series(recommender.item_ids, dtype=pl.String),
-            "title": pl.Series(recommender.titles or [None] * n, dtype=pl.String),
+            "item_id": recommender.id_column,
+            "title": recommender.title_column,
+            "training_events": recommender.training_counts[1:],
             "embedding": pl.Series(rows, dtype=pl.Array(pl.Float32, rows.shape[1])),
         }
     )
@@ -177,8 +185,22 @@ def _version(distribution: str) -> str | None:
         return None  # run from a checkout that is not installed
 
 
+def _new_folder(output: pathlib.Path) -> pathlib.Path:
+    output = pathlib.Path(output).absolute()
+    if output.exists():
+        raise FileExistsError(f"{output} exists; choose another folder, or remove this one")
+    if not output.parent.is_dir():
+        raise FileNotFoundError(f"there is no folder {output.parent} to write {output.name} to")
+    return output
+
+
 def export_model(
-    recommender: Recommender, output: pathlib.Path, *, k: int, platforms: Sequence[str] = ("cpu", "cuda", "tpu")
+    recommender: Recommender,
+    output: pathlib.Path,
+    *,
+    k: int,
+    platforms: Sequence[str] = ("cpu", "cuda", "tpu"),
+    allowed: np.ndarray | None = None,
 ) -> dict[str, Any]:
     """Writes a folder from which the model runs with JAX and NumPy alone.
 
@@ -186,7 +208,8 @@ def export_model(
       step.jax_export        causal models: states and one event each in, states and hidden states out
       top_k.jax_export       causal models: hidden states in, the k best items out
       parameters.npz         the arrays that every program takes first, as a dictionary
-      items.parquet          index, item_id, title, embedding (float32) of every item
+      items.parquet          index, item_id, title, training_events (the popularity), embedding (float32) of every item
+      allowed.npy            bool [items + 1]: the items that the rules of the export leave
       export.json            inputs and outputs of the programs: names, shapes, dtypes, meaning
 
     The parameters are an input and no constants, so that all programs share them, and programs stay small and need not
@@ -197,6 +220,7 @@ def export_model(
       output: the folder; must not exist.
       k: items of a list.
       platforms: what the programs can run on, of `PLATFORMS`.
+      allowed: bool [v], the items that may be recommended; None for all.
 
     Returns:
       The content of export.json.
@@ -206,26 +230,20 @@ def export_model(
       FileNotFoundError: the folder that should hold it is not.
       ValueError: for a k under 1 or over the catalogue, or an unknown platform.
     """
-    output = pathlib.Path(output).absolute()
-    if output.exists():
-        raise FileExistsError(f"{output} exists; choose another folder, or remove this one")
-    if not output.parent.is_dir():
-        raise FileNotFoundError(f"there is no folder {output.parent} to write {output.name} to")
+    output = _new_folder(output)
     check_top_k((k,), recommender.num_items)
-    unknown = sorted(set(platforms) - set(PLATFORMS))
-    if unknown or not platforms:
+    if not platforms or set(platforms) - set(PLATFORMS):
         raise ValueError(f"platforms={tuple(platforms)}: expected some of {PLATFORMS}")
     config = recommender.config
-    time_dtype = jnp.float32 if config.data.timestamp_precision == "float32" else jnp.int32
-    model = _portable(recommender.model)
     with locked(output), replacing_folder(output) as temporary:
         programs = {
-            name: _export(name, program, platforms, temporary)
-            for name, program in _programs(model, recommender.params, time_dtype, recommender.max_len, k).items()
+            name: _export(name, program, platforms, temporary) for name, program in _programs(recommender, k).items()
         }
         arrays = {name: np.asarray(leaf) for name, leaf in flat_arrays(recommender.params).items()}
         np.savez(temporary / PARAMETERS, **arrays)  # pyright: ignore[reportArgumentType]
         _write_items(recommender, temporary / ITEMS)
+        every = np.arange(recommender.num_items + 1) > 0
+        np.save(temporary / ALLOWED, every if allowed is None else allowed)
         description = {
             "format": EXPORT_FORMAT,
             "made_with": {name: _version(name) for name in ("tim4rec_jax", "jax")},
@@ -238,7 +256,8 @@ def export_model(
             "sizes": {"b": "histories of a call, at least 1", "s": "items to leave out, at least 1"},
             "order": "arrays of a dictionary follow each other by sorted name",
             "parameters": {"file": PARAMETERS, "arrays": _described(arrays)},
-            "items": {"file": ITEMS, "columns": ["index", "item_id", "title", "embedding"]},
+            "items": {"file": ITEMS, "columns": ["index", "item_id", "title", "training_events", "embedding"]},
+            "allowed": {"file": ALLOWED, **_described(every)},
             "programs": programs,
         }
         (temporary / DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")

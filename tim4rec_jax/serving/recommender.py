@@ -4,7 +4,7 @@ import dataclasses
 import difflib
 import functools
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -20,9 +20,9 @@ from tim4rec_jax.evaluation.full_sort import positions_read
 from tim4rec_jax.evaluation.metrics import check_top_k
 from tim4rec_jax.models import apply_method, last_hidden, variables
 from tim4rec_jax.run_dir import read_earlier_model_settings, read_histories, read_items
-from tim4rec_jax.serving.stored_run import load_model
+from tim4rec_jax.serving.ranking import best_columns, items_left, next_power_of_two, padded_lists, score_rows
+from tim4rec_jax.serving.stored_run import load_model, training_counts
 
-SCORE_TILE_BYTES = 64 * 2**20
 BATCH_TOKENS = 2**15
 SHORTEST_LENGTH = 8
 LATEST_SECOND = 10**11  # the year 5138: larger numbers are milliseconds
@@ -37,12 +37,14 @@ class History:
       timestamps: [l] int64 seconds since 1970, never backwards.
       label: how messages call it, such as "user '42'".
       assumed_gap: seconds put between consecutive items because no times were given; None where times were given.
+      skipped: unknown items that were left out.
     """
 
     items: np.ndarray
     timestamps: np.ndarray
     label: str = "the history"
     assumed_gap: int | None = None
+    skipped: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,11 +54,6 @@ class Recommendation:
     item_id: str
     score: float
     title: str | None
-
-
-def next_power_of_two(n: int) -> int:
-    """Returns the least power of two that is at least n >= 1."""
-    return 1 << (n - 1).bit_length()
 
 
 def nearest(word: str, known: Sequence[str]) -> str:
@@ -88,28 +85,6 @@ def _checked_times(times: Sequence[int], num_items: int, label: str) -> np.ndarr
     return seconds
 
 
-def best_columns(scores: jax.Array, excluded: jax.Array, k: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Picks the k best columns a row, best first, never column 0, the padding; equal scores in order of index.
-
-    Args:
-      scores: [b, v].
-      excluded: int [b, s] columns to leave out as well; 0 for none.
-      k: columns a row.
-
-    Returns:
-      Scores [b, k], indices [b, k], and whether all scores of a row are finite [b].
-    """
-    finite = jnp.isfinite(scores).all(axis=1)
-    scores = scores.at[jnp.arange(scores.shape[0])[:, None], excluded].set(-jnp.inf).at[:, 0].set(-jnp.inf)
-    best, indices = jax.lax.top_k(scores, k)
-    return best, indices, finite
-
-
-def items_left(indices: np.ndarray, scores: np.ndarray) -> np.ndarray:
-    """Puts item 0 where `best_columns` had nothing left but what is excluded, whose score is -inf."""
-    return np.where(scores == -np.inf, 0, indices)
-
-
 @functools.partial(jax.jit, static_argnames=("model", "k"))
 def _top_k(
     params: Any,
@@ -117,13 +92,35 @@ def _top_k(
     lengths: jax.Array,
     timestamps: jax.Array,
     excluded: jax.Array,
+    allowed: jax.Array | None,
     *,
     model: nn.Module,
     k: int,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The k best items after each history, see `best_columns`."""
     hidden = last_hidden(model, variables(params), items, lengths, timestamps)
-    return best_columns(apply_method(model, variables(params), "score", hidden), excluded, k)
+    return best_columns(apply_method(model, variables(params), "score", hidden), excluded, k, allowed)
+
+
+@functools.partial(jax.jit, static_argnames="model")
+def _scores_of(
+    params: Any, items: jax.Array, lengths: jax.Array, timestamps: jax.Array, columns: jax.Array, *, model: nn.Module
+) -> jax.Array:
+    """The scores [b, m] of the items `columns` [b, m] after each history."""
+    hidden = last_hidden(model, variables(params), items, lengths, timestamps)
+    return jnp.take_along_axis(apply_method(model, variables(params), "score", hidden), columns, axis=1)
+
+
+@functools.partial(jax.jit, static_argnames=("model", "k"))
+def _similar(
+    params: Any, items: jax.Array, allowed: jax.Array | None, *, model: nn.Module, k: int
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The k items of the greatest cosine with each of `items` [b], but itself; a row of zeros has cosine 0."""
+    table = apply_method(model, variables(params), "item_table").astype(jnp.float32)
+    norms = jnp.linalg.norm(table, axis=1, keepdims=True)
+    table = table / jnp.where(norms > 0, norms, 1)
+    cosines = jnp.matmul(table[items], table.T, precision="highest")
+    return best_columns(cosines, items[:, None], k, allowed)
 
 
 class Recommender:
@@ -132,9 +129,13 @@ class Recommender:
     Attributes:
       earlier_settings: of the model, as a version with one class of settings for all models wrote them into the run;
         its tables of user states are known by them. None for other runs.
+      run: the run folder, where it came from one.
+      users: raw ids of the users of the log.
+      index_of_item: index from 1 of every raw item id.
     """
 
     earlier_settings: dict[str, Any] | None = None
+    run: pathlib.Path | None = None
 
     def __init__(
         self,
@@ -160,8 +161,14 @@ class Recommender:
         self.model, self.params, self.config = model, params, config
         self.item_ids, self.titles = list(item_ids), None if titles is None else list(titles)
         self.num_items = len(self.item_ids)
-        self._histories = histories
-        self._index_of_item = {item_id: index for index, item_id in enumerate(self.item_ids, start=1)}
+        self.index_of_item = {item_id: index for index, item_id in enumerate(self.item_ids, start=1)}
+        self._histories = histories.cast(
+            {"user_id": pl.String, "items": pl.List(pl.Int32), "timestamps": pl.List(pl.Int64)}
+        )
+        self.users = self._histories["user_id"].to_list()
+        self._items, self._times = (self._histories[name].explode().to_numpy() for name in ("items", "timestamps"))
+        counts = self._histories["items"].list.len().to_numpy()
+        self._offsets = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
 
     @classmethod
     def from_run(cls, run: pathlib.Path, *, report: Callable[[str], None] = print) -> "Recommender":
@@ -193,55 +200,73 @@ class Recommender:
             titles=titles,
             histories=read_histories(run),
         )
+        recommender.run = run
         recommender.earlier_settings = read_earlier_model_settings(run)
         return recommender
 
     @cached_property
     def _row_of_user(self) -> dict[str, int]:
-        return {user: row for row, user in enumerate(self._histories["user_id"].to_list())}
+        return {user: row for row, user in enumerate(self.users)}
+
+    @cached_property
+    def id_column(self) -> pl.Series:
+        """Raw ids of items 1, 2, ..."""
+        return pl.Series(self.item_ids, dtype=pl.String)
+
+    @cached_property
+    def title_column(self) -> pl.Series:
+        """Titles of items 1, 2, ..., null where none is known."""
+        return pl.Series(self.titles or [None] * self.num_items, dtype=pl.String)
 
     @cached_property
     def typical_gap(self) -> int:
         """Median seconds between consecutive events of a user in the run's log."""
-        gaps = self._histories.select(pl.col("timestamps").list.diff().explode().drop_nulls().median()).item()
-        return 0 if gaps is None else round(gaps)
+        within = np.ones(len(self._times), bool)
+        within[self._offsets[:-1]] = False
+        gaps = np.diff(self._times, prepend=0)[within]
+        return round(float(np.median(gaps))) if len(gaps) else 0
 
     @cached_property
     def newest_time(self) -> int:
         """Time of the newest event in the run's log, seconds since 1970."""
-        return int(self._histories.select(pl.col("timestamps").list.max().max()).item())
+        return int(self._times.max())
 
-    def history_of_user(self, raw_user_id: str) -> History:
+    @cached_property
+    def training_counts(self) -> np.ndarray:
+        """How often each item occurs in the training part of the run's log, int64 [v]; without a run, in all of it."""
+        if self.run is None:
+            return np.bincount(self._items, minlength=self.num_items + 1)
+        return training_counts(self.run)
+
+    def _stored(self, row: int) -> History:
+        events = slice(self._offsets[row], self._offsets[row + 1])
+        return History(self._items[events], self._times[events], label=f"user {self.users[row]!r}")
+
+    def history_of_user(self, raw_user_id: str, *, empty_if_unknown: bool = False) -> History:
         """The stored history of a user, test event included: what comes next is what nobody has seen yet.
 
         Args:
           raw_user_id: id as in the log.
+          empty_if_unknown: return a history without events for an unknown user.
 
         Raises:
           ValueError: for an unknown user; the nearest known ids are shown.
         """
-        row = self._row_of_user.get(str(raw_user_id))
-        if row is None:
-            raise ValueError(
-                f"unknown user {str(raw_user_id)!r}; "
-                f"nearest known: {nearest(str(raw_user_id), list(self._row_of_user))}; "
-                f"histories.parquet in the run folder lists all {len(self._row_of_user)} "
-                "(users removed in cleaning are not among them: give their items as a history instead)"
-            )
-        stored = self._histories.row(row, named=True)
-        return History(
-            np.asarray(stored["items"], np.int32),
-            np.asarray(stored["timestamps"], np.int64),
-            label=f"user {str(raw_user_id)!r}",
+        user = str(raw_user_id)
+        row = self._row_of_user.get(user)
+        if row is not None:
+            return self._stored(row)
+        if empty_if_unknown:
+            return History(np.zeros(0, np.int32), np.zeros(0, np.int64), label=f"user {user!r}")
+        raise ValueError(
+            f"unknown user {user!r}; nearest known: {nearest(user, self.users)}; "
+            f"histories.parquet in the run folder lists all {len(self.users)} "
+            "(users removed in cleaning are not among them: give their items as a history instead)"
         )
 
     def stored_histories(self) -> dict[str, History]:
         """Returns the histories of all users of the run's log by raw id; see `history_of_user`."""
-        columns = self._histories.select("user_id", "items", "timestamps")
-        return {
-            user: History(np.asarray(items, np.int32), np.asarray(times, np.int64), label=f"user {user!r}")
-            for user, items, times in columns.iter_rows()
-        }
+        return {user: self._stored(row) for row, user in enumerate(self.users)}
 
     def item_index(self, raw_item_id: str, label: str, place: str = "") -> int:
         """The index from 1 of an item.
@@ -254,7 +279,7 @@ class Recommender:
         Raises:
           ValueError: for an unknown item; the nearest ids are shown.
         """
-        index = self._index_of_item.get(raw_item_id)
+        index = self.index_of_item.get(raw_item_id)
         if index is None:
             raise ValueError(
                 f"{label}: unknown item {raw_item_id!r}{place}; nearest known: {nearest(raw_item_id, self.item_ids)}; "
@@ -263,7 +288,13 @@ class Recommender:
         return index
 
     def history_from_ids(
-        self, raw_item_ids: Sequence[str], times: Sequence[int] | None = None, *, label: str = "the history"
+        self,
+        raw_item_ids: Sequence[str],
+        times: Sequence[int] | None = None,
+        *,
+        label: str = "the history",
+        skip_unknown: bool = False,
+        may_be_empty: bool = False,
     ) -> History:
         """A history from raw item ids.
 
@@ -274,36 +305,48 @@ class Recommender:
           raw_item_ids: ids as in the log, oldest first.
           times: whole seconds since 1970, one per item, never backwards.
           label: how messages call it.
+          skip_unknown: leave unknown items out and count them (`History.skipped`).
+          may_be_empty: no item is no error.
 
         Raises:
           ValueError: for no item, an unknown item (the nearest ids are shown), a number of times that differs from the
             number of items, or times that are no seconds or go backwards.
         """
         ids = [str(item_id) for item_id in raw_item_ids]
-        if not ids:
-            raise ValueError(f"{label} is empty; give at least 1 item id")
-        found = [self.item_index(item_id, label, f" at position {i}") for i, item_id in enumerate(ids, start=1)]
-        items = np.array(found, np.int32)
-        if times is None:
-            steps_back = np.arange(len(ids))[::-1]
-            return History(items, self.newest_time - steps_back * self.typical_gap, label, self.typical_gap)
-        return History(items, _checked_times(times, len(ids), label), label)
+        seconds = None if times is None else _checked_times(times, len(ids), label) if ids else np.zeros(0, np.int64)
+        known = [i for i, item_id in enumerate(ids) if not skip_unknown or item_id in self.index_of_item]
+        if not known and not may_be_empty:
+            only = f"{label} has {len(ids)} items, all unknown" if ids else f"{label} is empty"
+            raise ValueError(f"{only}; give at least 1 item id")
+        found = [self.item_index(ids[i], label, f" at position {i + 1}") for i in known]
+        items, skipped = np.array(found, np.int32), len(ids) - len(known)
+        if seconds is None and len(items):
+            steps_back = np.arange(len(items))[::-1]
+            assumed = self.newest_time - steps_back * self.typical_gap
+            return History(items, assumed, label, self.typical_gap, skipped)
+        return History(items, np.zeros(0, np.int64) if seconds is None else seconds[known], label, None, skipped)
 
     def recommend(
-        self, histories: Sequence[History], k: int, *, exclude_seen: bool = False
+        self,
+        histories: Sequence[History],
+        k: int,
+        *,
+        exclude_seen: bool = False,
+        allowed: np.ndarray | None = None,
     ) -> list[list[Recommendation]]:
-        """The k items that come next most likely, best first, for each history; fewer where fewer are unseen.
+        """The k items that come next most likely, best first, for each history; fewer where fewer are left.
 
         Args:
           histories: of any length; the last `max_len` events are read, as in evaluation.
           k: items per history.
           exclude_seen: leave every item of a history out of its list.
+          allowed: bool [v], the items that may be recommended, see `rules.allowed_items`; None for all.
 
         Raises:
           ValueError: for an empty history, a k under 1, or a k over the catalogue.
           FloatingPointError: where scores are not finite.
         """
-        return self.named(*self.top_k(histories, k, exclude_seen=exclude_seen))
+        return self.named(*self.top_k(histories, k, exclude_seen=exclude_seen, allowed=allowed))
 
     def named(self, indices: np.ndarray, scores: np.ndarray) -> list[list[Recommendation]]:
         """Gives item indices [n, k] from 1 and their scores [n, k] their ids and titles; a list ends at item 0."""
@@ -317,7 +360,12 @@ class Recommender:
         ]
 
     def top_k(
-        self, histories: Sequence[History], k: int, *, exclude_seen: bool = False
+        self,
+        histories: Sequence[History],
+        k: int,
+        *,
+        exclude_seen: bool = False,
+        allowed: np.ndarray | None = None,
     ) -> tuple[np.ndarray, np.ndarray]:
         """As `recommend`, in arrays: a list that is shorter than k goes on with item 0 of score -inf.
 
@@ -325,6 +373,7 @@ class Recommender:
           histories: n of them, of any length; the last `max_len` events are read, as in evaluation.
           k: items per history.
           exclude_seen: leave every item of a history out of its list.
+          allowed: bool [v], see `recommend`.
 
         Returns:
           Item indices from 1 [n, k] int32 and their scores [n, k] float32, best first; equal scores in order of index.
@@ -336,6 +385,85 @@ class Recommender:
         self.check(histories, k)
         indices = np.zeros((len(histories), k), np.int32)
         scores = np.zeros((len(histories), k), np.float32)
+        width = min(next_power_of_two(k), self.num_items)
+        for rows, inputs in self._batches(histories):
+            excluded = padded_lists([histories[i].items if exclude_seen else () for i in rows], len(inputs[0]))
+            best, found, finite = jax.device_get(
+                _top_k(self.params, *inputs, excluded, allowed, model=self.model, k=width)
+            )
+            n = len(rows)
+            _require_finite(finite[:n], [histories[i].label for i in rows])
+            indices[rows], scores[rows] = items_left(found, best)[:n, :k], best[:n, :k]
+        return indices, scores
+
+    def item_scores(self, histories: Sequence[History], items: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """Returns the scores that `top_k` would give certain items.
+
+        Args:
+          histories: n of them.
+          items: for each, item indices from 1.
+
+        Returns:
+          For each, float32 scores in the order of its items.
+
+        Raises:
+          ValueError: for an empty history.
+          FloatingPointError: where scores are not finite.
+        """
+        self.check(histories, 1)
+        scores = [np.zeros(0, np.float32)] * len(histories)
+        for rows, inputs in self._batches(histories):
+            columns = padded_lists([items[i] for i in rows], len(inputs[0]))
+            found = np.asarray(_scores_of(self.params, *inputs, columns, model=self.model))[: len(rows)]
+            _require_finite(np.asarray(np.isfinite(found).all(axis=1)), [histories[i].label for i in rows])
+            for i, row in zip(rows, found, strict=True):
+                scores[i] = row[: len(items[i])]
+        return scores
+
+    def similar(
+        self, items: Sequence[int], k: int, *, allowed: np.ndarray | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Returns the items most like others by the cosine of their rows of the item table, each but itself.
+
+        Args:
+          items: n item indices from 1.
+          k: items of a list.
+          allowed: bool [v], see `recommend`.
+
+        Returns:
+          Item indices [n, k] int32 and cosines [n, k] float32, as `top_k`.
+
+        Raises:
+          ValueError: for a k under 1, or a k over the catalogue.
+          FloatingPointError: where a cosine is not finite.
+        """
+        check_top_k((k,), self.num_items)
+        rows, width = score_rows(self.num_items + 1), min(next_power_of_two(k), self.num_items)
+        indices, cosines = np.zeros((len(items), k), np.int32), np.zeros((len(items), k), np.float32)
+        for first in range(0, len(items), rows):
+            part = np.asarray(items[first : first + rows], np.int32)
+            n = len(part)
+            padded = np.concatenate([part, np.zeros(next_power_of_two(n) - n, np.int32)])
+            best, found, finite = jax.device_get(_similar(self.params, padded, allowed, model=self.model, k=width))
+            _require_finite(finite[:n], [f"item {self.item_ids[i - 1]!r}" for i in part])
+            chosen = slice(first, first + n)
+            indices[chosen], cosines[chosen] = items_left(found, best)[:n, :k], best[:n, :k]
+        return indices, cosines
+
+    def popular(self, k: int, *, allowed: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """Returns the items that occur most often in the training part, and how often, int32 [k] and float32 [k].
+
+        Equal counts in order of index; a list that is shorter than k goes on as in `top_k`.
+        """
+        check_top_k((k,), self.num_items)
+        counts = self.training_counts.astype(np.float32)
+        counts[~allowed if allowed is not None else [0]] = -np.inf
+        counts[0] = -np.inf
+        best = np.argsort(-counts, kind="stable")[:k]
+        return items_left(best, counts[best]).astype(np.int32), counts[best]
+
+    def _batches(self, histories: Sequence[History]) -> Iterator[tuple[np.ndarray, tuple[np.ndarray, ...]]]:
+        """Yields batches of few static shapes: places in `histories` [n], and items, lengths and times of b >= n."""
         lengths = np.array([min(len(history.items), self.max_len) for history in histories], np.int32)
         order = np.argsort(lengths, kind="stable")
         first = 0
@@ -346,18 +474,16 @@ class Recommender:
             length = self._static_length(int(lengths[rows[-1]]))
             rows = rows[: self._row_limit(length)]
             length = self._static_length(int(lengths[rows[-1]]))
-            indices[rows], scores[rows] = self._run(
-                [histories[i] for i in rows], lengths[rows], length, k, exclude_seen
-            )
+            yield rows, self._inputs([histories[i] for i in rows], lengths[rows], length)
             first += len(rows)
-        return indices, scores
 
     def _static_length(self, length: int) -> int:
         return min(max(next_power_of_two(length), SHORTEST_LENGTH), self.max_len)
 
     def _row_limit(self, length: int) -> int:
-        rows = min(BATCH_TOKENS // self._static_length(length), SCORE_TILE_BYTES // (4 * (self.num_items + 1)))
-        return 1 << (max(1, rows).bit_length() - 1)
+        return 1 << (
+            max(1, min(BATCH_TOKENS // self._static_length(length), score_rows(self.num_items + 1))).bit_length() - 1
+        )
 
     def check(self, histories: Sequence[History], k: int) -> None:
         """Refuses what `top_k` cannot do; raises ValueError as it says."""
@@ -366,38 +492,24 @@ class Recommender:
             if len(history.items) == 0:
                 raise ValueError(f"{history.label} is empty; give at least 1 item id")
 
-    def _run(
-        self, histories: Sequence[History], lengths: np.ndarray, length: int, k: int, exclude_seen: bool
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """One device call; all sizes are rounded up to powers of two, so that later calls find a compiled program."""
+    def _inputs(self, histories: Sequence[History], lengths: np.ndarray, length: int) -> tuple[np.ndarray, ...]:
+        """Sizes are rounded up to powers of two, so that later calls find a compiled program."""
         n = len(histories)
         b = next_power_of_two(n)
-        seen = next_power_of_two(max(len(history.items) for history in histories)) if exclude_seen else 1
         items = np.zeros((b, length), np.int32)
         timestamps = np.zeros((b, max(length, self.config.model.max_len)), np.int64)
-        excluded = np.zeros((b, seen), np.int32)
         for row, history in enumerate(histories):
             items[row, : lengths[row]] = history.items[-lengths[row] :]
             timestamps[row, : lengths[row]] = history.timestamps[-lengths[row] :]
-            if exclude_seen:
-                excluded[row, : len(history.items)] = history.items
         # Filling rows read item 0 once: any valid row will do, their results are dropped.
         filled_lengths = np.ones(b, np.int32)
         filled_lengths[:n] = lengths
-        best, indices, finite = jax.device_get(
-            _top_k(
-                self.params,
-                items,
-                filled_lengths,
-                timestamps_for_device(timestamps, self.config.data.timestamp_precision),
-                excluded,
-                model=self.model,
-                k=min(next_power_of_two(k), self.num_items),
-            )
+        return items, filled_lengths, timestamps_for_device(timestamps, self.config.data.timestamp_precision)
+
+
+def _require_finite(finite: np.ndarray, labels: Sequence[str]) -> None:
+    if not finite.all():
+        raise FloatingPointError(
+            f"the scores for {labels[int(np.argmin(finite))]} are not finite; "
+            "the run's parameters hold NaN or infinity: train again or choose another run"
         )
-        if not finite[:n].all():
-            raise FloatingPointError(
-                f"the scores for {histories[int(np.argmin(finite[:n]))].label} are not finite; "
-                "the run's parameters hold NaN or infinity: train again or choose another run"
-            )
-        return items_left(indices, best)[:n, :k], best[:n, :k]

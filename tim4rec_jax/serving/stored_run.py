@@ -17,6 +17,7 @@ from tim4rec_jax.data.columns import FILE_ORDER
 from tim4rec_jax.data.interactions import InteractionLog, LogStatistics
 from tim4rec_jax.data.splits import split_log, training_times
 from tim4rec_jax.devices import device_line, taken_by
+from tim4rec_jax.evaluation.baselines import popularity_counts
 from tim4rec_jax.evaluation.full_sort import EvaluationResult, evaluate
 from tim4rec_jax.models import STATISTICS, SequentialModel, build_model, init_params, variables
 from tim4rec_jax.run_dir import CHECKPOINTS, read_config, read_environment, read_histories, read_items
@@ -147,6 +148,12 @@ def load_log(run: pathlib.Path) -> InteractionLog:
         fingerprint=read_environment(run)["data_fingerprint"],
         parts=parts,
     )
+
+
+def training_counts(run: pathlib.Path) -> np.ndarray:
+    """Returns how often each item occurs in the training part of a run's log, int64 [v]; entry 0, the padding, is 0."""
+    log = load_log(run)
+    return popularity_counts(log, split_log(log, read_config(run).data).first_held_out)
 
 
 def evaluate_run(

@@ -17,13 +17,8 @@ from tim4rec_jax.data.loader import timestamps_for_device
 from tim4rec_jax.evaluation.metrics import check_top_k
 from tim4rec_jax.models import MODELS, STATISTICS, apply_method, build_model, one_segment, variables
 from tim4rec_jax.run_dir import read_config
-from tim4rec_jax.serving.recommender import (
-    SCORE_TILE_BYTES,
-    Recommender,
-    best_columns,
-    items_left,
-    next_power_of_two,
-)
+from tim4rec_jax.serving.ranking import best_columns, items_left, next_power_of_two, padded_lists, score_rows
+from tim4rec_jax.serving.recommender import Recommender
 
 State = Any
 
@@ -144,9 +139,14 @@ def extend_rows(
 
 @functools.partial(jax.jit, static_argnames=("model", "k"))
 def _top_k(
-    params: Any, hidden: jax.Array, excluded: jax.Array, *, model: nn.Module, k: int
+    params: Any, hidden: jax.Array, excluded: jax.Array, allowed: jax.Array | None, *, model: nn.Module, k: int
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    return best_columns(apply_method(model, variables(params), "score", hidden), excluded, k)
+    return best_columns(apply_method(model, variables(params), "score", hidden), excluded, k, allowed)
+
+
+@functools.partial(jax.jit, static_argnames="model")
+def _scores_of(params: Any, hidden: jax.Array, columns: jax.Array, *, model: nn.Module) -> jax.Array:
+    return jnp.take_along_axis(apply_method(model, variables(params), "score", hidden), columns, axis=1)
 
 
 def _label(labels: Sequence[str] | None, row: int) -> str:
@@ -263,6 +263,7 @@ class Streamer:
         k: int,
         exclude: Sequence[np.ndarray] | None = None,
         labels: Sequence[str] | None = None,
+        allowed: np.ndarray | None = None,
     ) -> tuple[np.ndarray, np.ndarray]:
         """Ranks the catalogue.
 
@@ -271,10 +272,11 @@ class Streamer:
           k: items per row.
           exclude: item indices to leave out of each row's list, b arrays; None leaves out nothing.
           labels: how messages call the rows; None counts them from 0.
+          allowed: bool [v], the items that may be recommended; None for all.
 
         Returns:
           Item indices from 1 [b, k] int32 and their scores [b, k], best first; equal scores in order of index. A list
-          of which `exclude` leaves fewer goes on with item 0 of score -inf.
+          of which fewer are left goes on with item 0 of score -inf.
 
         Raises:
           ValueError: for a k under 1, or over the catalogue.
@@ -282,11 +284,11 @@ class Streamer:
         """
         check_top_k((k,), self.num_items)
         excluded = [np.unique(row) for row in exclude] if exclude is not None else [np.zeros(0, np.int32)] * len(hidden)
-        tile = 1 << (max(1, SCORE_TILE_BYTES // (4 * (self.num_items + 1))).bit_length() - 1)
+        tile = score_rows(self.num_items + 1)
         # Cut and filled on the host: on the device every number of rows would be another program.
         rows = np.asarray(hidden)
         parts = [
-            self._top_k_tile(rows[first : first + tile], k, excluded[first : first + tile])
+            self._top_k_tile(rows[first : first + tile], k, excluded[first : first + tile], allowed)
             for first in range(0, len(rows), tile)
         ]
         indices, scores, finite = (np.concatenate(column) for column in zip(*parts, strict=True))
@@ -297,14 +299,27 @@ class Streamer:
             )
         return indices, scores
 
-    def _top_k_tile(self, hidden: np.ndarray, k: int, excluded: list[np.ndarray]) -> tuple[np.ndarray, ...]:
+    def item_scores(self, hidden: jax.Array, items: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """Returns the scores that `top_k` would give certain items: of each row those of its item indices, float32."""
+        rows = _filled(np.asarray(hidden))
+        scores = np.asarray(_scores_of(self.params, rows, padded_lists(items, len(rows)), model=self.model))
+        for row, ids in enumerate(items):
+            if not np.isfinite(scores[row, : len(ids)]).all():
+                raise FloatingPointError(f"the scores of row {row} are not finite; the parameters or the state are not")
+        return [scores[row, : len(ids)] for row, ids in enumerate(items)]
+
+    def _top_k_tile(
+        self, hidden: np.ndarray, k: int, excluded: list[np.ndarray], allowed: np.ndarray | None
+    ) -> tuple[np.ndarray, ...]:
         """One device call; sizes are rounded up to powers of two, so that later calls find a compiled program."""
-        n, b = len(hidden), next_power_of_two(len(hidden))
-        columns = np.zeros((b, next_power_of_two(max(1, *(len(ids) for ids in excluded)))), np.int32)
-        for row, ids in enumerate(excluded):
-            columns[row, : len(ids)] = ids
-        if b != n:
-            hidden = np.concatenate([hidden, np.zeros((b - n, hidden.shape[1]), hidden.dtype)])
+        n, hidden = len(hidden), _filled(hidden)
+        columns = padded_lists(excluded, len(hidden))
         width = min(next_power_of_two(k), self.num_items)
-        best, indices, finite = jax.device_get(_top_k(self.params, hidden, columns, model=self.model, k=width))
+        best, indices, finite = jax.device_get(_top_k(self.params, hidden, columns, allowed, model=self.model, k=width))
         return items_left(indices, best)[:n, :k], best[:n, :k], finite[:n]
+
+
+def _filled(rows: np.ndarray) -> np.ndarray:
+    """Returns a power of two of rows, those after the given ones zeros."""
+    more = next_power_of_two(len(rows)) - len(rows)
+    return np.concatenate([rows, np.zeros((more, rows.shape[1]), rows.dtype)]) if more else rows

@@ -13,7 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from tim4rec_jax.serving import user_table_file
-from tim4rec_jax.serving.recommender import History, Recommender, next_power_of_two
+from tim4rec_jax.serving.ranking import next_power_of_two
+from tim4rec_jax.serving.recommender import History, Recommender
 from tim4rec_jax.serving.streaming import Streamer, earlier_fingerprint, extend_rows, fingerprint
 from tim4rec_jax.serving.user_table_file import LAST_SECOND
 
@@ -188,26 +189,25 @@ class UserTable:
             self.streamer.params, self._table, rows, items, lengths, seconds, model=self.streamer.model
         )
 
-    def top_k(self, users: Sequence[str], k: int, *, exclude_seen: bool = False) -> tuple[np.ndarray, np.ndarray]:
+    def top_k(
+        self, users: Sequence[str], k: int, *, exclude_seen: bool = False, allowed: np.ndarray | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
         """Ranks the catalogue for users.
 
         Args:
           users: raw ids.
           k: items per user.
           exclude_seen: leave out what the user has had; needs the items to be kept.
+          allowed: bool [v], the items that may be recommended; None for all.
 
         Returns:
-          Item indices from 1 [n, k] int32 and their scores [n, k], best first.
+          Item indices from 1 [n, k] int32 and their scores [n, k], best first; see `Streamer.top_k`.
 
         Raises:
           ValueError: for a user without events, a k that does not fit, or items that are not kept.
           FloatingPointError: where scores are not finite.
         """
-        for user in users:
-            if user not in self._rows:
-                raise ValueError(
-                    f"user {user!r} has no events; give at least one, or start with --warm for the run's own users"
-                )
+        self._require_events(users)
         if exclude_seen and not self.keeps_items:
             raise ValueError("exclude_seen needs every user's items, which this table does not keep (keep_items)")
         self.flush()
@@ -218,8 +218,28 @@ class UserTable:
         seen = None
         if exclude_seen:  # by filling rows nothing: their results are dropped
             seen = [np.array(self._items[row] if i < n else [], np.int32) for i, row in enumerate(rows)]
-        indices, scores = self.streamer.top_k(self.hidden[rows], k, seen, labels)
+        indices, scores = self.streamer.top_k(self.hidden[rows], k, seen, labels, allowed)
         return indices[:n], scores[:n]
+
+    def item_scores(self, user: str, items: np.ndarray) -> np.ndarray:
+        """Returns the scores that `top_k` would give certain item indices for a user.
+
+        Raises:
+          ValueError: the user has no events.
+          FloatingPointError: where scores are not finite.
+        """
+        self._require_events([user])
+        self.flush()
+        [scores] = self.streamer.item_scores(self.hidden[np.array([self._rows[user]])], [items])
+        return scores
+
+    def _require_events(self, users: Sequence[str]) -> None:
+        for user in users:
+            if user not in self._rows:
+                raise ValueError(
+                    f"user {user!r} has no events; give at least one, start with --warm for the run's own users, or "
+                    "with --unknown_users=popularity"
+                )
 
     @cached_property
     def _fingerprint(self) -> str:

@@ -13,13 +13,14 @@ import pathlib
 import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import orbax.checkpoint as ocp
-import tensorstore as ts
+
+if TYPE_CHECKING:
+    import orbax.checkpoint as ocp
 
 _ARRAYS = "arrays"
 # Behind an array's name, the file that says its shape (zarr, version 2).
@@ -47,6 +48,8 @@ def write_arrays(folder: pathlib.Path, arrays: Mapping[str, np.ndarray]) -> None
     Raises:
       OSError: they could not be written, or are not all there afterwards.
     """
+    import orbax.checkpoint as ocp  # Here and below: programs that only print their options start sooner.
+
     with _errors_not_logged(), _plain_path(folder) as plain, _orbax() as orbax:
         orbax.save(plain / _ARRAYS, args=ocp.args.StandardSave(dict(arrays)))
         _require_all(_index(plain / _ARRAYS), arrays)
@@ -62,6 +65,8 @@ def read_arrays(folder: pathlib.Path, wanted: Mapping[str, np.ndarray]) -> dict[
     Raises:
       OSError: one of them cannot be read.
     """
+    import orbax.checkpoint as ocp
+
     with _plain_path(folder) as plain, _orbax() as orbax:
         return orbax.restore(plain / _ARRAYS, args=ocp.args.StandardRestore(dict(wanted)))
 
@@ -92,6 +97,8 @@ def _index(folder: pathlib.Path) -> dict[str, str]:
 
     Orbax would tell them too, but keeps objects of every folder that it is asked about.
     """
+    import tensorstore as ts
+
     base = {"driver": "file", "path": f"{folder}/"}
     store = ts.KvStore.open({"driver": "ocdbt", "base": base}).result()
     keys = {key.decode() for key in store.list().result()}
@@ -114,8 +121,10 @@ def _require_all(found: Mapping[str, str], arrays: Mapping[str, np.ndarray]) -> 
         raise OSError(f"{len(missing)} of {len(wanted)} arrays are not in what was written, {missing[0]} first")
 
 
-def _orbax() -> ocp.Checkpointer:
+def _orbax() -> "ocp.Checkpointer":
     """Returns Orbax's writer and reader for this process alone: it would wait for all others otherwise."""
+    import orbax.checkpoint as ocp
+
     process = jax.process_index()
     alone = ocp.options.MultiprocessingOptions(primary_host=process, active_processes={process})
     return ocp.Checkpointer(ocp.StandardCheckpointHandler(multiprocessing_options=alone), multiprocessing_options=alone)
