@@ -140,8 +140,13 @@ def compile_kernel(kernel: Kernel, capability: int) -> Resources:
         compiled = triton.compile(str(source), target=GPUTarget("cuda", capability, 32), options=options)
         cubin = pathlib.Path(folder) / "kernel.cubin"
         cubin.write_bytes(compiled.asm["cubin"])
-        usage = _read("cuobjdump", "--dump-resource-usage", str(cubin))
-        code = _read("nvdisasm", "-c", str(cubin))
+        return read_resources(cubin, compiled.metadata.shared)
+
+
+def read_resources(cubin: pathlib.Path, shared_bytes: int) -> Resources:
+    """Reads what the kernel of a file of machine code uses; its shared memory is known to the compiler alone."""
+    usage = _read("cuobjdump", "--dump-resource-usage", str(cubin))
+    code = _read("nvdisasm", "-c", str(cubin))
     match = re.search(r"REG:(\d+) STACK:(\d+)", usage)
     if match is None:
         raise ValueError(f"no resource usage in {usage!r}")
@@ -149,7 +154,7 @@ def compile_kernel(kernel: Kernel, capability: int) -> Resources:
     return Resources(
         registers=int(match[1]),
         stack_bytes=int(match[2]),
-        shared_bytes=compiled.metadata.shared,
+        shared_bytes=shared_bytes,
         local_accesses=sum(bool(_LOCAL_MEMORY.search(line)) for line in instructions),
         tensor_core_instructions=sum(bool(_TENSOR_CORES.search(line)) for line in instructions),
         instructions=len(instructions),

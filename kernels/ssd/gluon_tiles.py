@@ -1,0 +1,113 @@
+"""What the forward and backward Gluon kernels of state space duality share: who works where, steps, decays."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+from kernels.gluon import exp2, fragment_columns, fragment_rows, lane_numbers, lane_sums, lanes, per_warp, softplus
+from kernels.ssd.config import GluonConfig
+from kernels.tiling import power_of_two
+
+CHUNK = 16
+
+
+@dataclass(frozen=True)
+class GluonParams:
+    """Static numbers of a call.
+
+    Attributes:
+      batch, length, heads, groups, width, state_width: b, l, h, g, p and n.
+      config: how the work is cut up.
+      exact: float32 factors keep their digits.
+      has_initial: there is an initial state.
+      wants_final: the final state is an output.
+      packed: rows hold several histories.
+    """
+
+    batch: int
+    length: int
+    heads: int
+    groups: int
+    width: int
+    state_width: int
+    config: GluonConfig
+    exact: bool
+    has_initial: bool
+    wants_final: bool = False
+    packed: bool = False
+
+    @property
+    def chunk(self) -> int:
+        """Positions handled densely at once."""
+        return CHUNK
+
+    @property
+    def states(self) -> int:
+        """Columns of B and C that a warp handles, n or more."""
+        return max(16, power_of_two(self.state_width))
+
+    @property
+    def splits(self) -> int:
+        """Warps that share the width of a head."""
+        return -(-self.width // self.config.columns)
+
+    @property
+    def parts(self) -> int:
+        """Programs that share a row, or a segment of one."""
+        return self.heads * self.splits // self.config.warps
+
+    @cached_property
+    def blocks(self) -> int:
+        """Blocks of a row, between which states are kept."""
+        return -(-self.length // self.config.block)
+
+    @cached_property
+    def segment_blocks(self) -> int:
+        """Blocks of a segment."""
+        return -(-self.blocks // self.config.segments)
+
+    @cached_property
+    def segments(self) -> int:
+        """s, so many that each has a real position."""
+        return -(-self.blocks // self.segment_blocks)
+
+    @property
+    def num_chunks(self) -> int:
+        """Chunks of a segment."""
+        return self.segment_blocks * self.config.block // CHUNK
+
+    @property
+    def all_chunks(self) -> int:
+        """Chunks of a row, those behind its end included."""
+        return self.num_chunks * self.segments
+
+    @property
+    def starts_from_zero(self) -> bool:
+        """The state before a row's first block is zero, and is neither kept nor read."""
+        return self.segments == 1 and not self.has_initial
+
+    @property
+    def grid(self) -> int:
+        """Number of programs."""
+        return self.batch * self.segments * self.parts
+
+    @property
+    def constants(self) -> dict[str, Any]:
+        """Of every kernel: sizes and flags."""
+        return {
+            "LENGTH": self.length,
+            "HEADS": self.heads,
+            "GROUPS": self.groups,
+            "WIDTH": self.width,
+            "STATE_WIDTH": self.state_width,
+            "COLUMNS": self.config.columns,
+            "STATES": self.states,
+            "W": self.config.warps,
+            "SEGMENTS": self.segments,
+            "SEGMENT_CHUNKS": self.num_chunks,
+            "EXACT": self.exact,
+            "PACKED": self.packed,
+        }
