@@ -188,13 +188,28 @@ def to_columns(x):
     )
 
 
+@gluon.constexpr_function
+def _move(outputs, inputs):
+    return f"mov.b32 {outputs[0][0]}, {inputs[0][0]};"
+
+
+@gluon.jit
+def lane_at(x, index: gl.constexpr):
+    """Entry `index` of [W, 16] in `lanes`, in all lanes."""
+    return gl.inline_asm(_shuffles, ("=&r", "r", "r"), [x, _thread(x.shape[0]) * 0 + index], x.type, is_pure=True)
+
+
+@gluon.jit
+def same_in_warp(x):
+    """[W, 16] in `lanes` as [W] in `per_warp`, of numbers that all lanes of a warp have alike."""
+    W: gl.constexpr = x.shape[0]
+    return gl.inline_asm(_move, ("=r", "r"), [x], gl.distributed_type(x.dtype, [W], per_warp(W)), is_pure=True)
+
+
 @gluon.jit
 def to_warp(x, index: gl.constexpr):
     """Entry `index` of [W, 16] in `lanes`, as [W] in `per_warp`."""
-    W: gl.constexpr = x.shape[0]
-    result: gl.constexpr = gl.distributed_type(x.dtype, [W], per_warp(W))
-    at = _thread(W) * 0 + index
-    return gl.inline_asm(_shuffles, ("=&r", "r", "r"), [x, at], result, is_pure=True)
+    return same_in_warp(lane_at(x, index))
 
 
 @gluon.jit

@@ -111,3 +111,60 @@ class GluonParams:
             "EXACT": self.exact,
             "PACKED": self.packed,
         }
+
+
+# Inside kernels. A row of a segment belongs to PARTS programs of W warps.
+
+
+@gluon.jit
+def slot_head(slot, WIDTH: gl.constexpr, COLUMNS: gl.constexpr):
+    """The head that a warp of a row works on."""
+    return slot // ((WIDTH + COLUMNS - 1) // COLUMNS)
+
+
+@gluon.jit
+def slot_column(slot, WIDTH: gl.constexpr, COLUMNS: gl.constexpr):
+    """The first column of the width that a warp of a row works on."""
+    return slot % ((WIDTH + COLUMNS - 1) // COLUMNS) * COLUMNS
+
+
+@gluon.jit
+def lane_slots(first_slot, W: gl.constexpr):
+    """[W, 1] in `lanes`: the number of a warp in its row."""
+    return first_slot + gl.arange(0, W, gl.SliceLayout(1, lanes(W)))[:, None]
+
+
+@gluon.jit
+def tile_slots(first_slot, W: gl.constexpr):
+    """[W, 1, 1] beside fragments: the number of a warp in its row."""
+    return first_slot + gl.arange(0, W, per_warp(W))[:, None, None]
+
+
+@gluon.jit
+def tile_rows(count: gl.constexpr, W: gl.constexpr):
+    """[1, count, 1] beside fragments."""
+    return gl.arange(0, count, gl.SliceLayout(0, fragment_rows(W)))[None, :, None]
+
+
+@gluon.jit
+def tile_columns(count: gl.constexpr, W: gl.constexpr):
+    """[1, 1, count] beside fragments."""
+    return gl.arange(0, count, gl.SliceLayout(0, fragment_columns(W)))[None, None, :]
+
+
+@gluon.jit
+def load_inside(pointers, inside, MASKED: gl.constexpr):
+    """Loads a tile; what is not inside is 0 if `MASKED`."""
+    if MASKED:
+        return gl.load(pointers, mask=inside & (pointers == pointers), other=0.0)
+    return gl.load(pointers)
+
+
+@gluon.jit
+def log2_decays(log_decay, EXACT: gl.constexpr):
+    """Log decays to the base of 2, split if `EXACT`: sums of the first part have no error (`kernels.decays`)."""
+    log2 = gl.maximum(log_decay, -128.0) * 1.4426950408889634
+    if EXACT:
+        coarse = gl.floor(log2 * 64.0) * 0.015625
+        return coarse, log2 - coarse
+    return log2, log2
