@@ -246,10 +246,6 @@ def lane_sums(x, numbers, packed: gl.constexpr):
 # From JAX.
 
 
-def _dummy(shape: tuple[tuple[int, ...], Any] | None) -> tuple[tuple[int, ...], Any]:
-    return ((1,), jnp.float32) if shape is None else shape
-
-
 def launch(
     kernel: Any,
     arguments: Sequence[Array | None],
@@ -261,7 +257,7 @@ def launch(
     maxnreg: int | None = None,
     name: str,
 ) -> list[Array | None]:
-    """Runs a Gluon kernel over a grid; it has no gradient and cannot be batched by itself.
+    """Runs a Gluon kernel over a grid; it has no gradient by itself.
 
     Args:
       kernel: takes a pointer for each argument, then one for each output, then the constants.
@@ -275,20 +271,39 @@ def launch(
 
     Returns:
       The outputs, None where none was asked for.
+
+    Raises:
+      ValueError: without the package jax-triton.
     """
-    import jax_triton
+    try:
+        import jax_triton
+    except ImportError as error:
+        raise ValueError(
+            f"Gluon kernels are called by the package jax-triton, for Python 3.12 or newer ({error}): install it, or name "
+            "another implementation"
+        ) from error
+    shapes = [((1,), jnp.dtype(jnp.float32)) if shape is None else shape for shape in out_shapes]
+    options = {"enable_fp_fusion": True} | ({} if maxnreg is None else {"maxnreg": maxnreg})
+
+    # The call has no batching rule of its own: under vmap one launch follows another.
+    @jax.custom_batching.sequential_vmap
+    def call(*given: Array) -> list[Array]:
+        return jax_triton.triton_call(
+            *given,
+            kernel=kernel,
+            out_type=[jax.ShapeDtypeStruct(shape, jnp.dtype(dtype)) for shape, dtype in shapes],
+            grid=(grid,),
+            name=name,
+            num_warps=num_warps,
+            num_stages=1,
+            backend_options=options,
+            **constants,
+        )
 
     given = [a for a in arguments if a is not None]
-    options = {"enable_fp_fusion": True} | ({} if maxnreg is None else {"maxnreg": maxnreg})
-    outputs = jax_triton.triton_call(
-        *(given[0] if a is None else a for a in arguments),
-        kernel=kernel,
-        out_type=[jax.ShapeDtypeStruct(shape, jnp.dtype(dtype)) for shape, dtype in map(_dummy, out_shapes)],
-        grid=(grid,),
-        name=name,
-        num_warps=num_warps,
-        num_stages=1,
-        backend_options=options,
-        **constants,
-    )
+    # Inside shard_map the outputs vary over the same mesh axes as the inputs, which the call does not say.
+    axes = tuple(sorted(varying_axes(*given)))
+    outputs = call(*(given[0] if a is None else a for a in arguments))
+    if axes:
+        outputs = [out if varying_axes(out) else jax.lax.pcast(out, axes, to="varying") for out in outputs]
     return [None if shape is None else out for shape, out in zip(out_shapes, outputs, strict=True)]

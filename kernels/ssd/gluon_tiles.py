@@ -156,7 +156,7 @@ def tile_columns(count: gl.constexpr, W: gl.constexpr):
 def load_inside(pointers, inside, MASKED: gl.constexpr):
     """Loads a tile; what is not inside is 0 if `MASKED`."""
     if MASKED:
-        return gl.load(pointers, mask=inside & (pointers == pointers), other=0.0)
+        return gl.load(pointers, mask=inside, other=0.0)
     return gl.load(pointers)
 
 
