@@ -7,7 +7,11 @@ serve as the columns q and q + 4 which the instruction wants, in both factors al
 shared memory is used.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+# Kernels are of Gluon's own language, in which constants are given as plain numbers.
+# pyright: reportArgumentType=false, reportAssignmentType=false, reportOperatorIssue=false, reportMissingImports=false
+# pyright: reportCallIssue=false, reportAttributeAccessIssue=false, reportIndexIssue=false, reportReturnType=false
+
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -165,7 +169,9 @@ def lane_numbers(W: gl.constexpr):
 @gluon.jit
 def _thread(W: gl.constexpr):
     """[W, 16] in `lanes`: the lane's own number, 0 to 31 (not the same in both halves)."""
-    return gl.inline_asm_elementwise("mov.u32 $0, %laneid;", "=r,r", [lane_numbers(W)], dtype=gl.int32, is_pure=True, pack=1)
+    return gl.inline_asm_elementwise(
+        "mov.u32 $0, %laneid;", "=r,r", [lane_numbers(W)], dtype=gl.int32, is_pure=True, pack=1
+    )
 
 
 @gluon.jit
@@ -183,9 +189,7 @@ def to_columns(x):
     W: gl.constexpr = x.shape[0]
     result: gl.constexpr = gl.distributed_type(x.dtype, [W, 16], fragment_columns(W))
     c = (_thread(W) & 3) * 2
-    return gl.inline_asm(
-        _shuffles, ("=&r", "r", "r", "r", "r", "r"), [x, c, c + 1, c + 8, c + 9], result, is_pure=True
-    )
+    return gl.inline_asm(_shuffles, ("=&r", "r", "r", "r", "r", "r"), [x, c, c + 1, c + 8, c + 9], result, is_pure=True)
 
 
 @gluon.constexpr_function
@@ -279,8 +283,8 @@ def launch(
         import jax_triton
     except ImportError as error:
         raise ValueError(
-            f"Gluon kernels are called by the package jax-triton, for Python 3.12 or newer ({error}): install it, or name "
-            "another implementation"
+            f"Gluon kernels are called by the package jax-triton, for Python 3.12 or newer ({error}): install it, or "
+            "name another implementation"
         ) from error
     shapes = [((1,), jnp.dtype(jnp.float32)) if shape is None else shape for shape in out_shapes]
     options = {"enable_fp_fusion": True} | ({} if maxnreg is None else {"maxnreg": maxnreg})

@@ -1,15 +1,20 @@
 """State space duality by Gluon kernels: the forward pass, and how both passes are put together.
 
-A warp goes through a row (or a segment of one), 16 positions at a time, with a head's state [p, n] in registers, as sums
-of the tensor cores have it. Tiles of x and y are turned, [p, 16], so that all four products are a b^T of tiles in that
-layout, and nothing goes through shared memory:
+A warp goes through a row (or a segment of one), 16 positions at a time, with a head's state [p, n] in registers, as
+sums of the tensor cores have it. Tiles of x and y are turned, [p, 16], so that all four products are a b^T of tiles in
+that layout, and nothing goes through shared memory:
 
-  scores = C B^T [16, 16],   y^T = from_start o (state C^T) + x^T (decays o scores)^T,   state = total state + x^T (to_end o B)
+  scores = C B^T [16, 16],   y^T = from_start o (state C^T) + x^T (decays o scores)^T,
+  state' = total state + x^T (to_end o B)
 
 Positions behind the last whole chunk are a last step of its own, so that all others need no masks. Programs are of the
 warps of some heads of one row, which read B and C from the same cache lines. Few long rows are cut into segments as in
 `pallas_triton`, which this follows in what it keeps and offers.
 """
+
+# Kernels are of Gluon's own language, in which constants are given as plain numbers.
+# pyright: reportArgumentType=false, reportAssignmentType=false, reportOperatorIssue=false, reportMissingImports=false
+# pyright: reportCallIssue=false, reportAttributeAccessIssue=false, reportIndexIssue=false, reportReturnType=false
 
 import functools
 from typing import Any
@@ -22,8 +27,19 @@ from triton.experimental.gluon import language as gl
 
 import kernels.gluon
 from kernels.dispatch import Precision, pvary_together
-from kernels.gluon import exp2, fragment, lane_at, lane_numbers, lane_sums, per_warp, product, same_in_warp, softplus
-from kernels.gluon import to_columns, to_rows
+from kernels.gluon import (
+    exp2,
+    fragment,
+    lane_at,
+    lane_numbers,
+    lane_sums,
+    per_warp,
+    product,
+    same_in_warp,
+    softplus,
+    to_columns,
+    to_rows,
+)
 from kernels.segment_ids import row_lengths
 from kernels.ssd.config import DEFAULT_CHUNK_SIZE, MAX_WIDTH, GluonConfig, default_gluon_config
 from kernels.ssd.gluon_tiles import (
@@ -148,6 +164,13 @@ def _chunk(
 
 
 @gluon.jit
+def _keep_state(state, of_row, size, state_at, inside, chunk, BLOCK: gl.constexpr, HAS_BEFORE: gl.constexpr):
+    """Stores the state before a chunk with which a block begins, unless it is the zeros before a row."""
+    if (chunk % (BLOCK // 16) == 0) & (HAS_BEFORE | (chunk > 0)):
+        gl.store(of_row + chunk // (BLOCK // 16) * size + state_at, state, mask=inside)
+
+
+@gluon.jit
 def ssd_forward(
     x, dt, A, B, C, D, bias, lengths, before, numbers, y, final, states, logs,
     LENGTH: gl.constexpr, HEADS: gl.constexpr, GROUPS: gl.constexpr, WIDTH: gl.constexpr, STATE_WIDTH: gl.constexpr,
@@ -197,20 +220,16 @@ def ssd_forward(
     blocks: gl.constexpr = (LENGTH + BLOCK - 1) // BLOCK
     for chunk in range(begin, whole):
         if KEEP:
-            if (chunk % (BLOCK // 16) == 0) & (HAS_BEFORE | (chunk > 0)):
-                at = states + (wide_row * blocks + chunk // (BLOCK // 16)) * size + state_at
-                gl.store(at, state, mask=inside)
+            _keep_state(state, states + wide_row * blocks * size, size, state_at, inside, chunk, BLOCK, HAS_BEFORE)
         state, log_total = _chunk(
             state, log_total, chunk * 16, x_row, dt_row, B_row, C_row, y_row, numbers_row, decay_rate, lane_bias, skip,
             row_length, first_slot, LENGTH, HEADS, GROUPS, WIDTH, STATE_WIDTH, COLUMNS, STATES, W, EXACT, PACKED,
             OUTPUTS, False,
         )  # fmt: skip
-    if LENGTH % 16 != 0:
+    if LENGTH % 16 != 0:  # noqa: SIM102 (known when the kernel is compiled, the other one when it runs)
         if whole < end:
             if KEEP:
-                if (whole % (BLOCK // 16) == 0) & (HAS_BEFORE | (whole > 0)):
-                    at = states + (wide_row * blocks + whole // (BLOCK // 16)) * size + state_at
-                    gl.store(at, state, mask=inside)
+                _keep_state(state, states + wide_row * blocks * size, size, state_at, inside, whole, BLOCK, HAS_BEFORE)
             state, log_total = _chunk(
                 state, log_total, whole * 16, x_row, dt_row, B_row, C_row, y_row, numbers_row, decay_rate, lane_bias,
                 skip, row_length, first_slot, LENGTH, HEADS, GROUPS, WIDTH, STATE_WIDTH, COLUMNS, STATES, W, EXACT,
@@ -221,7 +240,8 @@ def ssd_forward(
     if not OUTPUTS:
         # Warps that share a head write the same number.
         total = lane_at(lane_sums(log_total, lane_head, False), 15)
-        at = (wide_row * SEGMENTS + segment) * HEADS + slot_head(first_slot + gl.arange(0, W, per_warp(W)), WIDTH, COLUMNS)
+        slot = first_slot + gl.arange(0, W, per_warp(W))
+        at = (wide_row * SEGMENTS + segment) * HEADS + slot_head(slot, WIDTH, COLUMNS)
         gl.store(logs + at, same_in_warp(total))
 
 

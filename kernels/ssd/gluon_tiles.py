@@ -1,5 +1,9 @@
 """What the forward and backward Gluon kernels of state space duality share: who works where, steps, decays."""
 
+# Kernels are of Gluon's own language, in which constants are given as plain numbers.
+# pyright: reportArgumentType=false, reportAssignmentType=false, reportOperatorIssue=false, reportMissingImports=false
+# pyright: reportCallIssue=false, reportAttributeAccessIssue=false, reportIndexIssue=false, reportReturnType=false
+
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -7,7 +11,7 @@ from typing import Any
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from kernels.gluon import exp2, fragment_columns, fragment_rows, lane_numbers, lane_sums, lanes, per_warp, softplus
+from kernels.gluon import fragment_columns, fragment_rows, lanes, per_warp
 from kernels.ssd.config import GluonConfig
 from kernels.tiling import power_of_two
 

@@ -129,7 +129,9 @@ class Launches:
             outputs = [jnp.zeros(r.shape, r.dtype) for r in results]
         else:
             options = {"grid": grid, "capability": self.capability, "backwards": self.backwards}
-            outputs = jax.pure_callback(lambda *a: tuple(run_kernel(what, a, shapes, **options)), tuple(results), *arrays)
+            outputs = jax.pure_callback(
+                lambda *a: tuple(run_kernel(what, a, shapes, **options)), tuple(results), *arrays
+            )
         return [None if shape is None else out for shape, out in zip(out_shapes, outputs, strict=True)]
 
 
