@@ -27,26 +27,18 @@ from triton.experimental.gluon import language as gl
 
 import kernels.gluon
 from kernels.dispatch import Precision, pvary_together
-from kernels.gluon import (
-    exp2,
-    fragment,
-    lane_at,
-    lane_numbers,
-    lane_sums,
-    per_warp,
-    product,
-    same_in_warp,
-    softplus,
-    to_columns,
-    to_rows,
-)
+from kernels.gluon import fragment, lane_at, lane_numbers, lane_sums, per_warp, product, same_in_warp, to_columns
 from kernels.segment_ids import row_lengths
 from kernels.ssd.config import DEFAULT_CHUNK_SIZE, MAX_WIDTH, GluonConfig, default_gluon_config
 from kernels.ssd.gluon_tiles import (
     GluonParams,
+    decays_between,
+    edge_decays,
     lane_slots,
+    load_histories,
     load_inside,
-    log2_decays,
+    load_steps,
+    log2_sums,
     slot_column,
     slot_head,
     tile_columns,
@@ -60,6 +52,30 @@ Outputs = tuple[Array, Array | None]
 
 
 @gluon.jit
+def _load_maps(row, positions, n, group, GROUPS: gl.constexpr, STATE_WIDTH: gl.constexpr, STATES: gl.constexpr):
+    """A tile of B or C, either way round."""
+    at = positions * (GROUPS * STATE_WIDTH) + (group * STATE_WIDTH + n)
+    return load_inside(row + at, n < STATE_WIDTH, STATES != STATE_WIDTH)
+
+
+@gluon.jit
+def _outputs(state, x, B, C, D, delta, from_start, between, reached, EXACT: gl.constexpr, PACKED: gl.constexpr):
+    """y^T [W, p, 16] of a chunk."""
+    W: gl.constexpr = x.shape[0]
+    # What was before the chunk.
+    y = product(state.to(C.dtype), C, gl.zeros([W, x.shape[1], 16], gl.float32, fragment(W)), EXACT)
+    from_start = to_columns(from_start)[:, None, :]
+    y *= from_start
+    if PACKED:
+        # 0 wins, also over what has overflowed in another history.
+        y = gl.where(from_start == 0.0, 0.0, y)
+    # The chunk's own positions.
+    scores = product(C, B, gl.zeros([W, 16, 16], gl.float32, fragment(W)), EXACT)
+    mixed = gl.where(reached, scores * (between * to_columns(delta)[:, None, :]), 0.0)
+    return product(x, mixed.to(x.dtype), y, EXACT) + D * x.to(gl.float32)
+
+
+@gluon.jit
 def _chunk(
     state, log_total, first, x_row, dt_row, B_row, C_row, y_row, numbers_row, A, bias, D, row_length, first_slot,
     LENGTH: gl.constexpr, HEADS: gl.constexpr, GROUPS: gl.constexpr, WIDTH: gl.constexpr, STATE_WIDTH: gl.constexpr,
@@ -67,107 +83,53 @@ def _chunk(
     OUTPUTS: gl.constexpr, TAIL: gl.constexpr,
 ):  # fmt: skip
     """One step of 16 positions; returns the next state and the sum of log decays."""
-    last: gl.constexpr = LENGTH - 1
     slot = tile_slots(first_slot, W)
     head = slot_head(slot, WIDTH, COLUMNS)
     group = head // (HEADS // GROUPS)
-    # Raw tiles. Behind the row's end the last position stands in, with a step of 0.
     column = slot_column(slot, WIDTH, COLUMNS) + tile_rows(COLUMNS, W)
     across = first + tile_columns(16, W)
     down = first + tile_rows(16, W)
-    at_lane = first + lane_numbers(W)
+    written = (across < LENGTH) & (column < WIDTH)
     if TAIL:
-        y_mask = (across < LENGTH) & (column < WIDTH)
-        across = gl.minimum(across, last)
-        down = gl.minimum(down, last)
-        raw_at = gl.minimum(at_lane, last)
-    else:
-        y_mask = (across >= 0) & (column < WIDTH)
-        raw_at = at_lane
-    raw = gl.load(dt_row + (raw_at * HEADS + slot_head(lane_slots(first_slot, W), WIDTH, COLUMNS)))
+        # The last position stands in for those behind the row's end, with a step of 0.
+        across = gl.minimum(across, LENGTH - 1)
+        down = gl.minimum(down, LENGTH - 1)
     x_at = across * (HEADS * WIDTH) + (head * WIDTH + column)
     x = load_inside(x_row + x_at, column < WIDTH, WIDTH % COLUMNS != 0)
-    n_down = tile_rows(STATES, W)
-    n_across = tile_columns(STATES, W)
-    masked: gl.constexpr = STATE_WIDTH != STATES
-    B_turned = load_inside(
-        B_row + (across * (GROUPS * STATE_WIDTH) + (group * STATE_WIDTH + n_down)), n_down < STATE_WIDTH, masked
-    )
+    B_turned = _load_maps(B_row, across, tile_rows(STATES, W), group, GROUPS, STATE_WIDTH, STATES)
 
-    # Steps and decays, a position per lane.
-    delta, _ = softplus(raw + bias)
-    delta = gl.where(at_lane < row_length, delta, 0.0)
-    log_total += delta * A
-    number = at_lane
-    first_number = at_lane
-    last_number = at_lane
-    if PACKED:
-        number = gl.load(numbers_row + 1 + at_lane)
-        first_number = gl.load(numbers_row + first + lane_numbers(W) * 0)
-        last_number = gl.load(numbers_row + (first + 16) + lane_numbers(W) * 0)
-    coarse, fine = log2_decays(delta * A, EXACT)
-    coarse = lane_sums(coarse, number, PACKED)
-    coarse_total = lane_at(coarse, 15)
-    since_start = coarse
-    until_end = coarse_total - coarse
-    total = coarse_total
-    if EXACT:
-        fine = lane_sums(fine, number, PACKED)
-        fine_total = lane_at(fine, 15)
-        since_start += fine
-        until_end += fine_total - fine
-        total += fine_total
-    from_start = exp2(since_start)
-    to_end = exp2(until_end)
-    decay = exp2(total)
-    if PACKED:
-        from_start = gl.where(number == first_number, from_start, 0.0)
-        to_end = gl.where(number == last_number, to_end, 0.0)
-        decay = gl.where(first_number == last_number, decay, 0.0)
-    decay = same_in_warp(decay)[:, None, None]
+    delta, _ = load_steps(dt_row, bias, row_length, first, first_slot, LENGTH, HEADS, WIDTH, COLUMNS, W, TAIL)
+    log_decay = delta * A
+    number, first_number, last_number = load_histories(numbers_row, first, W, PACKED)
+    coarse, fine = log2_sums(log_decay, number, EXACT, PACKED)
+    from_start, to_end, decay = edge_decays(coarse, fine, number, first_number, last_number, EXACT, PACKED)
 
     if OUTPUTS:
-        B = load_inside(
-            B_row + (down * (GROUPS * STATE_WIDTH) + (group * STATE_WIDTH + n_across)), n_across < STATE_WIDTH, masked
-        )
-        C = load_inside(
-            C_row + (down * (GROUPS * STATE_WIDTH) + (group * STATE_WIDTH + n_across)), n_across < STATE_WIDTH, masked
-        )
-        # From what was before the chunk.
-        y = product(state.to(C.dtype), C, gl.zeros([W, COLUMNS, 16], gl.float32, fragment(W)), EXACT)
-        starts = to_columns(from_start)[:, None, :]
-        y *= starts
-        if PACKED:
-            # 0 wins, also over what has overflowed in another history.
-            y = gl.where(starts == 0.0, 0.0, y)
-        # From the chunk's own positions.
-        log2 = to_rows(coarse)[:, :, None] - to_columns(coarse)[:, None, :]
-        if EXACT:
-            log2 += to_rows(fine)[:, :, None] - to_columns(fine)[:, None, :]
-        reached = tile_rows(16, W) >= tile_columns(16, W)
-        if PACKED:
-            reached &= to_rows(number)[:, :, None] == to_columns(number)[:, None, :]
-        scores = product(C, B, gl.zeros([W, 16, 16], gl.float32, fragment(W)), EXACT)
-        mixed = gl.where(reached, scores * (exp2(log2) * to_columns(delta)[:, None, :]), 0.0)
-        y = product(x, mixed.to(x.dtype), y, EXACT) + D * x.to(gl.float32)
+        B = _load_maps(B_row, down, tile_columns(STATES, W), group, GROUPS, STATE_WIDTH, STATES)
+        C = _load_maps(C_row, down, tile_columns(STATES, W), group, GROUPS, STATE_WIDTH, STATES)
+        between, reached = decays_between(coarse, fine, number, EXACT, PACKED)
+        y = _outputs(state, x, B, C, D, delta, from_start, between, reached, EXACT, PACKED).to(x.dtype)
         if TAIL or WIDTH % COLUMNS != 0:
-            gl.store(y_row + x_at, y.to(x.dtype), mask=y_mask)
+            gl.store(y_row + x_at, y, mask=written)
         else:
-            gl.store(y_row + x_at, y.to(x.dtype))
+            gl.store(y_row + x_at, y)
 
-    ends = to_columns(to_end * delta)[:, None, :]
-    added = (B_turned.to(gl.float32) * ends).to(x.dtype)
+    added = (B_turned.to(gl.float32) * to_columns(to_end * delta)[:, None, :]).to(x.dtype)
+    decay = decay[:, None, None]
     state *= decay
     if PACKED:
         state = gl.where(decay == 0.0, 0.0, state)
-    return product(x, added, state, EXACT), log_total
+    return product(x, added, state, EXACT), log_total + log_decay
 
 
 @gluon.jit
-def _keep_state(state, of_row, size, state_at, inside, chunk, BLOCK: gl.constexpr, HAS_BEFORE: gl.constexpr):
+def _keep_state(
+    state, of_row, size, state_at, inside, chunk, BLOCK: gl.constexpr, KEEP: gl.constexpr, HAS_BEFORE: gl.constexpr
+):  # fmt: skip
     """Stores the state before a chunk with which a block begins, unless it is the zeros before a row."""
-    if (chunk % (BLOCK // 16) == 0) & (HAS_BEFORE | (chunk > 0)):
-        gl.store(of_row + chunk // (BLOCK // 16) * size + state_at, state, mask=inside)
+    if KEEP:  # noqa: SIM102 (known when the kernel is compiled, the other one when it runs)
+        if (chunk % (BLOCK // 16) == 0) & (HAS_BEFORE | (chunk > 0)):
+            gl.store(of_row + chunk // (BLOCK // 16) * size + state_at, state, mask=inside)
 
 
 @gluon.jit
@@ -191,8 +153,7 @@ def ssd_forward(
     dt_row = dt + wide_row * (LENGTH * HEADS)
     B_row = B + wide_row * (LENGTH * GROUPS * STATE_WIDTH)
     C_row = C + wide_row * (LENGTH * GROUPS * STATE_WIDTH)
-    chunks: gl.constexpr = SEGMENTS * SEGMENT_CHUNKS
-    numbers_row = numbers + wide_row * (chunks * 16 + 1)
+    numbers_row = numbers + wide_row * (SEGMENTS * SEGMENT_CHUNKS * 16 + 1)
 
     slot = tile_slots(first_slot, W)
     head = slot_head(slot, WIDTH, COLUMNS)
@@ -217,10 +178,9 @@ def ssd_forward(
     begin = segment * SEGMENT_CHUNKS
     end = gl.minimum(begin + SEGMENT_CHUNKS, (LENGTH + 15) // 16)
     whole = gl.minimum(end, LENGTH // 16)
-    blocks: gl.constexpr = (LENGTH + BLOCK - 1) // BLOCK
+    states_row = states + wide_row * ((LENGTH + BLOCK - 1) // BLOCK * size)
     for chunk in range(begin, whole):
-        if KEEP:
-            _keep_state(state, states + wide_row * blocks * size, size, state_at, inside, chunk, BLOCK, HAS_BEFORE)
+        _keep_state(state, states_row, size, state_at, inside, chunk, BLOCK, KEEP, HAS_BEFORE)
         state, log_total = _chunk(
             state, log_total, chunk * 16, x_row, dt_row, B_row, C_row, y_row, numbers_row, decay_rate, lane_bias, skip,
             row_length, first_slot, LENGTH, HEADS, GROUPS, WIDTH, STATE_WIDTH, COLUMNS, STATES, W, EXACT, PACKED,
@@ -228,8 +188,7 @@ def ssd_forward(
         )  # fmt: skip
     if LENGTH % 16 != 0:  # noqa: SIM102 (known when the kernel is compiled, the other one when it runs)
         if whole < end:
-            if KEEP:
-                _keep_state(state, states + wide_row * blocks * size, size, state_at, inside, whole, BLOCK, HAS_BEFORE)
+            _keep_state(state, states_row, size, state_at, inside, whole, BLOCK, KEEP, HAS_BEFORE)
             state, log_total = _chunk(
                 state, log_total, whole * 16, x_row, dt_row, B_row, C_row, y_row, numbers_row, decay_rate, lane_bias,
                 skip, row_length, first_slot, LENGTH, HEADS, GROUPS, WIDTH, STATE_WIDTH, COLUMNS, STATES, W, EXACT,

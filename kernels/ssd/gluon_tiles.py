@@ -11,7 +11,20 @@ from typing import Any
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from kernels.gluon import fragment_columns, fragment_rows, lanes, per_warp
+from kernels.gluon import (
+    exp2,
+    fragment_columns,
+    fragment_rows,
+    lane_at,
+    lane_numbers,
+    lane_sums,
+    lanes,
+    per_warp,
+    same_in_warp,
+    softplus,
+    to_columns,
+    to_rows,
+)
 from kernels.ssd.config import GluonConfig
 from kernels.tiling import power_of_two
 
@@ -165,10 +178,78 @@ def load_inside(pointers, inside, MASKED: gl.constexpr):
 
 
 @gluon.jit
-def log2_decays(log_decay, EXACT: gl.constexpr):
-    """Log decays to the base of 2, split if `EXACT`: sums of the first part have no error (`kernels.decays`)."""
+def load_steps(
+    dt_row, bias, row_length, first, first_slot,
+    LENGTH: gl.constexpr, HEADS: gl.constexpr, WIDTH: gl.constexpr, COLUMNS: gl.constexpr, W: gl.constexpr,
+    TAIL: gl.constexpr,
+):  # fmt: skip
+    """Step sizes of 16 positions and their derivative, one per lane; both are 0 behind the row's end."""
+    position = first + lane_numbers(W)
+    inside = position
+    if TAIL:
+        inside = gl.minimum(position, LENGTH - 1)
+    head = slot_head(lane_slots(first_slot, W), WIDTH, COLUMNS)
+    delta, slope = softplus(gl.load(dt_row + (inside * HEADS + head)) + bias)
+    real = position < row_length
+    return gl.where(real, delta, 0.0), gl.where(real, slope, 0.0)
+
+
+@gluon.jit
+def load_histories(numbers_row, first, W: gl.constexpr, PACKED: gl.constexpr):
+    """Histories of 16 positions, one per lane, of the one before them, and of the last; anything unless `PACKED`."""
+    lane = lane_numbers(W)
+    if PACKED:
+        return (
+            gl.load(numbers_row + (first + 1) + lane),
+            gl.load(numbers_row + first + lane * 0),
+            gl.load(numbers_row + (first + 16) + lane * 0),
+        )
+    return lane, lane, lane
+
+
+@gluon.jit
+def log2_sums(log_decay, number, EXACT: gl.constexpr, PACKED: gl.constexpr):
+    """Sums of log decays, to the base of 2, up to each position (among several histories: from where its own begins).
+
+    If `EXACT` they are of two parts, of which the first has no error (`kernels.decays`).
+    """
     log2 = gl.maximum(log_decay, -128.0) * 1.4426950408889634
     if EXACT:
         coarse = gl.floor(log2 * 64.0) * 0.015625
-        return coarse, log2 - coarse
-    return log2, log2
+        return lane_sums(coarse, number, PACKED), lane_sums(log2 - coarse, number, PACKED)
+    sums = lane_sums(log2, number, PACKED)
+    return sums, sums
+
+
+@gluon.jit
+def edge_decays(coarse, fine, number, first_number, last_number, EXACT: gl.constexpr, PACKED: gl.constexpr):
+    """Decay factors from the chunk's start to a position, from there to the end (per lane), and over all (per warp)."""
+    total = lane_at(coarse, 15)
+    since_start = coarse
+    until_end = total - coarse
+    if EXACT:
+        fine_total = lane_at(fine, 15)
+        since_start += fine
+        until_end += fine_total - fine
+        total += fine_total
+    from_start = exp2(since_start)
+    to_end = exp2(until_end)
+    throughout = exp2(total)
+    if PACKED:
+        from_start = gl.where(number == first_number, from_start, 0.0)
+        to_end = gl.where(number == last_number, to_end, 0.0)
+        throughout = gl.where(first_number == last_number, throughout, 0.0)
+    return from_start, to_end, same_in_warp(throughout)
+
+
+@gluon.jit
+def decays_between(coarse, fine, number, EXACT: gl.constexpr, PACKED: gl.constexpr):
+    """Decay factors [W, i, j] from position j to i, of which only those count that are reached, and which these are."""
+    W: gl.constexpr = coarse.shape[0]
+    log2 = to_rows(coarse)[:, :, None] - to_columns(coarse)[:, None, :]
+    if EXACT:
+        log2 += to_rows(fine)[:, :, None] - to_columns(fine)[:, None, :]
+    reached = tile_rows(16, W) >= tile_columns(16, W)
+    if PACKED:
+        reached &= to_rows(number)[:, :, None] == to_columns(number)[:, None, :]
+    return exp2(log2), reached
