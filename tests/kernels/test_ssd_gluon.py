@@ -77,7 +77,7 @@ CASES = {
     "several histories": (arrays_of(35, initial=True), {"ids": ids_of(((5, 11, 14, 5),), 35)}),
     "one position": (arrays_of(1, initial=True), {}),
     "padding": (arrays_of(20, batch=2), {"ids": ids_of(((13,), ()), 20)}),
-    "groups": (arrays_of(18, heads=4, groups=2), {"config": dataclasses.replace(TINY, warps=4)}),
+    "groups": (arrays_of(18, heads=4, groups=2), {"config": TINY}),
     "width in slices": (arrays_of(18, width=40, heads=1, state=24), {"config": dataclasses.replace(TINY, warps=1)}),
     "wide": (arrays_of(20, heads=1, width=128, state=64, initial=True), {}),
     "widest": (arrays_of(20, heads=1, width=24, state=128), {}),
@@ -229,7 +229,7 @@ def test_without_jax_triton_it_says_so():
     ("changed", "message"),
     [
         ({"columns": 24}, "columns=24 must be 16, 32 or 64"),
-        ({"warps": 4}, "warps=4 must be 1, 2, 4 or 8 and divide the 2 warps of a row"),
+        ({"warps": 4}, "warps=4 must be 1, 2, 4 or 8 and divide the 2 warps of a group"),
         ({"segments": 0}, "segments=0 must be at least 1"),
         ({"block": 24}, "block=24 must be a multiple of 16"),
         ({"forward_registers": 300}, "forward_registers=300 must be from 24 to 255, or None"),
