@@ -70,7 +70,7 @@ def _masked(tile, factor, PACKED: gl.constexpr):
 
 
 @gluon.jit
-def _load_dy(row, positions, inside, at, column, LENGTH: gl.constexpr, WIDTH: gl.constexpr, COLUMNS: gl.constexpr):
+def _load_dy(row, positions, at, column, LENGTH: gl.constexpr, WIDTH: gl.constexpr, COLUMNS: gl.constexpr):
     """A tile of dy, 0 behind the row's end."""
     if LENGTH % 16 != 0 or WIDTH % COLUMNS != 0:
         return gl.load(row + at, mask=(positions < LENGTH) & (column < WIDTH), other=0.0)
@@ -152,19 +152,18 @@ def _chunk_back(
     TAIL: gl.constexpr = LENGTH % 16 != 0
     first = chunk * 16
     slot = tile_slots(first_slot, W)
-    head = slot_head(slot, WIDTH, COLUMNS)
+    head, column = slot_head(slot, WIDTH, COLUMNS), slot_column(slot, WIDTH, COLUMNS)
     group = head // (HEADS // GROUPS)
     down, across = first + tile_rows(16, W), first + tile_columns(16, W)
     down_inside, across_inside = down, across
     if TAIL:
         down_inside, across_inside = gl.minimum(down, LENGTH - 1), gl.minimum(across, LENGTH - 1)
-    column = slot_column(slot, WIDTH, COLUMNS)
     p_across, p_down = column + tile_columns(COLUMNS, W), column + tile_rows(COLUMNS, W)
     at = down_inside * (HEADS * WIDTH) + (head * WIDTH + p_across)
     at_turned = across_inside * (HEADS * WIDTH) + (head * WIDTH + p_down)
     n_down, n_across = tile_rows(STATES, W), tile_columns(STATES, W)
     x = load_inside(x_row + at, p_across < WIDTH, WIDTH % COLUMNS != 0)
-    dy = _load_dy(dy_row, down, down_inside, at, p_across, LENGTH, WIDTH, COLUMNS)
+    dy = _load_dy(dy_row, down, at, p_across, LENGTH, WIDTH, COLUMNS)
     B = load_maps(B_row, down_inside, n_across, group, GROUPS, STATE_WIDTH, STATES)
     C = load_maps(C_row, down_inside, n_across, group, GROUPS, STATE_WIDTH, STATES)
 
@@ -173,9 +172,8 @@ def _chunk_back(
     coarse, fine = log2_sums(delta * A, number, EXACT, PACKED)
     from_start, to_end, total = edge_decays(coarse, fine, number, first_number, last_number, EXACT, PACKED)
     d_scores, d_scores_turned, mixed, inside = _squares(x, dy, B, C, delta, coarse, fine, number, EXACT, PACKED)
-    d_log = rows_to_lanes(inside)
     passed = total * gl.sum(gl.sum(Q * T, axis=2), axis=1)
-    d_log += warp_to_lanes(_masked(passed, total, PACKED))
+    d_log = rows_to_lanes(inside) + warp_to_lanes(_masked(passed, total, PACKED))
 
     # Gradient of C, and what flows from before the chunk.
     maps = gl.zeros([W, 16, STATES], gl.float32, fragment(W))
@@ -196,17 +194,17 @@ def _chunk_back(
     _store_maps(dB_row, dB, first, of_group, GROUPS, STATE_WIDTH, LENGTH)
 
     # Gradients of the inputs and the steps.
-    dy_turned = _load_dy(dy_row, across, across_inside, at_turned, p_down, LENGTH, WIDTH, COLUMNS)
+    dy_turned = _load_dy(dy_row, across, at_turned, p_down, LENGTH, WIDTH, COLUMNS)
     factor = to_rows(to_end)[:, :, None]
     du = product(B, R.to(B.dtype), gl.zeros([W, 16, COLUMNS], gl.float32, fragment(W)), EXACT)
     du = product(mixed.to(x.dtype), dy_turned, _masked(du * factor, factor, PACKED), EXACT)
     x_wide, dy_wide = x.to(gl.float32), dy.to(gl.float32)
-    dx = to_rows(delta)[:, :, None] * du + D * dy_wide
-    gl.store(dx_row + at, dx.to(x.dtype), mask=(down < LENGTH) & (p_across < WIDTH))
+    dx = (to_rows(delta)[:, :, None] * du + D * dy_wide).to(x.dtype)
+    gl.store(dx_row + at, dx, mask=(down < LENGTH) & (p_across < WIDTH))
     d_delta = A * d_log + rows_to_lanes(gl.sum(x_wide * du, axis=2))
     position = first + lane_numbers(W)
-    lane_head = slot_head(lane_slots(first_slot, W), WIDTH, COLUMNS)
-    gl.store(ddt_row + (position * HEADS + lane_head), d_delta * slope, mask=position < LENGTH)
+    at = position * HEADS + slot_head(lane_slots(first_slot, W), WIDTH, COLUMNS)
+    gl.store(ddt_row + at, d_delta * slope, mask=position < LENGTH)
 
     # Gradient of the state before the chunk, both ways round.
     asked = (C_turned.to(gl.float32) * to_columns(from_start)[:, None, :]).to(x.dtype)
@@ -214,6 +212,44 @@ def _chunk_back(
     R = product(dy_turned, asked, _masked(R * total, total, PACKED), EXACT)
     Q = product(asked, dy_turned, _masked(Q * total, total, PACKED), EXACT)
     return R, Q, sum_A + d_log * delta, sum_D + gl.sum(x_wide * dy_wide, axis=2)
+
+
+@gluon.jit
+def _load_state(pointer, at, inside, IS_THERE: gl.constexpr):
+    """A state, or its gradient, either way round; zeros unless it is there."""
+    state = gl.zeros(at.shape, gl.float32, at.type.layout)
+    if IS_THERE:
+        state += gl.load(pointer + at, mask=inside, other=0.0)
+    return state
+
+
+@gluon.jit
+def _store_sums(
+    dA, dD, sum_A, sum_D, row, segment, first_slot, HEADS: gl.constexpr, WIDTH: gl.constexpr, COLUMNS: gl.constexpr,
+    W: gl.constexpr, SEGMENTS: gl.constexpr, BATCH: gl.constexpr,
+):  # fmt: skip
+    """Stores a warp's gradients of A and D."""
+    slot = first_slot + gl.arange(0, W, per_warp(W))
+    split = slot % ((WIDTH + COLUMNS - 1) // COLUMNS)
+    at = ((split * BATCH + row) * SEGMENTS + segment) * HEADS + slot_head(slot, WIDTH, COLUMNS)
+    gl.store(dA + at, same_in_warp(lane_at(lane_sums(sum_A, lane_numbers(W), False), 15)))
+    gl.store(dD + at, gl.sum(sum_D, axis=1))
+
+
+@gluon.jit
+def _sweep_block(
+    held, held_tile, T, count, first_chunk, x_row, dt_row, B_row, numbers_row, A, bias, row_length, first_slot,
+    LENGTH: gl.constexpr, HEADS: gl.constexpr, GROUPS: gl.constexpr, WIDTH: gl.constexpr, STATE_WIDTH: gl.constexpr,
+    COLUMNS: gl.constexpr, STATES: gl.constexpr, W: gl.constexpr, EXACT: gl.constexpr, PACKED: gl.constexpr,
+):  # fmt: skip
+    """Leaves the turned state before each chunk of a block in the program's memory."""
+    gl.store(held + held_tile, T)
+    for k in range(count - 1):
+        T = _swept(
+            T, first_chunk + k, x_row, dt_row, B_row, numbers_row, A, bias, row_length, first_slot, LENGTH, HEADS,
+            GROUPS, WIDTH, STATE_WIDTH, COLUMNS, STATES, W, EXACT, PACKED,
+        )  # fmt: skip
+        gl.store(held + (k + 1) * (W * STATES * COLUMNS) + held_tile, T)
 
 
 @gluon.jit
@@ -228,16 +264,14 @@ def ssd_backward(
     """All gradients; those of B and C by program, of dt and the parameters by warp."""
     splits: gl.constexpr = (WIDTH + COLUMNS - 1) // COLUMNS
     program = gl.program_id(0)
-    first_slot = program % (HEADS * splits // W) * W
-    segment = program // (HEADS * splits // W) % SEGMENTS
-    row = program // (HEADS * splits // W * SEGMENTS)
+    parts: gl.constexpr = HEADS * splits // W
+    first_slot, segment, row = program % parts * W, program // parts % SEGMENTS, program // (parts * SEGMENTS)
     wide_row = row.to(gl.int64)
-    of_values = wide_row * (LENGTH * HEADS * WIDTH)
-    of_maps = wide_row * (LENGTH * GROUPS * STATE_WIDTH)
+    of_values, of_maps = wide_row * (LENGTH * HEADS * WIDTH), wide_row * (LENGTH * GROUPS * STATE_WIDTH)
+    x_row, dt_row, B_row = x + of_values, dt + wide_row * (LENGTH * HEADS), B + of_maps
     # Programs of one group write gradients of B and C side by side, warps of one head those of dt.
-    part = (first_slot % (HEADS // GROUPS * splits) // W).to(gl.int64) * BATCH
-    dB_row = dB + (part + row) * (LENGTH * GROUPS * STATE_WIDTH)
-    dC_row = dC + (part + row) * (LENGTH * GROUPS * STATE_WIDTH)
+    part = (first_slot % (HEADS // GROUPS * splits) // W).to(gl.int64)
+    of_sums = (part * BATCH + row) * (LENGTH * GROUPS * STATE_WIDTH)
     split = (lane_slots(first_slot, W) + lane_numbers(W) * 0) % splits
     ddt_row = ddt + (split.to(gl.int64) * BATCH + row) * (LENGTH * HEADS)
     numbers_row = numbers + wide_row * (SEGMENTS * SEGMENT_CHUNKS * 16 + 1)
@@ -245,9 +279,7 @@ def ssd_backward(
     slot = tile_slots(first_slot, W)
     head = slot_head(slot, WIDTH, COLUMNS)
     lane_head = slot_head(lane_slots(first_slot, W), WIDTH, COLUMNS) + lane_numbers(W) * 0
-    decay_rate = gl.load(A + lane_head)
-    lane_bias = gl.load(bias + lane_head)
-    skip = gl.load(D + head)
+    decay_rate, lane_bias, skip = gl.load(A + lane_head), gl.load(bias + lane_head), gl.load(D + head)
     row_length = gl.minimum(gl.load(lengths + row), LENGTH)
 
     # [p, n] of a head, and turned.
@@ -259,12 +291,9 @@ def ssd_backward(
     at_turned = (head * WIDTH + p_turned) * STATE_WIDTH + n_turned
     inside_turned = (p_turned < WIDTH) & (n_turned < STATE_WIDTH)
     size: gl.constexpr = HEADS * WIDTH * STATE_WIDTH
-    R = gl.zeros([W, COLUMNS, STATES], gl.float32, fragment(W))
-    Q = gl.zeros([W, STATES, COLUMNS], gl.float32, fragment(W))
-    if HAS_AFTER:
-        of_segment = after + (wide_row * SEGMENTS + segment) * size
-        R += gl.load(of_segment + at, mask=inside, other=0.0)
-        Q += gl.load(of_segment + at_turned, mask=inside_turned, other=0.0)
+    of_segment = (wide_row * SEGMENTS + segment) * size
+    R = _load_state(after + of_segment, at, inside, HAS_AFTER)
+    Q = _load_state(after + of_segment, at_turned, inside_turned, HAS_AFTER)
     sum_A = gl.zeros_like(decay_rate)
     sum_D = gl.zeros([W, 16], gl.float32, fragment_rows(W))
     held_tile = (tile_slots(0, W) * STATES + n_turned) * COLUMNS + tile_columns(COLUMNS, W)
@@ -274,34 +303,26 @@ def ssd_backward(
     end = gl.minimum(begin + SEGMENT_CHUNKS // BLOCK_CHUNKS, blocks)
     for back in range(end - begin):
         block = end - 1 - back
-        T = gl.zeros([W, STATES, COLUMNS], gl.float32, fragment(W))
-        if KEPT:
-            kept = inside_turned & (FIRST_KEPT | (block > 0))
-            T += gl.load(states + (wide_row * blocks + block) * size + at_turned, mask=kept, other=0.0)
+        kept = inside_turned & (FIRST_KEPT | (block > 0))
+        T = _load_state(states + (wide_row * blocks + block) * size, at_turned, kept, KEPT)
         count = gl.minimum(BLOCK_CHUNKS, (LENGTH + 15) // 16 - block * BLOCK_CHUNKS)
-        gl.store(held + held_tile, T)
-        for k in range(count - 1):
-            T = _swept(
-                T, block * BLOCK_CHUNKS + k, x + of_values, dt + wide_row * (LENGTH * HEADS), B + of_maps, numbers_row,
-                decay_rate, lane_bias, row_length, first_slot, LENGTH, HEADS, GROUPS, WIDTH, STATE_WIDTH, COLUMNS,
-                STATES, W, EXACT, PACKED,
-            )  # fmt: skip
-            gl.store(held + (k + 1) * (W * STATES * COLUMNS) + held_tile, T)
+        _sweep_block(
+            held, held_tile, T, count, block * BLOCK_CHUNKS, x_row, dt_row, B_row, numbers_row, decay_rate, lane_bias,
+            row_length, first_slot, LENGTH, HEADS, GROUPS, WIDTH, STATE_WIDTH, COLUMNS, STATES, W, EXACT, PACKED,
+        )  # fmt: skip
         for back_k in range(count):
             k = count - 1 - back_k
             T = gl.load(held + k * (W * STATES * COLUMNS) + held_tile)
             R, Q, sum_A, sum_D = _chunk_back(
-                R, Q, T, sum_A, sum_D, block * BLOCK_CHUNKS + k, x + of_values, dt + wide_row * (LENGTH * HEADS),
-                B + of_maps, C + of_maps, dy + of_values, numbers_row, dx + of_values, ddt_row, dB_row, dC_row,
-                decay_rate, lane_bias, skip, row_length, first_slot, LENGTH, HEADS, GROUPS, WIDTH, STATE_WIDTH, COLUMNS,
-                STATES, W, EXACT, PACKED,
+                R, Q, T, sum_A, sum_D, block * BLOCK_CHUNKS + k, x_row, dt_row, B_row, C + of_maps, dy + of_values,
+                numbers_row, dx + of_values, ddt_row, dB + of_sums, dC + of_sums, decay_rate, lane_bias, skip,
+                row_length, first_slot, LENGTH, HEADS, GROUPS, WIDTH, STATE_WIDTH, COLUMNS, STATES, W, EXACT, PACKED,
             )  # fmt: skip
     if INITIAL:
-        gl.store(d_initial + (wide_row * SEGMENTS + segment) * size + at, R, mask=inside)
-    slot = first_slot + gl.arange(0, W, per_warp(W))
-    at = ((slot % splits * BATCH + row) * SEGMENTS + segment) * HEADS + slot_head(slot, WIDTH, COLUMNS)
-    gl.store(dA + at, same_in_warp(lane_at(lane_sums(sum_A, lane_head, False), 15)))
-    gl.store(dD + at, gl.sum(sum_D, axis=1))
+        gl.store(d_initial + of_segment + at, R, mask=inside)
+    _store_sums(
+        dA, dD, sum_A, sum_D, row, segment, first_slot, HEADS, WIDTH, COLUMNS, W, SEGMENTS, BATCH
+    )  # fmt: skip
 
 
 @gluon.jit
@@ -338,9 +359,7 @@ def ssd_requests(
         inside = across
         if TAIL:
             inside = gl.minimum(across, LENGTH - 1)
-        dy_turned = _load_dy(
-            dy_row, across, inside, inside * (HEADS * WIDTH) + (head * WIDTH + p), p, LENGTH, WIDTH, COLUMNS
-        )
+        dy_turned = _load_dy(dy_row, across, inside * (HEADS * WIDTH) + (head * WIDTH + p), p, LENGTH, WIDTH, COLUMNS)
         group = head // (HEADS // GROUPS)
         C_turned = load_maps(C_row, inside, tile_rows(STATES, W), group, GROUPS, STATE_WIDTH, STATES)
         dt_row = dt + wide_row * (LENGTH * HEADS)
