@@ -224,16 +224,17 @@ def test_lowers_for_a_gpu():
     with some_gpu():
         one = lowered(lambda arrays: run(**arrays), arrays)
         both = jax.tree.map(lambda a: jnp.stack([a, a]), arrays)
-        batched = (
-            jax.jit(jax.vmap(lambda arrays: run(**arrays))).trace(both).lower(lowering_platforms=("cuda",)).as_text()
-        )
+        batched = lowered(jax.vmap(lambda arrays: run(**arrays)), both)
+        gradients = lowered(jax.value_and_grad(lambda arrays: run(**arrays).sum()), arrays)
     assert one.count("@triton_kernel_call") == 1 and "while" not in one
     assert batched.count("@triton_kernel_call") == 1 and "while" in batched
+    assert gradients.count("@triton_kernel_call") == 2
     rows = PartitionSpec("rows")
     specs = {name: rows if name in ("x", "dt", "B", "C") else PartitionSpec() for name in arrays}
     mesh = Mesh(np.array(jax.devices()[:1]), ("rows",))
     sharded = jax.shard_map(lambda arrays: run(**arrays), mesh=mesh, in_specs=(specs,), out_specs=rows)
-    assert "ssd_forward" in str(jax.make_jaxpr(sharded)(arrays))
+    loss = jax.grad(lambda arrays: sharded(arrays).sum())
+    assert all(name in str(jax.make_jaxpr(loss)(arrays)) for name in ("ssd_forward", "ssd_backward"))
 
 
 @pytest.mark.skipif(importlib.util.find_spec("jax_triton") is not None, reason="jax-triton is here")
