@@ -156,11 +156,6 @@ def _shuffle_up(distance):
 
 
 @gluon.constexpr_function
-def _shuffle_down(distance):
-    return f"shfl.sync.down.b32 $0, $1, {distance}, 0x1f, -1;"
-
-
-@gluon.constexpr_function
 def _shuffle_xor(distance):
     return f"shfl.sync.bfly.b32 $0, $1, {distance}, 0x1f, -1;"
 
@@ -221,33 +216,6 @@ def to_warp(x, index: gl.constexpr):
     return same_in_warp(lane_at(x, index))
 
 
-@gluon.constexpr_function
-def _gather_rows(outputs, inputs):
-    """Both outputs are what the lane numbered by input 1 has: in its first row, and in its second."""
-    (first, second), ((lane,),) = inputs[0], inputs[1:]
-    pairs = ((outputs[0][0], first), (outputs[1][0], second))
-    return "\n".join(f"shfl.sync.idx.b32 {result}, {value}, {lane}, 0x1f, -1;" for result, value in pairs)
-
-
-@gluon.jit
-def rows_to_lanes(x):
-    """[W, 16] from `fragment_rows` to `lanes`."""
-    W: gl.constexpr = x.shape[0]
-    result: gl.constexpr = gl.distributed_type(x.dtype, [W, 16], lanes(W))
-    lane = lane_numbers(W)
-    low, high = gl.inline_asm(
-        _gather_rows, ("=&r", "=&r", "r", "r"), [x, (lane & 7) * 4], [result, result], is_pure=True
-    )
-    return gl.where(lane < 8, low, high)
-
-
-@gluon.jit
-def warp_to_lanes(x):
-    """[W] from `per_warp` to [W, 16] in `lanes`."""
-    W: gl.constexpr = x.shape[0]
-    return gl.inline_asm(_move, ("=r", "r"), [x], gl.distributed_type(x.dtype, [W, 16], lanes(W)), is_pure=True)
-
-
 @gluon.jit
 def lane_up(x, distance: gl.constexpr):
     """What the lane `distance` below has; lanes below `distance` keep an undefined number of their own half."""
@@ -277,25 +245,6 @@ def lane_sums(x, numbers, packed: gl.constexpr):
     x = _add_lane_up(x, numbers, 2, packed)
     x = _add_lane_up(x, numbers, 4, packed)
     return _add_lane_up(x, numbers, 8, packed)
-
-
-@gluon.jit
-def _add_lane_down(x, distance: gl.constexpr):
-    asm: gl.constexpr = _shuffle_down(distance)
-    got = gl.inline_asm_elementwise(asm, "=r,r", [x], dtype=x.dtype, is_pure=True, pack=1)
-    return x + gl.where(lane_numbers(x.shape[0]) < 16 - distance, got, 0.0)
-
-
-@gluon.jit
-def lane_sums_from(x):
-    """Sums of [W, 16] in `lanes` from each entry on."""
-    return _add_lane_down(_add_lane_down(_add_lane_down(_add_lane_down(x, 1), 2), 4), 8)
-
-
-@gluon.jit
-def lane_sums_before(x):
-    """Sums of [W, 16] in `lanes` over all entries before each."""
-    return gl.where(lane_numbers(x.shape[0]) >= 1, lane_up(lane_sums(x, x, False), 1), 0.0)
 
 
 # From JAX.

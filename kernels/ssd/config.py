@@ -111,7 +111,7 @@ class GluonConfig:
     """How the Gluon kernels divide the work of an SSD.
 
     Attributes:
-      warps: of a program, all of one group; each has a head of its own, or `columns` of the width of one.
+      warps: of a program; each has a head of its own, or `columns` of the width of one.
       columns: of a head's width p that a warp handles; 16, 32 or 64.
       segments: programs that share one row, for few long rows.
       block: positions between the states that are kept for the gradient; a multiple of 16.
@@ -125,7 +125,7 @@ class GluonConfig:
     forward_registers: int | None = None
     backward_registers: int | None = None
 
-    def check(self, *, heads_per_group: int, width: int) -> None:
+    def check(self, *, heads: int, width: int) -> None:
         """Refuses what the kernels cannot do for these shapes.
 
         Raises:
@@ -133,9 +133,9 @@ class GluonConfig:
         """
         if self.columns not in (16, 32, 64):
             raise ValueError(f"columns={self.columns} must be 16, 32 or 64")
-        slots = heads_per_group * -(-width // self.columns)
+        slots = heads * -(-width // self.columns)
         if self.warps not in (1, 2, 4, 8) or slots % self.warps:
-            raise ValueError(f"warps={self.warps} must be 1, 2, 4 or 8 and divide the {slots} warps of a group")
+            raise ValueError(f"warps={self.warps} must be 1, 2, 4 or 8 and divide the {slots} warps of a row")
         if self.segments < 1:
             raise ValueError(f"segments={self.segments} must be at least 1")
         if self.block < 16 or self.block % 16:
@@ -147,20 +147,19 @@ class GluonConfig:
 
 
 def default_gluon_config(
-    *, batch: int, length: int, heads: int, groups: int, width: int, state_width: int, exact_products: bool = False
+    *, batch: int, length: int, heads: int, width: int, state_width: int, exact_products: bool = False
 ) -> GluonConfig:
     """Picks the division for a shape: what the registers of a thread hold without spilling.
 
     Args:
-      batch, length, heads, groups, width, state_width: b, l, h, g, p and n.
+      batch, length, heads, width, state_width: b, l, h, p and n.
       exact_products: float32 products, which need more registers.
     """
     # A warp holds columns x states numbers of its state, 32 of them per thread where there are 1024.
     most = 16 if state_width > (32 if exact_products else 64) else 32
     columns = min(most, max(16, power_of_two(width)))
     slots = heads * -(-width // columns)
-    # Warps of a program add up their gradients of B and C, so that they are of one group.
-    warps = next(w for w in (4, 2, 1) if slots // groups % w == 0)
+    warps = next(w for w in (4, 2, 1) if slots % w == 0)
     segments = 1
     if batch * slots < _ENOUGH_WARPS:
         segments = max(1, min(-(-_ENOUGH_WARPS // (batch * slots)), _MAX_SEGMENTS, length // 256))

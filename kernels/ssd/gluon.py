@@ -37,7 +37,6 @@ from kernels.ssd.gluon_tiles import (
     lane_slots,
     load_histories,
     load_inside,
-    load_maps,
     load_steps,
     log2_sums,
     slot_column,
@@ -46,11 +45,17 @@ from kernels.ssd.gluon_tiles import (
     tile_rows,
     tile_slots,
 )
-from kernels.ssd.gluon_vjp import backward
 from kernels.ssd.tiles import history_numbers, states_before, uncut_segments
 from kernels.triton import DTYPES, tile_precision
 
 Outputs = tuple[Array, Array | None]
+
+
+@gluon.jit
+def _load_maps(row, positions, n, group, GROUPS: gl.constexpr, STATE_WIDTH: gl.constexpr, STATES: gl.constexpr):
+    """A tile of B or C, either way round."""
+    at = positions * (GROUPS * STATE_WIDTH) + (group * STATE_WIDTH + n)
+    return load_inside(row + at, n < STATE_WIDTH, STATES != STATE_WIDTH)
 
 
 @gluon.jit
@@ -91,7 +96,7 @@ def _chunk(
         down = gl.minimum(down, LENGTH - 1)
     x_at = across * (HEADS * WIDTH) + (head * WIDTH + column)
     x = load_inside(x_row + x_at, column < WIDTH, WIDTH % COLUMNS != 0)
-    B_turned = load_maps(B_row, across, tile_rows(STATES, W), group, GROUPS, STATE_WIDTH, STATES)
+    B_turned = _load_maps(B_row, across, tile_rows(STATES, W), group, GROUPS, STATE_WIDTH, STATES)
 
     delta, _ = load_steps(dt_row, bias, row_length, first, first_slot, LENGTH, HEADS, WIDTH, COLUMNS, W, TAIL)
     log_decay = delta * A
@@ -100,8 +105,8 @@ def _chunk(
     from_start, to_end, decay = edge_decays(coarse, fine, number, first_number, last_number, EXACT, PACKED)
 
     if OUTPUTS:
-        B = load_maps(B_row, down, tile_columns(STATES, W), group, GROUPS, STATE_WIDTH, STATES)
-        C = load_maps(C_row, down, tile_columns(STATES, W), group, GROUPS, STATE_WIDTH, STATES)
+        B = _load_maps(B_row, down, tile_columns(STATES, W), group, GROUPS, STATE_WIDTH, STATES)
+        C = _load_maps(C_row, down, tile_columns(STATES, W), group, GROUPS, STATE_WIDTH, STATES)
         between, reached = decays_between(coarse, fine, number, EXACT, PACKED)
         y = _outputs(state, x, B, C, D, delta, from_start, between, reached, EXACT, PACKED).to(x.dtype)
         if TAIL or WIDTH % COLUMNS != 0:
@@ -244,6 +249,8 @@ def _ssd_fwd(params: GluonParams, *inputs: Array | None) -> tuple[Outputs, tuple
 
 
 def _ssd_bwd(params: GluonParams, residuals: tuple[Any, ...], cotangents: Outputs) -> tuple[Array | None, ...]:
+    from kernels.ssd.gluon_vjp import backward
+
     return backward(params, residuals, cotangents)
 
 
@@ -253,7 +260,7 @@ _ssd.defvjp(_ssd_fwd, _ssd_bwd)
 def _checked_config(x: Array, B: Array, exact: bool, config: GluonConfig | None) -> GluonConfig:
     """Returns how the work on x [b, l, h, p] and B [b, l, g, n] is divided, if the kernels can do it."""
     batch, length, heads, width = x.shape
-    groups, state_width = B.shape[2:]
+    state_width = B.shape[3]
     if x.dtype not in DTYPES:
         raise ValueError(f"x is {x.dtype}; the Gluon kernels take float32 or bfloat16: use implementation='xla'")
     for name, size in (("p", width), ("n", state_width)):
@@ -264,14 +271,13 @@ def _checked_config(x: Array, B: Array, exact: bool, config: GluonConfig | None)
             batch=batch,
             length=length,
             heads=heads,
-            groups=groups,
             width=width,
             state_width=state_width,
             exact_products=exact and x.dtype == jnp.float32,
         )
     if not isinstance(config, GluonConfig):
         raise ValueError(f"config={config!r}: the Gluon kernels take a GluonConfig, or None")
-    config.check(heads_per_group=heads // groups, width=width)
+    config.check(heads=heads, width=width)
     return config
 
 

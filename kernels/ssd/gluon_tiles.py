@@ -178,13 +178,6 @@ def load_inside(pointers, inside, MASKED: gl.constexpr):
 
 
 @gluon.jit
-def load_maps(row, positions, n, group, GROUPS: gl.constexpr, STATE_WIDTH: gl.constexpr, STATES: gl.constexpr):
-    """A tile of B or C, either way round."""
-    at = positions * (GROUPS * STATE_WIDTH) + (group * STATE_WIDTH + n)
-    return load_inside(row + at, n < STATE_WIDTH, STATES != STATE_WIDTH)
-
-
-@gluon.jit
 def load_steps(
     dt_row, bias, row_length, first, first_slot,
     LENGTH: gl.constexpr, HEADS: gl.constexpr, WIDTH: gl.constexpr, COLUMNS: gl.constexpr, W: gl.constexpr,

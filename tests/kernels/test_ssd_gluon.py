@@ -17,8 +17,8 @@ from tests.kernels.codegen import for_gpus, some_gpu
 from tests.kernels.gluon_ptx import interpreted, resources
 from tests.kernels.op_suite import assert_near, ids_of
 
-# Of the largest number of an array: values, gradients.
-LIMITS = {"float32": (2e-5, 1e-4), "tfloat32": (5e-3, 1e-2), "bfloat16": (2e-2, 2e-2)}
+# Of the largest number of an array.
+LIMITS = {"float32": 2e-5, "tfloat32": 5e-3, "bfloat16": 2e-2}
 
 
 def normal(name, *shape):
@@ -39,36 +39,33 @@ def arrays_of(length, *, batch=1, heads=2, groups=1, width=8, state=5, initial=F
     return arrays | ({"initial_state": normal("initial", batch, heads, width, state)} if initial else {})
 
 
-def value_and_gradients(arrays, weights, **options):
-    """y, the final state, and the gradients of their weighted sum."""
-    results, pull = jax.vjp(lambda arrays: ssd(**arrays, **options, return_final_state=True), arrays)
-    return results, pull(weights)[0]
+def in_float64(arrays, **options):
+    """y and the final state by the definition."""
+    with jax.enable_x64(True):
+        arrays = jax.tree.map(lambda a: jnp.asarray(np.asarray(a, np.float64)), arrays)
+        results = ssd(**arrays, **options, return_final_state=True, implementation="reference")
+        return jax.tree.map(np.asarray, results)
 
 
-def check(arrays, products="float32", *, capability=80, backwards=False, config=None, ids=None, gradients=False):
-    """Interprets the kernels of the outputs, or of gradients too; returns what they were."""
+def check(arrays, products="float32", *, capability=80, backwards=False, config=None, ids=None):
+    """Interprets the forward kernels, and returns what they were."""
     if products == "bfloat16":
         arrays = arrays | {key: arrays[key].astype(jnp.bfloat16) for key in "xBC"}
-    given = {"segment_ids": None if ids is None else jnp.asarray(ids)}
-    kernel_options = {"precision": "highest" if products == "float32" else "default", "config": config}
-    shapes = jax.eval_shape(lambda arrays: ssd(**arrays, return_final_state=True), arrays)
-    weights = tuple(normal(f"weights {len(s.shape)}", *s.shape).astype(s.dtype) for s in shapes)
+    precision = "highest" if products == "float32" else "default"
+    ids = None if ids is None else jnp.asarray(ids)
     with interpreted(capability=capability, backwards=backwards) as launches:
-        if gradients:
-            actual = value_and_gradients(arrays, weights, **given, **kernel_options, implementation="gluon")
-        else:
-            options = given | kernel_options | {"return_final_state": True}
-            actual = ssd(**arrays, **options, implementation="gluon"), {}
-    assert [a.dtype for a in actual[0]] == [arrays["x"].dtype, jnp.float32]
-    assert {name: a.dtype for name, a in actual[1].items()} == {name: arrays[name].dtype for name in actual[1]}
-    with jax.enable_x64(True):
-        wide = jax.tree.map(lambda a: jnp.asarray(np.asarray(a, np.float64)), (arrays, weights))
-        expected = value_and_gradients(*wide, **given, implementation="reference")
-        expected = jax.tree.map(np.asarray, expected)
-    assert_near(actual[0][0], expected[0][0], LIMITS[products][0], "y")
-    assert_near(actual[0][1], expected[0][1], LIMITS[products][0], "final state")
-    for name, gradient in actual[1].items():
-        assert_near(gradient, expected[1][name], LIMITS[products][1], f"gradient by {name}")
+        y, state = ssd(
+            **arrays,
+            segment_ids=ids,
+            return_final_state=True,
+            implementation="gluon",
+            precision=precision,
+            config=config,
+        )
+    assert (y.dtype, state.dtype) == (arrays["x"].dtype, jnp.float32)
+    wanted, wanted_state = in_float64(arrays, segment_ids=ids)
+    assert_near(y, wanted, LIMITS[products], "y")
+    assert_near(state, wanted_state, LIMITS[products], "final state")
     return launches.seen
 
 
@@ -80,7 +77,7 @@ CASES = {
     "several histories": (arrays_of(35, initial=True), {"ids": ids_of(((5, 11, 14, 5),), 35)}),
     "one position": (arrays_of(1, initial=True), {}),
     "padding": (arrays_of(20, batch=2), {"ids": ids_of(((13,), ()), 20)}),
-    "groups": (arrays_of(18, heads=4, groups=2), {"config": TINY}),
+    "groups": (arrays_of(18, heads=4, groups=2), {"config": dataclasses.replace(TINY, warps=4)}),
     "width in slices": (arrays_of(18, width=40, heads=1, state=24), {"config": dataclasses.replace(TINY, warps=1)}),
     "wide": (arrays_of(20, heads=1, width=128, state=64, initial=True), {}),
     "widest": (arrays_of(20, heads=1, width=24, state=128), {}),
@@ -91,42 +88,36 @@ CASES = {
     ),
     "many small programs": (arrays_of(20, batch=3, heads=3), {}),
 }
-USUAL = ("ragged length", "segments of several histories")
+USUAL = ("ragged length", "whole chunks and a kept state", "several histories", "segments of several histories")
 
 
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=() if name in USUAL else pytest.mark.exhaustive) for name in CASES]
 )
-def test_values_and_gradients(name):
+def test_values(name):
     arrays, options = CASES[name]
-    check(arrays, **options, gradients=True)
-
-
-@pytest.mark.parametrize("name", ["whole chunks and a kept state", "wide"])
-def test_values_alone(name):
-    arrays, options = CASES[name]
-    check(arrays, "tfloat32", **options)
+    check(arrays, **options)
 
 
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("products", ["tfloat32", "bfloat16"])
 @pytest.mark.parametrize("name", ["ragged length", "several histories", "wide", "segments"])
-def test_values_and_gradients_in_other_precisions(name, products):
+def test_values_in_other_precisions(name, products):
     arrays, options = CASES[name]
-    check(arrays, products, **options, gradients=True)
+    check(arrays, products, **options)
 
 
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("capability", [90, 100])
 @pytest.mark.parametrize("products", LIMITS)
-def test_values_and_gradients_of_other_gpus(products, capability):
-    check(arrays_of(35, width=32, state=32, initial=True), products, capability=capability, gradients=True)
+def test_values_of_other_gpus(products, capability):
+    check(arrays_of(35, width=32, state=32, initial=True), products, capability=capability)
 
 
 @pytest.mark.exhaustive
 def test_programs_and_warps_in_the_opposite_order():
     arrays, options = CASES["segments of several histories"]
-    check(arrays, backwards=True, **options, gradients=True)
+    check(arrays, backwards=True, **options)
 
 
 def forward_kernels(arrays, *, keep=False, config=None, ids=None, precision="default"):
@@ -144,33 +135,25 @@ def forward_kernels(arrays, *, keep=False, config=None, ids=None, precision="def
 def test_no_history_feels_another():
     """Not by one bit, also where a neighbour's values are huge."""
     arrays, _ = CASES["several histories"]
-    ids, by_position = ids_of(((5, 11, 14, 5),), 35), ("x", "dt", "B", "C")
-    weights = normal("weights y", 1, 35, 2, 8), normal("weights state", 1, 2, 8, 5)
-    mine, others = np.r_[0:5, 16:35], np.s_[5:16]
+    ids = ids_of(((5, 11, 14, 5),), 35)
 
-    def results(factor, step):
-        changed = {key: arrays[key].at[:, others].multiply(step if key == "dt" else factor) for key in by_position}
+    def outputs(arrays):
         with interpreted():
-            options = {"segment_ids": jnp.asarray(ids), "implementation": "gluon", "precision": "highest"}
-            (y, state), gradients = value_and_gradients(arrays | changed, weights, **options)
-        of_positions = [np.array(a) for a in (y, *(gradients[name] for name in by_position))]
-        return of_positions, [np.array(state), np.array(gradients["initial_state"])]
+            y, state = ssd(
+                **arrays,
+                segment_ids=jnp.asarray(ids),
+                return_final_state=True,
+                implementation="gluon",
+                precision="highest",
+            )
+        return np.array(y), np.array(state)
 
-    one, other = results(1.0, 1.0), results(-1e30, -3.0)
-    assert not np.array_equal(one[0][0][:, others], other[0][0][:, others])
-    for a, b in zip(one[0], other[0], strict=True):
-        np.testing.assert_array_equal(a[:, mine], b[:, mine])
-    for a, b in zip(one[1], other[1], strict=True):
-        np.testing.assert_array_equal(a, b)
-
-
-@pytest.mark.exhaustive
-@pytest.mark.parametrize(("scale", "rate"), [(10.0, 16.0), (100.0, 50.0)])
-def test_gradient_of_the_decay_at_large_steps(scale, rate):
-    """Next to nothing passes a position, and its gradient is that small."""
-    arrays = arrays_of(35, initial=True)
-    steps = normal("steps", 1, 35, 2) * jnp.where(jnp.arange(35)[None, :, None] % 3 == 0, scale, 0.1)
-    check(arrays | {"dt": steps, "A": jnp.asarray([-1.0, -rate])}, gradients=True)
+    other = {key: arrays[key].at[:, 5:16].multiply(-1e30 if key in "xBC" else -3.0) for key in ("x", "dt", "B", "C")}
+    y, state = outputs(arrays)
+    other_y, other_state = outputs(arrays | other)
+    assert not np.array_equal(y[:, 5:16], other_y[:, 5:16])
+    np.testing.assert_array_equal(np.delete(y, np.s_[5:16], 1), np.delete(other_y, np.s_[5:16], 1))
+    np.testing.assert_array_equal(state, other_state)
 
 
 # Shapes, options, most instructions per token and head (in 16 positions of a head's loop) and registers, measured and
@@ -224,17 +207,16 @@ def test_lowers_for_a_gpu():
     with some_gpu():
         one = lowered(lambda arrays: run(**arrays), arrays)
         both = jax.tree.map(lambda a: jnp.stack([a, a]), arrays)
-        batched = lowered(jax.vmap(lambda arrays: run(**arrays)), both)
-        gradients = lowered(jax.value_and_grad(lambda arrays: run(**arrays).sum()), arrays)
+        batched = (
+            jax.jit(jax.vmap(lambda arrays: run(**arrays))).trace(both).lower(lowering_platforms=("cuda",)).as_text()
+        )
     assert one.count("@triton_kernel_call") == 1 and "while" not in one
     assert batched.count("@triton_kernel_call") == 1 and "while" in batched
-    assert gradients.count("@triton_kernel_call") == 2
     rows = PartitionSpec("rows")
     specs = {name: rows if name in ("x", "dt", "B", "C") else PartitionSpec() for name in arrays}
     mesh = Mesh(np.array(jax.devices()[:1]), ("rows",))
     sharded = jax.shard_map(lambda arrays: run(**arrays), mesh=mesh, in_specs=(specs,), out_specs=rows)
-    loss = jax.grad(lambda arrays: sharded(arrays).sum())
-    assert all(name in str(jax.make_jaxpr(loss)(arrays)) for name in ("ssd_forward", "ssd_backward"))
+    assert "ssd_forward" in str(jax.make_jaxpr(sharded)(arrays))
 
 
 @pytest.mark.skipif(importlib.util.find_spec("jax_triton") is not None, reason="jax-triton is here")
@@ -247,7 +229,7 @@ def test_without_jax_triton_it_says_so():
     ("changed", "message"),
     [
         ({"columns": 24}, "columns=24 must be 16, 32 or 64"),
-        ({"warps": 4}, "warps=4 must be 1, 2, 4 or 8 and divide the 2 warps of a group"),
+        ({"warps": 4}, "warps=4 must be 1, 2, 4 or 8 and divide the 2 warps of a row"),
         ({"segments": 0}, "segments=0 must be at least 1"),
         ({"block": 24}, "block=24 must be a multiple of 16"),
         ({"forward_registers": 300}, "forward_registers=300 must be from 24 to 255, or None"),
