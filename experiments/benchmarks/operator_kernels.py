@@ -290,7 +290,7 @@ def _words(case: Case, precision: str) -> dict[str, Any]:
 def default_config_of(case: Case, precision: str, implementation: str) -> Any:
     """Returns the config that a backend takes where nobody says otherwise, or None where it offers none.
 
-    A backend's module offers it as `<backend>_config` or `default_config`, functions of the shape, or as a dataclass
+    A backend's module offers it as `default_<backend>_config` or `default_config`, functions of the shape, or as a dataclass
     whose name ends with Config and all of whose fields have defaults.
     """
     if implementation == "pallas_triton":
@@ -300,7 +300,7 @@ def default_config_of(case: Case, precision: str, implementation: str) -> Any:
         return None
     module = sys.modules[function.__module__]
     words = _words(case, precision)
-    for name in (f"{implementation}_config", "default_config"):
+    for name in (f"default_{implementation}_config", "default_config"):
         if maker := getattr(module, name, None):
             asked = inspect.signature(maker).parameters
             return maker(**{word: value for word, value in words.items() if word in asked})

@@ -236,6 +236,7 @@ def ssd_pallas_triton(
         packed=segment_ids is not None,
     )
     zeros = jnp.zeros(x.shape[2], jnp.float32)
+    read = max(divided.all_chunks * divided.chunk for divided in (params, params.without_gradient))
     inputs = (
         x,
         dt.astype(jnp.float32),
@@ -246,7 +247,7 @@ def ssd_pallas_triton(
         zeros if dt_bias is None else dt_bias.astype(jnp.float32),
         None if initial_state is None else initial_state.astype(jnp.float32),
         row_lengths(segment_ids, x.shape[:2]),
-        history_numbers(params, segment_ids),
+        history_numbers(params.length, read, segment_ids),
     )
     # What has been made here varies over no mesh axis yet.
     return _ssd(params, *pvary_together(*inputs))

@@ -6,7 +6,7 @@ Tiles are [c, p], [c, n], [c, c] and [p, n] for a chunk of c positions; sides ar
 import dataclasses
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Union
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,12 @@ from kernels.decays import COARSE_STEP, ENOUGH, decays_between
 from kernels.ssd.config import SsdConfig
 from kernels.tiling import power_of_two
 from kernels.triton import Span, TilePrecision, exp, load_tile, tile_dot
+
+if TYPE_CHECKING:
+    from kernels.ssd.gluon_tiles import GluonParams
+
+# How rows are cut. Gluon is not imported for it.
+CutRows = Union["KernelParams", "GluonParams"]
 
 
 @dataclass(frozen=True)
@@ -151,16 +157,18 @@ def scaled(tile: Array, factors: Array) -> Array:
     return (factors[:, None] * tile.astype(jnp.float32)).astype(tile.dtype)
 
 
-def history_numbers(params: KernelParams, segment_ids: Array | None) -> Array | None:
-    """Returns ids int32 [b, k c + 1], entry t of the position before t; padding goes on like the last history.
+def history_numbers(length: int, read: int, segment_ids: Array | None) -> Array | None:
+    """Returns ids int32 [b, read + 1], entry t of the position before t; padding goes on like the last history.
 
-    There are as many as the kernels read with or without a gradient.
+    Args:
+      length: l.
+      read: positions that kernels read, l and what fills the last chunk.
+      segment_ids: int32 [b, l], or None for rows of one history.
     """
     if segment_ids is None:
         return None
     ids = jax.lax.cummax(jnp.concatenate([segment_ids[:, :1], segment_ids], axis=1), axis=1)
-    read = max(divided.all_chunks * divided.chunk for divided in (params, params.without_gradient))
-    return jnp.pad(ids, ((0, 0), (0, read - params.length)), mode="edge")
+    return jnp.pad(ids, ((0, 0), (0, read - length)), mode="edge")
 
 
 class Histories(NamedTuple):
@@ -275,7 +283,7 @@ def lower_triangle(size: int, *, strict: bool = False) -> Array:
     return row > column if strict else row >= column
 
 
-def uncut_segments(params: KernelParams, numbers: Array | None) -> Array | None:
+def uncut_segments(params: CutRows, numbers: Array | None) -> Array | None:
     """Returns bool [b, s], true where no history begins in a segment; or None where every row is one history."""
     if numbers is None:
         return None

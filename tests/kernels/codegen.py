@@ -76,6 +76,7 @@ class Resources:
       shared_bytes: of a program.
       tensor_core_instructions: in the machine code of one warp.
       instructions: likewise, all.
+      loop_instructions: likewise, of the longest loop.
     """
 
     registers: int
@@ -84,6 +85,7 @@ class Resources:
     shared_bytes: int
     tensor_core_instructions: int
     instructions: int
+    loop_instructions: int
 
 
 def _chip() -> dict[str, Any]:
@@ -94,7 +96,7 @@ def _chip() -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _some_gpu() -> Iterator[None]:
+def some_gpu() -> Iterator[None]:
     if not (chip := _chip()):
         yield
         return
@@ -127,7 +129,7 @@ def capture(function: Callable[..., Any], *arguments: Any) -> list[Kernel]:
       function: anything that calls Triton kernels.
       arguments: arrays or `jax.ShapeDtypeStruct`s.
     """
-    with _some_gpu():
+    with some_gpu():
         lowered = jax.jit(function).trace(*arguments).lower(lowering_platforms=("cuda",))
     kernels = []
     for operation in _walk(lowered.compiler_ir("stablehlo").operation):
@@ -151,6 +153,21 @@ def _read(tool: str, *arguments: str) -> str:
 
     binary = pathlib.Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / tool
     return subprocess.run([binary, *arguments], check=True, capture_output=True, text=True).stdout
+
+
+def _longest_loop(code: str) -> int:
+    """Instructions from a label to the last branch back to it, the most of any label."""
+    labels: dict[str, int] = {}
+    number = longest = 0
+    for line in code.splitlines():
+        if match := re.match(r"(\.L_\w+):", line):
+            labels[match[1]] = number
+        if re.match(r"\s+/\*[0-9a-f]{4,}\*/", line):
+            number += 1
+            # A program ends in a branch to itself, one instruction.
+            if (match := re.search(r"\bBRA\b.*\((\.L_\w+)\)", line)) and match[1] in labels:
+                longest = max(longest, number - labels[match[1]])
+    return longest if longest > 1 else 0
 
 
 @functools.cache
@@ -191,6 +208,7 @@ def resources(compiled: Cubin) -> Resources:
         local_accesses=sum(bool(_LOCAL_MEMORY.search(line)) for line in instructions),
         tensor_core_instructions=sum(bool(_TENSOR_CORES.search(line)) for line in instructions),
         instructions=len(instructions),
+        loop_instructions=_longest_loop(code),
     )
 
 
@@ -203,7 +221,7 @@ def mosaic_kernels(function: Callable[..., Any], *arguments: Any) -> list[str]:
       function: anything that calls such kernels.
       arguments: arrays or `jax.ShapeDtypeStruct`s.
     """
-    with _some_gpu():
+    with some_gpu():
         lowered = jax.jit(function).trace(*arguments).lower(lowering_platforms=("cuda",))
     names = []
     for operation in _walk(lowered.compiler_ir("stablehlo").operation):

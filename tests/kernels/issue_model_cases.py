@@ -20,7 +20,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from experiments.benchmarks.operator_speed import default_kernel_config, floor_seconds, work
+from experiments.benchmarks.operator_work import default_kernel_config, floor_seconds, work
 from experiments.benchmarks.operators import Case
 from kernels.causal_conv1d import causal_conv1d
 from kernels.selective_scan import selective_scan

@@ -31,7 +31,7 @@ def test_a_backend_is_a_function_and_a_line(with_toy):
 
 def test_without_it_the_name_is_unknown():
     with pytest.raises(
-        ValueError, match=r"'toy' of causal_conv1d must be one of \['pallas_triton', 'reference', 'xla'\]"
+        ValueError, match=r"'toy' of causal_conv1d must be one of \[.*'pallas_triton', 'reference', 'xla'\]"
     ):
         causal_conv1d(jnp.ones((1, 2, 3)), jnp.ones((1, 3)), implementation="toy")
 
