@@ -6,17 +6,28 @@ from kernels.decays import in_accum_dtype, step_size
 from kernels.dispatch import Implementations, Precision, check_shape, run
 from kernels.segment_ids import checked_segment_ids
 from kernels.ssd import reference
-from kernels.ssd.config import DEFAULT_CHUNK_SIZE, SsdConfig, default_config
+from kernels.ssd.config import DEFAULT_CHUNK_SIZE, GluonConfig, SsdConfig, default_config
 from kernels.ssd.reference import ssd_reference
 from kernels.ssd.step import ssd_last, ssd_step
 from kernels.ssd.xla import ssd_xla
 
-__all__ = ["IMPLEMENTATIONS", "SsdConfig", "default_config", "dense_mask", "ssd", "ssd_last", "ssd_step", "step_size"]
+__all__ = [
+    "IMPLEMENTATIONS",
+    "GluonConfig",
+    "SsdConfig",
+    "default_config",
+    "dense_mask",
+    "ssd",
+    "ssd_last",
+    "ssd_step",
+    "step_size",
+]
 
 IMPLEMENTATIONS: Implementations = {
     "reference": ssd_reference,
     "xla": ssd_xla,
     "pallas_triton": "kernels.ssd.pallas_triton:ssd_pallas_triton",
+    "gluon": "kernels.ssd.gluon:ssd_gluon",
 }
 
 
@@ -58,7 +69,7 @@ def ssd(
     precision: Precision = None,
     implementation: str | None = None,
     interpret: bool | None = None,
-    config: SsdConfig | None = None,
+    config: SsdConfig | GluonConfig | None = None,
 ) -> Array | tuple[Array, Array]:
     """Applies a selective state space layer with one scalar decay per head.
 
@@ -86,10 +97,11 @@ def ssd(
       chunk_size: positions handled densely at once; any length works, and the result does not depend on it.
       precision: of products, as in JAX; None follows `jax_default_matmul_precision`. The GPU kernels offer TF32
         ("default", "high") and float32 ("highest") factors.
-      implementation: "xla" (chunked), "reference" (step by step), "pallas_triton" (GPU kernels), another name of
-        `IMPLEMENTATIONS`, or None for the default.
+      implementation: "xla" (chunked), "reference" (step by step), "pallas_triton" or "gluon" (GPU kernels), another
+        name of `IMPLEMENTATIONS`, or None for the default.
       interpret: run kernels as slow plain JAX; None does so where there is no GPU.
-      config: how the GPU kernels divide the work, or None to derive it from the shape and `chunk_size`.
+      config: how the GPU kernels divide the work (a `GluonConfig` for "gluon"), or None to derive it from the shape and
+        `chunk_size`.
 
     Returns:
       y [b, l, h, p] in the dtype of x; with `return_final_state` also the state [b, h, p, n], float32 or wider.

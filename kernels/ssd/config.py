@@ -9,6 +9,8 @@ MAX_WIDTH = 128
 # Fewer programs than this leave a large GPU partly idle, so that rows are cut into segments.
 _ENOUGH_PROGRAMS = 1024
 _MAX_SEGMENTS = 256
+# Likewise for the Gluon kernels, whose programs have several warps.
+_ENOUGH_WARPS = 2048
 
 
 @dataclass(frozen=True)
@@ -102,3 +104,63 @@ def default_config(
         forward_warps=warps,
         backward_warps=warps,
     )
+
+
+@dataclass(frozen=True)
+class GluonConfig:
+    """How the Gluon kernels divide the work of an SSD.
+
+    Attributes:
+      warps: of a program; each has a head of its own, or `columns` of the width of one.
+      columns: of a head's width p that a warp handles; 16, 32 or 64.
+      segments: programs that share one row, for few long rows.
+      block: positions between the states that are kept for the gradient; a multiple of 16.
+      forward_registers, backward_registers: of a thread at most, or None for the compiler's choice.
+    """
+
+    warps: int
+    columns: int
+    segments: int = 1
+    block: int = 64
+    forward_registers: int | None = None
+    backward_registers: int | None = None
+
+    def check(self, *, heads: int, width: int) -> None:
+        """Refuses what the kernels cannot do for these shapes.
+
+        Raises:
+          ValueError: naming the field, its value and its limit.
+        """
+        if self.columns not in (16, 32, 64):
+            raise ValueError(f"columns={self.columns} must be 16, 32 or 64")
+        slots = heads * -(-width // self.columns)
+        if self.warps not in (1, 2, 4, 8) or slots % self.warps:
+            raise ValueError(f"warps={self.warps} must be 1, 2, 4 or 8 and divide the {slots} warps of a row")
+        if self.segments < 1:
+            raise ValueError(f"segments={self.segments} must be at least 1")
+        if self.block < 16 or self.block % 16:
+            raise ValueError(f"block={self.block} must be a multiple of 16")
+        for name in ("forward_registers", "backward_registers"):
+            value = getattr(self, name)
+            if value is not None and not 24 <= value <= 255:
+                raise ValueError(f"{name}={value} must be from 24 to 255, or None")
+
+
+def default_gluon_config(
+    *, batch: int, length: int, heads: int, width: int, state_width: int, exact_products: bool = False
+) -> GluonConfig:
+    """Picks the division for a shape: what the registers of a thread hold without spilling.
+
+    Args:
+      batch, length, heads, width, state_width: b, l, h, p and n.
+      exact_products: float32 products, which need more registers.
+    """
+    # A warp holds columns x states numbers of its state, 32 of them per thread where there are 1024.
+    most = 16 if state_width > (32 if exact_products else 64) else 32
+    columns = min(most, max(16, power_of_two(width)))
+    slots = heads * -(-width // columns)
+    warps = next(w for w in (4, 2, 1) if slots % w == 0)
+    segments = 1
+    if batch * slots < _ENOUGH_WARPS:
+        segments = max(1, min(-(-_ENOUGH_WARPS // (batch * slots)), _MAX_SEGMENTS, length // 256))
+    return GluonConfig(warps=warps, columns=columns, segments=segments)

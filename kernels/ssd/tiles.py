@@ -5,7 +5,7 @@ Tiles are [c, p], [c, n], [c, c] and [p, n] for a chunk of c positions; sides ar
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Union
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,12 @@ from kernels.decays import COARSE_STEP, ENOUGH, decays_between
 from kernels.ssd.config import SsdConfig
 from kernels.tiling import power_of_two
 from kernels.triton import Span, TilePrecision, load_tile, tile_dot
+
+if TYPE_CHECKING:
+    from kernels.ssd.gluon_tiles import GluonParams
+
+# How rows are cut. Gluon is not imported for it.
+CutRows = Union["KernelParams", "GluonParams"]
 
 
 @dataclass(frozen=True)
@@ -141,7 +147,7 @@ def scaled(tile: Array, factors: Array) -> Array:
     return (factors[:, None] * tile.astype(jnp.float32)).astype(tile.dtype)
 
 
-def history_numbers(params: KernelParams, segment_ids: Array | None) -> Array | None:
+def history_numbers(params: CutRows, segment_ids: Array | None) -> Array | None:
     """Returns ids int32 [b, k c + 1], entry t of the position before t; padding goes on like the last history."""
     if segment_ids is None:
         return None
@@ -261,7 +267,7 @@ def lower_triangle(size: int, *, strict: bool = False) -> Array:
     return row > column if strict else row >= column
 
 
-def uncut_segments(params: KernelParams, numbers: Array | None) -> Array | None:
+def uncut_segments(params: CutRows, numbers: Array | None) -> Array | None:
     """Returns bool [b, s], true where no history begins in a segment; or None where every row is one history."""
     if numbers is None:
         return None

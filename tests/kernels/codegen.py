@@ -65,6 +65,7 @@ class Resources:
       shared_bytes: of a program.
       tensor_core_instructions: in the machine code of one warp.
       instructions: likewise, all.
+      loop_instructions: likewise, of the longest loop.
     """
 
     registers: int
@@ -73,10 +74,11 @@ class Resources:
     shared_bytes: int
     tensor_core_instructions: int
     instructions: int
+    loop_instructions: int
 
 
 @contextlib.contextmanager
-def _some_gpu() -> Iterator[None]:
+def some_gpu() -> Iterator[None]:
     """Newer JAX releases want to know the chip when they lower a kernel; the module does not depend on it."""
     if not hasattr(jax.sharding, "AbstractDevice"):
         yield
@@ -101,7 +103,7 @@ def capture(function: Callable[..., Any], *arguments: Any) -> list[Kernel]:
       function: anything that calls Triton kernels.
       arguments: arrays or `jax.ShapeDtypeStruct`s.
     """
-    with _some_gpu():
+    with some_gpu():
         lowered = jax.jit(function).trace(*arguments).lower(lowering_platforms=("cuda",))
     kernels = []
     for operation in _walk(lowered.compiler_ir("stablehlo").operation):
@@ -126,6 +128,21 @@ def _read(tool: str, *arguments: str) -> str:
     return subprocess.run([binary, *arguments], check=True, capture_output=True, text=True).stdout
 
 
+def _longest_loop(code: str) -> int:
+    """Instructions from a label to the last branch back to it, the most of any label."""
+    labels: dict[str, int] = {}
+    number = longest = 0
+    for line in code.splitlines():
+        if match := re.match(r"(\.L_\w+):", line):
+            labels[match[1]] = number
+        if re.match(r"\s+/\*[0-9a-f]{4,}\*/", line):
+            number += 1
+            # A program ends in a branch to itself, one instruction.
+            if (match := re.search(r"\bBRA\b.*\((\.L_\w+)\)", line)) and match[1] in labels:
+                longest = max(longest, number - labels[match[1]])
+    return longest if longest > 1 else 0
+
+
 @functools.cache
 def compile_kernel(kernel: Kernel, capability: int) -> Resources:
     """Compiles a kernel for one generation of GPUs (80, 90 or 100) and reads what it uses."""
@@ -140,8 +157,13 @@ def compile_kernel(kernel: Kernel, capability: int) -> Resources:
         compiled = triton.compile(str(source), target=GPUTarget("cuda", capability, 32), options=options)
         cubin = pathlib.Path(folder) / "kernel.cubin"
         cubin.write_bytes(compiled.asm["cubin"])
-        usage = _read("cuobjdump", "--dump-resource-usage", str(cubin))
-        code = _read("nvdisasm", "-c", str(cubin))
+        return read_resources(cubin, compiled.metadata.shared)
+
+
+def read_resources(cubin: pathlib.Path, shared_bytes: int) -> Resources:
+    """Reads what the kernel of a file of machine code uses; its shared memory is known to the compiler alone."""
+    usage = _read("cuobjdump", "--dump-resource-usage", str(cubin))
+    code = _read("nvdisasm", "-c", str(cubin))
     match = re.search(r"REG:(\d+) STACK:(\d+)", usage)
     if match is None:
         raise ValueError(f"no resource usage in {usage!r}")
@@ -149,8 +171,9 @@ def compile_kernel(kernel: Kernel, capability: int) -> Resources:
     return Resources(
         registers=int(match[1]),
         stack_bytes=int(match[2]),
-        shared_bytes=compiled.metadata.shared,
+        shared_bytes=shared_bytes,
         local_accesses=sum(bool(_LOCAL_MEMORY.search(line)) for line in instructions),
         tensor_core_instructions=sum(bool(_TENSOR_CORES.search(line)) for line in instructions),
         instructions=len(instructions),
+        loop_instructions=_longest_loop(code),
     )
