@@ -1,0 +1,626 @@
+"""State space duality by Gluon kernels: the backward pass.
+
+A warp goes through a row (or a segment of one) from its last block of positions to its first, with the gradient R of
+the state [p, n] of a head and R^T in registers. A block is swept forward once, from its kept state, to have the
+transposed state S^T before each 16 positions; then these are taken from the last to the first. With u = delta x,
+M = L o (C B^T), G = dy x^T, all products are a b^T of fragments (`kernels.gluon`):
+
+  du = M^T dy + to_end (B R^T),    dB = (L o G delta)^T C + to_end (u R),    dC = (L o G delta) B + from_start (dy S)
+  R' = total R + (from_start dy)^T C
+
+The gradient of a log decay is the sum of all that flows over its position, each flow of which has passed it: nothing is
+subtracted, so that nothing of what passes elsewhere is rounded into a position that nothing passes.
+"""
+
+# Kernels are of Gluon's own language, in which constants are given as plain numbers.
+# pyright: reportArgumentType=false, reportAssignmentType=false, reportOperatorIssue=false, reportMissingImports=false
+# pyright: reportCallIssue=false, reportAttributeAccessIssue=false, reportIndexIssue=false, reportReturnType=false
+
+import math
+from typing import Any
+
+import jax.numpy as jnp
+from jax import Array
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+import kernels.gluon
+from kernels.gluon import (
+    exp2,
+    fragment,
+    lane_at,
+    lane_numbers,
+    lane_sums,
+    lanes,
+    per_warp,
+    product,
+    same_in_warp,
+    to_columns,
+    to_rows,
+)
+from kernels.ssd.gluon_tiles import (
+    CHUNK,
+    GluonParams,
+    edge_decays,
+    lane_slots,
+    load_histories,
+    load_inside,
+    load_steps,
+    log2_sums,
+    slot_column,
+    slot_head,
+    tile_columns,
+    tile_rows,
+    tile_slots,
+)
+from kernels.ssd.tiles import states_before, uncut_segments
+
+# Numbers of rows and columns, back to one per lane.
+
+
+@gluon.constexpr_function
+def _moves(outputs, inputs):
+    """Register i of the input is output i."""
+    return "\n".join(f"mov.b32 {out[0]}, {value};" for out, value in zip(outputs, inputs[0], strict=True))
+
+
+@gluon.constexpr_function
+def _shuffle(outputs, inputs):
+    return f"shfl.sync.idx.b32 {outputs[0][0]}, {inputs[0][0]}, {inputs[1][0]}, 0x1f, -1;"
+
+
+@gluon.jit
+def _thread(W: gl.constexpr):
+    return gl.inline_asm_elementwise(
+        "mov.u32 $0, %laneid;", "=r,r", [lane_numbers(W)], dtype=gl.int32, is_pure=True, pack=1
+    )
+
+
+@gluon.jit
+def _from_rows(x):
+    """[W, 16] from `fragment_rows`, the same in the four lanes of a row, to `lanes`.
+
+    Each of the four lanes chooses one of its registers to show; one shuffle hands these out.
+    """
+    W: gl.constexpr = x.shape[0]
+    result: gl.constexpr = gl.distributed_type(x.dtype, [W, 16], lanes(W))
+    lane = lane_numbers(W)
+    near, far = gl.inline_asm(_moves, ("=r", "=r", "r"), [x], (result, result), is_pure=True)
+    shown = gl.where((_thread(W) & 1) != 0, far, near)
+    source = (lane & 7) * 4 + (lane >> 3)
+    return gl.inline_asm(_shuffle, ("=r", "r", "r"), [shown, source], result, is_pure=True)
+
+
+@gluon.jit
+def _from_columns(x):
+    """[W, 16] from `fragment_columns`, the same in the eight lanes of a column, to `lanes`."""
+    W: gl.constexpr = x.shape[0]
+    result: gl.constexpr = gl.distributed_type(x.dtype, [W, 16], lanes(W))
+    lane = lane_numbers(W)
+    even, odd, far_even, far_odd = gl.inline_asm(
+        _moves, ("=r", "=r", "=r", "=r", "r"), [x], (result, result, result, result), is_pure=True
+    )
+    choice = _thread(W) >> 2
+    is_odd = (choice & 1) != 0
+    shown = gl.where((choice & 2) != 0, gl.where(is_odd, far_odd, far_even), gl.where(is_odd, odd, even))
+    source = ((lane & 7) >> 1) + ((lane & 1) + (lane >> 3) * 2) * 4
+    return gl.inline_asm(_shuffle, ("=r", "r", "r"), [shown, source], result, is_pure=True)
+
+
+@gluon.jit
+def _from_warp(x):
+    """[W] from `per_warp` to all [W, 16] in `lanes`."""
+    W: gl.constexpr = x.shape[0]
+    return gl.inline_asm(_moves, ("=r", "r"), [x], gl.distributed_type(x.dtype, [W, 16], lanes(W)), is_pure=True)
+
+
+@gluon.constexpr_function
+def _joined_layout(W, JOIN, N):
+    """Layout of [W, 16, N] in which a thread has what JOIN neighbouring warps add up."""
+    columns = [[0, 0, 1 << i] for i in range(N.bit_length() - 1)]
+    rows = [[0, 1 << i, 0] for i in range(4)]
+    register = [[1 << i, 0, 0] for i in range(JOIN.bit_length() - 1)] + columns[:2]
+    rest = columns[2:] + rows
+    lane, rest = rest[:5], rest[5:]
+    width = JOIN.bit_length() - 1
+    warp, rest = rest[:width], rest[width:]
+    warp = warp + [[0, 0, 0]] * (width - len(warp))
+    lane = lane + [[0, 0, 0]] * (5 - len(lane))
+    warp = warp + [[1 << i, 0, 0] for i in range(width, W.bit_length() - 1)]
+    return gl.DistributedLinearLayout(register + rest, lane, warp, [], [W, 16, N])
+
+
+@gluon.jit
+def _store_maps(
+    out, gradient, first, first_slot, size,
+    LENGTH: gl.constexpr, GROUPS: gl.constexpr, STATE_WIDTH: gl.constexpr, STATES: gl.constexpr, W: gl.constexpr,
+    JOIN: gl.constexpr, SLOTS: gl.constexpr,
+):  # fmt: skip
+    """Stores a gradient of B or C [W, 16, n], added up over JOIN neighbouring warps in a fixed order."""
+    if JOIN == 1:
+        layout: gl.constexpr = fragment(W)
+        slot = first_slot + gl.arange(0, W, per_warp(W))[:, None, None]
+        summed = gradient
+    else:
+        wide: gl.constexpr = _joined_layout(W, JOIN, STATES)
+        split = gl.convert_layout(gradient, wide).reshape([W // JOIN, JOIN, 16, STATES])
+        summed = gl.sum(split, 1)
+        layout: gl.constexpr = summed.type.layout
+        group: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(2, layout))
+        slot = first_slot + gl.arange(0, W // JOIN, group)[:, None, None] * JOIN
+    position = first + gl.arange(0, 16, gl.SliceLayout(0, gl.SliceLayout(2, layout)))[None, :, None]
+    n = gl.arange(0, STATES, gl.SliceLayout(0, gl.SliceLayout(1, layout)))[None, None, :]
+    part = (slot % SLOTS) // JOIN
+    at = position * (GROUPS * STATE_WIDTH) + (slot // SLOTS * STATE_WIDTH + n)
+    inside = (position < LENGTH) & (n < STATE_WIDTH) & (slot >= 0)
+    gl.store(out + part.to(gl.int64) * size + at, summed.to(out.dtype.element_ty), mask=inside)
+
+
+@gluon.jit
+def _tile_at(first, turned: gl.constexpr, W: gl.constexpr, LENGTH: gl.constexpr):
+    """Positions of a chunk, down or across; the last one stands in for those behind the row's end."""
+    if turned:
+        position = first + tile_columns(16, W)
+    else:
+        position = first + tile_rows(16, W)
+    if LENGTH % 16 != 0:
+        position = gl.minimum(position, LENGTH - 1)
+    return position
+
+
+@gluon.jit
+def _load_maps(of_row, position, n, group, GROUPS: gl.constexpr, STATE_WIDTH: gl.constexpr, STATES: gl.constexpr):
+    at = position * (GROUPS * STATE_WIDTH) + (group * STATE_WIDTH + n)
+    return load_inside(of_row + at, n < STATE_WIDTH, STATES != STATE_WIDTH)
+
+
+@gluon.jit
+def _load_values(of_row, position, head, column, HEADS: gl.constexpr, WIDTH: gl.constexpr, COLUMNS: gl.constexpr):
+    at = position * (HEADS * WIDTH) + (head * WIDTH + column)
+    return load_inside(of_row + at, column < WIDTH, WIDTH % COLUMNS != 0)
+
+
+@gluon.jit
+def _scaled(tile, factors):
+    return (tile.to(gl.float32) * factors).to(tile.dtype)
+
+
+@gluon.jit
+def _apply(decay, tile, PACKED: gl.constexpr):
+    """Multiplies by decay factors; among several histories 0 wins, also over what has overflowed in another one."""
+    result = tile * decay
+    if PACKED:
+        result = gl.where(decay == 0.0, 0.0, result)
+    return result
+
+
+@gluon.jit
+def _turned_between(coarse, fine, number, first, LENGTH: gl.constexpr, EXACT: gl.constexpr, PACKED: gl.constexpr):
+    """Decay factors from a position (row) to a later one (column), 0 where nothing is reached."""
+    W: gl.constexpr = coarse.shape[0]
+    log2 = to_columns(coarse)[:, None, :] - to_rows(coarse)[:, :, None]
+    if EXACT:
+        log2 += to_columns(fine)[:, None, :] - to_rows(fine)[:, :, None]
+    later = tile_columns(16, W)
+    reached = tile_rows(16, W) <= later
+    if LENGTH % 16 != 0:
+        reached &= first + later < LENGTH
+    if PACKED:
+        reached &= to_columns(number)[:, None, :] == to_rows(number)[:, :, None]
+    return gl.where(reached, exp2(log2), 0.0)
+
+
+@gluon.jit
+def _between(coarse, fine, number, first, LENGTH: gl.constexpr, EXACT: gl.constexpr, PACKED: gl.constexpr):
+    """Decay factors to a position (row) from an earlier one (column), 0 where nothing is reached."""
+    W: gl.constexpr = coarse.shape[0]
+    log2 = to_rows(coarse)[:, :, None] - to_columns(coarse)[:, None, :]
+    if EXACT:
+        log2 += to_rows(fine)[:, :, None] - to_columns(fine)[:, None, :]
+    row = tile_rows(16, W)
+    reached = row >= tile_columns(16, W)
+    if LENGTH % 16 != 0:
+        reached &= first + row < LENGTH
+    if PACKED:
+        reached &= to_rows(number)[:, :, None] == to_columns(number)[:, None, :]
+    return gl.where(reached, exp2(log2), 0.0)
+
+
+@gluon.jit
+def _zero_behind(x, first, LENGTH: gl.constexpr):
+    """[W, 16] in `lanes` with 0 behind the row's end."""
+    if LENGTH % 16 != 0:
+        return gl.where(first + lane_numbers(x.shape[0]) < LENGTH, x, 0.0)
+    return x
+
+
+@gluon.jit
+def _sweep(
+    T, first, x_row, dt_row, B_row, numbers_row, A, bias, row_length, first_slot,
+    LENGTH: gl.constexpr, HEADS: gl.constexpr, GROUPS: gl.constexpr, WIDTH: gl.constexpr, STATE_WIDTH: gl.constexpr,
+    COLUMNS: gl.constexpr, STATES: gl.constexpr, W: gl.constexpr, EXACT: gl.constexpr, PACKED: gl.constexpr,
+):  # fmt: skip
+    """The transposed state [W, n, p] after a chunk."""
+    slot = tile_slots(first_slot, W)
+    head = slot_head(slot, WIDTH, COLUMNS)
+    column = slot_column(slot, WIDTH, COLUMNS) + tile_rows(COLUMNS, W)
+    across = _tile_at(first, True, W, LENGTH)
+    x = _load_values(x_row, across, head, column, HEADS, WIDTH, COLUMNS)
+    B = _load_maps(
+        B_row, across, tile_rows(STATES, W), head // (HEADS // GROUPS), GROUPS, STATE_WIDTH, STATES
+    )
+    delta, _ = load_steps(
+        dt_row, bias, row_length, first, first_slot, LENGTH, HEADS, WIDTH, COLUMNS, W, LENGTH % 16 != 0
+    )
+    number, first_number, last_number = load_histories(numbers_row, first, W, PACKED)
+    coarse, fine = log2_sums(delta * A, number, EXACT, PACKED)
+    _, to_end, total = edge_decays(coarse, fine, number, first_number, last_number, EXACT, PACKED)
+    T = _apply(total[:, None, None], T, PACKED)
+    return product(_scaled(B, to_columns(to_end * delta)[:, None, :]), x, T, EXACT)
+
+
+@gluon.jit
+def _chunk(
+    R, Q, sum_A, sum_D, T, first, x_row, dt_row, B_row, C_row, dy_row, dx_row, ddt_row, dB_row, dC_row, maps_size,
+    numbers_row, A, bias, skip, row_length, first_slot,
+    LENGTH: gl.constexpr, HEADS: gl.constexpr, GROUPS: gl.constexpr, WIDTH: gl.constexpr, STATE_WIDTH: gl.constexpr,
+    COLUMNS: gl.constexpr, STATES: gl.constexpr, W: gl.constexpr, EXACT: gl.constexpr, PACKED: gl.constexpr,
+    JOIN: gl.constexpr, SLOTS: gl.constexpr,
+):  # fmt: skip
+    """All gradients of 16 positions; returns R and R^T before them, and what is added up of dA and dD."""
+    acc: gl.constexpr = fragment(W)
+    dtype: gl.constexpr = x_row.dtype.element_ty
+    slot = tile_slots(first_slot, W)
+    head = slot_head(slot, WIDTH, COLUMNS)
+    group = head // (HEADS // GROUPS)
+    column = slot_column(slot, WIDTH, COLUMNS)
+    p_down = column + tile_rows(COLUMNS, W)
+    p_across = column + tile_columns(COLUMNS, W)
+    n_down = tile_rows(STATES, W)
+    n_across = tile_columns(STATES, W)
+    down = _tile_at(first, False, W, LENGTH)
+    across = _tile_at(first, True, W, LENGTH)
+
+    delta, slope = load_steps(
+        dt_row, bias, row_length, first, first_slot, LENGTH, HEADS, WIDTH, COLUMNS, W, LENGTH % 16 != 0
+    )
+    number, first_number, last_number = load_histories(numbers_row, first, W, PACKED)
+    coarse, fine = log2_sums(delta * A, number, EXACT, PACKED)
+    from_start, to_end, total = edge_decays(coarse, fine, number, first_number, last_number, EXACT, PACKED)
+    # Behind the row's end nothing reads.
+    from_start = _zero_behind(from_start, first, LENGTH)
+    tile_total = total[:, None, None]
+    through = _apply(total, gl.sum(gl.sum(Q * T, 2), 1), PACKED)
+
+    # From the state before the chunk to its outputs; gradient of C.
+    dy = _load_values(dy_row, down, head, p_across, HEADS, WIDTH, COLUMNS)
+    C = _load_maps(C_row, down, n_across, group, GROUPS, STATE_WIDTH, STATES)
+    dC = product(dy, T.to(dtype), gl.zeros([W, 16, STATES], gl.float32, acc), EXACT)
+    dC = _apply(to_rows(from_start)[:, :, None], dC, PACKED)
+    arriving = gl.sum(dC * C.to(gl.float32), 2)
+    x = _load_values(x_row, down, head, p_across, HEADS, WIDTH, COLUMNS)
+    weights = _between(coarse, fine, number, first, LENGTH, EXACT, PACKED)
+    G = product(dy, x, gl.zeros([W, 16, 16], gl.float32, acc), EXACT)
+    d_scores = _apply(weights, G * to_columns(delta)[:, None, :], PACKED)
+    B_turned = _load_maps(B_row, across, n_down, group, GROUPS, STATE_WIDTH, STATES)
+    dC = product(d_scores.to(dtype), B_turned, dC, EXACT)
+    _store_maps(dC_row, dC, first, first_slot, maps_size, LENGTH, GROUPS, STATE_WIDTH, STATES, W, JOIN, SLOTS)
+
+    # Scores and their gradients, turned: from a position (row) to a later one (column).
+    B = _load_maps(B_row, down, n_across, group, GROUPS, STATE_WIDTH, STATES)
+    scores = product(B, C, gl.zeros([W, 16, 16], gl.float32, acc), EXACT)
+    G = product(x, dy, gl.zeros([W, 16, 16], gl.float32, acc), EXACT)
+    weights = _turned_between(coarse, fine, number, first, LENGTH, EXACT, PACKED)
+    delta_rows = to_rows(delta)[:, :, None]
+    mixed = _apply(weights, scores, PACKED)
+    d_scores = _apply(weights, G * delta_rows, PACKED)
+    row = tile_rows(16, W)
+    col = tile_columns(16, W)
+    flows = gl.where(row < col, d_scores * scores, 0.0)
+    if PACKED:
+        flows = gl.where(weights == 0.0, 0.0, flows)
+    # Of each position (row), what flows on to a later one (column) or behind it.
+    until = gl.where(row <= col, 1.0, gl.zeros([W, 16, 16], gl.float32, acc))
+    onward = product(flows, until, gl.zeros([W, 16, 16], gl.float32, acc), EXACT)
+
+    # Gradient of the inputs.
+    to_end_rows = to_rows(to_end)[:, :, None]
+    dy_turned = _load_values(dy_row, across, head, p_down, HEADS, WIDTH, COLUMNS)
+    du = product(B, R.to(dtype), gl.zeros([W, 16, COLUMNS], gl.float32, acc), EXACT)
+    du = _apply(to_end_rows, du, PACKED)
+    du = product(mixed.to(dtype), dy_turned, du, EXACT)
+    wide_x = x.to(gl.float32)
+    wide_dy = dy.to(gl.float32)
+    x_du = gl.sum(wide_x * du, 2)
+    dots = gl.sum(wide_x * wide_dy, 2)
+    written = first + tile_rows(16, W) < LENGTH
+    dx = delta_rows * du + skip * wide_dy
+    gl.store(
+        dx_row + (down * (HEADS * WIDTH) + (head * WIDTH + p_across)),
+        dx.to(dtype),
+        mask=written & (p_across < WIDTH),
+    )
+
+    # From the inputs to the state after the chunk; gradient of B.
+    C_turned = _load_maps(C_row, across, n_down, group, GROUPS, STATE_WIDTH, STATES)
+    dB = product(x, Q.to(dtype), gl.zeros([W, 16, STATES], gl.float32, acc), EXACT)
+    dB = _apply(to_rows(to_end * delta)[:, :, None], dB, PACKED)
+    leaving = gl.sum(dB * B.to(gl.float32), 2)
+    dB = product(d_scores.to(dtype), C_turned, dB, EXACT)
+    _store_maps(dB_row, dB, first, first_slot, maps_size, LENGTH, GROUPS, STATE_WIDTH, STATES, W, JOIN, SLOTS)
+
+    # What flows over each position (column): from the rows before it, and into those from it on.
+    over = gl.where(row < col, onward + leaving[:, :, None], arriving[:, :, None])
+    d_log = _from_columns(gl.sum(over, 1)) + _from_warp(through)
+    d_delta = A * d_log + _from_rows(x_du)
+    position = first + lane_numbers(W)
+    lane_head = slot_head(lane_slots(first_slot, W), WIDTH, COLUMNS)
+    gl.store(ddt_row + (position * HEADS + lane_head), d_delta * slope, mask=position < LENGTH)
+    sum_A += d_log * delta
+    if LENGTH % 16 != 0:
+        dots = gl.where((first + gl.arange(0, 16, gl.SliceLayout(0, dots.type.layout)))[None, :] < LENGTH, dots, 0.0)
+    sum_D += dots
+
+    # Gradient of the state before the chunk.
+    C_turned = _scaled(C_turned, to_columns(from_start)[:, None, :])
+    R = product(dy_turned, C_turned, _apply(tile_total, R, PACKED), EXACT)
+    Q = product(C_turned, dy_turned, _apply(tile_total, Q, PACKED), EXACT)
+    return R, Q, sum_A, sum_D
+
+
+@gluon.jit
+def ssd_backward(
+    x, dt, A, B, C, D, bias, lengths, states, dy, after, numbers,
+    dx, ddt, dB, dC, dA, dD, d_initial, scratch,
+    LENGTH: gl.constexpr, HEADS: gl.constexpr, GROUPS: gl.constexpr, WIDTH: gl.constexpr, STATE_WIDTH: gl.constexpr,
+    COLUMNS: gl.constexpr, STATES: gl.constexpr, W: gl.constexpr, SEGMENTS: gl.constexpr, SEGMENT_CHUNKS: gl.constexpr,
+    EXACT: gl.constexpr, PACKED: gl.constexpr, BLOCK: gl.constexpr, BATCH: gl.constexpr, JOIN: gl.constexpr,
+    HAS_STATES: gl.constexpr, HAS_BEFORE: gl.constexpr, HAS_AFTER: gl.constexpr, WANTS_INITIAL: gl.constexpr,
+):  # fmt: skip
+    """All gradients of a row, or of a segment of one."""
+    # Neighbours share a row, so that its B and C stay in the cache.
+    splits: gl.constexpr = (WIDTH + COLUMNS - 1) // COLUMNS
+    parts: gl.constexpr = HEADS * splits // W
+    per_group: gl.constexpr = HEADS // GROUPS * splits
+    per: gl.constexpr = BLOCK // 16
+    program = gl.program_id(0)
+    first_slot = program % parts * W
+    segment = program // parts % SEGMENTS
+    row = program // (parts * SEGMENTS)
+    wide_row = row.to(gl.int64)
+    x_row = x + wide_row * (LENGTH * HEADS * WIDTH)
+    dy_row = dy + wide_row * (LENGTH * HEADS * WIDTH)
+    dx_row = dx + wide_row * (LENGTH * HEADS * WIDTH)
+    dt_row = dt + wide_row * (LENGTH * HEADS)
+    B_row = B + wide_row * (LENGTH * GROUPS * STATE_WIDTH)
+    C_row = C + wide_row * (LENGTH * GROUPS * STATE_WIDTH)
+    dB_row = dB + wide_row * (LENGTH * GROUPS * STATE_WIDTH)
+    dC_row = dC + wide_row * (LENGTH * GROUPS * STATE_WIDTH)
+    maps_size: gl.constexpr = BATCH * LENGTH * GROUPS * STATE_WIDTH
+    numbers_row = numbers + wide_row * (SEGMENTS * SEGMENT_CHUNKS * 16 + 1)
+
+    slot = tile_slots(first_slot, W)
+    head = slot_head(slot, WIDTH, COLUMNS)
+    lane_slot = lane_slots(first_slot, W) + lane_numbers(W) * 0
+    lane_head = slot_head(lane_slot, WIDTH, COLUMNS)
+    lane_split = lane_slot % splits
+    ddt_row = ddt + (lane_split.to(gl.int64) * BATCH + wide_row) * (LENGTH * HEADS)
+    decay_rate = gl.load(A + lane_head)
+    lane_bias = gl.load(bias + lane_head)
+    skip = gl.load(D + head)
+    row_length = gl.minimum(gl.load(lengths + row), LENGTH)
+
+    # [p, n] of a head, and turned.
+    column = slot_column(slot, WIDTH, COLUMNS)
+    p_down = column + tile_rows(COLUMNS, W)
+    n_across = tile_columns(STATES, W)
+    state_at = (head * WIDTH + p_down) * STATE_WIDTH + n_across
+    inside = (p_down < WIDTH) & (n_across < STATE_WIDTH)
+    p_across = column + tile_columns(COLUMNS, W)
+    n_down = tile_rows(STATES, W)
+    turned_at = (head * WIDTH + p_across) * STATE_WIDTH + n_down
+    turned_inside = (p_across < WIDTH) & (n_down < STATE_WIDTH)
+    size: gl.constexpr = HEADS * WIDTH * STATE_WIDTH
+    states_row = states + wide_row * ((LENGTH + BLOCK - 1) // BLOCK * size)
+    # What a program leaves for itself: each thread reads what it has written.
+    own = scratch + (program.to(gl.int64) * (W * per * STATES * COLUMNS) + (
+        (slot - first_slot) * (per * STATES * COLUMNS) + n_down * COLUMNS + tile_columns(COLUMNS, W)))
+
+    R = gl.zeros([W, COLUMNS, STATES], gl.float32, fragment(W))
+    Q = gl.zeros([W, STATES, COLUMNS], gl.float32, fragment(W))
+    if HAS_AFTER:
+        after_segment = after + (wide_row * SEGMENTS + segment) * size
+        R += gl.load(after_segment + state_at, mask=inside, other=0.0)
+        Q += gl.load(after_segment + turned_at, mask=turned_inside, other=0.0)
+    sum_A = gl.zeros_like(decay_rate)
+    sum_D = gl.zeros([W, 16], gl.float32, gl.SliceLayout(2, fragment(W)))
+
+    begin = segment * SEGMENT_CHUNKS
+    end = gl.minimum(begin + SEGMENT_CHUNKS, (LENGTH + 15) // 16)
+    first_block = begin // per
+    end_block = (end + per - 1) // per
+    for back in range(0, end_block - first_block):
+        block = end_block - 1 - back
+        first_chunk = block * per
+        count = gl.minimum(per, end - first_chunk)
+        T = gl.zeros([W, STATES, COLUMNS], gl.float32, fragment(W))
+        if HAS_STATES:
+            T += gl.load(
+                states_row + block.to(gl.int64) * size + turned_at,
+                mask=turned_inside & (HAS_BEFORE | (block > 0)),
+                other=0.0,
+            )
+        for k in range(0, count - 1):
+            gl.store(own + k * (STATES * COLUMNS), T)
+            T = _sweep(
+                T, (first_chunk + k) * 16, x_row, dt_row, B_row, numbers_row, decay_rate, lane_bias, row_length,
+                first_slot, LENGTH, HEADS, GROUPS, WIDTH, STATE_WIDTH, COLUMNS, STATES, W, EXACT, PACKED,
+            )  # fmt: skip
+        gl.store(own + (count - 1) * (STATES * COLUMNS), T)
+        for i in range(0, count):
+            k = count - 1 - i
+            T = gl.load(own + k * (STATES * COLUMNS))
+            R, Q, sum_A, sum_D = _chunk(
+                R, Q, sum_A, sum_D, T, (first_chunk + k) * 16, x_row, dt_row, B_row, C_row, dy_row, dx_row, ddt_row,
+                dB_row, dC_row, maps_size, numbers_row, decay_rate, lane_bias, skip, row_length, first_slot,
+                LENGTH, HEADS, GROUPS, WIDTH, STATE_WIDTH, COLUMNS, STATES, W, EXACT, PACKED, JOIN, per_group,
+            )  # fmt: skip
+
+    at = ((lane_split * BATCH + row) * SEGMENTS + segment) * HEADS + lane_head
+    gl.store(dA + at, lane_at(lane_sums(sum_A, lane_head, False), 15))
+    warp_slot = first_slot + gl.arange(0, W, per_warp(W))
+    warp_at = ((warp_slot % splits * BATCH + row) * SEGMENTS + segment) * HEADS + warp_slot // splits
+    gl.store(dD + warp_at, gl.sum(sum_D, 1))
+    if WANTS_INITIAL:
+        gl.store(d_initial + (wide_row * SEGMENTS + segment) * size + state_at, R, mask=inside)
+
+
+@gluon.jit
+def ssd_requests(
+    dy, dt, A, C, bias, lengths, numbers, asked, logs,
+    LENGTH: gl.constexpr, HEADS: gl.constexpr, GROUPS: gl.constexpr, WIDTH: gl.constexpr, STATE_WIDTH: gl.constexpr,
+    COLUMNS: gl.constexpr, STATES: gl.constexpr, W: gl.constexpr, SEGMENTS: gl.constexpr, SEGMENT_CHUNKS: gl.constexpr,
+    EXACT: gl.constexpr, PACKED: gl.constexpr,
+):  # fmt: skip
+    """What a segment's outputs ask of the state before it, and the segment's total log decay."""
+    parts: gl.constexpr = HEADS * ((WIDTH + COLUMNS - 1) // COLUMNS) // W
+    program = gl.program_id(0)
+    first_slot = program % parts * W
+    segment = program // parts % SEGMENTS
+    row = program // (parts * SEGMENTS)
+    wide_row = row.to(gl.int64)
+    dy_row = dy + wide_row * (LENGTH * HEADS * WIDTH)
+    dt_row = dt + wide_row * (LENGTH * HEADS)
+    C_row = C + wide_row * (LENGTH * GROUPS * STATE_WIDTH)
+    numbers_row = numbers + wide_row * (SEGMENTS * SEGMENT_CHUNKS * 16 + 1)
+    slot = tile_slots(first_slot, W)
+    head = slot_head(slot, WIDTH, COLUMNS)
+    lane_head = slot_head(lane_slots(first_slot, W), WIDTH, COLUMNS) + lane_numbers(W) * 0
+    decay_rate = gl.load(A + lane_head)
+    lane_bias = gl.load(bias + lane_head)
+    row_length = gl.minimum(gl.load(lengths + row), LENGTH)
+    column = slot_column(slot, WIDTH, COLUMNS) + tile_rows(COLUMNS, W)
+    n = tile_columns(STATES, W)
+    size: gl.constexpr = HEADS * WIDTH * STATE_WIDTH
+
+    R = gl.zeros([W, COLUMNS, STATES], gl.float32, fragment(W))
+    log_total = gl.zeros_like(decay_rate)
+    begin = segment * SEGMENT_CHUNKS
+    end = gl.minimum(begin + SEGMENT_CHUNKS, (LENGTH + 15) // 16)
+    for back in range(0, end - begin):
+        first = (end - 1 - back) * 16
+        across = _tile_at(first, True, W, LENGTH)
+        delta, _ = load_steps(
+            dt_row, lane_bias, row_length, first, first_slot, LENGTH, HEADS, WIDTH, COLUMNS, W, LENGTH % 16 != 0
+        )
+        number, first_number, last_number = load_histories(numbers_row, first, W, PACKED)
+        coarse, fine = log2_sums(delta * decay_rate, number, EXACT, PACKED)
+        from_start, _, total = edge_decays(coarse, fine, number, first_number, last_number, EXACT, PACKED)
+        from_start = to_columns(_zero_behind(from_start, first, LENGTH))[:, None, :]
+        dy_turned = _load_values(dy_row, across, head, column, HEADS, WIDTH, COLUMNS)
+        C_turned = _load_maps(
+            C_row, across, tile_rows(STATES, W), head // (HEADS // GROUPS), GROUPS, STATE_WIDTH, STATES
+        )
+        R = product(dy_turned, _scaled(C_turned, from_start), _apply(total[:, None, None], R, PACKED), EXACT)
+        log_total += delta * decay_rate
+    state_at = (head * WIDTH + column) * STATE_WIDTH + n
+    inside = (column < WIDTH) & (n < STATE_WIDTH)
+    gl.store(asked + (wide_row * SEGMENTS + segment) * size + state_at, R, mask=inside)
+    # Warps that share a head write the same number.
+    warp_head = slot_head(first_slot + gl.arange(0, W, per_warp(W)), WIDTH, COLUMNS)
+    total = same_in_warp(lane_at(lane_sums(log_total, lane_head, False), 15))
+    gl.store(logs + (wide_row * SEGMENTS + segment) * HEADS + warp_head, total)
+
+
+def _states_after(params: GluonParams, residuals: tuple[Any, ...], dy: Array, d_final: Array | None) -> Array | None:
+    """Gradient of the state after each segment, [b, s, h, p, n], or None for zeros."""
+    _, dt, A, _, C, _, dt_bias, _, lengths, numbers, _ = residuals
+    if params.segments == 1:
+        return None if d_final is None else d_final[:, None]
+    by_segment = (params.batch, params.segments, params.heads)
+    asked, log_total = kernels.gluon.launch(
+        ssd_requests,
+        [dy, dt, A, C, dt_bias, lengths, numbers],
+        [((*by_segment, params.width, params.state_width), jnp.float32), (by_segment, jnp.float32)],
+        grid=params.grid,
+        num_warps=params.config.warps,
+        constants=params.constants,
+        maxnreg=params.config.forward_registers,
+        name="ssd_requests",
+    )
+    return states_before(asked, log_total, d_final, uncut=uncut_segments(params, numbers), reverse=True)
+
+
+def backward(
+    params: GluonParams, residuals: tuple[Any, ...], cotangents: tuple[Array, Array | None]
+) -> tuple[Array | None, ...]:
+    """Pulls the gradients of the outputs back to every input.
+
+    Args:
+      params: static numbers of the call.
+      residuals: the inputs (x, dt, A, B, C, D, dt_bias, initial state or None, lengths, numbers of the histories or
+        None), and the states before each block, or None where there is one block that begins with zeros.
+      cotangents: gradients by the outputs; None where there is no such output.
+
+    Returns:
+      One gradient for each input; None for integers and for what is not there.
+    """
+    x, dt, A, B, C, D, dt_bias, initial, lengths, numbers, states = residuals
+    dy, d_final = cotangents
+    dy = dy.astype(x.dtype)
+    config, splits = params.config, params.splits
+    after = _states_after(params, residuals, dy, d_final)
+    # Warps of one group are added up in the kernel, and in here what programs leave.
+    per_group = params.heads // params.groups * splits
+    join = math.gcd(config.warps, per_group)
+    maps = ((per_group // join, *B.shape), B.dtype if per_group == join else jnp.float32)
+    per_head = ((splits, params.batch, params.segments, params.heads), jnp.float32)
+    state_shape = (params.batch, params.segments, params.heads, params.width, params.state_width)
+    chunks = min(config.block, CHUNK * params.num_chunks) // CHUNK
+    scratch = (params.grid, config.warps, chunks, params.states, config.columns)
+    dx, ddt, dB, dC, dA, dD, d_initial, _ = kernels.gluon.launch(
+        ssd_backward,
+        [x, dt, A, B, C, D, dt_bias, lengths, states, dy, after, numbers],
+        [
+            (x.shape, x.dtype),
+            ((splits, *dt.shape), jnp.float32),
+            maps,
+            maps,
+            per_head,
+            per_head,
+            None if initial is None else (state_shape, jnp.float32),
+            (scratch, jnp.float32),
+        ],
+        grid=params.grid,
+        num_warps=config.warps,
+        constants=params.constants
+        | {
+            "BLOCK": config.block,
+            "BATCH": params.batch,
+            "JOIN": join,
+            "HAS_STATES": states is not None,
+            "HAS_BEFORE": not params.starts_from_zero,
+            "HAS_AFTER": after is not None,
+            "WANTS_INITIAL": initial is not None,
+        },
+        maxnreg=config.backward_registers,
+        name="ssd_backward",
+    )
+    ddt = _add_parts(ddt)
+    return (
+        dx,
+        ddt,
+        jnp.sum(dA, axis=(0, 1, 2)),
+        _add_parts(dB).astype(B.dtype),
+        _add_parts(dC).astype(C.dtype),
+        jnp.sum(dD, axis=(0, 1, 2)),
+        jnp.sum(ddt, axis=(0, 1)),
+        None if initial is None else d_initial[:, 0],
+        None,
+        None,
+    )
+
+
+def _add_parts(parts: Array) -> Array:
+    """Adds up the first axis; alone it is taken off without a copy."""
+    return parts[0] if parts.shape[0] == 1 else jnp.sum(parts, axis=0)
