@@ -16,6 +16,7 @@ subtracted, so that nothing of what passes elsewhere is rounded into a position 
 # pyright: reportArgumentType=false, reportAssignmentType=false, reportOperatorIssue=false, reportMissingImports=false
 # pyright: reportCallIssue=false, reportAttributeAccessIssue=false, reportIndexIssue=false, reportReturnType=false
 
+import dataclasses
 import math
 from typing import Any
 
@@ -186,6 +187,14 @@ def _scaled(tile, factors):
 
 
 @gluon.jit
+def _masked(decay, tile, PACKED: gl.constexpr):
+    """Among several histories: 0 where a decay is, also over what has overflowed in another one."""
+    if PACKED:
+        tile = gl.where(decay == 0.0, 0.0, tile)
+    return tile
+
+
+@gluon.jit
 def _apply(decay, tile, PACKED: gl.constexpr):
     """Multiplies by decay factors; among several histories 0 wins, also over what has overflowed in another one."""
     result = tile * decay
@@ -295,8 +304,11 @@ def _chunk(
     # From the state before the chunk to its outputs; gradient of C.
     dy = _load_values(dy_row, down, head, p_across, HEADS, WIDTH, COLUMNS)
     C = _load_maps(C_row, down, n_across, group, GROUPS, STATE_WIDTH, STATES)
-    dC = product(dy, T.to(dtype), gl.zeros([W, 16, STATES], gl.float32, acc), EXACT)
-    dC = _apply(to_rows(from_start)[:, :, None], dC, PACKED)
+    # Where factors are scaled it is always the first one: it needs registers of its own, as the tensor cores want its
+    # numbers in another order than they are loaded in.
+    factor = to_rows(from_start)[:, :, None]
+    dC = product(_scaled(dy, factor), T.to(dtype), gl.zeros([W, 16, STATES], gl.float32, acc), EXACT)
+    dC = _masked(factor, dC, PACKED)
     arriving = gl.sum(dC * C.to(gl.float32), 2)
     x = _load_values(x_row, down, head, p_across, HEADS, WIDTH, COLUMNS)
     weights = _between(coarse, fine, number, first, LENGTH, EXACT, PACKED)
@@ -309,11 +321,11 @@ def _chunk(
     # Scores and their gradients, turned: from a position (row) to a later one (column).
     B = _load_maps(B_row, down, n_across, group, GROUPS, STATE_WIDTH, STATES)
     scores = product(B, C, gl.zeros([W, 16, 16], gl.float32, acc), EXACT)
-    G = product(x, dy, gl.zeros([W, 16, 16], gl.float32, acc), EXACT)
-    weights = _turned_between(coarse, fine, number, first, LENGTH, EXACT, PACKED)
     delta_rows = to_rows(delta)[:, :, None]
+    G = product(_scaled(x, delta_rows), dy, gl.zeros([W, 16, 16], gl.float32, acc), EXACT)
+    weights = _turned_between(coarse, fine, number, first, LENGTH, EXACT, PACKED)
     mixed = _apply(weights, scores, PACKED)
-    d_scores = _apply(weights, G * delta_rows, PACKED)
+    d_scores = _apply(weights, G, PACKED)
     row = tile_rows(16, W)
     col = tile_columns(16, W)
     flows = gl.where(row < col, d_scores * scores, 0.0)
@@ -326,8 +338,8 @@ def _chunk(
     # Gradient of the inputs.
     to_end_rows = to_rows(to_end)[:, :, None]
     dy_turned = _load_values(dy_row, across, head, p_down, HEADS, WIDTH, COLUMNS)
-    du = product(B, R.to(dtype), gl.zeros([W, 16, COLUMNS], gl.float32, acc), EXACT)
-    du = _apply(to_end_rows, du, PACKED)
+    du = product(_scaled(B, to_end_rows), R.to(dtype), gl.zeros([W, 16, COLUMNS], gl.float32, acc), EXACT)
+    du = _masked(to_end_rows, du, PACKED)
     du = product(mixed.to(dtype), dy_turned, du, EXACT)
     wide_x = x.to(gl.float32)
     wide_dy = dy.to(gl.float32)
@@ -343,8 +355,9 @@ def _chunk(
 
     # From the inputs to the state after the chunk; gradient of B.
     C_turned = _load_maps(C_row, across, n_down, group, GROUPS, STATE_WIDTH, STATES)
-    dB = product(x, Q.to(dtype), gl.zeros([W, 16, STATES], gl.float32, acc), EXACT)
-    dB = _apply(to_rows(to_end * delta)[:, :, None], dB, PACKED)
+    factor = to_end_rows * delta_rows
+    dB = product(_scaled(x, factor), Q.to(dtype), gl.zeros([W, 16, STATES], gl.float32, acc), EXACT)
+    dB = _masked(to_end_rows, dB, PACKED)
     leaving = gl.sum(dB * B.to(gl.float32), 2)
     dB = product(d_scores.to(dtype), C_turned, dB, EXACT)
     _store_maps(dB_row, dB, first, first_slot, maps_size, LENGTH, GROUPS, STATE_WIDTH, STATES, W, JOIN, SLOTS)
@@ -362,9 +375,9 @@ def _chunk(
     sum_D += dots
 
     # Gradient of the state before the chunk.
-    C_turned = _scaled(C_turned, to_columns(from_start)[:, None, :])
-    R = product(dy_turned, C_turned, _apply(tile_total, R, PACKED), EXACT)
-    Q = product(C_turned, dy_turned, _apply(tile_total, Q, PACKED), EXACT)
+    factor = to_columns(from_start)[:, None, :]
+    R = product(_scaled(dy_turned, factor), C_turned, _apply(tile_total, R, PACKED), EXACT)
+    Q = product(_scaled(C_turned, factor), dy_turned, _apply(tile_total, Q, PACKED), EXACT)
     return R, Q, sum_A, sum_D
 
 
@@ -532,6 +545,17 @@ def ssd_requests(
     gl.store(logs + (wide_row * SEGMENTS + segment) * HEADS + warp_head, total)
 
 
+def _narrowed(params: GluonParams) -> GluonParams:
+    """The same call with as many columns per warp as the registers of a thread hold twice: R and its transpose."""
+    config = params.config
+    most = 16 if params.states > 32 or params.exact else 32
+    columns = min(config.columns, most)
+    # The warps of a row become more by a whole factor only where the columns divide the width.
+    slots = params.heads * -(-params.width // columns)
+    warps = math.gcd(config.warps, slots)
+    return dataclasses.replace(params, config=dataclasses.replace(config, columns=columns, warps=warps))
+
+
 def _states_after(params: GluonParams, residuals: tuple[Any, ...], dy: Array, d_final: Array | None) -> Array | None:
     """Gradient of the state after each segment, [b, s, h, p, n], or None for zeros."""
     _, dt, A, _, C, _, dt_bias, _, lengths, numbers, _ = residuals
@@ -568,6 +592,7 @@ def backward(
     x, dt, A, B, C, D, dt_bias, initial, lengths, numbers, states = residuals
     dy, d_final = cotangents
     dy = dy.astype(x.dtype)
+    params = _narrowed(params)
     config, splits = params.config, params.splits
     after = _states_after(params, residuals, dy, d_final)
     # Warps of one group are added up in the kernel, and in here what programs leave.
