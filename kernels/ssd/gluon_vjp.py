@@ -152,9 +152,9 @@ def _store_maps(
     position = first + gl.arange(0, 16, gl.SliceLayout(0, gl.SliceLayout(2, layout)))[None, :, None]
     n = gl.arange(0, STATES, gl.SliceLayout(0, gl.SliceLayout(1, layout)))[None, None, :]
     part = (slot % SLOTS) // JOIN
-    at = position * (GROUPS * STATE_WIDTH) + (slot // SLOTS * STATE_WIDTH + n)
+    at = position * (GROUPS * STATE_WIDTH) + slot // SLOTS * STATE_WIDTH
     inside = (position < LENGTH) & (n < STATE_WIDTH) & (slot >= 0)
-    gl.store(out + part.to(gl.int64) * size + at, summed.to(out.dtype.element_ty), mask=inside)
+    gl.store(out + part.to(gl.int64) * size + at + n, summed.to(out.dtype.element_ty), mask=inside)
 
 
 @gluon.jit
@@ -171,14 +171,15 @@ def _tile_at(first, turned: gl.constexpr, W: gl.constexpr, LENGTH: gl.constexpr)
 
 @gluon.jit
 def _load_maps(of_row, position, n, group, GROUPS: gl.constexpr, STATE_WIDTH: gl.constexpr, STATES: gl.constexpr):
-    at = position * (GROUPS * STATE_WIDTH) + (group * STATE_WIDTH + n)
-    return load_inside(of_row + at, n < STATE_WIDTH, STATES != STATE_WIDTH)
+    # What is known when the kernel is compiled is added last and by itself: it becomes part of the instruction.
+    pointers = of_row + (position * (GROUPS * STATE_WIDTH) + group * STATE_WIDTH) + n
+    return load_inside(pointers, n < STATE_WIDTH, STATES != STATE_WIDTH)
 
 
 @gluon.jit
-def _load_values(of_row, position, head, column, HEADS: gl.constexpr, WIDTH: gl.constexpr, COLUMNS: gl.constexpr):
-    at = position * (HEADS * WIDTH) + (head * WIDTH + column)
-    return load_inside(of_row + at, column < WIDTH, WIDTH % COLUMNS != 0)
+def _load_values(of_row, position, head, column, p, HEADS: gl.constexpr, WIDTH: gl.constexpr, COLUMNS: gl.constexpr):
+    pointers = of_row + (position * (HEADS * WIDTH) + (head * WIDTH + column)) + p
+    return load_inside(pointers, column + p < WIDTH, WIDTH % COLUMNS != 0)
 
 
 @gluon.jit
@@ -252,9 +253,9 @@ def _sweep(
     """The transposed state [W, n, p] after a chunk."""
     slot = tile_slots(first_slot, W)
     head = slot_head(slot, WIDTH, COLUMNS)
-    column = slot_column(slot, WIDTH, COLUMNS) + tile_rows(COLUMNS, W)
+    column = slot_column(slot, WIDTH, COLUMNS)
     across = _tile_at(first, True, W, LENGTH)
-    x = _load_values(x_row, across, head, column, HEADS, WIDTH, COLUMNS)
+    x = _load_values(x_row, across, head, column, tile_rows(COLUMNS, W), HEADS, WIDTH, COLUMNS)
     B = _load_maps(
         B_row, across, tile_rows(STATES, W), head // (HEADS // GROUPS), GROUPS, STATE_WIDTH, STATES
     )
@@ -283,8 +284,8 @@ def _chunk(
     head = slot_head(slot, WIDTH, COLUMNS)
     group = head // (HEADS // GROUPS)
     column = slot_column(slot, WIDTH, COLUMNS)
-    p_down = column + tile_rows(COLUMNS, W)
-    p_across = column + tile_columns(COLUMNS, W)
+    p_down = tile_rows(COLUMNS, W)
+    p_across = tile_columns(COLUMNS, W)
     n_down = tile_rows(STATES, W)
     n_across = tile_columns(STATES, W)
     down = _tile_at(first, False, W, LENGTH)
@@ -302,7 +303,7 @@ def _chunk(
     through = _apply(total, gl.sum(gl.sum(Q * T, 2), 1), PACKED)
 
     # From the state before the chunk to its outputs; gradient of C.
-    dy = _load_values(dy_row, down, head, p_across, HEADS, WIDTH, COLUMNS)
+    dy = _load_values(dy_row, down, head, column, p_across, HEADS, WIDTH, COLUMNS)
     C = _load_maps(C_row, down, n_across, group, GROUPS, STATE_WIDTH, STATES)
     # Where factors are scaled it is always the first one: it needs registers of its own, as the tensor cores want its
     # numbers in another order than they are loaded in.
@@ -310,7 +311,7 @@ def _chunk(
     dC = product(_scaled(dy, factor), T.to(dtype), gl.zeros([W, 16, STATES], gl.float32, acc), EXACT)
     dC = _masked(factor, dC, PACKED)
     arriving = gl.sum(dC * C.to(gl.float32), 2)
-    x = _load_values(x_row, down, head, p_across, HEADS, WIDTH, COLUMNS)
+    x = _load_values(x_row, down, head, column, p_across, HEADS, WIDTH, COLUMNS)
     weights = _between(coarse, fine, number, first, LENGTH, EXACT, PACKED)
     G = product(dy, x, gl.zeros([W, 16, 16], gl.float32, acc), EXACT)
     d_scores = _apply(weights, G * to_columns(delta)[:, None, :], PACKED)
@@ -337,7 +338,7 @@ def _chunk(
 
     # Gradient of the inputs.
     to_end_rows = to_rows(to_end)[:, :, None]
-    dy_turned = _load_values(dy_row, across, head, p_down, HEADS, WIDTH, COLUMNS)
+    dy_turned = _load_values(dy_row, across, head, column, p_down, HEADS, WIDTH, COLUMNS)
     du = product(_scaled(B, to_end_rows), R.to(dtype), gl.zeros([W, 16, COLUMNS], gl.float32, acc), EXACT)
     du = _masked(to_end_rows, du, PACKED)
     du = product(mixed.to(dtype), dy_turned, du, EXACT)
@@ -348,9 +349,9 @@ def _chunk(
     written = first + tile_rows(16, W) < LENGTH
     dx = delta_rows * du + skip * wide_dy
     gl.store(
-        dx_row + (down * (HEADS * WIDTH) + (head * WIDTH + p_across)),
+        dx_row + (down * (HEADS * WIDTH) + (head * WIDTH + column)) + p_across,
         dx.to(dtype),
-        mask=written & (p_across < WIDTH),
+        mask=written & (column + p_across < WIDTH),
     )
 
     # From the inputs to the state after the chunk; gradient of B.
@@ -436,8 +437,9 @@ def ssd_backward(
     size: gl.constexpr = HEADS * WIDTH * STATE_WIDTH
     states_row = states + wide_row * ((LENGTH + BLOCK - 1) // BLOCK * size)
     # What a program leaves for itself: each thread reads what it has written.
-    own = scratch + (program.to(gl.int64) * (W * per * STATES * COLUMNS) + (
-        (slot - first_slot) * (per * STATES * COLUMNS) + n_down * COLUMNS + tile_columns(COLUMNS, W)))
+    warp = gl.arange(0, W, per_warp(W))[:, None, None]
+    own = scratch + program.to(gl.int64) * (W * per * STATES * COLUMNS)
+    own_at = warp * (per * STATES * COLUMNS) + n_down * COLUMNS + tile_columns(COLUMNS, W)
 
     R = gl.zeros([W, COLUMNS, STATES], gl.float32, fragment(W))
     Q = gl.zeros([W, STATES, COLUMNS], gl.float32, fragment(W))
@@ -464,15 +466,15 @@ def ssd_backward(
                 other=0.0,
             )
         for k in range(0, count - 1):
-            gl.store(own + k * (STATES * COLUMNS), T)
+            gl.store(own + k * (STATES * COLUMNS) + own_at, T)
             T = _sweep(
                 T, (first_chunk + k) * 16, x_row, dt_row, B_row, numbers_row, decay_rate, lane_bias, row_length,
                 first_slot, LENGTH, HEADS, GROUPS, WIDTH, STATE_WIDTH, COLUMNS, STATES, W, EXACT, PACKED,
             )  # fmt: skip
-        gl.store(own + (count - 1) * (STATES * COLUMNS), T)
+        gl.store(own + (count - 1) * (STATES * COLUMNS) + own_at, T)
         for i in range(0, count):
             k = count - 1 - i
-            T = gl.load(own + k * (STATES * COLUMNS))
+            T = gl.load(own + k * (STATES * COLUMNS) + own_at)
             R, Q, sum_A, sum_D = _chunk(
                 R, Q, sum_A, sum_D, T, (first_chunk + k) * 16, x_row, dt_row, B_row, C_row, dy_row, dx_row, ddt_row,
                 dB_row, dC_row, maps_size, numbers_row, decay_rate, lane_bias, skip, row_length, first_slot,
@@ -512,7 +514,8 @@ def ssd_requests(
     decay_rate = gl.load(A + lane_head)
     lane_bias = gl.load(bias + lane_head)
     row_length = gl.minimum(gl.load(lengths + row), LENGTH)
-    column = slot_column(slot, WIDTH, COLUMNS) + tile_rows(COLUMNS, W)
+    column = slot_column(slot, WIDTH, COLUMNS)
+    p = column + tile_rows(COLUMNS, W)
     n = tile_columns(STATES, W)
     size: gl.constexpr = HEADS * WIDTH * STATE_WIDTH
 
@@ -530,14 +533,14 @@ def ssd_requests(
         coarse, fine = log2_sums(delta * decay_rate, number, EXACT, PACKED)
         from_start, _, total = edge_decays(coarse, fine, number, first_number, last_number, EXACT, PACKED)
         from_start = to_columns(_zero_behind(from_start, first, LENGTH))[:, None, :]
-        dy_turned = _load_values(dy_row, across, head, column, HEADS, WIDTH, COLUMNS)
+        dy_turned = _load_values(dy_row, across, head, column, tile_rows(COLUMNS, W), HEADS, WIDTH, COLUMNS)
         C_turned = _load_maps(
             C_row, across, tile_rows(STATES, W), head // (HEADS // GROUPS), GROUPS, STATE_WIDTH, STATES
         )
         R = product(dy_turned, _scaled(C_turned, from_start), _apply(total[:, None, None], R, PACKED), EXACT)
         log_total += delta * decay_rate
-    state_at = (head * WIDTH + column) * STATE_WIDTH + n
-    inside = (column < WIDTH) & (n < STATE_WIDTH)
+    state_at = (head * WIDTH + p) * STATE_WIDTH + n
+    inside = (p < WIDTH) & (n < STATE_WIDTH)
     gl.store(asked + (wide_row * SEGMENTS + segment) * size + state_at, R, mask=inside)
     # Warps that share a head write the same number.
     warp_head = slot_head(first_slot + gl.arange(0, W, per_warp(W)), WIDTH, COLUMNS)
