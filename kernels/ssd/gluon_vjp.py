@@ -27,12 +27,10 @@ from triton.experimental.gluon import language as gl
 
 import kernels.gluon
 from kernels.gluon import (
-    exp2,
     fragment,
     lane_at,
     lane_numbers,
     lane_sums,
-    lanes,
     per_warp,
     product,
     same_in_warp,
@@ -45,7 +43,6 @@ from kernels.ssd.gluon_tiles import (
     edge_decays,
     lane_slots,
     load_histories,
-    load_inside,
     load_steps,
     log2_sums,
     slot_column,
@@ -54,194 +51,22 @@ from kernels.ssd.gluon_tiles import (
     tile_rows,
     tile_slots,
 )
+from kernels.ssd.gluon_vjp_tiles import (
+    apply_decay,
+    decays_back,
+    decays_on,
+    from_columns,
+    from_rows,
+    from_warp,
+    load_maps,
+    load_values,
+    masked_by,
+    scaled,
+    store_maps,
+    tile_at,
+    zero_behind,
+)
 from kernels.ssd.tiles import states_before, uncut_segments
-
-# Numbers of rows and columns, back to one per lane.
-
-
-@gluon.constexpr_function
-def _moves(outputs, inputs):
-    """Register i of the input is output i."""
-    return "\n".join(f"mov.b32 {out[0]}, {value};" for out, value in zip(outputs, inputs[0], strict=True))
-
-
-@gluon.constexpr_function
-def _shuffle(outputs, inputs):
-    return f"shfl.sync.idx.b32 {outputs[0][0]}, {inputs[0][0]}, {inputs[1][0]}, 0x1f, -1;"
-
-
-@gluon.jit
-def _thread(W: gl.constexpr):
-    return gl.inline_asm_elementwise(
-        "mov.u32 $0, %laneid;", "=r,r", [lane_numbers(W)], dtype=gl.int32, is_pure=True, pack=1
-    )
-
-
-@gluon.jit
-def _from_rows(x):
-    """[W, 16] from `fragment_rows`, the same in the four lanes of a row, to `lanes`.
-
-    Each of the four lanes chooses one of its registers to show; one shuffle hands these out.
-    """
-    W: gl.constexpr = x.shape[0]
-    result: gl.constexpr = gl.distributed_type(x.dtype, [W, 16], lanes(W))
-    lane = lane_numbers(W)
-    near, far = gl.inline_asm(_moves, ("=r", "=r", "r"), [x], (result, result), is_pure=True)
-    shown = gl.where((_thread(W) & 1) != 0, far, near)
-    source = (lane & 7) * 4 + (lane >> 3)
-    return gl.inline_asm(_shuffle, ("=r", "r", "r"), [shown, source], result, is_pure=True)
-
-
-@gluon.jit
-def _from_columns(x):
-    """[W, 16] from `fragment_columns`, the same in the eight lanes of a column, to `lanes`."""
-    W: gl.constexpr = x.shape[0]
-    result: gl.constexpr = gl.distributed_type(x.dtype, [W, 16], lanes(W))
-    lane = lane_numbers(W)
-    even, odd, far_even, far_odd = gl.inline_asm(
-        _moves, ("=r", "=r", "=r", "=r", "r"), [x], (result, result, result, result), is_pure=True
-    )
-    choice = _thread(W) >> 2
-    is_odd = (choice & 1) != 0
-    shown = gl.where((choice & 2) != 0, gl.where(is_odd, far_odd, far_even), gl.where(is_odd, odd, even))
-    source = ((lane & 7) >> 1) + ((lane & 1) + (lane >> 3) * 2) * 4
-    return gl.inline_asm(_shuffle, ("=r", "r", "r"), [shown, source], result, is_pure=True)
-
-
-@gluon.jit
-def _from_warp(x):
-    """[W] from `per_warp` to all [W, 16] in `lanes`."""
-    W: gl.constexpr = x.shape[0]
-    return gl.inline_asm(_moves, ("=r", "r"), [x], gl.distributed_type(x.dtype, [W, 16], lanes(W)), is_pure=True)
-
-
-@gluon.constexpr_function
-def _joined_layout(W, JOIN, N):
-    """Layout of [W, 16, N] in which a thread has what JOIN neighbouring warps add up."""
-    columns = [[0, 0, 1 << i] for i in range(N.bit_length() - 1)]
-    rows = [[0, 1 << i, 0] for i in range(4)]
-    register = [[1 << i, 0, 0] for i in range(JOIN.bit_length() - 1)] + columns[:2]
-    rest = columns[2:] + rows
-    lane, rest = rest[:5], rest[5:]
-    width = JOIN.bit_length() - 1
-    warp, rest = rest[:width], rest[width:]
-    warp = warp + [[0, 0, 0]] * (width - len(warp))
-    lane = lane + [[0, 0, 0]] * (5 - len(lane))
-    warp = warp + [[1 << i, 0, 0] for i in range(width, W.bit_length() - 1)]
-    return gl.DistributedLinearLayout(register + rest, lane, warp, [], [W, 16, N])
-
-
-@gluon.jit
-def _store_maps(
-    out, gradient, first, first_slot, size,
-    LENGTH: gl.constexpr, GROUPS: gl.constexpr, STATE_WIDTH: gl.constexpr, STATES: gl.constexpr, W: gl.constexpr,
-    JOIN: gl.constexpr, SLOTS: gl.constexpr,
-):  # fmt: skip
-    """Stores a gradient of B or C [W, 16, n], added up over JOIN neighbouring warps in a fixed order."""
-    if JOIN == 1:
-        layout: gl.constexpr = fragment(W)
-        slot = first_slot + gl.arange(0, W, per_warp(W))[:, None, None]
-        summed = gradient
-    else:
-        wide: gl.constexpr = _joined_layout(W, JOIN, STATES)
-        split = gl.convert_layout(gradient, wide).reshape([W // JOIN, JOIN, 16, STATES])
-        summed = gl.sum(split, 1)
-        layout: gl.constexpr = summed.type.layout
-        group: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(2, layout))
-        slot = first_slot + gl.arange(0, W // JOIN, group)[:, None, None] * JOIN
-    position = first + gl.arange(0, 16, gl.SliceLayout(0, gl.SliceLayout(2, layout)))[None, :, None]
-    n = gl.arange(0, STATES, gl.SliceLayout(0, gl.SliceLayout(1, layout)))[None, None, :]
-    part = (slot % SLOTS) // JOIN
-    at = position * (GROUPS * STATE_WIDTH) + slot // SLOTS * STATE_WIDTH
-    inside = (position < LENGTH) & (n < STATE_WIDTH) & (slot >= 0)
-    gl.store(out + part.to(gl.int64) * size + at + n, summed.to(out.dtype.element_ty), mask=inside)
-
-
-@gluon.jit
-def _tile_at(first, turned: gl.constexpr, W: gl.constexpr, LENGTH: gl.constexpr):
-    """Positions of a chunk, down or across; the last one stands in for those behind the row's end."""
-    if turned:
-        position = first + tile_columns(16, W)
-    else:
-        position = first + tile_rows(16, W)
-    if LENGTH % 16 != 0:
-        position = gl.minimum(position, LENGTH - 1)
-    return position
-
-
-@gluon.jit
-def _load_maps(of_row, position, n, group, GROUPS: gl.constexpr, STATE_WIDTH: gl.constexpr, STATES: gl.constexpr):
-    # What is known when the kernel is compiled is added last and by itself: it becomes part of the instruction.
-    pointers = of_row + (position * (GROUPS * STATE_WIDTH) + group * STATE_WIDTH) + n
-    return load_inside(pointers, n < STATE_WIDTH, STATES != STATE_WIDTH)
-
-
-@gluon.jit
-def _load_values(of_row, position, head, column, p, HEADS: gl.constexpr, WIDTH: gl.constexpr, COLUMNS: gl.constexpr):
-    pointers = of_row + (position * (HEADS * WIDTH) + (head * WIDTH + column)) + p
-    return load_inside(pointers, column + p < WIDTH, WIDTH % COLUMNS != 0)
-
-
-@gluon.jit
-def _scaled(tile, factors):
-    return (tile.to(gl.float32) * factors).to(tile.dtype)
-
-
-@gluon.jit
-def _masked(decay, tile, PACKED: gl.constexpr):
-    """Among several histories: 0 where a decay is, also over what has overflowed in another one."""
-    if PACKED:
-        tile = gl.where(decay == 0.0, 0.0, tile)
-    return tile
-
-
-@gluon.jit
-def _apply(decay, tile, PACKED: gl.constexpr):
-    """Multiplies by decay factors; among several histories 0 wins, also over what has overflowed in another one."""
-    result = tile * decay
-    if PACKED:
-        result = gl.where(decay == 0.0, 0.0, result)
-    return result
-
-
-@gluon.jit
-def _turned_between(coarse, fine, number, first, LENGTH: gl.constexpr, EXACT: gl.constexpr, PACKED: gl.constexpr):
-    """Decay factors from a position (row) to a later one (column), 0 where nothing is reached."""
-    W: gl.constexpr = coarse.shape[0]
-    log2 = to_columns(coarse)[:, None, :] - to_rows(coarse)[:, :, None]
-    if EXACT:
-        log2 += to_columns(fine)[:, None, :] - to_rows(fine)[:, :, None]
-    later = tile_columns(16, W)
-    reached = tile_rows(16, W) <= later
-    if LENGTH % 16 != 0:
-        reached &= first + later < LENGTH
-    if PACKED:
-        reached &= to_columns(number)[:, None, :] == to_rows(number)[:, :, None]
-    return gl.where(reached, exp2(log2), 0.0)
-
-
-@gluon.jit
-def _between(coarse, fine, number, first, LENGTH: gl.constexpr, EXACT: gl.constexpr, PACKED: gl.constexpr):
-    """Decay factors to a position (row) from an earlier one (column), 0 where nothing is reached."""
-    W: gl.constexpr = coarse.shape[0]
-    log2 = to_rows(coarse)[:, :, None] - to_columns(coarse)[:, None, :]
-    if EXACT:
-        log2 += to_rows(fine)[:, :, None] - to_columns(fine)[:, None, :]
-    row = tile_rows(16, W)
-    reached = row >= tile_columns(16, W)
-    if LENGTH % 16 != 0:
-        reached &= first + row < LENGTH
-    if PACKED:
-        reached &= to_rows(number)[:, :, None] == to_columns(number)[:, None, :]
-    return gl.where(reached, exp2(log2), 0.0)
-
-
-@gluon.jit
-def _zero_behind(x, first, LENGTH: gl.constexpr):
-    """[W, 16] in `lanes` with 0 behind the row's end."""
-    if LENGTH % 16 != 0:
-        return gl.where(first + lane_numbers(x.shape[0]) < LENGTH, x, 0.0)
-    return x
 
 
 @gluon.jit
@@ -254,19 +79,17 @@ def _sweep(
     slot = tile_slots(first_slot, W)
     head = slot_head(slot, WIDTH, COLUMNS)
     column = slot_column(slot, WIDTH, COLUMNS)
-    across = _tile_at(first, True, W, LENGTH)
-    x = _load_values(x_row, across, head, column, tile_rows(COLUMNS, W), HEADS, WIDTH, COLUMNS)
-    B = _load_maps(
-        B_row, across, tile_rows(STATES, W), head // (HEADS // GROUPS), GROUPS, STATE_WIDTH, STATES
-    )
+    across = tile_at(first, True, W, LENGTH)
+    x = load_values(x_row, across, head, column, tile_rows(COLUMNS, W), HEADS, WIDTH, COLUMNS)
+    B = load_maps(B_row, across, tile_rows(STATES, W), head // (HEADS // GROUPS), GROUPS, STATE_WIDTH, STATES)
     delta, _ = load_steps(
         dt_row, bias, row_length, first, first_slot, LENGTH, HEADS, WIDTH, COLUMNS, W, LENGTH % 16 != 0
     )
     number, first_number, last_number = load_histories(numbers_row, first, W, PACKED)
     coarse, fine = log2_sums(delta * A, number, EXACT, PACKED)
     _, to_end, total = edge_decays(coarse, fine, number, first_number, last_number, EXACT, PACKED)
-    T = _apply(total[:, None, None], T, PACKED)
-    return product(_scaled(B, to_columns(to_end * delta)[:, None, :]), x, T, EXACT)
+    T = apply_decay(total[:, None, None], T, PACKED)
+    return product(scaled(B, to_columns(to_end * delta)[:, None, :]), x, T, EXACT)
 
 
 @gluon.jit
@@ -288,8 +111,8 @@ def _chunk(
     p_across = tile_columns(COLUMNS, W)
     n_down = tile_rows(STATES, W)
     n_across = tile_columns(STATES, W)
-    down = _tile_at(first, False, W, LENGTH)
-    across = _tile_at(first, True, W, LENGTH)
+    down = tile_at(first, False, W, LENGTH)
+    across = tile_at(first, True, W, LENGTH)
 
     delta, slope = load_steps(
         dt_row, bias, row_length, first, first_slot, LENGTH, HEADS, WIDTH, COLUMNS, W, LENGTH % 16 != 0
@@ -298,35 +121,35 @@ def _chunk(
     coarse, fine = log2_sums(delta * A, number, EXACT, PACKED)
     from_start, to_end, total = edge_decays(coarse, fine, number, first_number, last_number, EXACT, PACKED)
     # Behind the row's end nothing reads.
-    from_start = _zero_behind(from_start, first, LENGTH)
+    from_start = zero_behind(from_start, first, LENGTH)
     tile_total = total[:, None, None]
-    through = _apply(total, gl.sum(gl.sum(Q * T, 2), 1), PACKED)
+    through = apply_decay(total, gl.sum(gl.sum(Q * T, 2), 1), PACKED)
 
     # From the state before the chunk to its outputs; gradient of C.
-    dy = _load_values(dy_row, down, head, column, p_across, HEADS, WIDTH, COLUMNS)
-    C = _load_maps(C_row, down, n_across, group, GROUPS, STATE_WIDTH, STATES)
+    dy = load_values(dy_row, down, head, column, p_across, HEADS, WIDTH, COLUMNS)
+    C = load_maps(C_row, down, n_across, group, GROUPS, STATE_WIDTH, STATES)
     # Where factors are scaled it is always the first one: it needs registers of its own, as the tensor cores want its
     # numbers in another order than they are loaded in.
     factor = to_rows(from_start)[:, :, None]
-    dC = product(_scaled(dy, factor), T.to(dtype), gl.zeros([W, 16, STATES], gl.float32, acc), EXACT)
-    dC = _masked(factor, dC, PACKED)
+    dC = product(scaled(dy, factor), T.to(dtype), gl.zeros([W, 16, STATES], gl.float32, acc), EXACT)
+    dC = masked_by(factor, dC, PACKED)
     arriving = gl.sum(dC * C.to(gl.float32), 2)
-    x = _load_values(x_row, down, head, column, p_across, HEADS, WIDTH, COLUMNS)
-    weights = _between(coarse, fine, number, first, LENGTH, EXACT, PACKED)
+    x = load_values(x_row, down, head, column, p_across, HEADS, WIDTH, COLUMNS)
+    weights = decays_back(coarse, fine, number, first, LENGTH, EXACT, PACKED)
     G = product(dy, x, gl.zeros([W, 16, 16], gl.float32, acc), EXACT)
-    d_scores = _apply(weights, G * to_columns(delta)[:, None, :], PACKED)
-    B_turned = _load_maps(B_row, across, n_down, group, GROUPS, STATE_WIDTH, STATES)
+    d_scores = apply_decay(weights, G * to_columns(delta)[:, None, :], PACKED)
+    B_turned = load_maps(B_row, across, n_down, group, GROUPS, STATE_WIDTH, STATES)
     dC = product(d_scores.to(dtype), B_turned, dC, EXACT)
-    _store_maps(dC_row, dC, first, first_slot, maps_size, LENGTH, GROUPS, STATE_WIDTH, STATES, W, JOIN, SLOTS)
+    store_maps(dC_row, dC, first, first_slot, maps_size, LENGTH, GROUPS, STATE_WIDTH, STATES, W, JOIN, SLOTS)
 
     # Scores and their gradients, turned: from a position (row) to a later one (column).
-    B = _load_maps(B_row, down, n_across, group, GROUPS, STATE_WIDTH, STATES)
+    B = load_maps(B_row, down, n_across, group, GROUPS, STATE_WIDTH, STATES)
     scores = product(B, C, gl.zeros([W, 16, 16], gl.float32, acc), EXACT)
     delta_rows = to_rows(delta)[:, :, None]
-    G = product(_scaled(x, delta_rows), dy, gl.zeros([W, 16, 16], gl.float32, acc), EXACT)
-    weights = _turned_between(coarse, fine, number, first, LENGTH, EXACT, PACKED)
-    mixed = _apply(weights, scores, PACKED)
-    d_scores = _apply(weights, G, PACKED)
+    G = product(scaled(x, delta_rows), dy, gl.zeros([W, 16, 16], gl.float32, acc), EXACT)
+    weights = decays_on(coarse, fine, number, first, LENGTH, EXACT, PACKED)
+    mixed = apply_decay(weights, scores, PACKED)
+    d_scores = apply_decay(weights, G, PACKED)
     row = tile_rows(16, W)
     col = tile_columns(16, W)
     flows = gl.where(row < col, d_scores * scores, 0.0)
@@ -338,9 +161,9 @@ def _chunk(
 
     # Gradient of the inputs.
     to_end_rows = to_rows(to_end)[:, :, None]
-    dy_turned = _load_values(dy_row, across, head, column, p_down, HEADS, WIDTH, COLUMNS)
-    du = product(_scaled(B, to_end_rows), R.to(dtype), gl.zeros([W, 16, COLUMNS], gl.float32, acc), EXACT)
-    du = _masked(to_end_rows, du, PACKED)
+    dy_turned = load_values(dy_row, across, head, column, p_down, HEADS, WIDTH, COLUMNS)
+    du = product(scaled(B, to_end_rows), R.to(dtype), gl.zeros([W, 16, COLUMNS], gl.float32, acc), EXACT)
+    du = masked_by(to_end_rows, du, PACKED)
     du = product(mixed.to(dtype), dy_turned, du, EXACT)
     wide_x = x.to(gl.float32)
     wide_dy = dy.to(gl.float32)
@@ -355,18 +178,18 @@ def _chunk(
     )
 
     # From the inputs to the state after the chunk; gradient of B.
-    C_turned = _load_maps(C_row, across, n_down, group, GROUPS, STATE_WIDTH, STATES)
+    C_turned = load_maps(C_row, across, n_down, group, GROUPS, STATE_WIDTH, STATES)
     factor = to_end_rows * delta_rows
-    dB = product(_scaled(x, factor), Q.to(dtype), gl.zeros([W, 16, STATES], gl.float32, acc), EXACT)
-    dB = _masked(to_end_rows, dB, PACKED)
+    dB = product(scaled(x, factor), Q.to(dtype), gl.zeros([W, 16, STATES], gl.float32, acc), EXACT)
+    dB = masked_by(to_end_rows, dB, PACKED)
     leaving = gl.sum(dB * B.to(gl.float32), 2)
     dB = product(d_scores.to(dtype), C_turned, dB, EXACT)
-    _store_maps(dB_row, dB, first, first_slot, maps_size, LENGTH, GROUPS, STATE_WIDTH, STATES, W, JOIN, SLOTS)
+    store_maps(dB_row, dB, first, first_slot, maps_size, LENGTH, GROUPS, STATE_WIDTH, STATES, W, JOIN, SLOTS)
 
     # What flows over each position (column): from the rows before it, and into those from it on.
     over = gl.where(row < col, onward + leaving[:, :, None], arriving[:, :, None])
-    d_log = _from_columns(gl.sum(over, 1)) + _from_warp(through)
-    d_delta = A * d_log + _from_rows(x_du)
+    d_log = from_columns(gl.sum(over, 1)) + from_warp(through)
+    d_delta = A * d_log + from_rows(x_du)
     position = first + lane_numbers(W)
     lane_head = slot_head(lane_slots(first_slot, W), WIDTH, COLUMNS)
     gl.store(ddt_row + (position * HEADS + lane_head), d_delta * slope, mask=position < LENGTH)
@@ -377,8 +200,8 @@ def _chunk(
 
     # Gradient of the state before the chunk.
     factor = to_columns(from_start)[:, None, :]
-    R = product(_scaled(dy_turned, factor), C_turned, _apply(tile_total, R, PACKED), EXACT)
-    Q = product(_scaled(C_turned, factor), dy_turned, _apply(tile_total, Q, PACKED), EXACT)
+    R = product(scaled(dy_turned, factor), C_turned, apply_decay(tile_total, R, PACKED), EXACT)
+    Q = product(scaled(C_turned, factor), dy_turned, apply_decay(tile_total, Q, PACKED), EXACT)
     return R, Q, sum_A, sum_D
 
 
@@ -525,19 +348,19 @@ def ssd_requests(
     end = gl.minimum(begin + SEGMENT_CHUNKS, (LENGTH + 15) // 16)
     for back in range(0, end - begin):
         first = (end - 1 - back) * 16
-        across = _tile_at(first, True, W, LENGTH)
+        across = tile_at(first, True, W, LENGTH)
         delta, _ = load_steps(
             dt_row, lane_bias, row_length, first, first_slot, LENGTH, HEADS, WIDTH, COLUMNS, W, LENGTH % 16 != 0
         )
         number, first_number, last_number = load_histories(numbers_row, first, W, PACKED)
         coarse, fine = log2_sums(delta * decay_rate, number, EXACT, PACKED)
         from_start, _, total = edge_decays(coarse, fine, number, first_number, last_number, EXACT, PACKED)
-        from_start = to_columns(_zero_behind(from_start, first, LENGTH))[:, None, :]
-        dy_turned = _load_values(dy_row, across, head, column, tile_rows(COLUMNS, W), HEADS, WIDTH, COLUMNS)
-        C_turned = _load_maps(
+        from_start = to_columns(zero_behind(from_start, first, LENGTH))[:, None, :]
+        dy_turned = load_values(dy_row, across, head, column, tile_rows(COLUMNS, W), HEADS, WIDTH, COLUMNS)
+        C_turned = load_maps(
             C_row, across, tile_rows(STATES, W), head // (HEADS // GROUPS), GROUPS, STATE_WIDTH, STATES
         )
-        R = product(dy_turned, _scaled(C_turned, from_start), _apply(total[:, None, None], R, PACKED), EXACT)
+        R = product(dy_turned, scaled(C_turned, from_start), apply_decay(total[:, None, None], R, PACKED), EXACT)
         log_total += delta * decay_rate
     state_at = (head * WIDTH + p) * STATE_WIDTH + n
     inside = (p < WIDTH) & (n < STATE_WIDTH)

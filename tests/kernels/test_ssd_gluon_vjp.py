@@ -1,8 +1,5 @@
 """Gradients of SSD by Gluon kernels: their PTX, instruction by instruction, against the definition; machine code."""
 
-import dataclasses
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,7 +11,7 @@ from kernels.ssd import ssd
 from tests.kernels.codegen import for_gpus
 from tests.kernels.gluon_ptx import interpreted, resources
 from tests.kernels.op_suite import assert_near, ids_of
-from tests.kernels.test_ssd_gluon import CASES, TINY, arrays_of, normal
+from tests.kernels.test_ssd_gluon import CASES, arrays_of, normal
 
 # Of the largest number of a gradient.
 LIMITS = {"float32": 3e-5, "tfloat32": 1e-2, "bfloat16": 3e-2}
@@ -123,3 +120,43 @@ def backward_kernel(arrays, *, ids=None, precision="default"):
     with interpreted(only_shapes=True) as launches:
         jax.eval_shape(jax.grad(value), arrays)
     return {name: kernel for name, kernel, _ in launches.seen}["ssd_backward"]
+
+
+# Shapes, options, most instructions per token and head (of all loops, in 16 positions of a head) and bytes of the stack
+# on Hopper, measured and rounded up. A warp has all of a head, or as many columns of it as it says.
+CODE = {
+    "plain": ({"length": 200, "width": 32, "state": 32}, {}, 125, 160),
+    "short": ({"length": 50, "width": 32, "state": 32}, {}, 82, 120),
+    "several histories": ({"length": 64, "width": 32, "state": 32}, {"ids": np.ones((1, 64), np.int32)}, 86, 136),
+    "wide, 16 columns": ({"length": 200, "width": 128, "state": 64}, {}, 134, 272),
+    "float32, 16 columns": ({"length": 200, "width": 32, "state": 32}, {"precision": "highest"}, 148, 96),
+    "widest, 16 columns": ({"length": 200, "width": 128, "state": 128}, {}, 230, 1120),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "capability"), [case for name in CODE for case in for_gpus(name, usual=name == "plain")]
+)
+def test_machine_code(name, capability):
+    """Shared memory is for sums over heads alone, which go through it one array at a time."""
+    sizes, options, most_instructions, most_stack = CODE[name]
+    kernel = backward_kernel(arrays_of(**sizes, heads=4), **options)
+    used = resources(kernel, capability)
+    constants = dict(kernel.constants)
+    assert used.shared_bytes <= 4 * 16 * constants["W"] * constants["STATES"]
+    # Other generations' compilers put more on the stack.
+    slack = 1.0 if capability == 90 else 1.12
+    assert 0 < used.loop_instructions <= 16 * most_instructions * slack
+    assert used.stack_bytes <= most_stack * (1.0 if capability == 90 else 1.6)
+    assert used.tensor_core_instructions > 0
+
+
+def test_one_head_alone_needs_no_shared_memory():
+    kernel = backward_kernel(arrays_of(20, heads=1, width=16, state=16))
+    assert resources(kernel, 90).shared_bytes == 0
+
+
+def test_warps_of_one_group_are_added_up_in_the_kernel():
+    for heads, groups, wanted in [(4, 1, 4), (4, 2, 2), (6, 2, 1), (1, 1, 1)]:
+        kernel = backward_kernel(arrays_of(20, heads=heads, groups=groups))
+        assert dict(kernel.constants)["JOIN"] == wanted
