@@ -93,6 +93,72 @@ def _sweep(
 
 
 @gluon.jit
+def _gradient_of_C(
+    x, dy, C, B_turned, T, from_start, delta, coarse, fine, number, first,
+    LENGTH: gl.constexpr, EXACT: gl.constexpr, PACKED: gl.constexpr,
+):  # fmt: skip
+    """Gradient of C [W, 16, n], and what flows from before the chunk into each position."""
+    W: gl.constexpr = x.shape[0]
+    acc: gl.constexpr = fragment(W)
+    dtype: gl.constexpr = x.dtype
+    STATES: gl.constexpr = C.shape[2]
+    # Where factors are scaled it is always the first one: it needs registers of its own, as the tensor cores want its
+    # numbers in another order than they are loaded in.
+    factor = to_rows(from_start)[:, :, None]
+    dC = product(scaled(dy, factor), T.to(dtype), gl.zeros([W, 16, STATES], gl.float32, acc), EXACT)
+    dC = masked_by(factor, dC, PACKED)
+    arriving = gl.sum(dC * C.to(gl.float32), 2)
+    weights = decays_back(coarse, fine, number, first, LENGTH, EXACT, PACKED)
+    G = product(dy, x, gl.zeros([W, 16, 16], gl.float32, acc), EXACT)
+    d_scores = apply_decay(weights, G * to_columns(delta)[:, None, :], PACKED)
+    dC = product(d_scores.to(dtype), B_turned, dC, EXACT)
+    return dC, arriving
+
+
+@gluon.jit
+def _inside_chunk(
+    x, dy, B, C, delta_rows, coarse, fine, number, first,
+    LENGTH: gl.constexpr, EXACT: gl.constexpr, PACKED: gl.constexpr,
+):  # fmt: skip
+    """The mixing factors M and the gradient of scores, turned, and what flows on from each position (row)."""
+    W: gl.constexpr = x.shape[0]
+    acc: gl.constexpr = fragment(W)
+    # Scores and their gradients, turned: from a position (row) to a later one (column).
+    scores = product(B, C, gl.zeros([W, 16, 16], gl.float32, acc), EXACT)
+    G = product(scaled(x, delta_rows), dy, gl.zeros([W, 16, 16], gl.float32, acc), EXACT)
+    weights = decays_on(coarse, fine, number, first, LENGTH, EXACT, PACKED)
+    mixed = apply_decay(weights, scores, PACKED)
+    d_scores = apply_decay(weights, G, PACKED)
+    row = tile_rows(16, W)
+    col = tile_columns(16, W)
+    flows = gl.where(row < col, d_scores * scores, 0.0)
+    if PACKED:
+        flows = gl.where(weights == 0.0, 0.0, flows)
+    # Of each position (row), what flows on to a later one (column) or behind it.
+    until = gl.where(row <= col, 1.0, gl.zeros([W, 16, 16], gl.float32, acc))
+    onward = product(flows, until, gl.zeros([W, 16, 16], gl.float32, acc), EXACT)
+    return mixed, d_scores, onward
+
+
+@gluon.jit
+def _store_steps(
+    ddt_row, onward, leaving, arriving, through, x_du, A, delta, slope, first, first_slot,
+    LENGTH: gl.constexpr, HEADS: gl.constexpr, WIDTH: gl.constexpr, COLUMNS: gl.constexpr, W: gl.constexpr,
+):  # fmt: skip
+    """Stores the gradient of the steps, and returns what a chunk adds to that of A."""
+    row = tile_rows(16, W)
+    col = tile_columns(16, W)
+    # What flows over each position (column): from the rows before it, and into those from it on.
+    over = gl.where(row < col, onward + leaving[:, :, None], arriving[:, :, None])
+    d_log = from_columns(gl.sum(over, 1)) + from_warp(through)
+    d_delta = A * d_log + from_rows(x_du)
+    position = first + lane_numbers(W)
+    lane_head = slot_head(lane_slots(first_slot, W), WIDTH, COLUMNS)
+    gl.store(ddt_row + (position * HEADS + lane_head), d_delta * slope, mask=position < LENGTH)
+    return d_log * delta
+
+
+@gluon.jit
 def _chunk(
     R, Q, sum_A, sum_D, T, first, x_row, dt_row, B_row, C_row, dy_row, dx_row, ddt_row, dB_row, dC_row, maps_size,
     numbers_row, A, bias, skip, row_length, first_slot,
@@ -128,36 +194,16 @@ def _chunk(
     # From the state before the chunk to its outputs; gradient of C.
     dy = load_values(dy_row, down, head, column, p_across, HEADS, WIDTH, COLUMNS)
     C = load_maps(C_row, down, n_across, group, GROUPS, STATE_WIDTH, STATES)
-    # Where factors are scaled it is always the first one: it needs registers of its own, as the tensor cores want its
-    # numbers in another order than they are loaded in.
-    factor = to_rows(from_start)[:, :, None]
-    dC = product(scaled(dy, factor), T.to(dtype), gl.zeros([W, 16, STATES], gl.float32, acc), EXACT)
-    dC = masked_by(factor, dC, PACKED)
-    arriving = gl.sum(dC * C.to(gl.float32), 2)
     x = load_values(x_row, down, head, column, p_across, HEADS, WIDTH, COLUMNS)
-    weights = decays_back(coarse, fine, number, first, LENGTH, EXACT, PACKED)
-    G = product(dy, x, gl.zeros([W, 16, 16], gl.float32, acc), EXACT)
-    d_scores = apply_decay(weights, G * to_columns(delta)[:, None, :], PACKED)
     B_turned = load_maps(B_row, across, n_down, group, GROUPS, STATE_WIDTH, STATES)
-    dC = product(d_scores.to(dtype), B_turned, dC, EXACT)
+    dC, arriving = _gradient_of_C(
+        x, dy, C, B_turned, T, from_start, delta, coarse, fine, number, first, LENGTH, EXACT, PACKED
+    )
     store_maps(dC_row, dC, first, first_slot, maps_size, LENGTH, GROUPS, STATE_WIDTH, STATES, W, JOIN, SLOTS)
 
-    # Scores and their gradients, turned: from a position (row) to a later one (column).
-    B = load_maps(B_row, down, n_across, group, GROUPS, STATE_WIDTH, STATES)
-    scores = product(B, C, gl.zeros([W, 16, 16], gl.float32, acc), EXACT)
     delta_rows = to_rows(delta)[:, :, None]
-    G = product(scaled(x, delta_rows), dy, gl.zeros([W, 16, 16], gl.float32, acc), EXACT)
-    weights = decays_on(coarse, fine, number, first, LENGTH, EXACT, PACKED)
-    mixed = apply_decay(weights, scores, PACKED)
-    d_scores = apply_decay(weights, G, PACKED)
-    row = tile_rows(16, W)
-    col = tile_columns(16, W)
-    flows = gl.where(row < col, d_scores * scores, 0.0)
-    if PACKED:
-        flows = gl.where(weights == 0.0, 0.0, flows)
-    # Of each position (row), what flows on to a later one (column) or behind it.
-    until = gl.where(row <= col, 1.0, gl.zeros([W, 16, 16], gl.float32, acc))
-    onward = product(flows, until, gl.zeros([W, 16, 16], gl.float32, acc), EXACT)
+    B = load_maps(B_row, down, n_across, group, GROUPS, STATE_WIDTH, STATES)
+    mixed, d_scores, onward = _inside_chunk(x, dy, B, C, delta_rows, coarse, fine, number, first, LENGTH, EXACT, PACKED)
 
     # Gradient of the inputs.
     to_end_rows = to_rows(to_end)[:, :, None]
@@ -186,14 +232,10 @@ def _chunk(
     dB = product(d_scores.to(dtype), C_turned, dB, EXACT)
     store_maps(dB_row, dB, first, first_slot, maps_size, LENGTH, GROUPS, STATE_WIDTH, STATES, W, JOIN, SLOTS)
 
-    # What flows over each position (column): from the rows before it, and into those from it on.
-    over = gl.where(row < col, onward + leaving[:, :, None], arriving[:, :, None])
-    d_log = from_columns(gl.sum(over, 1)) + from_warp(through)
-    d_delta = A * d_log + from_rows(x_du)
-    position = first + lane_numbers(W)
-    lane_head = slot_head(lane_slots(first_slot, W), WIDTH, COLUMNS)
-    gl.store(ddt_row + (position * HEADS + lane_head), d_delta * slope, mask=position < LENGTH)
-    sum_A += d_log * delta
+    sum_A += _store_steps(
+        ddt_row, onward, leaving, arriving, through, x_du, A, delta, slope, first, first_slot,
+        LENGTH, HEADS, WIDTH, COLUMNS, W,
+    )  # fmt: skip
     if LENGTH % 16 != 0:
         dots = gl.where((first + gl.arange(0, 16, gl.SliceLayout(0, dots.type.layout)))[None, :] < LENGTH, dots, 0.0)
     sum_D += dots
@@ -203,6 +245,39 @@ def _chunk(
     R = product(scaled(dy_turned, factor), C_turned, apply_decay(tile_total, R, PACKED), EXACT)
     Q = product(scaled(C_turned, factor), dy_turned, apply_decay(tile_total, Q, PACKED), EXACT)
     return R, Q, sum_A, sum_D
+
+
+@gluon.jit
+def _sweep_block(
+    own, own_at, before, turned_at, before_inside, first_chunk, count, x_row, dt_row, B_row, numbers_row, decay_rate,
+    lane_bias, row_length, first_slot,
+    LENGTH: gl.constexpr, HEADS: gl.constexpr, GROUPS: gl.constexpr, WIDTH: gl.constexpr, STATE_WIDTH: gl.constexpr,
+    COLUMNS: gl.constexpr, STATES: gl.constexpr, W: gl.constexpr, EXACT: gl.constexpr, PACKED: gl.constexpr,
+    HAS_STATES: gl.constexpr,
+):  # fmt: skip
+    """Leaves the transposed state before each chunk of a block in the program's own memory."""
+    T = gl.zeros([W, STATES, COLUMNS], gl.float32, fragment(W))
+    if HAS_STATES:
+        T += gl.load(before + turned_at, mask=before_inside, other=0.0)
+    for k in range(0, count - 1):
+        gl.store(own + k * (STATES * COLUMNS) + own_at, T)
+        T = _sweep(
+            T, (first_chunk + k) * 16, x_row, dt_row, B_row, numbers_row, decay_rate, lane_bias, row_length,
+            first_slot, LENGTH, HEADS, GROUPS, WIDTH, STATE_WIDTH, COLUMNS, STATES, W, EXACT, PACKED,
+        )  # fmt: skip
+    gl.store(own + (count - 1) * (STATES * COLUMNS) + own_at, T)
+
+
+@gluon.jit
+def _store_sums(
+    dA, dD, sum_A, sum_D, row, segment, first_slot,
+    BATCH: gl.constexpr, SEGMENTS: gl.constexpr, HEADS: gl.constexpr, SPLITS: gl.constexpr, W: gl.constexpr,
+):  # fmt: skip
+    """Stores what a warp has added up of the gradients of A and D."""
+    slot = first_slot + gl.arange(0, W, per_warp(W))
+    at = ((slot % SPLITS * BATCH + row) * SEGMENTS + segment) * HEADS + slot // SPLITS
+    gl.store(dA + at, same_in_warp(lane_at(lane_sums(sum_A, lane_numbers(W), False), 15)))
+    gl.store(dD + at, gl.sum(sum_D, 1))
 
 
 @gluon.jit
@@ -281,20 +356,11 @@ def ssd_backward(
         block = end_block - 1 - back
         first_chunk = block * per
         count = gl.minimum(per, end - first_chunk)
-        T = gl.zeros([W, STATES, COLUMNS], gl.float32, fragment(W))
-        if HAS_STATES:
-            T += gl.load(
-                states_row + block.to(gl.int64) * size + turned_at,
-                mask=turned_inside & (HAS_BEFORE | (block > 0)),
-                other=0.0,
-            )
-        for k in range(0, count - 1):
-            gl.store(own + k * (STATES * COLUMNS) + own_at, T)
-            T = _sweep(
-                T, (first_chunk + k) * 16, x_row, dt_row, B_row, numbers_row, decay_rate, lane_bias, row_length,
-                first_slot, LENGTH, HEADS, GROUPS, WIDTH, STATE_WIDTH, COLUMNS, STATES, W, EXACT, PACKED,
-            )  # fmt: skip
-        gl.store(own + (count - 1) * (STATES * COLUMNS) + own_at, T)
+        _sweep_block(
+            own, own_at, states_row + block.to(gl.int64) * size, turned_at, turned_inside & (HAS_BEFORE | (block > 0)),
+            first_chunk, count, x_row, dt_row, B_row, numbers_row, decay_rate, lane_bias, row_length, first_slot,
+            LENGTH, HEADS, GROUPS, WIDTH, STATE_WIDTH, COLUMNS, STATES, W, EXACT, PACKED, HAS_STATES,
+        )  # fmt: skip
         for i in range(0, count):
             k = count - 1 - i
             T = gl.load(own + k * (STATES * COLUMNS) + own_at)
@@ -304,11 +370,7 @@ def ssd_backward(
                 LENGTH, HEADS, GROUPS, WIDTH, STATE_WIDTH, COLUMNS, STATES, W, EXACT, PACKED, JOIN, per_group,
             )  # fmt: skip
 
-    at = ((lane_split * BATCH + row) * SEGMENTS + segment) * HEADS + lane_head
-    gl.store(dA + at, lane_at(lane_sums(sum_A, lane_head, False), 15))
-    warp_slot = first_slot + gl.arange(0, W, per_warp(W))
-    warp_at = ((warp_slot % splits * BATCH + row) * SEGMENTS + segment) * HEADS + warp_slot // splits
-    gl.store(dD + warp_at, gl.sum(sum_D, 1))
+    _store_sums(dA, dD, sum_A, sum_D, row, segment, first_slot, BATCH, SEGMENTS, HEADS, splits, W)
     if WANTS_INITIAL:
         gl.store(d_initial + (wide_row * SEGMENTS + segment) * size + state_at, R, mask=inside)
 
