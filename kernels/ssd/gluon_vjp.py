@@ -159,6 +159,15 @@ def _store_steps(
 
 
 @gluon.jit
+def _gradient_of_u(B, R, mixed, dy_turned, to_end, EXACT: gl.constexpr, PACKED: gl.constexpr):
+    """Gradient [W, 16, p] of u = delta x."""
+    W: gl.constexpr = B.shape[0]
+    du = gl.zeros([W, 16, R.shape[1]], gl.float32, fragment(W))
+    du = masked_by(to_end, product(scaled(B, to_end), R.to(B.dtype), du, EXACT), PACKED)
+    return product(mixed.to(B.dtype), dy_turned, du, EXACT)
+
+
+@gluon.jit
 def _chunk(
     R, Q, sum_A, sum_D, T, first, x_row, dt_row, B_row, C_row, dy_row, dx_row, ddt_row, dB_row, dC_row, maps_size,
     numbers_row, A, bias, skip, row_length, first_slot,
@@ -208,20 +217,14 @@ def _chunk(
     # Gradient of the inputs.
     to_end_rows = to_rows(to_end)[:, :, None]
     dy_turned = load_values(dy_row, across, head, column, p_down, HEADS, WIDTH, COLUMNS)
-    du = product(scaled(B, to_end_rows), R.to(dtype), gl.zeros([W, 16, COLUMNS], gl.float32, acc), EXACT)
-    du = masked_by(to_end_rows, du, PACKED)
-    du = product(mixed.to(dtype), dy_turned, du, EXACT)
+    du = _gradient_of_u(B, R, mixed, dy_turned, to_end_rows, EXACT, PACKED)
     wide_x = x.to(gl.float32)
     wide_dy = dy.to(gl.float32)
     x_du = gl.sum(wide_x * du, 2)
     dots = gl.sum(wide_x * wide_dy, 2)
-    written = first + tile_rows(16, W) < LENGTH
-    dx = delta_rows * du + skip * wide_dy
-    gl.store(
-        dx_row + (down * (HEADS * WIDTH) + (head * WIDTH + column)) + p_across,
-        dx.to(dtype),
-        mask=written & (column + p_across < WIDTH),
-    )
+    dx_at = (down * (HEADS * WIDTH) + (head * WIDTH + column)) + p_across
+    written = (first + tile_rows(16, W) < LENGTH) & (column + p_across < WIDTH)
+    gl.store(dx_row + dx_at, (delta_rows * du + skip * wide_dy).to(dtype), mask=written)
 
     # From the inputs to the state after the chunk; gradient of B.
     C_turned = load_maps(C_row, across, n_down, group, GROUPS, STATE_WIDTH, STATES)
@@ -281,6 +284,40 @@ def _store_sums(
 
 
 @gluon.jit
+def _state_tiles(
+    first_slot, WIDTH: gl.constexpr, STATE_WIDTH: gl.constexpr, COLUMNS: gl.constexpr, STATES: gl.constexpr,
+    W: gl.constexpr,
+):  # fmt: skip
+    """Offsets [W, p, n] in a state, which of them are inside, and the same turned."""
+    slot = tile_slots(first_slot, W)
+    head = slot_head(slot, WIDTH, COLUMNS)
+    column = slot_column(slot, WIDTH, COLUMNS)
+    p_down = column + tile_rows(COLUMNS, W)
+    n_across = tile_columns(STATES, W)
+    state_at = (head * WIDTH + p_down) * STATE_WIDTH + n_across
+    inside = (p_down < WIDTH) & (n_across < STATE_WIDTH)
+    p_across = column + tile_columns(COLUMNS, W)
+    n_down = tile_rows(STATES, W)
+    turned_at = (head * WIDTH + p_across) * STATE_WIDTH + n_down
+    turned_inside = (p_across < WIDTH) & (n_down < STATE_WIDTH)
+    return state_at, inside, turned_at, turned_inside
+
+
+@gluon.jit
+def _load_after(
+    after, state_at, inside, turned_at, turned_inside,
+    COLUMNS: gl.constexpr, STATES: gl.constexpr, W: gl.constexpr, HAS_AFTER: gl.constexpr,
+):  # fmt: skip
+    """The gradient R [W, p, n] of the state after a segment, and R^T."""
+    R = gl.zeros([W, COLUMNS, STATES], gl.float32, fragment(W))
+    Q = gl.zeros([W, STATES, COLUMNS], gl.float32, fragment(W))
+    if HAS_AFTER:
+        R += gl.load(after + state_at, mask=inside, other=0.0)
+        Q += gl.load(after + turned_at, mask=turned_inside, other=0.0)
+    return R, Q
+
+
+@gluon.jit
 def ssd_backward(
     x, dt, A, B, C, D, bias, lengths, states, dy, after, numbers,
     dx, ddt, dB, dC, dA, dD, d_initial, scratch,
@@ -300,76 +337,51 @@ def ssd_backward(
     segment = program // parts % SEGMENTS
     row = program // (parts * SEGMENTS)
     wide_row = row.to(gl.int64)
-    x_row = x + wide_row * (LENGTH * HEADS * WIDTH)
-    dy_row = dy + wide_row * (LENGTH * HEADS * WIDTH)
-    dx_row = dx + wide_row * (LENGTH * HEADS * WIDTH)
+    values = wide_row * (LENGTH * HEADS * WIDTH)
+    maps = wide_row * (LENGTH * GROUPS * STATE_WIDTH)
     dt_row = dt + wide_row * (LENGTH * HEADS)
-    B_row = B + wide_row * (LENGTH * GROUPS * STATE_WIDTH)
-    C_row = C + wide_row * (LENGTH * GROUPS * STATE_WIDTH)
-    dB_row = dB + wide_row * (LENGTH * GROUPS * STATE_WIDTH)
-    dC_row = dC + wide_row * (LENGTH * GROUPS * STATE_WIDTH)
     maps_size: gl.constexpr = BATCH * LENGTH * GROUPS * STATE_WIDTH
     numbers_row = numbers + wide_row * (SEGMENTS * SEGMENT_CHUNKS * 16 + 1)
-
-    slot = tile_slots(first_slot, W)
-    head = slot_head(slot, WIDTH, COLUMNS)
     lane_slot = lane_slots(first_slot, W) + lane_numbers(W) * 0
     lane_head = slot_head(lane_slot, WIDTH, COLUMNS)
     lane_split = lane_slot % splits
     ddt_row = ddt + (lane_split.to(gl.int64) * BATCH + wide_row) * (LENGTH * HEADS)
     decay_rate = gl.load(A + lane_head)
     lane_bias = gl.load(bias + lane_head)
-    skip = gl.load(D + head)
+    skip = gl.load(D + slot_head(tile_slots(first_slot, W), WIDTH, COLUMNS))
     row_length = gl.minimum(gl.load(lengths + row), LENGTH)
-
-    # [p, n] of a head, and turned.
-    column = slot_column(slot, WIDTH, COLUMNS)
-    p_down = column + tile_rows(COLUMNS, W)
-    n_across = tile_columns(STATES, W)
-    state_at = (head * WIDTH + p_down) * STATE_WIDTH + n_across
-    inside = (p_down < WIDTH) & (n_across < STATE_WIDTH)
-    p_across = column + tile_columns(COLUMNS, W)
-    n_down = tile_rows(STATES, W)
-    turned_at = (head * WIDTH + p_across) * STATE_WIDTH + n_down
-    turned_inside = (p_across < WIDTH) & (n_down < STATE_WIDTH)
+    state_at, inside, turned_at, turned_inside = _state_tiles(first_slot, WIDTH, STATE_WIDTH, COLUMNS, STATES, W)
     size: gl.constexpr = HEADS * WIDTH * STATE_WIDTH
     states_row = states + wide_row * ((LENGTH + BLOCK - 1) // BLOCK * size)
     # What a program leaves for itself: each thread reads what it has written.
-    warp = gl.arange(0, W, per_warp(W))[:, None, None]
     own = scratch + program.to(gl.int64) * (W * per * STATES * COLUMNS)
-    own_at = warp * (per * STATES * COLUMNS) + n_down * COLUMNS + tile_columns(COLUMNS, W)
-
-    R = gl.zeros([W, COLUMNS, STATES], gl.float32, fragment(W))
-    Q = gl.zeros([W, STATES, COLUMNS], gl.float32, fragment(W))
-    if HAS_AFTER:
-        after_segment = after + (wide_row * SEGMENTS + segment) * size
-        R += gl.load(after_segment + state_at, mask=inside, other=0.0)
-        Q += gl.load(after_segment + turned_at, mask=turned_inside, other=0.0)
+    own_at = tile_slots(0, W) * (per * STATES * COLUMNS) + tile_rows(STATES, W) * COLUMNS + tile_columns(COLUMNS, W)
+    R, Q = _load_after(
+        after + (wide_row * SEGMENTS + segment) * size, state_at, inside, turned_at, turned_inside,
+        COLUMNS, STATES, W, HAS_AFTER,
+    )  # fmt: skip
     sum_A = gl.zeros_like(decay_rate)
     sum_D = gl.zeros([W, 16], gl.float32, gl.SliceLayout(2, fragment(W)))
-
     begin = segment * SEGMENT_CHUNKS
     end = gl.minimum(begin + SEGMENT_CHUNKS, (LENGTH + 15) // 16)
-    first_block = begin // per
-    end_block = (end + per - 1) // per
-    for back in range(0, end_block - first_block):
-        block = end_block - 1 - back
+    blocks = (end - begin + per - 1) // per
+    for back in range(0, blocks):
+        block = begin // per + blocks - 1 - back
         first_chunk = block * per
         count = gl.minimum(per, end - first_chunk)
         _sweep_block(
             own, own_at, states_row + block.to(gl.int64) * size, turned_at, turned_inside & (HAS_BEFORE | (block > 0)),
-            first_chunk, count, x_row, dt_row, B_row, numbers_row, decay_rate, lane_bias, row_length, first_slot,
+            first_chunk, count, x + values, dt_row, B + maps, numbers_row, decay_rate, lane_bias, row_length, first_slot,
             LENGTH, HEADS, GROUPS, WIDTH, STATE_WIDTH, COLUMNS, STATES, W, EXACT, PACKED, HAS_STATES,
         )  # fmt: skip
         for i in range(0, count):
             k = count - 1 - i
             T = gl.load(own + k * (STATES * COLUMNS) + own_at)
             R, Q, sum_A, sum_D = _chunk(
-                R, Q, sum_A, sum_D, T, (first_chunk + k) * 16, x_row, dt_row, B_row, C_row, dy_row, dx_row, ddt_row,
-                dB_row, dC_row, maps_size, numbers_row, decay_rate, lane_bias, skip, row_length, first_slot,
+                R, Q, sum_A, sum_D, T, (first_chunk + k) * 16, x + values, dt_row, B + maps, C + maps, dy + values, dx + values, ddt_row,
+                dB + maps, dC + maps, maps_size, numbers_row, decay_rate, lane_bias, skip, row_length, first_slot,
                 LENGTH, HEADS, GROUPS, WIDTH, STATE_WIDTH, COLUMNS, STATES, W, EXACT, PACKED, JOIN, per_group,
             )  # fmt: skip
-
     _store_sums(dA, dD, sum_A, sum_D, row, segment, first_slot, BATCH, SEGMENTS, HEADS, splits, W)
     if WANTS_INITIAL:
         gl.store(d_initial + (wide_row * SEGMENTS + segment) * size + state_at, R, mask=inside)
