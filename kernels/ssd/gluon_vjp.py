@@ -168,6 +168,21 @@ def _gradient_of_u(B, R, mixed, dy_turned, to_end, EXACT: gl.constexpr, PACKED: 
 
 
 @gluon.jit
+def _gradient_of_B(x, B, C_turned, Q, d_scores, to_end_rows, delta_rows, EXACT: gl.constexpr, PACKED: gl.constexpr):
+    """Gradient of B [W, 16, n], and what flows from each position to behind the chunk."""
+    W: gl.constexpr = x.shape[0]
+    acc: gl.constexpr = fragment(W)
+    dtype: gl.constexpr = x.dtype
+    STATES: gl.constexpr = B.shape[2]
+    factor = to_end_rows * delta_rows
+    dB = product(scaled(x, factor), Q.to(dtype), gl.zeros([W, 16, STATES], gl.float32, acc), EXACT)
+    dB = masked_by(to_end_rows, dB, PACKED)
+    leaving = gl.sum(dB * B.to(gl.float32), 2)
+    dB = product(d_scores.to(dtype), C_turned, dB, EXACT)
+    return dB, leaving
+
+
+@gluon.jit
 def _chunk(
     R, Q, sum_A, sum_D, T, first, x_row, dt_row, B_row, C_row, dy_row, dx_row, ddt_row, dB_row, dC_row, maps_size,
     numbers_row, A, bias, skip, row_length, first_slot,
@@ -176,7 +191,6 @@ def _chunk(
     JOIN: gl.constexpr, SLOTS: gl.constexpr,
 ):  # fmt: skip
     """All gradients of 16 positions; returns R and R^T before them, and what is added up of dA and dD."""
-    acc: gl.constexpr = fragment(W)
     dtype: gl.constexpr = x_row.dtype.element_ty
     slot = tile_slots(first_slot, W)
     head = slot_head(slot, WIDTH, COLUMNS)
@@ -188,7 +202,6 @@ def _chunk(
     n_across = tile_columns(STATES, W)
     down = tile_at(first, False, W, LENGTH)
     across = tile_at(first, True, W, LENGTH)
-
     delta, slope = load_steps(
         dt_row, bias, row_length, first, first_slot, LENGTH, HEADS, WIDTH, COLUMNS, W, LENGTH % 16 != 0
     )
@@ -199,7 +212,6 @@ def _chunk(
     from_start = zero_behind(from_start, first, LENGTH)
     tile_total = total[:, None, None]
     through = apply_decay(total, gl.sum(gl.sum(Q * T, 2), 1), PACKED)
-
     # From the state before the chunk to its outputs; gradient of C.
     dy = load_values(dy_row, down, head, column, p_across, HEADS, WIDTH, COLUMNS)
     C = load_maps(C_row, down, n_across, group, GROUPS, STATE_WIDTH, STATES)
@@ -209,11 +221,9 @@ def _chunk(
         x, dy, C, B_turned, T, from_start, delta, coarse, fine, number, first, LENGTH, EXACT, PACKED
     )
     store_maps(dC_row, dC, first, first_slot, maps_size, LENGTH, GROUPS, STATE_WIDTH, STATES, W, JOIN, SLOTS)
-
     delta_rows = to_rows(delta)[:, :, None]
     B = load_maps(B_row, down, n_across, group, GROUPS, STATE_WIDTH, STATES)
     mixed, d_scores, onward = _inside_chunk(x, dy, B, C, delta_rows, coarse, fine, number, first, LENGTH, EXACT, PACKED)
-
     # Gradient of the inputs.
     to_end_rows = to_rows(to_end)[:, :, None]
     dy_turned = load_values(dy_row, across, head, column, p_down, HEADS, WIDTH, COLUMNS)
@@ -225,16 +235,10 @@ def _chunk(
     dx_at = (down * (HEADS * WIDTH) + (head * WIDTH + column)) + p_across
     written = (first + tile_rows(16, W) < LENGTH) & (column + p_across < WIDTH)
     gl.store(dx_row + dx_at, (delta_rows * du + skip * wide_dy).to(dtype), mask=written)
-
     # From the inputs to the state after the chunk; gradient of B.
     C_turned = load_maps(C_row, across, n_down, group, GROUPS, STATE_WIDTH, STATES)
-    factor = to_end_rows * delta_rows
-    dB = product(scaled(x, factor), Q.to(dtype), gl.zeros([W, 16, STATES], gl.float32, acc), EXACT)
-    dB = masked_by(to_end_rows, dB, PACKED)
-    leaving = gl.sum(dB * B.to(gl.float32), 2)
-    dB = product(d_scores.to(dtype), C_turned, dB, EXACT)
+    dB, leaving = _gradient_of_B(x, B, C_turned, Q, d_scores, to_end_rows, delta_rows, EXACT, PACKED)
     store_maps(dB_row, dB, first, first_slot, maps_size, LENGTH, GROUPS, STATE_WIDTH, STATES, W, JOIN, SLOTS)
-
     sum_A += _store_steps(
         ddt_row, onward, leaving, arriving, through, x_du, A, delta, slope, first, first_slot,
         LENGTH, HEADS, WIDTH, COLUMNS, W,
@@ -242,7 +246,6 @@ def _chunk(
     if LENGTH % 16 != 0:
         dots = gl.where((first + gl.arange(0, 16, gl.SliceLayout(0, dots.type.layout)))[None, :] < LENGTH, dots, 0.0)
     sum_D += dots
-
     # Gradient of the state before the chunk.
     factor = to_columns(from_start)[:, None, :]
     R = product(scaled(dy_turned, factor), C_turned, apply_decay(tile_total, R, PACKED), EXACT)
@@ -371,14 +374,16 @@ def ssd_backward(
         count = gl.minimum(per, end - first_chunk)
         _sweep_block(
             own, own_at, states_row + block.to(gl.int64) * size, turned_at, turned_inside & (HAS_BEFORE | (block > 0)),
-            first_chunk, count, x + values, dt_row, B + maps, numbers_row, decay_rate, lane_bias, row_length, first_slot,
+            first_chunk, count, x + values, dt_row, B + maps, numbers_row, decay_rate, lane_bias, row_length,
+            first_slot,
             LENGTH, HEADS, GROUPS, WIDTH, STATE_WIDTH, COLUMNS, STATES, W, EXACT, PACKED, HAS_STATES,
         )  # fmt: skip
         for i in range(0, count):
             k = count - 1 - i
             T = gl.load(own + k * (STATES * COLUMNS) + own_at)
             R, Q, sum_A, sum_D = _chunk(
-                R, Q, sum_A, sum_D, T, (first_chunk + k) * 16, x + values, dt_row, B + maps, C + maps, dy + values, dx + values, ddt_row,
+                R, Q, sum_A, sum_D, T, (first_chunk + k) * 16, x + values, dt_row, B + maps, C + maps, dy + values,
+                dx + values, ddt_row,
                 dB + maps, dC + maps, maps_size, numbers_row, decay_rate, lane_bias, skip, row_length, first_slot,
                 LENGTH, HEADS, GROUPS, WIDTH, STATE_WIDTH, COLUMNS, STATES, W, EXACT, PACKED, JOIN, per_group,
             )  # fmt: skip
@@ -540,7 +545,7 @@ def backward(
         _add_parts(dC).astype(C.dtype),
         jnp.sum(dD, axis=(0, 1, 2)),
         jnp.sum(ddt, axis=(0, 1)),
-        None if initial is None else d_initial[:, 0],
+        None if d_initial is None else d_initial[:, 0],
         None,
         None,
     )
