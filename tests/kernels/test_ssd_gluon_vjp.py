@@ -126,7 +126,7 @@ def backward_kernel(arrays, *, ids=None, precision="default"):
 # on Hopper, measured and rounded up. A warp has all of a head, or as many columns of it as it says.
 CODE = {
     "plain": ({"length": 200, "width": 32, "state": 32}, {}, 125, 160),
-    "short": ({"length": 50, "width": 32, "state": 32}, {}, 82, 120),
+    "short": ({"length": 50, "width": 32, "state": 32}, {}, 84, 144),
     "several histories": ({"length": 64, "width": 32, "state": 32}, {"ids": np.ones((1, 64), np.int32)}, 86, 136),
     "wide, 16 columns": ({"length": 200, "width": 128, "state": 64}, {}, 134, 272),
     "float32, 16 columns": ({"length": 200, "width": 32, "state": 32}, {"precision": "highest"}, 148, 96),
