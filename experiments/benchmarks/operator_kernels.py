@@ -290,8 +290,8 @@ def _words(case: Case, precision: str) -> dict[str, Any]:
 def default_config_of(case: Case, precision: str, implementation: str) -> Any:
     """Returns the config that a backend takes where nobody says otherwise, or None where it offers none.
 
-    A backend's module offers it as `default_<backend>_config` or `default_config`, functions of the shape, or as a dataclass
-    whose name ends with Config and all of whose fields have defaults.
+    A backend's module offers it as `default_<backend>_config` or `default_config`, functions of the shape, or as a
+    dataclass whose name ends with Config and all of whose fields have defaults.
     """
     if implementation == "pallas_triton":
         return default_kernel_config(case, precision)

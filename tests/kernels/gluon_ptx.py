@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import functools
-import pathlib
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any

@@ -1,0 +1,556 @@
+"""State space duality by Gluon kernels: the backward pass.
+
+A warp goes through a row (or a segment of one) from its last block of positions to its first, with the gradient R of
+the state [p, n] of a head and R^T in registers. A block is swept forward once, from its kept state, to have the
+transposed state S^T before each 16 positions; then these are taken from the last to the first. With u = delta x,
+M = L o (C B^T), G = dy x^T, all products are a b^T of fragments (`kernels.gluon`):
+
+  du = M^T dy + to_end (B R^T),    dB = (L o G delta)^T C + to_end (u R),    dC = (L o G delta) B + from_start (dy S)
+  R' = total R + (from_start dy)^T C
+
+The gradient of a log decay is the sum of all that flows over its position, each flow of which has passed it: nothing is
+subtracted, so that nothing of what passes elsewhere is rounded into a position that nothing passes.
+"""
+
+# Kernels are of Gluon's own language, in which constants are given as plain numbers.
+# pyright: reportArgumentType=false, reportAssignmentType=false, reportOperatorIssue=false, reportMissingImports=false
+# pyright: reportCallIssue=false, reportAttributeAccessIssue=false, reportIndexIssue=false, reportReturnType=false
+
+import dataclasses
+import math
+from typing import Any
+
+import jax.numpy as jnp
+from jax import Array
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+import kernels.gluon
+from kernels.gluon import (
+    fragment,
+    lane_at,
+    lane_numbers,
+    lane_sums,
+    per_warp,
+    product,
+    same_in_warp,
+    to_columns,
+    to_rows,
+)
+from kernels.ssd.gluon_tiles import (
+    CHUNK,
+    GluonParams,
+    edge_decays,
+    lane_slots,
+    load_histories,
+    load_steps,
+    log2_sums,
+    slot_column,
+    slot_head,
+    tile_columns,
+    tile_rows,
+    tile_slots,
+)
+from kernels.ssd.gluon_vjp_tiles import (
+    apply_decay,
+    decays_back,
+    decays_on,
+    from_columns,
+    from_rows,
+    from_warp,
+    load_maps,
+    load_values,
+    masked_by,
+    scaled,
+    store_maps,
+    tile_at,
+    zero_behind,
+)
+from kernels.ssd.tiles import states_before, uncut_segments
+
+
+@gluon.jit
+def _sweep(
+    T, first, x_row, dt_row, B_row, numbers_row, A, bias, row_length, first_slot,
+    LENGTH: gl.constexpr, HEADS: gl.constexpr, GROUPS: gl.constexpr, WIDTH: gl.constexpr, STATE_WIDTH: gl.constexpr,
+    COLUMNS: gl.constexpr, STATES: gl.constexpr, W: gl.constexpr, EXACT: gl.constexpr, PACKED: gl.constexpr,
+):  # fmt: skip
+    """The transposed state [W, n, p] after a chunk."""
+    slot = tile_slots(first_slot, W)
+    head = slot_head(slot, WIDTH, COLUMNS)
+    column = slot_column(slot, WIDTH, COLUMNS)
+    across = tile_at(first, True, W, LENGTH)
+    x = load_values(x_row, across, head, column, tile_rows(COLUMNS, W), HEADS, WIDTH, COLUMNS)
+    B = load_maps(B_row, across, tile_rows(STATES, W), head // (HEADS // GROUPS), GROUPS, STATE_WIDTH, STATES)
+    delta, _ = load_steps(
+        dt_row, bias, row_length, first, first_slot, LENGTH, HEADS, WIDTH, COLUMNS, W, LENGTH % 16 != 0
+    )
+    number, first_number, last_number = load_histories(numbers_row, first, W, PACKED)
+    coarse, fine = log2_sums(delta * A, number, EXACT, PACKED)
+    _, to_end, total = edge_decays(coarse, fine, number, first_number, last_number, EXACT, PACKED)
+    T = apply_decay(total[:, None, None], T, PACKED)
+    return product(scaled(B, to_columns(to_end * delta)[:, None, :]), x, T, EXACT)
+
+
+@gluon.jit
+def _gradient_of_C(
+    x, dy, C, B_turned, T, from_start, delta, coarse, fine, number, first,
+    LENGTH: gl.constexpr, EXACT: gl.constexpr, PACKED: gl.constexpr,
+):  # fmt: skip
+    """Gradient of C [W, 16, n], and what flows from before the chunk into each position."""
+    W: gl.constexpr = x.shape[0]
+    acc: gl.constexpr = fragment(W)
+    dtype: gl.constexpr = x.dtype
+    STATES: gl.constexpr = C.shape[2]
+    # Where factors are scaled it is always the first one: it needs registers of its own, as the tensor cores want its
+    # numbers in another order than they are loaded in.
+    factor = to_rows(from_start)[:, :, None]
+    dC = product(scaled(dy, factor), T.to(dtype), gl.zeros([W, 16, STATES], gl.float32, acc), EXACT)
+    dC = masked_by(factor, dC, PACKED)
+    arriving = gl.sum(dC * C.to(gl.float32), 2)
+    weights = decays_back(coarse, fine, number, first, LENGTH, EXACT, PACKED)
+    G = product(dy, x, gl.zeros([W, 16, 16], gl.float32, acc), EXACT)
+    d_scores = apply_decay(weights, G * to_columns(delta)[:, None, :], PACKED)
+    dC = product(d_scores.to(dtype), B_turned, dC, EXACT)
+    return dC, arriving
+
+
+@gluon.jit
+def _inside_chunk(
+    x, dy, B, C, delta_rows, coarse, fine, number, first,
+    LENGTH: gl.constexpr, EXACT: gl.constexpr, PACKED: gl.constexpr,
+):  # fmt: skip
+    """The mixing factors M and the gradient of scores, turned, and what flows on from each position (row)."""
+    W: gl.constexpr = x.shape[0]
+    acc: gl.constexpr = fragment(W)
+    # Scores and their gradients, turned: from a position (row) to a later one (column).
+    scores = product(B, C, gl.zeros([W, 16, 16], gl.float32, acc), EXACT)
+    G = product(scaled(x, delta_rows), dy, gl.zeros([W, 16, 16], gl.float32, acc), EXACT)
+    weights = decays_on(coarse, fine, number, first, LENGTH, EXACT, PACKED)
+    mixed = apply_decay(weights, scores, PACKED)
+    d_scores = apply_decay(weights, G, PACKED)
+    row = tile_rows(16, W)
+    col = tile_columns(16, W)
+    flows = gl.where(row < col, d_scores * scores, 0.0)
+    if PACKED:
+        flows = gl.where(weights == 0.0, 0.0, flows)
+    # Of each position (row), what flows on to a later one (column) or behind it.
+    until = gl.where(row <= col, 1.0, gl.zeros([W, 16, 16], gl.float32, acc))
+    onward = product(flows, until, gl.zeros([W, 16, 16], gl.float32, acc), EXACT)
+    return mixed, d_scores, onward
+
+
+@gluon.jit
+def _store_steps(
+    ddt_row, onward, leaving, arriving, through, x_du, A, delta, slope, first, first_slot,
+    LENGTH: gl.constexpr, HEADS: gl.constexpr, WIDTH: gl.constexpr, COLUMNS: gl.constexpr, W: gl.constexpr,
+):  # fmt: skip
+    """Stores the gradient of the steps, and returns what a chunk adds to that of A."""
+    row = tile_rows(16, W)
+    col = tile_columns(16, W)
+    # What flows over each position (column): from the rows before it, and into those from it on.
+    over = gl.where(row < col, onward + leaving[:, :, None], arriving[:, :, None])
+    d_log = from_columns(gl.sum(over, 1)) + from_warp(through)
+    d_delta = A * d_log + from_rows(x_du)
+    position = first + lane_numbers(W)
+    lane_head = slot_head(lane_slots(first_slot, W), WIDTH, COLUMNS)
+    gl.store(ddt_row + (position * HEADS + lane_head), d_delta * slope, mask=position < LENGTH)
+    return d_log * delta
+
+
+@gluon.jit
+def _gradient_of_u(B, R, mixed, dy_turned, to_end, EXACT: gl.constexpr, PACKED: gl.constexpr):
+    """Gradient [W, 16, p] of u = delta x."""
+    W: gl.constexpr = B.shape[0]
+    du = gl.zeros([W, 16, R.shape[1]], gl.float32, fragment(W))
+    du = masked_by(to_end, product(scaled(B, to_end), R.to(B.dtype), du, EXACT), PACKED)
+    return product(mixed.to(B.dtype), dy_turned, du, EXACT)
+
+
+@gluon.jit
+def _gradient_of_B(x, B, C_turned, Q, d_scores, to_end_rows, delta_rows, EXACT: gl.constexpr, PACKED: gl.constexpr):
+    """Gradient of B [W, 16, n], and what flows from each position to behind the chunk."""
+    W: gl.constexpr = x.shape[0]
+    acc: gl.constexpr = fragment(W)
+    dtype: gl.constexpr = x.dtype
+    STATES: gl.constexpr = B.shape[2]
+    factor = to_end_rows * delta_rows
+    dB = product(scaled(x, factor), Q.to(dtype), gl.zeros([W, 16, STATES], gl.float32, acc), EXACT)
+    dB = masked_by(to_end_rows, dB, PACKED)
+    leaving = gl.sum(dB * B.to(gl.float32), 2)
+    dB = product(d_scores.to(dtype), C_turned, dB, EXACT)
+    return dB, leaving
+
+
+@gluon.jit
+def _chunk(
+    R, Q, sum_A, sum_D, T, first, x_row, dt_row, B_row, C_row, dy_row, dx_row, ddt_row, dB_row, dC_row, maps_size,
+    numbers_row, A, bias, skip, row_length, first_slot,
+    LENGTH: gl.constexpr, HEADS: gl.constexpr, GROUPS: gl.constexpr, WIDTH: gl.constexpr, STATE_WIDTH: gl.constexpr,
+    COLUMNS: gl.constexpr, STATES: gl.constexpr, W: gl.constexpr, EXACT: gl.constexpr, PACKED: gl.constexpr,
+    JOIN: gl.constexpr, SLOTS: gl.constexpr,
+):  # fmt: skip
+    """All gradients of 16 positions; returns R and R^T before them, and what is added up of dA and dD."""
+    dtype: gl.constexpr = x_row.dtype.element_ty
+    slot = tile_slots(first_slot, W)
+    head = slot_head(slot, WIDTH, COLUMNS)
+    group = head // (HEADS // GROUPS)
+    column = slot_column(slot, WIDTH, COLUMNS)
+    p_down = tile_rows(COLUMNS, W)
+    p_across = tile_columns(COLUMNS, W)
+    n_down = tile_rows(STATES, W)
+    n_across = tile_columns(STATES, W)
+    down = tile_at(first, False, W, LENGTH)
+    across = tile_at(first, True, W, LENGTH)
+    delta, slope = load_steps(
+        dt_row, bias, row_length, first, first_slot, LENGTH, HEADS, WIDTH, COLUMNS, W, LENGTH % 16 != 0
+    )
+    number, first_number, last_number = load_histories(numbers_row, first, W, PACKED)
+    coarse, fine = log2_sums(delta * A, number, EXACT, PACKED)
+    from_start, to_end, total = edge_decays(coarse, fine, number, first_number, last_number, EXACT, PACKED)
+    # Behind the row's end nothing reads.
+    from_start = zero_behind(from_start, first, LENGTH)
+    tile_total = total[:, None, None]
+    through = apply_decay(total, gl.sum(gl.sum(Q * T, 2), 1), PACKED)
+    # From the state before the chunk to its outputs; gradient of C.
+    dy = load_values(dy_row, down, head, column, p_across, HEADS, WIDTH, COLUMNS)
+    C = load_maps(C_row, down, n_across, group, GROUPS, STATE_WIDTH, STATES)
+    x = load_values(x_row, down, head, column, p_across, HEADS, WIDTH, COLUMNS)
+    B_turned = load_maps(B_row, across, n_down, group, GROUPS, STATE_WIDTH, STATES)
+    dC, arriving = _gradient_of_C(
+        x, dy, C, B_turned, T, from_start, delta, coarse, fine, number, first, LENGTH, EXACT, PACKED
+    )
+    store_maps(dC_row, dC, first, first_slot, maps_size, LENGTH, GROUPS, STATE_WIDTH, STATES, W, JOIN, SLOTS)
+    delta_rows = to_rows(delta)[:, :, None]
+    B = load_maps(B_row, down, n_across, group, GROUPS, STATE_WIDTH, STATES)
+    mixed, d_scores, onward = _inside_chunk(x, dy, B, C, delta_rows, coarse, fine, number, first, LENGTH, EXACT, PACKED)
+    # Gradient of the inputs.
+    to_end_rows = to_rows(to_end)[:, :, None]
+    dy_turned = load_values(dy_row, across, head, column, p_down, HEADS, WIDTH, COLUMNS)
+    du = _gradient_of_u(B, R, mixed, dy_turned, to_end_rows, EXACT, PACKED)
+    wide_x = x.to(gl.float32)
+    wide_dy = dy.to(gl.float32)
+    x_du = gl.sum(wide_x * du, 2)
+    dots = gl.sum(wide_x * wide_dy, 2)
+    dx_at = (down * (HEADS * WIDTH) + (head * WIDTH + column)) + p_across
+    written = (first + tile_rows(16, W) < LENGTH) & (column + p_across < WIDTH)
+    gl.store(dx_row + dx_at, (delta_rows * du + skip * wide_dy).to(dtype), mask=written)
+    # From the inputs to the state after the chunk; gradient of B.
+    C_turned = load_maps(C_row, across, n_down, group, GROUPS, STATE_WIDTH, STATES)
+    dB, leaving = _gradient_of_B(x, B, C_turned, Q, d_scores, to_end_rows, delta_rows, EXACT, PACKED)
+    store_maps(dB_row, dB, first, first_slot, maps_size, LENGTH, GROUPS, STATE_WIDTH, STATES, W, JOIN, SLOTS)
+    sum_A += _store_steps(
+        ddt_row, onward, leaving, arriving, through, x_du, A, delta, slope, first, first_slot,
+        LENGTH, HEADS, WIDTH, COLUMNS, W,
+    )  # fmt: skip
+    if LENGTH % 16 != 0:
+        dots = gl.where((first + gl.arange(0, 16, gl.SliceLayout(0, dots.type.layout)))[None, :] < LENGTH, dots, 0.0)
+    sum_D += dots
+    # Gradient of the state before the chunk.
+    factor = to_columns(from_start)[:, None, :]
+    R = product(scaled(dy_turned, factor), C_turned, apply_decay(tile_total, R, PACKED), EXACT)
+    Q = product(scaled(C_turned, factor), dy_turned, apply_decay(tile_total, Q, PACKED), EXACT)
+    return R, Q, sum_A, sum_D
+
+
+@gluon.jit
+def _sweep_block(
+    own, own_at, before, turned_at, before_inside, first_chunk, count, x_row, dt_row, B_row, numbers_row, decay_rate,
+    lane_bias, row_length, first_slot,
+    LENGTH: gl.constexpr, HEADS: gl.constexpr, GROUPS: gl.constexpr, WIDTH: gl.constexpr, STATE_WIDTH: gl.constexpr,
+    COLUMNS: gl.constexpr, STATES: gl.constexpr, W: gl.constexpr, EXACT: gl.constexpr, PACKED: gl.constexpr,
+    HAS_STATES: gl.constexpr,
+):  # fmt: skip
+    """Leaves the transposed state before each chunk of a block in the program's own memory."""
+    T = gl.zeros([W, STATES, COLUMNS], gl.float32, fragment(W))
+    if HAS_STATES:
+        T += gl.load(before + turned_at, mask=before_inside, other=0.0)
+    for k in range(0, count - 1):
+        gl.store(own + k * (STATES * COLUMNS) + own_at, T)
+        T = _sweep(
+            T, (first_chunk + k) * 16, x_row, dt_row, B_row, numbers_row, decay_rate, lane_bias, row_length,
+            first_slot, LENGTH, HEADS, GROUPS, WIDTH, STATE_WIDTH, COLUMNS, STATES, W, EXACT, PACKED,
+        )  # fmt: skip
+    gl.store(own + (count - 1) * (STATES * COLUMNS) + own_at, T)
+
+
+@gluon.jit
+def _store_sums(
+    dA, dD, sum_A, sum_D, row, segment, first_slot,
+    BATCH: gl.constexpr, SEGMENTS: gl.constexpr, HEADS: gl.constexpr, SPLITS: gl.constexpr, W: gl.constexpr,
+):  # fmt: skip
+    """Stores what a warp has added up of the gradients of A and D."""
+    slot = first_slot + gl.arange(0, W, per_warp(W))
+    at = ((slot % SPLITS * BATCH + row) * SEGMENTS + segment) * HEADS + slot // SPLITS
+    gl.store(dA + at, same_in_warp(lane_at(lane_sums(sum_A, lane_numbers(W), False), 15)))
+    gl.store(dD + at, gl.sum(sum_D, 1))
+
+
+@gluon.jit
+def _state_tiles(
+    first_slot, WIDTH: gl.constexpr, STATE_WIDTH: gl.constexpr, COLUMNS: gl.constexpr, STATES: gl.constexpr,
+    W: gl.constexpr,
+):  # fmt: skip
+    """Offsets [W, p, n] in a state, which of them are inside, and the same turned."""
+    slot = tile_slots(first_slot, W)
+    head = slot_head(slot, WIDTH, COLUMNS)
+    column = slot_column(slot, WIDTH, COLUMNS)
+    p_down = column + tile_rows(COLUMNS, W)
+    n_across = tile_columns(STATES, W)
+    state_at = (head * WIDTH + p_down) * STATE_WIDTH + n_across
+    inside = (p_down < WIDTH) & (n_across < STATE_WIDTH)
+    p_across = column + tile_columns(COLUMNS, W)
+    n_down = tile_rows(STATES, W)
+    turned_at = (head * WIDTH + p_across) * STATE_WIDTH + n_down
+    turned_inside = (p_across < WIDTH) & (n_down < STATE_WIDTH)
+    return state_at, inside, turned_at, turned_inside
+
+
+@gluon.jit
+def _load_after(
+    after, state_at, inside, turned_at, turned_inside,
+    COLUMNS: gl.constexpr, STATES: gl.constexpr, W: gl.constexpr, HAS_AFTER: gl.constexpr,
+):  # fmt: skip
+    """The gradient R [W, p, n] of the state after a segment, and R^T."""
+    R = gl.zeros([W, COLUMNS, STATES], gl.float32, fragment(W))
+    Q = gl.zeros([W, STATES, COLUMNS], gl.float32, fragment(W))
+    if HAS_AFTER:
+        R += gl.load(after + state_at, mask=inside, other=0.0)
+        Q += gl.load(after + turned_at, mask=turned_inside, other=0.0)
+    return R, Q
+
+
+@gluon.jit
+def ssd_backward(
+    x, dt, A, B, C, D, bias, lengths, states, dy, after, numbers,
+    dx, ddt, dB, dC, dA, dD, d_initial, scratch,
+    LENGTH: gl.constexpr, HEADS: gl.constexpr, GROUPS: gl.constexpr, WIDTH: gl.constexpr, STATE_WIDTH: gl.constexpr,
+    COLUMNS: gl.constexpr, STATES: gl.constexpr, W: gl.constexpr, SEGMENTS: gl.constexpr, SEGMENT_CHUNKS: gl.constexpr,
+    EXACT: gl.constexpr, PACKED: gl.constexpr, BLOCK: gl.constexpr, BATCH: gl.constexpr, JOIN: gl.constexpr,
+    HAS_STATES: gl.constexpr, HAS_BEFORE: gl.constexpr, HAS_AFTER: gl.constexpr, WANTS_INITIAL: gl.constexpr,
+):  # fmt: skip
+    """All gradients of a row, or of a segment of one."""
+    # Neighbours share a row, so that its B and C stay in the cache.
+    splits: gl.constexpr = (WIDTH + COLUMNS - 1) // COLUMNS
+    parts: gl.constexpr = HEADS * splits // W
+    per_group: gl.constexpr = HEADS // GROUPS * splits
+    per: gl.constexpr = BLOCK // 16
+    program = gl.program_id(0)
+    first_slot = program % parts * W
+    segment = program // parts % SEGMENTS
+    row = program // (parts * SEGMENTS)
+    wide_row = row.to(gl.int64)
+    values = wide_row * (LENGTH * HEADS * WIDTH)
+    maps = wide_row * (LENGTH * GROUPS * STATE_WIDTH)
+    dt_row = dt + wide_row * (LENGTH * HEADS)
+    maps_size: gl.constexpr = BATCH * LENGTH * GROUPS * STATE_WIDTH
+    numbers_row = numbers + wide_row * (SEGMENTS * SEGMENT_CHUNKS * 16 + 1)
+    lane_slot = lane_slots(first_slot, W) + lane_numbers(W) * 0
+    lane_head = slot_head(lane_slot, WIDTH, COLUMNS)
+    lane_split = lane_slot % splits
+    ddt_row = ddt + (lane_split.to(gl.int64) * BATCH + wide_row) * (LENGTH * HEADS)
+    decay_rate = gl.load(A + lane_head)
+    lane_bias = gl.load(bias + lane_head)
+    skip = gl.load(D + slot_head(tile_slots(first_slot, W), WIDTH, COLUMNS))
+    row_length = gl.minimum(gl.load(lengths + row), LENGTH)
+    state_at, inside, turned_at, turned_inside = _state_tiles(first_slot, WIDTH, STATE_WIDTH, COLUMNS, STATES, W)
+    size: gl.constexpr = HEADS * WIDTH * STATE_WIDTH
+    states_row = states + wide_row * ((LENGTH + BLOCK - 1) // BLOCK * size)
+    # What a program leaves for itself: each thread reads what it has written.
+    own = scratch + program.to(gl.int64) * (W * per * STATES * COLUMNS)
+    own_at = tile_slots(0, W) * (per * STATES * COLUMNS) + tile_rows(STATES, W) * COLUMNS + tile_columns(COLUMNS, W)
+    R, Q = _load_after(
+        after + (wide_row * SEGMENTS + segment) * size, state_at, inside, turned_at, turned_inside,
+        COLUMNS, STATES, W, HAS_AFTER,
+    )  # fmt: skip
+    sum_A = gl.zeros_like(decay_rate)
+    sum_D = gl.zeros([W, 16], gl.float32, gl.SliceLayout(2, fragment(W)))
+    begin = segment * SEGMENT_CHUNKS
+    end = gl.minimum(begin + SEGMENT_CHUNKS, (LENGTH + 15) // 16)
+    blocks = (end - begin + per - 1) // per
+    for back in range(0, blocks):
+        block = begin // per + blocks - 1 - back
+        first_chunk = block * per
+        count = gl.minimum(per, end - first_chunk)
+        _sweep_block(
+            own, own_at, states_row + block.to(gl.int64) * size, turned_at, turned_inside & (HAS_BEFORE | (block > 0)),
+            first_chunk, count, x + values, dt_row, B + maps, numbers_row, decay_rate, lane_bias, row_length,
+            first_slot,
+            LENGTH, HEADS, GROUPS, WIDTH, STATE_WIDTH, COLUMNS, STATES, W, EXACT, PACKED, HAS_STATES,
+        )  # fmt: skip
+        for i in range(0, count):
+            k = count - 1 - i
+            T = gl.load(own + k * (STATES * COLUMNS) + own_at)
+            R, Q, sum_A, sum_D = _chunk(
+                R, Q, sum_A, sum_D, T, (first_chunk + k) * 16, x + values, dt_row, B + maps, C + maps, dy + values,
+                dx + values, ddt_row,
+                dB + maps, dC + maps, maps_size, numbers_row, decay_rate, lane_bias, skip, row_length, first_slot,
+                LENGTH, HEADS, GROUPS, WIDTH, STATE_WIDTH, COLUMNS, STATES, W, EXACT, PACKED, JOIN, per_group,
+            )  # fmt: skip
+    _store_sums(dA, dD, sum_A, sum_D, row, segment, first_slot, BATCH, SEGMENTS, HEADS, splits, W)
+    if WANTS_INITIAL:
+        gl.store(d_initial + (wide_row * SEGMENTS + segment) * size + state_at, R, mask=inside)
+
+
+@gluon.jit
+def ssd_requests(
+    dy, dt, A, C, bias, lengths, numbers, asked, logs,
+    LENGTH: gl.constexpr, HEADS: gl.constexpr, GROUPS: gl.constexpr, WIDTH: gl.constexpr, STATE_WIDTH: gl.constexpr,
+    COLUMNS: gl.constexpr, STATES: gl.constexpr, W: gl.constexpr, SEGMENTS: gl.constexpr, SEGMENT_CHUNKS: gl.constexpr,
+    EXACT: gl.constexpr, PACKED: gl.constexpr,
+):  # fmt: skip
+    """What a segment's outputs ask of the state before it, and the segment's total log decay."""
+    parts: gl.constexpr = HEADS * ((WIDTH + COLUMNS - 1) // COLUMNS) // W
+    program = gl.program_id(0)
+    first_slot = program % parts * W
+    segment = program // parts % SEGMENTS
+    row = program // (parts * SEGMENTS)
+    wide_row = row.to(gl.int64)
+    dy_row = dy + wide_row * (LENGTH * HEADS * WIDTH)
+    dt_row = dt + wide_row * (LENGTH * HEADS)
+    C_row = C + wide_row * (LENGTH * GROUPS * STATE_WIDTH)
+    numbers_row = numbers + wide_row * (SEGMENTS * SEGMENT_CHUNKS * 16 + 1)
+    slot = tile_slots(first_slot, W)
+    head = slot_head(slot, WIDTH, COLUMNS)
+    lane_head = slot_head(lane_slots(first_slot, W), WIDTH, COLUMNS) + lane_numbers(W) * 0
+    decay_rate = gl.load(A + lane_head)
+    lane_bias = gl.load(bias + lane_head)
+    row_length = gl.minimum(gl.load(lengths + row), LENGTH)
+    column = slot_column(slot, WIDTH, COLUMNS)
+    p = column + tile_rows(COLUMNS, W)
+    n = tile_columns(STATES, W)
+    size: gl.constexpr = HEADS * WIDTH * STATE_WIDTH
+
+    R = gl.zeros([W, COLUMNS, STATES], gl.float32, fragment(W))
+    log_total = gl.zeros_like(decay_rate)
+    begin = segment * SEGMENT_CHUNKS
+    end = gl.minimum(begin + SEGMENT_CHUNKS, (LENGTH + 15) // 16)
+    for back in range(0, end - begin):
+        first = (end - 1 - back) * 16
+        across = tile_at(first, True, W, LENGTH)
+        delta, _ = load_steps(
+            dt_row, lane_bias, row_length, first, first_slot, LENGTH, HEADS, WIDTH, COLUMNS, W, LENGTH % 16 != 0
+        )
+        number, first_number, last_number = load_histories(numbers_row, first, W, PACKED)
+        coarse, fine = log2_sums(delta * decay_rate, number, EXACT, PACKED)
+        from_start, _, total = edge_decays(coarse, fine, number, first_number, last_number, EXACT, PACKED)
+        from_start = to_columns(zero_behind(from_start, first, LENGTH))[:, None, :]
+        dy_turned = load_values(dy_row, across, head, column, tile_rows(COLUMNS, W), HEADS, WIDTH, COLUMNS)
+        C_turned = load_maps(
+            C_row, across, tile_rows(STATES, W), head // (HEADS // GROUPS), GROUPS, STATE_WIDTH, STATES
+        )
+        R = product(dy_turned, scaled(C_turned, from_start), apply_decay(total[:, None, None], R, PACKED), EXACT)
+        log_total += delta * decay_rate
+    state_at = (head * WIDTH + p) * STATE_WIDTH + n
+    inside = (p < WIDTH) & (n < STATE_WIDTH)
+    gl.store(asked + (wide_row * SEGMENTS + segment) * size + state_at, R, mask=inside)
+    # Warps that share a head write the same number.
+    warp_head = slot_head(first_slot + gl.arange(0, W, per_warp(W)), WIDTH, COLUMNS)
+    total = same_in_warp(lane_at(lane_sums(log_total, lane_head, False), 15))
+    gl.store(logs + (wide_row * SEGMENTS + segment) * HEADS + warp_head, total)
+
+
+def _narrowed(params: GluonParams) -> GluonParams:
+    """The same call with as many columns per warp as the registers of a thread hold twice: R and its transpose."""
+    config = params.config
+    most = 16 if params.states > 32 or params.exact else 32
+    columns = min(config.columns, most)
+    # The warps of a row become more by a whole factor only where the columns divide the width.
+    slots = params.heads * -(-params.width // columns)
+    warps = math.gcd(config.warps, slots)
+    return dataclasses.replace(params, config=dataclasses.replace(config, columns=columns, warps=warps))
+
+
+def _states_after(params: GluonParams, residuals: tuple[Any, ...], dy: Array, d_final: Array | None) -> Array | None:
+    """Gradient of the state after each segment, [b, s, h, p, n], or None for zeros."""
+    _, dt, A, _, C, _, dt_bias, _, lengths, numbers, _ = residuals
+    if params.segments == 1:
+        return None if d_final is None else d_final[:, None]
+    by_segment = (params.batch, params.segments, params.heads)
+    asked, log_total = kernels.gluon.launch(
+        ssd_requests,
+        [dy, dt, A, C, dt_bias, lengths, numbers],
+        [((*by_segment, params.width, params.state_width), jnp.float32), (by_segment, jnp.float32)],
+        grid=params.grid,
+        num_warps=params.config.warps,
+        constants=params.constants,
+        maxnreg=params.config.forward_registers,
+        name="ssd_requests",
+    )
+    return states_before(asked, log_total, d_final, uncut=uncut_segments(params, numbers), reverse=True)
+
+
+def backward(
+    params: GluonParams, residuals: tuple[Any, ...], cotangents: tuple[Array, Array | None]
+) -> tuple[Array | None, ...]:
+    """Pulls the gradients of the outputs back to every input.
+
+    Args:
+      params: static numbers of the call.
+      residuals: the inputs (x, dt, A, B, C, D, dt_bias, initial state or None, lengths, numbers of the histories or
+        None), and the states before each block, or None where there is one block that begins with zeros.
+      cotangents: gradients by the outputs; None where there is no such output.
+
+    Returns:
+      One gradient for each input; None for integers and for what is not there.
+    """
+    x, dt, A, B, C, D, dt_bias, initial, lengths, numbers, states = residuals
+    dy, d_final = cotangents
+    dy = dy.astype(x.dtype)
+    params = _narrowed(params)
+    config, splits = params.config, params.splits
+    after = _states_after(params, residuals, dy, d_final)
+    # Warps of one group are added up in the kernel, and in here what programs leave.
+    per_group = params.heads // params.groups * splits
+    join = math.gcd(config.warps, per_group)
+    maps = ((per_group // join, *B.shape), B.dtype if per_group == join else jnp.float32)
+    per_head = ((splits, params.batch, params.segments, params.heads), jnp.float32)
+    state_shape = (params.batch, params.segments, params.heads, params.width, params.state_width)
+    chunks = min(config.block, CHUNK * params.num_chunks) // CHUNK
+    scratch = (params.grid, config.warps, chunks, params.states, config.columns)
+    dx, ddt, dB, dC, dA, dD, d_initial, _ = kernels.gluon.launch(
+        ssd_backward,
+        [x, dt, A, B, C, D, dt_bias, lengths, states, dy, after, numbers],
+        [
+            (x.shape, x.dtype),
+            ((splits, *dt.shape), jnp.float32),
+            maps,
+            maps,
+            per_head,
+            per_head,
+            None if initial is None else (state_shape, jnp.float32),
+            (scratch, jnp.float32),
+        ],
+        grid=params.grid,
+        num_warps=config.warps,
+        constants=params.constants
+        | {
+            "BLOCK": config.block,
+            "BATCH": params.batch,
+            "JOIN": join,
+            "HAS_STATES": states is not None,
+            "HAS_BEFORE": not params.starts_from_zero,
+            "HAS_AFTER": after is not None,
+            "WANTS_INITIAL": initial is not None,
+        },
+        maxnreg=config.backward_registers,
+        name="ssd_backward",
+    )
+    ddt = _add_parts(ddt)
+    return (
+        dx,
+        ddt,
+        jnp.sum(dA, axis=(0, 1, 2)),
+        _add_parts(dB).astype(B.dtype),
+        _add_parts(dC).astype(C.dtype),
+        jnp.sum(dD, axis=(0, 1, 2)),
+        jnp.sum(ddt, axis=(0, 1)),
+        None if d_initial is None else d_initial[:, 0],
+        None,
+        None,
+    )
+
+
+def _add_parts(parts: Array) -> Array:
+    """Adds up the first axis; alone it is taken off without a copy."""
+    return parts[0] if parts.shape[0] == 1 else jnp.sum(parts, axis=0)
