@@ -17,6 +17,8 @@ from tests.kernels.codegen import for_gpus, some_gpu
 from tests.kernels.gluon_ptx import interpreted, resources
 from tests.kernels.op_suite import assert_near, ids_of
 
+pytestmark = pytest.mark.usefixtures("any_machine")
+
 # Of the largest number of an array.
 LIMITS = {"float32": 2e-5, "tfloat32": 5e-3, "bfloat16": 2e-2}
 

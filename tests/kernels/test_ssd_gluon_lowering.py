@@ -17,6 +17,8 @@ from kernels.ssd import ssd
 from tests.kernels.codegen import some_gpu
 from tests.kernels.test_ssd_gluon import arrays_of
 
+pytestmark = pytest.mark.usefixtures("any_machine")
+
 RUN = functools.partial(ssd, implementation="gluon")
 
 

@@ -13,6 +13,8 @@ from tests.kernels.gluon_ptx import interpreted, resources
 from tests.kernels.op_suite import assert_near, ids_of
 from tests.kernels.test_ssd_gluon import CASES, arrays_of, normal
 
+pytestmark = pytest.mark.usefixtures("any_machine")
+
 # Of the largest number of a gradient.
 LIMITS = {"float32": 3e-5, "tfloat32": 1e-2, "bfloat16": 3e-2}
 
