@@ -28,31 +28,11 @@ BACKENDS = {
 }
 MEASURED_MODULE = '''"""What operators took on a GPU, value and gradients; written by `python -m experiments.tables`."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from typing import Any
 
-
-@dataclass(frozen=True)
-class Measured:
-    """Times of one operator at one shape.
-
-    Attributes:
-      op: the operator.
-      arithmetic: what it computed with.
-      sizes: lengths of its axes.
-      microseconds: of value and gradients together, by implementation; medians.
-      record: file in experiments/results, which has the device, the commit and the command.
-    """
-
-    op: str
-    arithmetic: str
-    sizes: Mapping[str, int]
-    microseconds: Mapping[str, int]
-    record: str
-
-
-MEASURED: tuple[Measured, ...] = (
-ROWS)
+# Fields of `kernels.dispatch.Measured`.
+ROWS: tuple[tuple[Any, ...], ...] = (
+ROWS_OF_RECORDS)
 '''
 AT_10 = ("hit@10", "ndcg@10", "mrr@10")
 
@@ -319,8 +299,8 @@ def measured() -> str:
             sizes = ", ".join(f'"{axis}": {size}' for axis, size in one["sizes"].items())
             if one["op"] in BACKENDS:
                 fields = [f'"{one["op"]}"', f'"{one["precision"]}"', f"{{{sizes}}}", f"{{{times}}}", f'"{name}"']
-                rows.append("".join(["    Measured(\n", *(f"        {field},\n" for field in fields), "    ),\n"]))
-    return MEASURED_MODULE.replace("ROWS", "".join(rows))
+                rows.append("".join(["    (\n", *(f"        {field},\n" for field in fields), "    ),\n"]))
+    return MEASURED_MODULE.replace("ROWS_OF_RECORDS", "".join(rows))
 
 
 def main() -> None:

@@ -19,7 +19,7 @@ from typing import Any, TypeVarTuple, cast
 import jax
 from jax import Array
 
-from kernels.measured import MEASURED, Measured
+from kernels.measured import ROWS
 
 # Function of a backend by its name, or "module:function" of one that is imported when it is first named.
 Implementations = Mapping[str, Callable[..., Any] | str]
@@ -49,6 +49,26 @@ class Needs:
     packages: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True)
+class Measured:
+    """What an operator took on a GPU at one shape.
+
+    Attributes:
+      op: the operator.
+      arithmetic: what it computed with, see `arithmetic`.
+      sizes: lengths of its axes.
+      microseconds: of value and gradients together, by implementation; medians.
+      record: file in experiments/results, which has the device, the commit and the command.
+    """
+
+    op: str
+    arithmetic: str
+    sizes: Mapping[str, int]
+    microseconds: Mapping[str, int]
+    record: str
+
+
+MEASURED = tuple(Measured(*row) for row in ROWS)
 # Backends from outside need nothing that is known here.
 NEEDS = {
     "pallas_triton": Needs((8, 0)),
