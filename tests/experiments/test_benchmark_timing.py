@@ -68,8 +68,8 @@ def test_a_job_that_fails_or_is_not_asked_for_costs_no_other():
     settings = timing.Settings("pallas_triton", True, 1, only=("scan",))
     part = timing.Part(settings, np.random.default_rng(0), timing.Budget(1e5), {}, saved.append)
     part.do_all([("scan 1", broken), ("ssd", broken), ("scan 2", lambda: done.append(2))])
-    assert part.record == {"skipped": {"scan 1": "RuntimeError: no memory"}}
-    assert done == [2] and saved == ["scan 1", "scan 2"]
+    assert part.record == {"skipped": {"scan 1": "RuntimeError: no memory"}, "done": ["scan 2"], "begun": {}}
+    assert done == [2] and saved == ["begin scan 1", "scan 1", "begin scan 2", "scan 2"]
 
 
 def test_one_program_that_does_not_build_costs_no_other():

@@ -3,6 +3,7 @@
 import contextlib
 import os
 
+import orbax.checkpoint as ocp
 import pytest
 
 from tests.training.saved_states import folder_names, restore_newest, sample_state, save_steps
@@ -104,13 +105,13 @@ def test_an_incomplete_save_is_an_error_and_the_one_before_is_kept(tmp_path, mon
 
 def test_an_array_that_is_missing_from_the_index_is_named(tmp_path, monkeypatch):
     """Also where the others are there."""
-    save = array_files.ocp.Checkpointer.save
+    save = ocp.Checkpointer.save
 
     def save_but_one(self, path, args):
         args.item.pop("w")
         save(self, path, args=args)
 
-    monkeypatch.setattr(array_files.ocp.Checkpointer, "save", save_but_one)
+    monkeypatch.setattr(ocp.Checkpointer, "save", save_but_one)
     with Checkpointer(tmp_path) as checkpointer, pytest.raises(CheckpointError, match="1 of 2 arrays .*, w first"):
         checkpointer.save_latest(1, sample_state(1), {})
         checkpointer.wait()
