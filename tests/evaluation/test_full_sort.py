@@ -14,7 +14,7 @@ from tim4rec_jax import build_model
 from tim4rec_jax.config import DataConfig, EvalConfig, ExperimentConfig, ModelConfig
 from tim4rec_jax.data.splits import Examples
 from tim4rec_jax.evaluation import full_sort
-from tim4rec_jax.evaluation.full_sort import FullSortEvaluator, evaluate
+from tim4rec_jax.evaluation.full_sort import FullSortEvaluator, _rank_batch, evaluate
 from tim4rec_jax.models import TiM4RecConfig, init_params, last_hidden
 
 MAX_LEN, NUM_ITEMS = 20, 37
@@ -116,6 +116,18 @@ def test_an_accelerator_compiles_for_one_length_where_rows_are_few(log, examples
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     evaluator = FullSortEvaluator(init_toy(NUM_ITEMS + 1)[0], log, examples, CONFIG)
     assert {batch.length for batch in evaluator._batches} == {MAX_LEN}
+
+
+def test_a_program_is_compiled_per_length_and_none_the_second_time(log, examples, small_limits):
+    model, params = init_toy(NUM_ITEMS + 1)
+    evaluator = FullSortEvaluator(model, log, examples, CONFIG)
+    lengths = {batch.length for batch in evaluator._batches}
+    assert len(lengths) == 3 < len(evaluator._batches)
+    _rank_batch.clear_cache()
+    evaluator(params)
+    assert _rank_batch._cache_size() == len(lengths)
+    FullSortEvaluator(model, log, examples, CONFIG)(params)
+    assert _rank_batch._cache_size() == len(lengths)
 
 
 def test_limits_do_not_change_ranks(log, examples, small_limits, monkeypatch):
