@@ -62,6 +62,8 @@ class TrainConfig:
         `positions="all"`, whose rows are full.
       microbatch_tokens: positions computed at once within a batch; None computes each length group's rows at once up to
         a size that suits the platform.
+      steps_per_dispatch: steps that the device takes in one call, where so many are left before the next log line,
+        checkpoint or end; a device that waits for calls takes small steps faster so. Numbers change by rounding alone.
       log_every: steps between log lines.
       checkpoint_every: steps between checkpoints inside an epoch; None saves at the end of each epoch only.
       progress: show the progress bar.
@@ -90,6 +92,7 @@ class TrainConfig:
     patience: int = 20
     length_groups: int = 6
     microbatch_tokens: int | None = None
+    steps_per_dispatch: int = 1
     log_every: int = 50
     checkpoint_every: int | None = None
     progress: bool = True
@@ -97,7 +100,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         require_sizes(self)
-        for name in ("epochs", "batch_size", "length_groups", "log_every"):
+        for name in ("epochs", "batch_size", "length_groups", "steps_per_dispatch", "log_every"):
             require(getattr(self, name) >= 1, f"{name}={getattr(self, name)} must be at least 1")
         for name in ("max_steps", "microbatch_tokens", "checkpoint_every"):
             value = getattr(self, name)

@@ -325,15 +325,15 @@ def test_memory_that_runs_out_is_one_line_and_nothing_saved_is_lost(
     def fail(*_):
         raise error
 
-    original, taken = Session.compiled_step, []
+    original, taken = Session.compiled_steps, []
 
-    def some_steps(self, state, batch):
+    def some_steps(self, state, batches):
         taken.append(1)
-        return fail if len(taken) > 7 else original(self, state, batch)
+        return fail if len(taken) > 7 else original(self, state, batches)
 
     with monkeypatch.context() as patch:
         if place == "training":
-            patch.setattr(Session, "compiled_step", some_steps)
+            patch.setattr(Session, "compiled_steps", some_steps)
         else:
             patch.setattr("tim4rec_jax.training.loop.FullSortEvaluator.__call__", fail)
         assert train.main(options) == 2

@@ -26,7 +26,7 @@ from tim4rec_jax.training.loop import Session, Setup
 MOMENTS: dict[str, tuple[Any, str, int, bool]] = {
     "reading the log": (train, "load_log", 1, True),
     "making the run folder": (loop, "create_run", 1, False),
-    "compiling": (Setup, "compile_step", 1, True),
+    "compiling": (Setup, "compile_steps", 1, True),
     "between steps": (Session, "log_line", 5, False),
     "first validation": (FullSortEvaluator, "__call__", 1, True),
     "later validation": (FullSortEvaluator, "__call__", 2, False),

@@ -32,7 +32,7 @@ def test_a_refused_start_leaves_no_folder(tmp_path, capsys, monkeypatch):
     assert _train(run, "--eval.top_k", "10", "500") == 2
     assert "k=500 is larger than the catalogue" in capsys.readouterr().err and not list(tmp_path.iterdir())
     with monkeypatch.context() as patch:
-        patch.setattr(loop.Setup, "compile_step", lambda *_: (_ for _ in ()).throw(ValueError("no such step")))
+        patch.setattr(loop.Setup, "compile_steps", lambda *_: (_ for _ in ()).throw(ValueError("no such step")))
         assert _train(run) == 2
     assert "error: no such step" in capsys.readouterr().err and not list(tmp_path.iterdir())
 

@@ -5,7 +5,7 @@ rows of the log a batch holds: prefixes with one target each, or packed rows tha
 it gives the indices that it is asked for, all by default; those from the batch size on hold rows of weight 0.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from types import ModuleType
 from typing import Any
 
@@ -258,7 +258,7 @@ class Loader:
             columns = items, timestamps.astype(self._seconds), *(other.astype(np.int32) for other in others)
         self.resident = jax.device_put((columns, proposal))
 
-    def epoch(self, epoch: int, start: int = 0) -> Iterator[Any]:
+    def epoch(self, epoch: int, start: int = 0) -> Generator[Any]:
         """Yields the payload of every batch of an epoch from batch `start` on."""
         drawn = self.sampler.draw(epoch)
         if self._on_device:

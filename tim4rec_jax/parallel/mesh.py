@@ -95,8 +95,8 @@ class Layout:
         """Returns the jitted step over all devices; it donates the state.
 
         Args:
-          step: (state, device_data, batch_spec, mesh=, axis=) -> (state, loss): given a mesh the work of all its
-            devices, given the name of an axis that of one device of `jax.pmap`.
+          step: (state, device_data, payloads, mesh=, axis=) -> (state, losses): given a mesh the work of all its
+            devices, given the name of an axis that of one device of `jax.pmap`. `payloads` is any tree of them.
         """
         if self.mesh is not None and self.strategy == "pmap":
             return jax.pmap(

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import itertools
 import math
 import pathlib
 import statistics
@@ -67,6 +68,7 @@ from tim4rec_jax.training.step import (
     learning_rate_schedule,
     make_optimizer,
     train_step,
+    train_steps,
 )
 
 # Drawing takes as long as an epoch of a small log.
@@ -213,11 +215,12 @@ class Setup:
         """Returns the state before the first step, where training wants it."""
         return self.layout.init_sharded(lambda: init_state(self.model, self.optimizer, self.config.train.seed))
 
-    def compile_step(self, state: TrainState, batch: Any) -> Any:
-        """Compiles the step; the state is donated, so an update needs no second copy of it."""
+    def compile_steps(self, state: TrainState, batches: tuple[Any, ...]) -> Any:
+        """Compiles a step per batch; the state is donated, so an update needs no second copy of it."""
         fixed = self.model, self.optimizer, self.config, self.groups, self.loader
         step = functools.partial(train_step, *fixed, statistics=self.statistics)
-        return self.layout.compile_step(step).lower(state, self.device_data, batch).compile()
+        steps = functools.partial(train_steps, step)
+        return self.layout.compile_step(steps).lower(state, self.device_data, batches).compile()
 
 
 class Session:
@@ -239,26 +242,36 @@ class Session:
         self.setup, self.run_dir, self.config = setup, run_dir, setup.config
         self.bar, self.logger, self.checkpoints, self.stops = bar, logger, checkpoints, stops
         self.started, self.has_stepped = time.perf_counter(), False
-        self.step: Any = None
+        self.steps: dict[int, Any] = {}
         self.losses: list[Array] = []
         self.drawn = -math.inf
 
-    def compiled_step(self, state: TrainState, batch: Any) -> Any:
-        """Returns the step, compiled once."""
-        if self.step is None:
+    def compiled_steps(self, state: TrainState, batches: tuple[Any, ...]) -> Any:
+        """Returns what takes so many steps at once, compiled the first time."""
+        if (steps := len(batches)) not in self.steps:
             devices = self.setup.layout.num_devices
             rows = ", ".join(f"{group.length} ({group.rows} at once)" for group in self.setup.groups)
             where = f" on each of {devices} devices" if devices > 1 else ""
-            self.bar.report(f"compiling the step for rows of {rows} positions{where}")
+            step = "the step" if steps == 1 else f"{steps} steps"
+            self.bar.report(f"compiling {step} for rows of {rows} positions{where}")
             with recording() as names:
-                self.step = self.setup.compile_step(state, batch)
-            self.bar.report(device_line(names))
+                compiled = self.setup.compile_steps(state, batches)
+            if not self.steps:
+                self.bar.report(device_line(names))
+            self.steps[steps] = compiled
             return_freed_memory()
-        return self.step
+        return self.steps[steps]
+
+    def steps_at_once(self, progress: Progress) -> int:
+        """Returns how many steps are taken before anything else is done: all of a dispatch, or one; 0 at the end."""
+        train, step = self.config.train, progress.step
+        left = min(self.setup.loader.num_batches - progress.batch, self.setup.total_steps - step)
+        pauses = [every - step % every for every in (train.log_every, train.checkpoint_every) if every]
+        return train.steps_per_dispatch if train.steps_per_dispatch <= min(left, *pauses) else min(left, 1)
 
     def fetch_losses(self, progress: Progress) -> None:
         """Takes the losses of the steps since the last fetch from the device, and stops if one is not finite."""
-        losses = [float(loss) for loss in jax.device_get(self.losses)]
+        losses = [float(loss) for several in jax.device_get(self.losses) for loss in several]
         self.losses.clear()
         bad = next((i for i, loss in enumerate(losses) if not np.isfinite(loss)), None)
         if bad is not None:
@@ -408,29 +421,30 @@ def _train_epoch(session: Session, state: TrainState, progress: Progress) -> Tra
     setup, train = session.setup, session.config.train
     examples = setup.loader.examples_before(progress.epoch, progress.batch)
     session.bar.start_epoch(progress.epoch, done=examples)
-    for batch in setup.loader.epoch(progress.epoch, progress.batch):
-        if progress.step >= setup.total_steps:
-            break
-        batch = setup.layout.shard_batch(batch)
-        step = session.compiled_step(state, batch)
-        session.stops.keep_going()
-        session.has_stepped = True
-        state, loss = step(state, setup.device_data, batch)
-        session.losses.append(loss)
-        progress.batch += 1
-        progress.step += 1
-        before, examples = examples, setup.loader.examples_before(progress.epoch, progress.batch)
-        session.bar.advance(examples - before)
-        if progress.step % train.log_every == 0:
-            session.log_line(progress)
-        if (number := session.stops.after(progress.step)) is not None:
-            session.bar.report("asked to stop: saving")
-            session.save(state, progress)
-            session.checkpoints.wait()
-            raise Interrupted(session.stopped_at(progress), number)
-        inside = progress.batch < setup.loader.num_batches and progress.step < setup.total_steps
-        if train.checkpoint_every and progress.step % train.checkpoint_every == 0 and inside:
-            session.save(state, progress)
+    with contextlib.closing(setup.loader.epoch(progress.epoch, progress.batch)) as batches:
+        while count := session.steps_at_once(progress):
+            taken = tuple(setup.layout.shard_batch(batch) for batch in itertools.islice(batches, count))
+            steps = session.compiled_steps(state, taken)
+            session.stops.keep_going()
+            session.has_stepped = True
+            state, losses = steps(state, setup.device_data, taken)
+            session.losses.append(losses)
+            progress.batch += count
+            progress.step += count
+            before, examples = examples, setup.loader.examples_before(progress.epoch, progress.batch)
+            session.bar.advance(examples - before)
+            if progress.step % train.log_every == 0:
+                session.log_line(progress)
+            # Processes agree on a step to stop after; each of the steps is asked for, and all of the dispatch are done.
+            asked = [session.stops.after(step) for step in range(progress.step - count + 1, progress.step + 1)]
+            if (number := next((a for a in asked if a is not None), None)) is not None:
+                session.bar.report("asked to stop: saving")
+                session.save(state, progress)
+                session.checkpoints.wait()
+                raise Interrupted(session.stopped_at(progress), number)
+            inside = progress.batch < setup.loader.num_batches and progress.step < setup.total_steps
+            if train.checkpoint_every and progress.step % train.checkpoint_every == 0 and inside:
+                session.save(state, progress)
     return state
 
 

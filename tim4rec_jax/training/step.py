@@ -430,3 +430,28 @@ def train_step(
     if mesh is not None and sharded:
         state = jax.lax.with_sharding_constraint(state, shardings(mesh, state))
     return state, loss
+
+
+def train_steps(
+    step: Callable[..., tuple[TrainState, Array]],
+    state: TrainState,
+    resident: PyTree,
+    payloads: tuple[PyTree, ...],
+    **where: Any,
+) -> tuple[TrainState, Array]:
+    """Makes the updates of several batches, one after the other, without coming back to the host in between.
+
+    Args:
+      step: `train_step` with what is fixed for the run.
+      state, resident: as there.
+      payloads: the loader's, one per step.
+      where: mesh or axis, as there.
+
+    Returns:
+      The last state and the losses [steps], both on the device.
+    """
+    if len(payloads) == 1:
+        state, loss = step(state, resident, payloads[0], **where)
+        return state, loss[None]
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *payloads)
+    return jax.lax.scan(lambda state, payload: step(state, resident, payload, **where), state, stacked)
