@@ -231,7 +231,8 @@ def kernel_model() -> str:
         if not one["default"]:
             continue
         shape = " ".join(f"{axis}{size:,}" for axis, size in one["sizes"].items())
-        name = f"`{one['op']}` {shape}, {one['pass'].replace('_', ' and ')}"
+        gluon = " in Gluon" if one["backend"] == "gluon" else ""
+        name = f"`{one['op']}`{gluon} {shape}, {one['pass'].replace('_', ' and ')}"
         measured, predicted = one["measured_seconds"], one["predicted_seconds"]
         kernels = one["kernels"]
         rows.append(

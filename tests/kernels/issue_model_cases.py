@@ -12,10 +12,11 @@ import functools
 import json
 import math
 import pathlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -62,13 +63,12 @@ def units(case: Case) -> float:
     return math.prod(case.sizes[axis] for axis in axes) / (1 if case.op == "ssd" else 32)
 
 
-def captured(case: Case, of: str, *, config: Any = None, dtype: str = "float32") -> list[Kernel]:
-    """Returns the kernels of a pass, "forward" or "forward_backward", with TF32 products."""
+def call(case: Case, of: str, options: dict[str, Any], dtype: str = "float32") -> tuple[Callable[..., Any], list[Any]]:
+    """Returns the function of a pass, "forward" or "forward_backward", with TF32 products, and what it takes."""
 
     def array(axes: str, dtype: str = dtype) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(tuple(case.sizes[axis] for axis in axes), dtype)
 
-    options = {"implementation": "pallas_triton", "interpret": False, "config": config}
     wide = functools.partial(array, dtype="float32")
     if case.op == "ssd":
         inputs = {"x": array("blhp"), "dt": wide("blh"), "A": wide("h"), "B": array("bln"), "C": array("bln")}
@@ -87,13 +87,19 @@ def captured(case: Case, of: str, *, config: Any = None, dtype: str = "float32")
         targets = jnp.zeros(case.sizes["t"], jnp.int32)
         apply = functools.partial(softmax_cross_entropy, targets=targets, precision="default", **options)
     if of == "forward":
-        return capture(lambda inputs: apply(**inputs), inputs)
+        return lambda inputs: apply(**inputs), [inputs]
 
     def both(inputs: Any, dy: Any) -> Any:
         value, pull = jax.vjp(lambda inputs: apply(**inputs), inputs)
         return value, pull(dy)
 
-    return capture(both, inputs, y)
+    return both, [inputs, y]
+
+
+def captured(case: Case, of: str, *, config: Any = None, dtype: str = "float32") -> list[Kernel]:
+    """Returns the kernels of a pass in the Pallas form."""
+    function, inputs = call(case, of, {"implementation": "pallas_triton", "interpret": False, "config": config}, dtype)
+    return capture(function, *inputs)
 
 
 def trips(case: Case, kernel: Kernel, config: Any) -> tuple[int, ...]:
@@ -118,6 +124,35 @@ def launch(case: Case, kernel: Kernel, config: Any) -> Launch:
     code = read_cubin(cubin.content, shared_bytes=cubin.shared_bytes, num_warps=kernel.num_warps)
     turns = trips(case, kernel, config)
     return Launch(kernel.name, code, math.prod(kernel.grid), turns, units(case), kernel.array_bytes)
+
+
+def gluon_launches(case: Case, of: str) -> tuple[list[Launch], float]:
+    """Compiles the Gluon kernels of a pass of the SSD; returns them, and the bytes moved to add up their parts."""
+    from tests.kernels.gluon_ptx import compiled, interpreted
+
+    b, length, h, p, n = (case.sizes[axis] for axis in "blhpn")
+    function, inputs = call(case, of, {"implementation": "gluon"})
+    with mock.patch("kernels.dispatch.missing", lambda name: None), interpreted(only_shapes=True) as found:
+        jax.eval_shape(function, *inputs)
+    launches, outside = [], 0.0
+    for name, kernel, grid in found.seen:
+        constants = dict(kernel.constants)
+        _, cubin, shared_bytes = compiled(kernel, 90)
+        code = read_cubin(cubin, shared_bytes=shared_bytes, num_warps=kernel.num_warps)
+        splits = -(-p // constants["COLUMNS"])
+        parts = h * splits // kernel.num_warps
+        chunks, blocks = -(-length // 16), -(-length // constants["BLOCK"])
+        values, maps, steps = b * length * h * p, b * length * n, b * length * h
+        kept = b * (blocks - 1) * h * p * n if of != "forward" else 0
+        if name == "ssd_forward":
+            numbers, turns = 2 * values + 2 * maps + steps + kept, (chunks,)
+        else:
+            numbers = 3 * values + (2 + 2 * parts) * maps + (1 + splits) * steps + kept
+            # A block has a sweep over its chunks, and the steps back over them.
+            turns = (blocks, -(-chunks // blocks)) if blocks > 1 else (chunks,)
+            outside += 4 * 2 * (parts + 1) * maps if parts > 1 else 0
+        launches.append(Launch(name, code, grid, turns, units(case), 4 * numbers))
+    return launches, outside
 
 
 @dataclass(frozen=True)
@@ -151,20 +186,25 @@ def _used(case: Case, of: str, config: Any) -> Any:
     return config.without_gradient if case.op == "ssd" and of == "forward" else config
 
 
-def predict(case: Case, of: str, config: Any = None) -> Prediction:
+def predict(case: Case, of: str, config: Any = None, backend: str = "pallas_triton") -> Prediction:
     """Asks the model about a pass of an operator, with the default cut where there is no config."""
-    return _predict(case.op, tuple(case.sizes.items()), of, config)
+    return _predict(case.op, tuple(case.sizes.items()), of, config, backend)
 
 
 @functools.cache
-def _predict(op: str, sizes: tuple[tuple[str, int], ...], of: str, config: Any) -> Prediction:
+def _predict(op: str, sizes: tuple[tuple[str, int], ...], of: str, config: Any, backend: str) -> Prediction:
     case = Case(op, dict(sizes))
     ceilings = json.loads(TIMES.read_text())["ops"]["ceilings"]
+    rates = ceilings["bytes_a_second"], ceilings["flops_a_second"]["tfloat32"]
+    bytes_of = dataclasses.asdict(work(case, "tfloat32"))
+    suffix = "" if of == "forward" else "_both"
+    floor = floor_seconds(bytes_of["needed" + suffix], bytes_of["flops" + suffix], *rates)
+    if backend == "gluon":
+        launches, outside_bytes = gluon_launches(case, of)
+        return Prediction(tuple(estimate(one) for one in launches), outside_bytes / BYTES_PER_SECOND, floor)
     kernels = captured(case, of, config=config)
     config = _used(case, of, config)
     estimates = tuple(estimate(launch(case, kernel, config)) for kernel in kernels)
-    bytes_of = dataclasses.asdict(work(case, "tfloat32"))
-    suffix = "" if of == "forward" else "_both"
     outside = 0.0
     if case.op == "ssd" and of != "forward":
         # Gradients of B and C come in one part per block of heads and split of their width, and are added up.
@@ -173,10 +213,7 @@ def _predict(op: str, sizes: tuple[tuple[str, int], ...], of: str, config: Any) 
         outside = 2 * (parts + 1) * maps / BYTES_PER_SECOND if parts > 1 else 0.0
     elif of != "forward":
         outside = max(0.0, bytes_of["moved_both"] - sum(kernel.array_bytes for kernel in kernels)) / BYTES_PER_SECOND
-    rates = ceilings["bytes_a_second"], ceilings["flops_a_second"]["tfloat32"]
-    return Prediction(
-        estimates, outside, floor_seconds(bytes_of["needed" + suffix], bytes_of["flops" + suffix], *rates)
-    )
+    return Prediction(estimates, outside, floor)
 
 
 def measured(case: Case, of: str, config: Any = None) -> float | None:
@@ -211,23 +248,24 @@ def timed_cuts() -> list[tuple[Case, SsdConfig]]:
     return [(SSD_200, SsdConfig(chunk, 1, 1, 1, forward_warps=warps, backward_warps=warps)) for chunk, warps in cuts]
 
 
-def row(case: Case, of: str, config: Any = None) -> dict[str, Any]:
+def row(case: Case, of: str, config: Any = None, backend: str = "pallas_triton") -> dict[str, Any]:
     """Returns a row of the record."""
-    found = predict(case, of, config)
-    used = _used(case, of, config)
+    found = predict(case, of, config, backend)
+    ours = backend == "pallas_triton"
     return {
         "op": case.op,
+        "backend": backend,
         "sizes": case.sizes,
         "pass": of,
         "default": config is None,
-        "config": dataclasses.asdict(used),
+        "config": dataclasses.asdict(_used(case, of, config)) if ours else None,
         "unit": UNITS[case.op],
         "kernels": [_kernel_row(one) for one in found.kernels],
         "outside_seconds": found.outside_seconds,
         "predicted_seconds": found.seconds,
         "floor_seconds": found.floor_seconds,
         "predicted_share_of_floor": found.share_of_floor,
-        "measured_seconds": measured(case, of, config),
+        "measured_seconds": measured(case, of, config) if ours else None,
     }
 
 
@@ -268,6 +306,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     rows = [
         row(case, of, config) for case, config in [*((case, None) for case in CASES), *timed_cuts()] for of in PASSES
     ]
+    rows += [row(case, of, backend="gluon") for case in CASES if case.op == "ssd" for of in PASSES]
     record = {
         "command": f"python -m tests.kernels.issue_model_cases --output={output}",
         "capability": 90,

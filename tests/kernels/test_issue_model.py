@@ -6,7 +6,7 @@ import pytest
 
 from tests.kernels import issue_model, issue_model_cases
 from tests.kernels.issue_model import Launch, estimate, parse, path, read_before
-from tests.kernels.issue_model_cases import CASES, PASSES, SSD_200, TIMES, predict
+from tests.kernels.issue_model_cases import CASES, PASSES, SSD_50, SSD_200, SSD_WIDE, TIMES, predict
 
 
 def line(address, text, *, stall=1, write=7, read=7, wait=0):
@@ -173,15 +173,34 @@ BOUNDS = {
     ),
 }
 
+# Likewise of the Gluon kernels.
+GLUON_BOUNDS = {
+    ("ssd b2048 l50 h4 p32 n32", "forward"): (0.702, {"ssd_forward": (41.8, 39.9, 144, 0)}),
+    ("ssd b2048 l50 h4 p32 n32", "forward_backward"): (
+        0.319,
+        {"ssd_forward": (41.8, 39.9, 144, 0), "ssd_backward": (133.9, 151.8, 255, 144)},
+    ),
+    ("ssd b1024 l200 h4 p32 n32", "forward"): (0.949, {"ssd_forward": (29.1, 29.4, 149, 0)}),
+    ("ssd b1024 l200 h4 p32 n32", "forward_backward"): (
+        0.274,
+        {"ssd_forward": (34.5, 38.8, 176, 0), "ssd_backward": (139.6, 158.2, 255, 152)},
+    ),
+    ("ssd b256 l200 h4 p128 n64", "forward"): (0.709, {"ssd_forward": (167.5, 171.5, 194, 0)}),
+    ("ssd b256 l200 h4 p128 n64", "forward_backward"): (
+        0.104,
+        {"ssd_forward": (196.7, 246.0, 228, 0), "ssd_backward": (1248.1, 1565.8, 255, 264)},
+    ),
+}
+
 
 def label(case):
     return " ".join([case.op, *(f"{axis}{size}" for axis, size in case.sizes.items())])
 
 
-def check(case, of):
+def check(case, of, backend="pallas_triton"):
     pytest.importorskip("triton")
-    found = predict(case, of)
-    least_share, kernels = BOUNDS[label(case), of]
+    found = predict(case, of, backend=backend)
+    least_share, kernels = (GLUON_BOUNDS if backend == "gluon" else BOUNDS)[label(case), of]
     assert [one.launch.name for one in found.kernels] == list(kernels)
     for one, (instructions, cycles, registers, stack_bytes) in zip(found.kernels, kernels.values(), strict=True):
         assert one.instructions_per_unit <= instructions
@@ -200,6 +219,13 @@ def test_gate_of_one_kernel():
 @pytest.mark.parametrize("case", CASES, ids=label)
 def test_gate(case, of):
     check(case, of)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("of", PASSES)
+@pytest.mark.parametrize("case", [SSD_50, SSD_200, SSD_WIDE], ids=label)
+def test_gate_of_gluon(case, of):
+    check(case, of, "gluon")
 
 
 def test_record_ranks_what_was_timed():
