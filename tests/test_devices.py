@@ -58,7 +58,12 @@ def test_training_and_evaluation_say_what_computes(tmp_path, capsys, monkeypatch
     line = device_line({})
     assert line.endswith(f"{jax.devices()[0].device_kind}, kernels: none (plain JAX)")
     assert line in capsys.readouterr().out
+    # Of a stored model it is said where there is a choice.
     assert evaluate.main([f"--run={run}"]) == 0
+    assert "device:" not in capsys.readouterr().err
+    with monkeypatch.context() as patch:
+        patch.setattr(sys.modules[load_model.__module__], "gpu_capability", lambda: (9, 0))
+        assert evaluate.main([f"--run={run}"]) == 0
     assert line in capsys.readouterr().err
     # A run of a machine that had the backend is read where it is missing.
     config = read_config(run)

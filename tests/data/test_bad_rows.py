@@ -54,7 +54,7 @@ def test_a_bad_row_is_refused_or_left_out_with_its_line(tmp_path, line, reason):
 
 
 @hypothesis.given(st.lists(st.sampled_from([None, *BAD]), min_size=1, max_size=25))
-@hypothesis.settings(suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture])
+@hypothesis.settings(deadline=None, suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture])
 def test_every_row_is_read_or_listed(tmp_path, lines):
     rows = [f"u,i{n},{n}" if line is None else line for n, line in enumerate(lines)]
     path = write(tmp_path / "log.csv", ["user,item,timestamp\nu,x,100\n", *(f"{row}\n" for row in rows)])

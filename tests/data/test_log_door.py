@@ -104,7 +104,7 @@ IDS = st.text(st.characters(exclude_categories=("Cs", "Cc")), min_size=1, max_si
 
 
 @hypothesis.given(st.lists(st.tuples(IDS, IDS, st.integers(0, 10**10)), min_size=1, max_size=12))
-@hypothesis.settings(suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture])
+@hypothesis.settings(deadline=None, suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture])
 def test_json_lines_are_read_as_they_were_written(tmp_path, rows):
     path = tmp_path / "events.jsonl"
     records = [{"timestamp": t, "x": [1], "item": i, "user": u} for u, i, t in rows]
@@ -115,7 +115,7 @@ def test_json_lines_are_read_as_they_were_written(tmp_path, rows):
 @hypothesis.given(
     st.lists(st.tuples(IDS, IDS, st.integers(0, 10**10)), min_size=1, max_size=12), st.sampled_from(",;|\t")
 )
-@hypothesis.settings(suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture])
+@hypothesis.settings(deadline=None, suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture])
 def test_csv_of_any_separator_is_read_as_a_program_writes_it(tmp_path, rows, separator):
     hypothesis.assume(separator != "\t" or not any('"' in field for row in rows for field in row[:2]))
     path = tmp_path / "log.csv"
@@ -255,7 +255,7 @@ def test_bad_lines_of_text_are_named(tmp_path, log_format, text, complaint):
 @hypothesis.given(
     st.lists(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 99)), max_size=4), min_size=1, max_size=6)
 )
-@hypothesis.settings(suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture])
+@hypothesis.settings(deadline=None, suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture])
 def test_lists_of_a_parquet_file_are_events(tmp_path, users):
     hypothesis.assume(any(users))
     path = tmp_path / "log.parquet"

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kernels.dispatch import missing
+from kernels.dispatch import gpu_capability, missing
 from tim4rec_jax.checks import require
 from tim4rec_jax.config import EvalConfig, ExperimentConfig
 from tim4rec_jax.data.columns import FILE_ORDER
@@ -67,7 +67,8 @@ def load_model(run: pathlib.Path, *, report: Callable[[str], None] = print) -> S
         report(f"{run} was trained with model.kernels={config.model.kernels}; here plain JAX computes: {lack}")
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, kernels=None))
     model = build_model(config.model)
-    report(device_line(taken_by(model, config.eval.batch_size)))
+    if gpu_capability() is not None or config.model.kernels is not None:  # Else there is nothing to choose from.
+        report(device_line(taken_by(model, config.eval.batch_size)))
     template = jax.eval_shape(functools.partial(init_params, model), jax.random.key(0))
     if statistics := model.data_statistics():
         template[STATISTICS] = {name: jax.ShapeDtypeStruct(a.shape, a.dtype) for name, a in statistics.items()}
