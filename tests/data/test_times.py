@@ -48,6 +48,7 @@ def test_iso_dates_are_utc_unless_a_zone_stands_there(text, seconds):
     assert seconds_of([text]) == [seconds]
 
 
+@hypothesis.settings(deadline=None)
 @hypothesis.given(
     st.datetimes(datetime.datetime(1970, 1, 2), datetime.datetime(9999, 12, 30)),
     st.integers(-14 * 60, 14 * 60),
@@ -78,6 +79,7 @@ def test_the_unit_is_told_by_size_and_said_or_given(unit, ticks, as_text):
     assert unit == "s" or told.fractions[0] == pytest.approx(5 / ticks, rel=1e-12)
 
 
+@hypothesis.settings(deadline=None)
 @hypothesis.given(
     st.lists(st.integers(0, 253_402_300_798), min_size=1, max_size=20), st.sampled_from(["s", "ms", "us"])
 )

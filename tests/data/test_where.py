@@ -68,6 +68,7 @@ OPERATORS = {
 }
 
 
+@hypothesis.settings(deadline=None)
 @hypothesis.given(
     st.lists(st.one_of(st.none(), st.integers(-3, 3), st.floats(-3, 3, width=16)), min_size=1, max_size=20),
     st.sampled_from(list(OPERATORS)),
@@ -151,6 +152,7 @@ def test_settings_of_reading_are_in_the_fingerprint(tmp_path):
 EVENTS = st.lists(st.tuples(st.sampled_from("uv"), st.sampled_from("abc"), st.integers(0, 5)), min_size=1, max_size=30)
 
 
+@hypothesis.settings(deadline=None)
 @hypothesis.given(EVENTS, st.sampled_from(["keep", "first", "last"]))
 def test_duplicates(rows, which):
     frame = pl.DataFrame(rows, schema=["user", "item", "timestamp"], orient="row").cast({"timestamp": pl.Int64})
