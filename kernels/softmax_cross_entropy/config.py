@@ -1,6 +1,6 @@
 """How implementations of the softmax cross-entropy divide their work."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax
 
@@ -12,6 +12,8 @@ from kernels.tiling import power_of_two
 _CPU_TILE_SCORES = 1 << 19
 _TILE_SCORES = 1 << 24
 _LEAST_TILE, _LARGEST_TILE = 128, 8192
+
+_MULTIPROCESSORS = 132  # Of an H100.
 
 
 @dataclass(frozen=True)
@@ -39,8 +41,9 @@ class LoopConfig:
       columns: of both sides that it multiplies at once; a power of two, 16 at least.
       num_warps: warps of 32 threads a program.
       num_stages: depth of software pipelining.
-      programs: that run at once, by default two on each of an H100's 132 multiprocessors; where there are fewer blocks
-        of own rows, each loop is split among several programs, whose partial results are merged afterwards.
+      programs: that run at once, by default two on each of an H100's 132 multiprocessors, as their registers allow;
+        where there are fewer blocks of own rows, each loop is split among several programs, whose partial results are
+        merged afterwards.
     """
 
     own: int
@@ -48,7 +51,7 @@ class LoopConfig:
     columns: int
     num_warps: int
     num_stages: int
-    programs: int = 264
+    programs: int = 2 * _MULTIPROCESSORS
 
     def __post_init__(self):
         for name in ("own", "other", "columns"):
@@ -108,17 +111,19 @@ def triton_config(width: int, itemsize: int, precision: str) -> TritonConfig:
     """
     columns = power_of_two(width)
     row_bytes = itemsize * columns
+    alone = {"programs": _MULTIPROCESSORS}  # Eight warps of more than 128 registers leave no room for eight others.
     if precision == "float32" and itemsize == 4:
         if columns <= 64:
-            loop = LoopConfig(64, 32, 32, num_warps=4, num_stages=2)
+            forward = gradient = LoopConfig(64, 32, 32, num_warps=4, num_stages=2)
         elif columns == 128:
-            loop = LoopConfig(32, 32, 64, num_warps=8, num_stages=1)
+            forward = gradient = LoopConfig(32, 32, 64, num_warps=8, num_stages=1, **alone)
         else:
-            loop = LoopConfig(32, 16, 64, num_warps=8, num_stages=2)
+            forward = gradient = LoopConfig(32, 16, 64, num_warps=8, num_stages=2, **alone)
     elif row_bytes <= 256:
-        loop = LoopConfig(128, 32, columns, num_warps=8, num_stages=2)
+        forward = gradient = LoopConfig(128, 32, columns, num_warps=8, num_stages=2)
     elif row_bytes == 512:
-        loop = LoopConfig(64, 32, columns, num_warps=8, num_stages=2)
+        forward = LoopConfig(64, 32, columns, num_warps=8, num_stages=2)
+        gradient = replace(forward, **alone)
     else:
-        loop = LoopConfig(32, 32, 64, num_warps=4, num_stages=1)
-    return TritonConfig(loop, loop, loop)
+        forward = gradient = LoopConfig(32, 32, 64, num_warps=4, num_stages=1)
+    return TritonConfig(forward, gradient, gradient)

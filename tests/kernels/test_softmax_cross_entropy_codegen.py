@@ -53,6 +53,7 @@ CASES = {
     Case(2048, 12102, 64, masked=True): (90,),
     Case(4096, 1_000_000, 64): (90,),
     Case(2048, 12102, 128): (90,),
+    Case(2048, 12102, 128, precision="highest"): (90,),
     Case(2048, 12102, 256): CAPABILITIES,
     Case(2048, 12102, 256, precision="highest"): (90,),
     Case(2048, 12102, 256, dtype="bfloat16"): (90,),
@@ -72,7 +73,7 @@ def test_kernels_stay_in_registers(case, capability):
     kernels = capture(case.gradients, *case.arguments())
     assert [kernel.name for kernel in kernels] == KERNELS
     for kernel in kernels:
-        assert kernel.grid[0] >= 132
+        assert kernel.grid[0] >= 120  # Of the 132 multiprocessors of an H100.
         used = compile_kernel(kernel, capability)
         print(
             f"{kernel.name} {case.targets}x{case.items}x{case.width} {case.dtype} {case.precision} "
@@ -114,12 +115,14 @@ def test_loops_are_split_for_whole_waves(own_rows, other_rows, split):
 
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("case", [case for case in CASES if 90 in CASES[case]], ids=str)
-def test_two_programs_share_a_multiprocessor(case):
-    """As `LoopConfig.programs` takes for granted where it splits loops."""
-    for kernel in capture(case.gradients, *case.arguments()):
+def test_as_many_programs_share_a_multiprocessor_as_loops_are_split_for(case):
+    config = case.config()
+    loops = (config.forward, config.d_hidden, config.d_embedding)
+    for kernel, loop in zip(capture(case.gradients, *case.arguments()), loops, strict=True):
         compiled = compile_cubin(kernel, 90)
         code = read_cubin(compiled.content, shared_bytes=compiled.shared_bytes, num_warps=kernel.num_warps)
-        assert code.programs_per_sm >= 2
+        print(f"{kernel.name} {case}: registers {code.registers} programs {code.programs_per_sm}")
+        assert code.programs_per_sm * 132 >= loop.programs
 
 
 def instructions_of_products(case, loop):
