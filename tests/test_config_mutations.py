@@ -132,6 +132,7 @@ def test_changed_command_lines():
         ({"max_len": "50"}, r"model.max_len='50' must be int"),
         ({"log_time": 1}, r"model.log_time=1 must be bool"),
         ({"dropout": None}, r"model.dropout=None must be float"),
+        ({"dtype": "float16"}, r"model.dtype='float16' must be one of \('float32', 'bfloat16', 'float64'\)"),
         ({"name": ["tim4rec"]}, r"model.name=\['tim4rec'\] must be str"),
     ],
 )
@@ -140,4 +141,18 @@ def test_values_of_another_type_are_named(tmp_path, change, message):
     values["model"] |= change
     (tmp_path / CONFIG).write_text(json.dumps({"format_version": FORMAT_VERSION, **values}))
     with pytest.raises(ValueError, match=message):
+        read_config(tmp_path)
+
+
+def test_whole_numbers_are_floats_where_these_are_declared(tmp_path):
+    values = load_config("ml100k_tisasrec").to_dict()
+    values["model"] |= {"attention_dropout": 0}
+    values["train"] |= {"learning_rate": 1, "clip_norm": 2}
+    (tmp_path / CONFIG).write_text(json.dumps({"format_version": FORMAT_VERSION, **values}))
+    config = read_config(tmp_path)
+    found = (config.model.attention_dropout, config.train.learning_rate, config.train.clip_norm)
+    assert [(value, type(value)) for value in found] == [(0, float), (1, float), (2, float)]
+    values["train"] |= {"learning_rate": 10**400}
+    (tmp_path / CONFIG).write_text(json.dumps({"format_version": FORMAT_VERSION, **values}))
+    with pytest.raises(ValueError, match="train.learning_rate=1000.* must be float"):
         read_config(tmp_path)

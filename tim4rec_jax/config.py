@@ -4,6 +4,7 @@ Every program resolves to one `ExperimentConfig`, which refuses what does not go
 """
 
 import dataclasses
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache, partial
@@ -274,17 +275,30 @@ def _require_offered(config: ModelConfig, loss_in_tiles: bool) -> None:
         raise ValueError(f"model.kernels={config.kernels!r}: {error}") from error
 
 
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
 def _fits(value: Any, hint: Any) -> bool:
     """Whether a value, as JSON gives it, is of a field's type; what it may be beyond that the dataclass checks."""
     if get_origin(hint) in (Union, UnionType):
         return any(_fits(value, choice) for choice in get_args(hint))
     if get_origin(hint) is Literal:
-        return isinstance(value, str)
+        return isinstance(value, str) and value in get_args(hint)
     if get_origin(hint) is tuple:
         return isinstance(value, (list, tuple)) and all(_fits(item, get_args(hint)[0]) for item in value)
-    if hint in (int, float):
-        return isinstance(value, (int, hint)) and not isinstance(value, bool)
+    if hint is float:
+        return isinstance(value, float) or (_is_whole(value) and abs(value) <= sys.float_info.max)
+    if hint is int:
+        return _is_whole(value)
     return isinstance(value, hint)
+
+
+def _as_declared(value: Any, hint: Any) -> Any:
+    """Returns a fitting value as its field declares it: JSON has lists for tuples, and people write 2 for 2.0."""
+    if isinstance(value, list):
+        return tuple(value)
+    return float(value) if _is_whole(value) and float in (hint, *get_args(hint)) else value
 
 
 @cache
@@ -358,9 +372,10 @@ def _from_dict(cls: type, values: Any, path: str) -> Any:
             kind = _model_config_class(value) if hints[key] is ModelConfig else hints[key]
             found[key] = _from_dict(kind, value, f"{path}{key}.")
             continue
-        shown = getattr(hints[key], "__name__", hints[key])
-        require(_fits(value, hints[key]), f"{path}{key}={value!r} must be {shown}")
-        found[key] = tuple(value) if isinstance(value, list) else value
+        hint = hints[key]
+        shown = f"one of {get_args(hint)}" if get_origin(hint) is Literal else getattr(hint, "__name__", hint)
+        require(_fits(value, hint), f"{path}{key}={value!r} must be {shown}")
+        found[key] = _as_declared(value, hint)
     return cls(**found)
 
 
