@@ -23,7 +23,7 @@ from experiments import cli, evaluate_baselines
 from tim4rec_jax.config import EvalConfig
 from tim4rec_jax.evaluation.metrics import standard_errors
 from tim4rec_jax.run_dir import environment, read_config, read_environment, read_results, require_no_run_file
-from tim4rec_jax.serving.stored_run import evaluate_run
+from tim4rec_jax.training.stored_run import evaluate_run
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from experiments.configs import load_config
 from tim4rec_jax.checks import require
 from tim4rec_jax.config import DataConfig, EvalConfig, ExperimentConfig
 from tim4rec_jax.data.interactions import load_log, with_precision
-from tim4rec_jax.data.splits import split_log
+from tim4rec_jax.data.splits import require_held_out, split_log
 from tim4rec_jax.evaluation.baselines import baseline_ranks
 from tim4rec_jax.evaluation.metrics import check_top_k, summarise
 from tim4rec_jax.evaluation.seen_targets import measured
@@ -48,6 +48,7 @@ class Arguments:
 
 
 def _evidence(config: ExperimentConfig) -> dict[str, Any]:
+    require_held_out(config.data, "--baselines")
     log = load_log(config.data)
     check_top_k(config.eval.top_k, log.num_items, "eval.top_k")
     config = dataclasses.replace(config, data=with_precision(config.data, log))

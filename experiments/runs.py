@@ -15,8 +15,9 @@ from typing import Any
 
 from experiments import train
 from experiments.configs import load_config
+from tim4rec_jax.checks import require
 from tim4rec_jax.config import ExperimentConfig, flat
-from tim4rec_jax.parallel_config import ParallelConfig
+from tim4rec_jax.data.splits import require_held_out
 from tim4rec_jax.run_dir import CHANGEABLE_ON_RESUME, METRICS, RESULTS, TEST_RANKS, read_results
 from tim4rec_jax.training.logging import read_metrics
 from tim4rec_jax.training.signals import handled
@@ -80,13 +81,24 @@ def parse_seeds(text: str, first: int = 2020) -> tuple[int, ...]:
     return numbers
 
 
-def require_one_process(parallel: ParallelConfig) -> None:
-    """Raises ValueError where each of many runs would have to be started on several machines."""
-    if parallel.several_processes:
+def require_comparable(config: ExperimentConfig, program: str) -> None:
+    """Raises ValueError where a program's many runs could not be started, or could not be measured against each other.
+
+    Args:
+      config: settings of the runs.
+      program: what wants to train them; errors name it.
+    """
+    if config.parallel.several_processes:
         raise ValueError(
             "--parallel.coordinator and --parallel.distributed are for experiments.train: here each run is one process "
             "on this machine, on all its devices; train the runs one by one to spread them over machines"
         )
+    require_held_out(config.data, program)
+    require(
+        config.train.init_from is None,
+        f"--train.init_from={config.train.init_from} is for experiments.train: {program} compares what becomes of "
+        "initial values",
+    )
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,7 @@ from experiments.runs import (
     is_finished,
     options,
     parse_seeds,
-    require_one_process,
+    require_comparable,
     train_all,
 )
 from tim4rec_jax.checks import listed, require
@@ -241,8 +241,8 @@ def parse(argv: Sequence[str]) -> Plan:
         raise ValueError("--eval.baselines is not for sweeps: trials are compared with each other")
     # What costs a training of its own is no part of a trial.
     measured = dataclasses.replace(given.eval, baselines=("popularity",))
-    require_one_process(given.parallel)
     base = ExperimentConfig(file.name, given.model, given.data, given.train, measured, given.parallel)
+    require_comparable(base, "experiments.sweep")
     if bool(given.grid) == bool(given.space):
         raise ValueError(
             "give --grid, as in --grid train.learning_rate=1e-3,3e-3, or --space and --trials; one of them"

@@ -3,6 +3,8 @@
     python -m experiments.train --config=quickstart
     python -m experiments.train --config=ml1m_tim4rec --train.learning_rate=3e-4 --run_dir=runs/try
     python -m experiments.train --config=ml1m_tim4rec --resume
+    python -m experiments.train --config=ml1m_tim4rec --init_from=runs/yesterday --run_dir=runs/today
+    python -m experiments.train --config=ml1m_tim4rec --data.split=none --train.epochs=30 --run_dir=runs/final
     python -m experiments.train --config=ml1m_tim4rec --parallel.distributed=auto   # in every task of SLURM
 
 It trains on all devices of the machine, unless --parallel.strategy=single. On several machines every process gets the
@@ -24,6 +26,7 @@ from experiments.cli import parse_settings, run_program
 from experiments.comparison.published import final_tables
 from experiments.configs import chosen, config_names
 from experiments.family import of_model
+from tim4rec_jax.checks import require
 from tim4rec_jax.config import DataConfig, EvalConfig, ExperimentConfig, ParallelConfig, TrainConfig
 from tim4rec_jax.data.interactions import load_log
 from tim4rec_jax.data.splits import split_log
@@ -32,7 +35,7 @@ from tim4rec_jax.evaluation.baselines import popularity_metrics
 from tim4rec_jax.model_config import ModelConfig
 from tim4rec_jax.models import model_class
 from tim4rec_jax.parallel.processes import ProcessError, initialize, is_main, quiet_unless_main
-from tim4rec_jax.run_dir import write_results
+from tim4rec_jax.run_dir import CONFIG, read_config, write_results
 from tim4rec_jax.training.loop import only_writer, train
 from tim4rec_jax.training.signals import StopRequests
 
@@ -46,6 +49,7 @@ class Arguments:
       config: the experiment's name.
       run_dir: run folder; None is runs/<name of the experiment>.
       resume: continue the run in that folder.
+      init_from: short for --train.init_from.
     """
 
     model: ModelConfig
@@ -56,6 +60,7 @@ class Arguments:
     config: str
     run_dir: pathlib.Path | None = None
     resume: bool = False
+    init_from: pathlib.Path | None = None
 
 
 def parse(argv: Sequence[str]) -> tuple[ExperimentConfig, pathlib.Path, bool]:
@@ -64,7 +69,14 @@ def parse(argv: Sequence[str]) -> tuple[ExperimentConfig, pathlib.Path, bool]:
     default = Arguments(model, base.data, base.train, base.eval, base.parallel, base.name)
     about = f"Experiments: {', '.join(config_names())}"
     given = parse_settings(Arguments, argv, default, prog="experiments.train", description=about)
-    config = ExperimentConfig(base.name, given.model, given.data, given.train, given.eval, given.parallel)
+    training = given.train
+    if given.init_from is not None:
+        short, long = str(given.init_from), training.init_from
+        require(long in (None, short), f"--init_from={short} and --train.init_from={long} differ; give one of them")
+        training = dataclasses.replace(training, init_from=short)
+    if training.init_from is not None and not given.resume:
+        read_config(pathlib.Path(training.init_from))  # No log is read where there is no such run.
+    config = ExperimentConfig(base.name, given.model, given.data, training, given.eval, given.parallel)
     if not config.parallel.several_processes:  # They meet before any of them asks for its device.
         require_kernels(config.model)
     return config, given.run_dir or pathlib.Path("runs") / base.name, given.resume
@@ -84,9 +96,17 @@ def run(config: ExperimentConfig, run_dir: pathlib.Path, resume: bool, console: 
 
     rows, name = [], config.model.name
     results = trained(name, config, run_dir)
+    if not config.data.holds_out:
+        console.print(
+            f"data.split=none: every event trains, nothing validates or tests, and epoch {results['epochs']} is kept; "
+            "eval.baselines are left out",
+            soft_wrap=True,
+        )
+        console.print(f"run folder: {run_dir}", soft_wrap=True)
+        return
     if "time_off" in config.eval.baselines and (without_time := model_class(name).without_time) is not None:
         console.print("the same model with time off")
-        plain = dataclasses.replace(config, model=of_model(config.model, without_time))
+        plain = dataclasses.replace(config, model=of_model(config.model, without_time), train=_of_time_off(config))
         with only_writer(run_dir / "time_off"):
             trained(f"{name}, time off", plain, run_dir / "time_off")
     if "popularity" in config.eval.baselines:
@@ -95,6 +115,14 @@ def run(config: ExperimentConfig, run_dir: pathlib.Path, resume: bool, console: 
         write_results(run_dir, results | {"baselines": {name: metrics for name, metrics, _ in rows[1:]}})
     console.print(*final_tables(config, rows, results.get("seen_target_share")))
     console.print(f"run folder: {run_dir}", soft_wrap=True)
+
+
+def _of_time_off(config: ExperimentConfig) -> TrainConfig:
+    """The training of the model with time off, which begins with the one that was trained beside `train.init_from`."""
+    if config.train.init_from is None:
+        return config.train
+    beside = pathlib.Path(config.train.init_from) / "time_off"
+    return dataclasses.replace(config.train, init_from=str(beside) if (beside / CONFIG).is_file() else None)
 
 
 def program(argv: list[str]) -> int:

@@ -13,7 +13,7 @@ from tests.experiments.test_run_folder_fuzz import OPTIONS
 from tim4rec_jax.devices import device_line, require_kernels, taken_by
 from tim4rec_jax.models import build_model
 from tim4rec_jax.run_dir import read_config
-from tim4rec_jax.serving.stored_run import load_model
+from tim4rec_jax.training.stored_run import load_model
 
 ONE_LAYER = "--model.num_layers=1"
 

@@ -26,10 +26,10 @@ from tim4rec_jax.models import (
 from tim4rec_jax.run_dir import CHECKPOINTS
 from tim4rec_jax.serving import user_table
 from tim4rec_jax.serving.recommender import Recommender
-from tim4rec_jax.serving.stored_run import load_log, load_model
 from tim4rec_jax.serving.streaming import earlier_fingerprint
 from tim4rec_jax.serving.user_table import Event, UserTable
 from tim4rec_jax.training.checkpoint import Checkpointer
+from tim4rec_jax.training.stored_run import load_log, load_model
 
 # The part "model" of a config.json as it was.
 EARLIER = json.loads("""{

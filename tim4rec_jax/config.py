@@ -57,6 +57,8 @@ class TrainConfig:
         window at once, with short histories packed into one row, which needs a causal model.
       window_context: positions of a later window of a long history that are read and not trained on again, so that
         every target has at least this much before it; None is half of max_len.
+      init_from: run folder whose best parameters are begun with, in place of initial values: of the same model and
+        settings, on a log that may have other users and items.
       seed: of initial values, shuffling, dropout and negatives.
       patience: validations in a row without improvement that stop training.
       length_groups: static lengths a batch's rows are grouped into; 1 pads every row to max_len. Not read with
@@ -89,6 +91,7 @@ class TrainConfig:
     loss_in_tiles: bool = False
     positions: Positions = "last"
     window_context: int | None = None
+    init_from: str | None = None
     seed: int = 2020
     patience: int = 20
     length_groups: int = 6

@@ -17,7 +17,7 @@ Duplicates = Literal["keep", "first", "last"]
 BadRows = Literal["refuse", "skip"]
 TimestampPrecision = Literal["int64", "float32"]
 TimestampChoice = Literal[TimestampPrecision, "published"]
-SplitName = Literal["leave_one_out", "temporal", "given"]
+SplitName = Literal["leave_one_out", "temporal", "given", "none"]
 TemporalTargets = Literal["last", "first", "all"]
 # Earlier names of published logs, as run folders and commands have them.
 DATA_ALIASES = {"ml1m": "ml-1m", "ml100k": "ml-100k", "amazon-beauty": "beauty", "amazon-video-games": "videogames"}
@@ -198,7 +198,8 @@ class DataConfig:
         seconds; "float32" rounds them first, to 64 or 128 s, as the original program does; "published" is "float32"
         where the log is the data set that `name` says, by its published counts after 5-core, and else "int64".
       split: "leave_one_out" gives every user's last event to the test and the one before to validation; "temporal"
-        cuts all users at the same two moments; "given" reads the parts from files called train, valid and test.
+        cuts all users at the same two moments; "given" reads the parts from files called train, valid and test; "none"
+        trains on every event, without validation and test: the last epoch is what is kept.
       valid_share, test_share: of all events, the shares whose times a temporal split gives to validation and test.
       valid_from, test_from: the cuts of a temporal split instead of shares, as in 2000-12-01 or 2000-12-01T08:30:00.
       temporal_targets: which events of a user in either later period, or file, are predicted: the "last", the "first"
@@ -265,8 +266,13 @@ class DataConfig:
         self._check_cuts()
 
     @property
+    def holds_out(self) -> bool:
+        """Whether anything is kept from training, to validate and test."""
+        return self.split != "none"
+
+    @property
     def min_events(self) -> int:
-        """Least events of a user: to leave one out, one each to train, validate and test; any for a cut in time."""
+        """Least events of a user: to leave one out, one each to train, validate and test; else any."""
         return 3 if self.split == "leave_one_out" else 1
 
     @property

@@ -14,7 +14,9 @@ import polars as pl
 from tim4rec_jax.config import DataConfig, EvalConfig, ExperimentConfig, TrainConfig
 from tim4rec_jax.data.columns import FILE_ORDER
 from tim4rec_jax.data.interactions import InteractionLog, load_log
+from tim4rec_jax.model_config import ModelConfig
 from tim4rec_jax.models import model_class
+from tim4rec_jax.run_dir import read_config
 from tim4rec_jax.serving.history_file import HistoryLine, asked_history, table_of_lists, top_k
 from tim4rec_jax.serving.recommender import Recommender
 from tim4rec_jax.serving.rules import Rules, allowed_items
@@ -42,7 +44,7 @@ class FittedRun:
 
     @property
     def metrics(self) -> dict[str, dict[str, float]]:
-        """Metrics of the best epoch, {"valid": {"ndcg@10": ...}, "test": ...}."""
+        """Metrics of the best epoch, {"valid": {"ndcg@10": ...}, "test": ...}; none where every event trained."""
         return {part: self.results[part] for part in ("valid", "test")}
 
     @cached_property
@@ -99,16 +101,18 @@ class FittedRun:
         parts = [
             f"  {part}: " + ", ".join(f"{name} {value:.4f}" for name, value in values.items())
             for part, values in self.metrics.items()
-        ]
+            if values
+        ] or ["  every event trained, so nothing is measured"]
         return "\n".join([f"FittedRun: {self.config.name}, {about}", *parts])
 
 
 def fit(
     log: InteractionLog | ExperimentConfig,
-    model: str | ExperimentConfig = "tim4rec_causal",
+    model: str | ExperimentConfig | None = None,
     *,
     run_dir: str | pathlib.Path | None = None,
     resume: bool = False,
+    init_from: FittedRun | str | pathlib.Path | None = None,
     **settings: Any,
 ) -> FittedRun:
     """Trains a model on a log, tests its best epoch and leaves a run folder.
@@ -119,10 +123,13 @@ def fit(
 
     Args:
       log: from `load_log`; or all settings of an experiment, whose log is then read.
-      model: name of a model, see `MODELS`; or all settings of an experiment, for this log.
+      model: name of a model, see `MODELS`, or all settings of an experiment, for this log; None is the model of
+        `init_from`, else "tim4rec_causal".
       run_dir: new folder; None is the first of runs/<name>-1, runs/<name>-2 .. that is not there, by the name of the
         model or the experiment.
       resume: go on with the run in `run_dir`, which must have been begun with the same settings.
+      init_from: a run whose parameters are begun with, see `TrainConfig`; unless `model` holds all settings, those of
+        its model are taken.
       **settings: by their names in the settings of the model, then of `TrainConfig`, `EvalConfig`, `ParallelConfig`,
         and for the split of `DataConfig`: epochs=5, d_model=128, seed=1, progress=False, split="temporal" ...
 
@@ -143,7 +150,13 @@ def fit(
         )
     if log.num_rows == 0:
         raise ValueError("the log has 0 events; give one with events of several users")
-    config = _with_settings(_default_config(log, model) if isinstance(model, str) else model, settings)
+    begun = None
+    if init_from is not None:
+        folder = init_from.run_dir if isinstance(init_from, FittedRun) else pathlib.Path(init_from)
+        begun, settings = read_config(folder).model, settings | {"init_from": str(folder)}
+    if model is None:
+        model = begun.name if begun is not None else "tim4rec_causal"
+    config = _with_settings(_default_config(log, model, begun) if isinstance(model, str) else model, settings)
     if run_dir is None and resume:
         raise ValueError("resume=True goes on with a run: give run_dir, its folder")
     if run_dir is None and jax.process_count() > 1:
@@ -161,11 +174,13 @@ def _free_folder(name: str) -> pathlib.Path:
     return folder
 
 
-def _default_config(log: InteractionLog, model: str) -> ExperimentConfig:
-    """Returns settings that suit a model and a log."""
+def _default_config(log: InteractionLog, model: str, begun: ModelConfig | None) -> ExperimentConfig:
+    """Returns settings that suit a model and a log, and a run of that model that is begun with."""
     settings, packable = model_class(model).Config(), model_class(model).packable
     lengths = np.diff(log.offsets)
     longest = int(np.clip(lengths.max() - 1, 2, LONGEST if packable else settings.max_len))
+    if begun is not None and begun.name == model:
+        settings, longest = begun, begun.max_len
     examples = int(np.maximum(lengths - 3, 0).sum()) if not packable else int(lengths.sum()) // longest
     batch_size = int(np.clip(examples // STEPS_PER_EPOCH, 1 if packable else 32, LARGEST_BATCH))
     schedule: dict[str, Any] = (

@@ -19,8 +19,8 @@ from tim4rec_jax.evaluation.metrics import hit, mrr, ndcg, summarise
 from tim4rec_jax.evaluation.seen_targets import measured
 from tim4rec_jax.evaluation.significance import compare_with_best
 from tim4rec_jax.run_dir import read_environment, read_results, read_test_ranks
-from tim4rec_jax.serving.stored_run import load_log
 from tim4rec_jax.training.logging import read_metrics
+from tim4rec_jax.training.stored_run import load_log
 
 METRICS = {"hit": hit, "ndcg": ndcg, "mrr": mrr}
 _RUN_FACTS = (

@@ -14,9 +14,10 @@ from experiments.cli import OptionParser, nearest, parse_settings
 from experiments.configs import DATA_NAMES, MODEL_NAMES, load_config
 from experiments.family import RECIPES, exact_order, file_name
 from experiments.runs import FREE as FREE_BETWEEN_CALLS
-from experiments.runs import differences, parse_seeds, require_one_process
+from experiments.runs import differences, parse_seeds, require_comparable
 from tim4rec_jax.checks import listed, require
 from tim4rec_jax.config import DataConfig, EvalConfig, ExperimentConfig, ParallelConfig, TrainConfig, flat
+from tim4rec_jax.data.splits import require_held_out
 from tim4rec_jax.data_config import DATA_ALIASES
 from tim4rec_jax.model_config import ModelConfig
 from tim4rec_jax.models import MODELS, import_model_module
@@ -224,8 +225,9 @@ def _resolved(base: ExperimentConfig, arguments: Arguments) -> ExperimentConfig:
         raise ValueError("--eval.baselines is not for comparisons: popularity and Markov stand beside all models")
     # Measured once for all runs; what costs a training of its own is a model of the comparison.
     measured = dataclasses.replace(arguments.eval, baselines=("popularity",))
-    require_one_process(arguments.parallel)
-    return ExperimentConfig(base.name, arguments.model, arguments.data, settings, measured, arguments.parallel)
+    config = ExperimentConfig(base.name, arguments.model, arguments.data, settings, measured, arguments.parallel)
+    require_comparable(config, "experiments.compare")
+    return config
 
 
 def _differing(settings: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -376,6 +378,7 @@ def parse_rows(argv: Sequence[str]) -> tuple[RowArguments, Plan]:
     _require_same_test(list(folders.values()))
     configs = {name: read_config(next(iter(by_seed.values()))) for name, by_seed in rows.items()}
     first = next(iter(configs.values()))
+    require_held_out(first.data, "experiments.compare --rows")
     own = _differing({name: _without_seed(config) for name, config in configs.items()})
     metric = require_metric(arguments.metric or first.eval.monitor, first)
     seeds = tuple(sorted({seed for _, seed in folders}))

@@ -25,9 +25,9 @@ from tim4rec_jax.interop import params_from_torch
 from tim4rec_jax.interop.settings import upstream_from_config
 from tim4rec_jax.models import TiM4RecConfig, last_hidden
 from tim4rec_jax.run_dir import read_config, read_environment
-from tim4rec_jax.serving.stored_run import load_log, load_model
 from tim4rec_jax.training.logging import read_metrics
 from tim4rec_jax.training.loop import train
+from tim4rec_jax.training.stored_run import load_log, load_model
 
 ITEMS = 12
 SMALL = TiM4RecConfig(vocab_size=ITEMS + 1, max_len=10, d_model=16, num_layers=1, d_state=4, head_dim=16)

@@ -13,8 +13,8 @@ from tests.data.test_event_order import newest_first, write_csv
 from tim4rec_jax.data import catalog
 from tim4rec_jax.data.splits import split_log
 from tim4rec_jax.run_dir import read_config, read_histories, read_items, read_test_ranks
-from tim4rec_jax.serving import stored_run
 from tim4rec_jax.serving.recommender import Recommender
+from tim4rec_jax.training import stored_run
 
 TINY = [
     "--model.num_layers=1",

@@ -12,8 +12,8 @@ from experiments import evaluate, recommend, train
 from experiments.cli import run_program
 from tim4rec_jax.data.interactions import load_log
 from tim4rec_jax.run_dir import BAD_ROWS, read_config, read_histories, read_results
-from tim4rec_jax.serving import stored_run
-from tim4rec_jax.serving.stored_run import evaluate_run
+from tim4rec_jax.training import stored_run
+from tim4rec_jax.training.stored_run import evaluate_run
 
 README = pathlib.Path(__file__).resolve().parents[2] / "experiments" / "README.md"
 EVENTS = [("7", item, 1_599_999_960 + 60 * n) for n, item in enumerate("baccad")]

@@ -28,11 +28,11 @@ from tim4rec_jax.run_dir import (
     read_results,
     read_test_ranks,
 )
-from tim4rec_jax.serving import stored_run
-from tim4rec_jax.serving.stored_run import evaluate_run
+from tim4rec_jax.training import stored_run
 from tim4rec_jax.training.checkpoint import Checkpointer
 from tim4rec_jax.training.logging import read_metrics
 from tim4rec_jax.training.loop import Session, Setup
+from tim4rec_jax.training.stored_run import evaluate_run
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 SMALL = [
@@ -232,7 +232,7 @@ def _state(folder: pathlib.Path) -> tuple[int, list[np.ndarray]]:
 
 
 def _template(folder, config):
-    from tim4rec_jax.serving.stored_run import load_log
+    from tim4rec_jax.training.stored_run import load_log
 
     return Setup(config, load_log(folder)).init_state()
 

@@ -13,7 +13,7 @@ from tim4rec_jax.data.splits import leave_one_out
 from tim4rec_jax.evaluation.full_sort import evaluate
 from tim4rec_jax.models import build_model
 from tim4rec_jax.run_dir import write_results
-from tim4rec_jax.serving.stored_run import load_model
+from tim4rec_jax.training.stored_run import load_model
 
 CONFIG = make_config()
 EXCLUDING = dataclasses.replace(CONFIG, eval=dataclasses.replace(CONFIG.eval, exclude_seen=True))

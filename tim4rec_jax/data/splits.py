@@ -149,8 +149,8 @@ class Split:
 
     Attributes:
       train: every prefix of length >= 1 of a user's training part.
-      valid: what validates.
-      test: what tests.
+      valid: what validates; nothing where every event trains.
+      test: what tests; likewise.
       first_held_out: one example per user, the first event that is not trained on; its end is 0 for a user without
         training events, and the number of events for one with nothing else.
       report: of a temporal split, or one by files.
@@ -179,6 +179,8 @@ def split_log(log: InteractionLog, config: DataConfig) -> Split:
         return leave_one_out(log)
     if config.split == "given":
         return given_split(log, targets=config.temporal_targets)
+    if config.split == "none":
+        return everything(log)
     if config.valid_from is not None and config.test_from is not None:
         cuts = parse_time(config.valid_from, "data.valid_from"), parse_time(config.test_from, "data.test_from")
     else:
@@ -186,10 +188,29 @@ def split_log(log: InteractionLog, config: DataConfig) -> Split:
     return temporal_split(log, *cuts, targets=config.temporal_targets)
 
 
+def require_held_out(config: DataConfig, what: str) -> None:
+    """Refuses to measure where nothing is held out.
+
+    Args:
+      config: reads split.
+      what: wants to measure; the message begins with it.
+
+    Raises:
+      ValueError: for `data.split=none`.
+    """
+    if not config.holds_out:
+        raise ValueError(
+            f"{what} measures on what training has not seen, and data.split=none trains on every event; use another "
+            "data.split to measure"
+        )
+
+
 def describe(config: DataConfig) -> str:
     """Returns how `split_log` splits, in words."""
     if config.split == "leave_one_out":
         return "leave one out"
+    if config.split == "none":
+        return "nothing held out"
     targets = {"last": "the last event", "first": "the first event", "all": "every event"}[config.temporal_targets]
     if config.split == "given":
         return f"files already split ({targets} of a user and file)"
@@ -225,6 +246,18 @@ def leave_one_out(log: InteractionLog) -> Split:
         valid=valid,
         test=Examples(users, (counts - 1).astype(np.int32)),
         first_held_out=valid,
+    )
+
+
+def everything(log: InteractionLog) -> Split:
+    """Trains on every event of a cleaned log: a user with n events gives the targets e_1 .. e_{n-1}."""
+    counts = np.diff(log.offsets)
+    nothing = np.zeros(0, np.int32)
+    return Split(
+        train=_examples(np.ones_like(counts), counts),
+        valid=Examples(nothing, nothing),
+        test=Examples(nothing, nothing),
+        first_held_out=Examples(np.arange(len(counts), dtype=np.int32), counts.astype(np.int32)),
     )
 
 

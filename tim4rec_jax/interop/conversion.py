@@ -31,10 +31,10 @@ from tim4rec_jax.interop.torch_checkpoint_file import StateDict, read_state_dict
 from tim4rec_jax.model_config import MixerConfig, ModelConfig
 from tim4rec_jax.models import model_class
 from tim4rec_jax.run_dir import CHECKPOINTS, ENVIRONMENT, create_run, read_config, read_environment, read_items
-from tim4rec_jax.serving.stored_run import load_model
 from tim4rec_jax.training.checkpoint import Checkpointer
 from tim4rec_jax.training.progress import Progress
 from tim4rec_jax.training.step import TrainState, make_optimizer
+from tim4rec_jax.training.stored_run import load_model
 
 _TABLE = "item_embedding.weight"
 # Settings of speed and of training.

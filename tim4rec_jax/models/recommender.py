@@ -73,6 +73,7 @@ class SequentialModel(nn.Module, Generic[Settings]):
       uses_time: timestamps change the output.
       whole_seconds: they must be exact (`data.timestamp_precision`).
       without_time: name of the model that is this one without its time branch.
+      by_item: names of the parameters that have a row per item, padding's first; a run on another log maps their rows.
       Config: class of the settings, the model's own beside those that all models read.
     """
 
@@ -86,6 +87,7 @@ class SequentialModel(nn.Module, Generic[Settings]):
     uses_time: ClassVar[bool] = False
     whole_seconds: ClassVar[bool] = False
     without_time: ClassVar[str | None] = None
+    by_item: ClassVar[tuple[str, ...]] = ("item_embedding",)
 
     def setup(self) -> None:
         self.item_embedding = item_embedding(self.config)

@@ -21,7 +21,7 @@ from tim4rec_jax.evaluation.metrics import check_top_k
 from tim4rec_jax.models import apply_method, last_hidden, variables
 from tim4rec_jax.run_dir import read_earlier_model_settings, read_histories, read_items
 from tim4rec_jax.serving.ranking import best_columns, items_left, next_power_of_two, padded_lists, score_rows
-from tim4rec_jax.serving.stored_run import load_model, training_counts
+from tim4rec_jax.training.stored_run import load_model, training_counts
 
 BATCH_TOKENS = 2**15
 SHORTEST_LENGTH = 8

@@ -286,7 +286,8 @@ def plot_training_curves(run_dir: pathlib.Path, *, monitor: str = "ndcg@10") -> 
     valid = [line for line in lines if line["kind"] == "valid"]
     if not train and not valid:
         raise ValueError(f"{pathlib.Path(run_dir) / METRICS} has no train or valid line to draw")
-    if lacking := [line for line in valid if monitor not in line]:
+    measured = [line for line in valid if any("@" in name for name in line)]  # Nothing is, where every event trains.
+    if lacking := [line for line in measured if monitor not in line]:
         raise ValueError(f"the valid line of epoch {lacking[0]['epoch']} lacks {monitor}; it has {sorted(lacking[0])}")
     figure = Figure(figsize=(16, 4))
     FigureCanvasAgg(figure)
@@ -296,7 +297,7 @@ def plot_training_curves(run_dir: pathlib.Path, *, monitor: str = "ndcg@10") -> 
     loss.plot([line["step"] for line in train], [line["loss"] for line in train], linewidth=1)
     loss.set(title="training loss", xlabel="step")
     epochs = [line["epoch"] for line in valid]
-    best = max(valid, key=lambda line: (round(line[monitor], 4), line["epoch"]), default=None)
+    best = max(measured, key=lambda line: (round(line[monitor], 4), line["epoch"]), default=None)
     for panel, metric in zip(panels, ("hit", "ndcg", "mrr"), strict=True):
         panel.set(title=f"validation {metric}", xlabel="epoch")
         panel.xaxis.get_major_locator().set_params(integer=True)

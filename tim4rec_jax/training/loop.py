@@ -49,7 +49,7 @@ from tim4rec_jax.run_dir import (
     write_test_ranks,
 )
 from tim4rec_jax.run_environment import processors_allowed
-from tim4rec_jax.training.checkpoint import Checkpointer
+from tim4rec_jax.training.checkpoint import Checkpointer, leaves_on_host
 from tim4rec_jax.training.logging import (
     MetricLogger,
     TrainingProgress,
@@ -70,6 +70,7 @@ from tim4rec_jax.training.step import (
     train_step,
     train_steps,
 )
+from tim4rec_jax.training.warm_start import WarmStart, require_fits, warm_params
 
 # Drawing takes as long as an epoch of a small log.
 SECONDS_BETWEEN_CURVES = 10.0
@@ -109,6 +110,8 @@ def train(
     """
     require_kernels(config.model)
     given, config = config, with_data(config, log)
+    if config.train.init_from is not None and not (resume and has_begun(run_dir)):
+        require_fits(pathlib.Path(config.train.init_from), build_model(config.model))
     require_same_start(config, log.fingerprint)
     setup = Setup(config, log)
     with _session(setup, pathlib.Path(run_dir), resume, stop_requests) as session:
@@ -125,6 +128,8 @@ def train(
         state, progress = setup.init_state(), Progress(stop=EarlyStop(config.train.patience))
         if resume:
             state, progress = _restore(session, state, progress)
+        if config.train.init_from is not None and progress.step == 0:
+            state = _warm_started(session, state)
         while not progress.finished:
             state = _train_epoch(session, state, progress)
             progress = _validate_epoch(session, state, progress)
@@ -172,8 +177,11 @@ class Setup:
         self.config, self.log = config, log
         self.split: Split = split_log(log, config.data)
         if len(self.split.train) == 0:
-            raise ValueError("the log has 0 training examples: every user has 3 events or fewer; give longer histories")
-        if len(self.split.test.users) == 0:
+            least = 3 if config.data.split == "leave_one_out" else 1
+            raise ValueError(
+                f"the log has 0 training examples: every user has {least} events or fewer; give longer histories"
+            )
+        if config.data.holds_out and len(self.split.test.users) == 0:
             raise ValueError("the log has 0 test targets; give more users, or longer histories")
         self.model: SequentialModel = build_model(config.model)
         # Beside the parameters: with them they are saved and evaluated, and no step changes them.
@@ -190,9 +198,11 @@ class Setup:
         self.schedule = learning_rate_schedule(config.train, self.total_steps)
         self.optimizer = make_optimizer(config.train, self.total_steps)
         self.groups = self._plan_groups()
-        # Known now rather than after training, if nothing is left to test.
-        measured(log, self.split.test, config.eval)
-        self.validate = FullSortEvaluator(self.model, log, self.split.valid, config, mesh=self.layout.mesh)
+        self.validate = None
+        if config.data.holds_out:
+            # Known now rather than after training, if nothing is left to test.
+            measured(log, self.split.test, config.eval)
+            self.validate = FullSortEvaluator(self.model, log, self.split.valid, config, mesh=self.layout.mesh)
 
     def _plan_groups(self) -> tuple[LengthGroup, ...]:
         train, max_len = self.config.train, self.config.model.max_len
@@ -228,6 +238,7 @@ class Session:
 
     Attributes:
       has_stepped: an update was made, or was about to be.
+      begun: what is to be logged with the first step, for a run without a step leaves nothing.
     """
 
     def __init__(
@@ -242,6 +253,7 @@ class Session:
         self.setup, self.run_dir, self.config = setup, run_dir, setup.config
         self.bar, self.logger, self.checkpoints, self.stops = bar, logger, checkpoints, stops
         self.started, self.has_stepped = time.perf_counter(), False
+        self.begun: dict[str, Any] | None = None
         self.steps: dict[int, Any] = {}
         self.losses: list[Array] = []
         self.drawn = -math.inf
@@ -381,6 +393,24 @@ def _restore(session: Session, state: TrainState, progress: Progress) -> tuple[T
     return state, progress
 
 
+def _warm_started(session: Session, state: TrainState) -> TrainState:
+    """Returns the state before the first step with the parameters of `train.init_from`."""
+    setup, run = session.setup, pathlib.Path(str(session.config.train.init_from))
+
+    def read(fresh: Any) -> tuple[int, Any, dict[str, Any]]:
+        whole = [leaf.data for leaf in leaves_on_host(state.params).values()]
+        fresh = jax.tree.unflatten(jax.tree.structure(fresh), whole)
+        params, about = warm_params(run, setup.model, setup.log, setup.split, fresh, report=session.bar.report)
+        return about.step, params, dataclasses.asdict(about)
+
+    _, params, values = restored_everywhere(read, state.params) or (0, state.params, {})
+    lines = WarmStart(**values).lines(setup.split)
+    for line in lines:
+        session.bar.report(line)
+    session.begun = {"message": "; ".join(lines), "init_from": values}
+    return dataclasses.replace(state, params=setup.layout.shard(params))
+
+
 def _require_no_less(session: Session, progress: Progress) -> None:
     """Refuses to go on to an end that lies behind."""
     train, begun = session.config.train, progress.epoch if progress.batch else progress.epoch - 1
@@ -398,7 +428,8 @@ def _taken_up_again(session: Session, progress: Progress) -> Progress:
         return progress.next_epoch()
     # It ended inside an epoch, by train.max_steps, and was validated there; the epoch's own validation comes now.
     failures = progress.stop.failures
-    stop = progress.stop if progress.stop.improved else dataclasses.replace(progress.stop, failures=failures - 1)
+    unchanged = progress.stop.improved or progress.stop.best is None
+    stop = progress.stop if unchanged else dataclasses.replace(progress.stop, failures=failures - 1)
     return dataclasses.replace(progress, finished=False, stop=stop)
 
 
@@ -428,6 +459,9 @@ def _train_epoch(session: Session, state: TrainState, progress: Progress) -> Tra
             session.stops.keep_going()
             session.has_stepped = True
             state, losses = steps(state, setup.device_data, taken)
+            if session.begun is not None:
+                session.logger.log("event", step=0, **session.begun)
+                session.begun = None
             session.losses.append(losses)
             progress.batch += count
             progress.step += count
@@ -449,7 +483,7 @@ def _train_epoch(session: Session, state: TrainState, progress: Progress) -> Tra
 
 
 def _validate_epoch(session: Session, state: TrainState, progress: Progress) -> Progress:
-    """Validates, keeps the best, and returns where the next epoch starts."""
+    """Validates, if anything is held out, keeps the best, and returns where the next epoch starts."""
     logger, bar, monitor = session.logger, session.bar, session.config.eval.monitor
     session.fetch_losses(progress)
     seconds, rate = progress.seconds + bar.seconds, bar.examples_per_second
@@ -459,9 +493,12 @@ def _validate_epoch(session: Session, state: TrainState, progress: Progress) -> 
     # Whatever happens in validation then costs no epoch.
     session.save(state, progress, seconds)
     session.rest(progress)
-    result = session.setup.validate({**state.params, **session.setup.statistics})
-    return_freed_memory()
-    progress.stop = progress.stop.after(result.metrics[monitor], progress.epoch)
+    metrics, valid_seconds = {}, 0.0
+    if session.setup.validate is not None:
+        result = session.setup.validate({**state.params, **session.setup.statistics})
+        metrics, valid_seconds = result.metrics, result.seconds
+        return_freed_memory()
+        progress.stop = progress.stop.after(metrics[monitor], progress.epoch)
     total, count = progress.epoch_losses
     loss = total / max(count, 1)
     logger.log(
@@ -470,17 +507,18 @@ def _validate_epoch(session: Session, state: TrainState, progress: Progress) -> 
         epoch=progress.epoch,
         train_loss=loss,
         train_seconds=seconds,
-        valid_seconds=result.seconds,
+        valid_seconds=valid_seconds,
         examples_per_second=rate,
         resident_mb=resident,
         peak_resident_bytes=peak_resident_bytes(),
-        **result.metrics,
+        **metrics,
     )
-    shown = {monitor: result.metrics[monitor], "best": progress.stop.best}
+    shown = {monitor: metrics[monitor], "best": progress.stop.best} if metrics else {}
     bar.end_epoch(progress.epoch, loss=loss, seconds=seconds, rate=rate, metrics=shown)
-    if progress.stop.improved:
+    # Where nothing validates the last epoch counts as the best.
+    if progress.stop.improved or (not metrics and session.is_last(progress)):
         best = {**state.params, **session.setup.statistics}
-        session.checkpoints.save_best(progress.step, best, {"epoch": progress.epoch, "valid": result.metrics})
+        session.checkpoints.save_best(progress.step, best, {"epoch": progress.epoch, "valid": metrics})
     if session.is_last(progress):
         # The seconds are what a run that ended inside an epoch needs to go on with it.
         progress = dataclasses.replace(progress, finished=True, seconds=seconds)
@@ -494,18 +532,20 @@ def _validate_epoch(session: Session, state: TrainState, progress: Progress) -> 
 
 
 def _test(session: Session, state: TrainState, progress: Progress) -> dict[str, Any]:
-    """Tests the best epoch once and writes results.json; its costs are known to the process that writes."""
+    """Tests the best epoch once, if anything is held out, and writes results.json; costs are known to its writer."""
     setup, config, run_dir = session.setup, session.config, session.run_dir
     session.rest(progress)
     restored = restored_everywhere(session.checkpoints.restore_best, {**state.params, **setup.statistics})
     if restored is None:
         raise ValueError(f"{run_dir} has no best checkpoint; remove the folder and train again")
     step, params, info = restored
-    started = time.perf_counter()
-    test = FullSortEvaluator(setup.model, setup.log, setup.split.test, config, mesh=setup.layout.mesh)
-    result = test({**setup.layout.shard(params), **setup.statistics})
-    seconds = time.perf_counter() - started
-    session.logger.log("test", step=step, epoch=info["epoch"], seconds=seconds, **result.metrics)
+    metrics, ranked = {}, None
+    if config.data.holds_out:
+        started = time.perf_counter()
+        test = FullSortEvaluator(setup.model, setup.log, setup.split.test, config, mesh=setup.layout.mesh)
+        ranked = test({**setup.layout.shard(params), **setup.statistics})
+        metrics, seconds = ranked.metrics, time.perf_counter() - started
+        session.logger.log("test", step=step, epoch=info["epoch"], seconds=seconds, **metrics)
     results = {
         "model": config.model.name,
         "seed": config.train.seed,
@@ -514,15 +554,20 @@ def _test(session: Session, state: TrainState, progress: Progress) -> dict[str, 
         "steps": progress.step,
         "best_epoch": info["epoch"],
         "valid": info["valid"],
-        "test": result.metrics,
-        **result.measured.report(),
+        "test": metrics,
     }
+    if ranked is not None:
+        results |= ranked.measured.report()
+    begun_from = [line["init_from"] for line in read_metrics(run_dir) if "init_from" in line] if is_main() else []
+    if begun_from:
+        results["init_from"] = begun_from[-1]
     if setup.split.report:
         results["split"] = dataclasses.asdict(setup.split.report)
     if is_main():
         results |= _costs(run_dir)
         results["wall_seconds_of_this_process"] = time.perf_counter() - session.started
-        write_test_ranks(run_dir, setup.log.user_ids[result.measured.examples.users], result.ranks)
+        if ranked is not None:
+            write_test_ranks(run_dir, setup.log.user_ids[ranked.measured.examples.users], ranked.ranks)
         write_results(run_dir, results)
     return results
 

@@ -8,9 +8,21 @@ import jax
 import numpy as np
 import pytest
 
-from tests.serving.tiny_run import make_config, make_run
+from tests.serving.tiny_run import make_config, make_log, make_run
 from tim4rec_jax.run_dir import CHECKPOINTS
-from tim4rec_jax.serving.stored_run import load_log, load_model
+from tim4rec_jax.training.stored_run import load_log, load_model
+
+
+@pytest.fixture(scope="module")
+def log():
+    return make_log()
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, log):
+    path = tmp_path_factory.mktemp("runs") / "tiny"
+    make_run(path, log, make_config())
+    return path
 
 
 def test_log_comes_back_as_it_was(run, log):

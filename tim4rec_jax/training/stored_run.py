@@ -15,7 +15,7 @@ from tim4rec_jax.checks import require
 from tim4rec_jax.config import EvalConfig, ExperimentConfig
 from tim4rec_jax.data.columns import FILE_ORDER
 from tim4rec_jax.data.interactions import InteractionLog, LogStatistics
-from tim4rec_jax.data.splits import split_log, training_times
+from tim4rec_jax.data.splits import require_held_out, split_log, training_times
 from tim4rec_jax.devices import device_line, taken_by
 from tim4rec_jax.evaluation.baselines import popularity_counts
 from tim4rec_jax.evaluation.full_sort import EvaluationResult, evaluate
@@ -176,6 +176,7 @@ def evaluate_run(
       FileNotFoundError, ValueError, CheckpointError: the run cannot be read, or the settings do not fit it.
       FloatingPointError: the model's scores are not finite.
     """
+    require_held_out(read_config(run).data, f"evaluating {run}")
     stored, log = load_model(run, report=report), load_log(run)
     examples = getattr(split_log(log, stored.config.data), split)
     config = dataclasses.replace(stored.config, eval=evaluation or stored.config.eval)
