@@ -2,14 +2,18 @@
 
 import dataclasses
 import json
+import pathlib
+import re
+import shlex
 import shutil
+import subprocess
 
 import jax
 import numpy as np
 import polars as pl
 import pytest
 
-from experiments import compare, evaluate, recommend, sweep, train
+from experiments import compare, evaluate, recommend, stream, sweep, train
 from tests.serving.tiny_run import make_config, make_log, make_run
 from tim4rec_jax import fit, load_log
 from tim4rec_jax.data.splits import everything, split_log
@@ -22,6 +26,7 @@ from tim4rec_jax.training.stored_run import load_log as stored_log
 from tim4rec_jax.training.stored_run import load_model
 from tim4rec_jax.training.warm_start import warm_params
 
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 QUICK = ["--train.progress=false", "--train.tensorboard=false"]
 SMALL = ["--model.d_model=8", "--model.d_state=4", "--model.head_dim=8", "--model.num_layers=1", "--model.max_len=12"]
 
@@ -231,6 +236,32 @@ def test_prefixes_of_everything(loader, tmp_path, days):
     assert sorted(pairs) == [("a", 1), ("b", 1), ("b", 2)]
     pl.DataFrame({"user": ["a", "b"], "item": ["x", "y"], "timestamp": [0, 1]}).write_csv(tmp_path / "short.csv")
     assert train.main(command(tmp_path / "short.csv", tmp_path / "none", *options)) == 2
+
+
+def test_the_walk_through(tmp_path, monkeypatch, capsys):
+    """The commands of the README as they stand there, on small logs with users and items that come and go."""
+    monkeypatch.chdir(tmp_path)
+    first = events(range(30), range(1, 21), per_user=12).with_columns(pl.col("user").replace({"u0": "alice"}))
+    later = events(range(20, 40), range(5, 26), first=9, per_user=12, seed=1)
+    first.write_csv("day1.csv")
+    pl.concat([first, later]).write_csv("day2.csv")
+    pathlib.Path("questions.jsonl").write_text('{"user": "u35", "recommend": 3}\n')
+    text = (ROOT / "experiments" / "README.md").read_text(encoding="utf-8")
+    [commands] = re.findall(r"<!-- day by day -->\n```bash\n(.*?)```", text, re.DOTALL)
+    lists = []
+    for line in commands.splitlines():
+        words = shlex.split(line)
+        if words[0] == "ln":
+            subprocess.run(words, check=True)
+            continue
+        name = words[2].removeprefix("experiments.")
+        short = [*SMALL, *QUICK, "--train.epochs=1", "--eval.baselines", "popularity"] if name == "train" else []
+        assert {"train": train, "recommend": recommend, "stream": stream}[name].main([*words[3:], *short]) == 0, words
+        shown = capsys.readouterr().out
+        lists += [shown] if name == "recommend" else []
+        if name == "stream":
+            assert [item["item"] for item in json.loads(shown.splitlines()[-1])["items"]]
+    assert lists[0] == lists[1] and read_config(tmp_path / "runs" / "day2").train.init_from == "runs/day1"
 
 
 def test_in_python(days, tmp_path, monkeypatch):
