@@ -7,6 +7,7 @@
     python -m experiments.benchmark logs --rows=1e6,5e6,2e7 --output=logs.json
     python -m experiments.benchmark memory --output=memory.json
     python -m experiments.benchmark stream_kills --output=kills.json
+    python -m experiments.benchmark nearest_items --items=1e5,1e6 --output=nearest_items.json
     python -m experiments.benchmark daily --config=ml100k_tim4rec_causal --days=5 --output=daily.json
     python -m experiments.benchmark gpu --plan=ten-minutes --output=gpu.json
     python -m experiments.benchmark catalogue --items=1e6,1e7 --shards=1,8 --output=catalogue.json
@@ -19,6 +20,7 @@
 `logs` makes Parquet logs of several sizes and measures memory and speed from the file to training batches.
 `memory` reads resident memory and compiled programs over many saves, questions, streamed events and training epochs.
 `stream_kills` kills experiments.stream again and again and compares what it leaves with an unkilled run.
+`nearest_items` measures an index of the items: what it misses, and its time against ranking all of them.
 `daily` cuts a log into days and trains each day's model from initial values and from yesterday's parameters.
 `gpu` checks the GPU kernels and times everything that a GPU runs; the same --output goes on where a call ended, and a
 wrong result makes the exit code 1 (see experiments/benchmarks/gpu.py). `catalogue` asks XLA for the
@@ -39,6 +41,7 @@ from experiments.benchmarks import (
     data,
     gpu,
     memory,
+    nearest_items,
     operator_speed,
     serving,
     stream_kills,
@@ -56,6 +59,7 @@ BENCHMARKS = {
     "memory": memory.run,
     "stream_kills": stream_kills.run,
     "daily": daily.run,
+    "nearest_items": nearest_items.run,
     "gpu": gpu.run,
     "catalogue": catalogue.run,
     "sampled": catalogue.run_sampled,

@@ -11,6 +11,13 @@ ids, embeddings and titles, and export.json, which says what goes in and what co
     allowed = numpy.load("exported/allowed.npy")    # what --allow, --deny and --where leave; any other mask will do
     best, scores = program.call(parameters, items, lengths, timestamps, excluded, allowed)
 
+With --ann=usearch there is an index of all items for catalogues that are too large to rank whole, and encode.jax_export
+for what it is asked with; scores are inner products, and what rules leave out is taken from a longer list:
+
+    index = usearch.index.Index.restore("exported/items.usearch")
+    index.expansion_search = description["ann"]["expansion_search"]
+    nearest = index.search(numpy.asarray(encode.call(parameters, items, lengths, timestamps)), 10).keys
+
 `excluded` holds what a user has seen, if that is to be left out. items.parquet has the embeddings, whose cosines say
 which items are alike, and training_events, the popularity, for users without a history.
 JAX promises to read such files for six months after the release that wrote them; export anew after that.
@@ -25,6 +32,7 @@ from rich.table import Table
 
 from experiments.cli import note, parse_settings, program, table
 from tim4rec_jax.serving.export import export_model
+from tim4rec_jax.serving.item_index import RECALL_AT
 from tim4rec_jax.serving.recommender import Recommender
 from tim4rec_jax.serving.rules import RuleOptions, rules_from_options
 
@@ -37,12 +45,14 @@ class Arguments(RuleOptions):
       run: the run folder.
       output: folder to write; must not exist.
       k: items of a list.
+      ann: library of an index for approximate search, whose recall is measured; None for none.
       platforms: what the programs can run on, some of cpu, cuda, rocm and tpu.
     """
 
     run: pathlib.Path
     output: pathlib.Path
     k: int = 10
+    ann: Literal["usearch"] | None = None
     platforms: tuple[Literal["cpu", "cuda", "rocm", "tpu"], ...] = ("cpu", "cuda", "tpu")
 
 
@@ -60,7 +70,12 @@ def run(arguments: Arguments) -> Table:
     recommender = Recommender.from_run(arguments.run, report=note)
     rules = rules_from_options(arguments, recommender.index_of_item, report=note)
     description = export_model(
-        recommender, arguments.output, k=arguments.k, platforms=arguments.platforms, allowed=rules.allowed
+        recommender,
+        arguments.output,
+        k=arguments.k,
+        platforms=arguments.platforms,
+        allowed=rules.allowed,
+        ann=arguments.ann is not None,
     )
     calls = {written["file"]: written["call"] for written in description["programs"].values()}
     rows = [
@@ -68,7 +83,13 @@ def run(arguments: Arguments) -> Table:
         for file in sorted(arguments.output.iterdir())
     ]
     title = f"{arguments.output}, for {', '.join(description['platforms'])}"
-    return table(("file", "KB", "call"), rows, title=title, left=(0, 2))
+    caption = ""
+    if index := description.get("ann"):
+        caption = (
+            f"{index['file']}: recall@{RECALL_AT} {index[f'recall_at_{RECALL_AT}']:.4f} after {index['queries']:,} "
+            f"users' histories, with expansion_search={index['expansion_search']}"
+        )
+    return table(("file", "KB", "call"), rows, title=title, caption=caption, left=(0, 2))
 
 
 @program

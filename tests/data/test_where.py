@@ -9,7 +9,7 @@ import pytest
 
 from tests.data.test_odd_input import loaded
 from tests.data.test_readers import with_frame
-from tim4rec_jax.data.interactions import clean
+from tim4rec_jax.data.interactions import clean, load_log
 from tim4rec_jax.data.log_files import LogColumns, find_log
 from tim4rec_jax.data.readers import Rules, read_frame, read_log
 from tim4rec_jax.data_config import DataConfig, parse_where
@@ -171,3 +171,12 @@ def test_duplicates(rows, which):
     if which != "keep":
         assert log.statistics.dropped[f"repeated (user, item) rows, the {which} kept"] == len(rows) - len(best)
         assert log.statistics.duplicates == 0
+
+
+@pytest.mark.parametrize(
+    "setting", [{"where": "time<5"}, {"order": "file"}, {"time_unit": "ms"}, {"columns": "2,1,3"}, {"format": "csv"}]
+)
+def test_a_generated_log_is_not_read(setting):
+    [(name, value)] = setting.items()
+    with pytest.raises(ValueError, match=f"data.{name}={value} is of reading files, and data.name=synthetic"):
+        load_log(DataConfig(**setting))

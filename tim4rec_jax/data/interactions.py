@@ -295,6 +295,18 @@ def with_precision(config: DataConfig, log: InteractionLog) -> DataConfig:
     return dataclasses.replace(config, timestamp_precision=log.statistics.timestamp_precision)
 
 
+def _require_nothing_of_files(config: DataConfig) -> None:
+    """Refuses settings of reading where a log is generated."""
+    settings = {*_OF_READING, "item_path", "format", "columns", "user_column", "item_column", "time_column"}
+    for name in sorted(settings - {"duplicates"}):
+        value = getattr(config, name)
+        require(
+            value == getattr(DataConfig, name),
+            f"data.{name}={value} is of reading files, and data.name=synthetic makes its log; leave it out, or give "
+            "data.path",
+        )
+
+
 def _load(
     config: DataConfig, precision: TimestampPrecision, frame: pl.DataFrame | None, console: Console
 ) -> InteractionLog:
@@ -316,6 +328,7 @@ def _load(
     if frame is not None:
         log = clean(read_frame(frame, None if usual else columns, rules=reading), **rules)
     elif config.path is None and config.name == "synthetic":
+        _require_nothing_of_files(config)
         return clean(generate(config.synthetic), **rules)
     else:
         sources, log_format = _locate(config, columns, console)

@@ -17,12 +17,16 @@ from jax import export
 from tim4rec_jax.evaluation.metrics import check_top_k
 from tim4rec_jax.files import locked, replacing_folder
 from tim4rec_jax.models import apply_method, build_model, last_hidden, variables
+from tim4rec_jax.serving.item_index import RECALL_AT, require_usearch, write_index
 from tim4rec_jax.serving.ranking import best_columns
 from tim4rec_jax.serving.recommender import Recommender
 
 EXPORT_FORMAT = 2
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 PARAMETERS, ITEMS, ALLOWED, DESCRIPTION = "parameters.npz", "items.parquet", "allowed.npy", "export.json"
+INDEX = "items.usearch"
+# Users whose stored histories measure an index.
+MEASURED_USERS = 1000
 
 _MEANINGS = {
     "parameters": f"the arrays of {PARAMETERS} by name",
@@ -34,7 +38,7 @@ _MEANINGS = {
     "state": "all zeros before the first event; give back what the last call returned",
     "item": "index of the new event's item",
     "timestamp": "seconds since 1970 of the new event, never before the history's last",
-    "hidden": "what top_k ranks from",
+    "hidden": "what top_k ranks from, and an index of the items is asked with",
     "best": "indices of the best items, best first; 0 where fewer than k are left",
     "scores": "their scores, logits; minus infinity where fewer than k are left",
 }
@@ -71,7 +75,7 @@ def _row_by_row(function: Callable[..., Any]) -> Callable[..., Any]:
     return jax.vmap(one)
 
 
-def _programs(recommender: Recommender, k: int) -> dict[str, _Program]:
+def _programs(recommender: Recommender, k: int, *, ann: bool) -> dict[str, _Program]:
     model, params, max_len = _portable(recommender.model), recommender.params, recommender.max_len
     config = model.config
     time_dtype = jnp.float32 if recommender.config.data.timestamp_precision == "float32" else jnp.int32
@@ -92,11 +96,14 @@ def _programs(recommender: Recommender, k: int) -> dict[str, _Program]:
         best, indices, _ = best_columns(scores, excluded, k, allowed)
         return jnp.where(best > -jnp.inf, indices, 0).astype(jnp.int32), best
 
-    def recommend(parameters: Any, items: Any, lengths: Any, *rest: Any) -> tuple[jax.Array, jax.Array]:
-        def encode(items: Any, lengths: Any, timestamps: Any = None) -> jax.Array:
+    def encode(parameters: Any, items: Any, lengths: Any, *timestamps: Any) -> jax.Array:
+        def of_rows(items: Any, lengths: Any, timestamps: Any = None) -> jax.Array:
             return last_hidden(model, collections(parameters), items, lengths, timestamps)
 
-        return rank(parameters, _row_by_row(encode)(items, lengths, *rest[:-2]), *rest[-2:])
+        return _row_by_row(of_rows)(items, lengths, *timestamps)
+
+    def recommend(parameters: Any, items: Any, lengths: Any, *rest: Any) -> tuple[jax.Array, jax.Array]:
+        return rank(parameters, encode(parameters, items, lengths, *rest[:-2]), *rest[-2:])
 
     parameters = {name: shape(*leaf.shape, dtype=leaf.dtype) for name, leaf in flat_arrays(params).items()}
     # Models of fixed length ask for all their timestamps, also where fewer events are read.
@@ -105,6 +112,9 @@ def _programs(recommender: Recommender, k: int) -> dict[str, _Program]:
     restricted = {"excluded": shape(b, s), "allowed": shape(config.vocab_size, dtype=jnp.bool_)}
     history = {"items": shape(b, max_len), "lengths": shape(b), **time, **restricted}
     programs = {"recommend": _Program(recommend, {"parameters": parameters, **history}, ("best", "scores"))}
+    if ann:
+        read = {name: history[name] for name in ("items", "lengths", *time)}
+        programs["encode"] = _Program(encode, {"parameters": parameters, **read}, ("hidden",))
     if not model.streamable:
         return programs
 
@@ -153,6 +163,7 @@ def _export(name: str, program: _Program, platforms: Sequence[str], folder: path
     file = f"{name}.jax_export"
     (folder / file).write_bytes(bytes(exported.serialize()))
     results = jax.tree.unflatten(exported.out_tree, exported.out_avals)
+    results = results if isinstance(results, tuple) else (results,)
     arguments = ", ".join(program.arguments)
     return {
         "file": file,
@@ -163,9 +174,36 @@ def _export(name: str, program: _Program, platforms: Sequence[str], folder: path
     }
 
 
+def _item_table(recommender: Recommender) -> np.ndarray:
+    """The rows of padding and of every item, float32 [items + 1, d]."""
+    table = apply_method(recommender.model, variables(recommender.params), "item_table")
+    return np.asarray(table.astype(jnp.float32))[: recommender.num_items + 1]
+
+
+def _write_index(recommender: Recommender, folder: pathlib.Path) -> dict[str, Any]:
+    """Writes the index of all items and returns its description; users' stored histories measure it."""
+    users = recommender.users
+    measured = [users[i] for i in np.linspace(0, len(users) - 1, min(len(users), MEASURED_USERS)).astype(int)]
+    histories = [recommender.history_of_user(user) for user in measured]
+
+    def best(queries: np.ndarray, k: int) -> np.ndarray:
+        return recommender.top_k(histories, k)[0]
+
+    found = write_index(folder / INDEX, _item_table(recommender), recommender.hidden(histories), best)
+    return {
+        "file": INDEX,
+        "library": "usearch",
+        "version": _version("usearch"),
+        "metric": "ip",
+        "keys": "item indices from 1",
+        f"recall_at_{RECALL_AT}": found.recall,
+        "expansion_search": found.expansion_search,
+        "queries": found.queries,
+    }
+
+
 def _write_items(recommender: Recommender, file: pathlib.Path) -> None:
-    model, n = recommender.model, recommender.num_items
-    rows = np.asarray(apply_method(model, variables(recommender.params), "item_table").astype(jnp.float32))[1:]
+    n, rows = recommender.num_items, _item_table(recommender)[1:]
     table = pl.DataFrame(
         {
             "index": np.arange(1, n + 1, dtype=np.int32),
@@ -185,6 +223,22 @@ def _version(distribution: str) -> str | None:
         return None  # run from a checkout that is not installed
 
 
+def _description(recommender: Recommender, k: int, platforms: Sequence[str]) -> dict[str, Any]:
+    """What export.json says first, of the export as a whole."""
+    return {
+        "format": EXPORT_FORMAT,
+        "made_with": {name: _version(name) for name in ("tim4rec_jax", "jax")},
+        "run": recommender.config.name,
+        "model": dataclasses.asdict(recommender.config.model),
+        "platforms": list(platforms),
+        "k": k,
+        "max_len": recommender.max_len,
+        "num_items": recommender.num_items,
+        "sizes": {"b": "histories of a call, at least 1", "s": "items to leave out, at least 1"},
+        "order": "arrays of a dictionary follow each other by sorted name",
+    }
+
+
 def _new_folder(output: pathlib.Path) -> pathlib.Path:
     output = pathlib.Path(output).absolute()
     if output.exists():
@@ -201,6 +255,7 @@ def export_model(
     k: int,
     platforms: Sequence[str] = ("cpu", "cuda", "tpu"),
     allowed: np.ndarray | None = None,
+    ann: bool = False,
 ) -> dict[str, Any]:
     """Writes a folder from which the model runs with JAX and NumPy alone.
 
@@ -210,6 +265,8 @@ def export_model(
       parameters.npz         the arrays that every program takes first, as a dictionary
       items.parquet          index, item_id, title, training_events (the popularity), embedding (float32) of every item
       allowed.npy            bool [items + 1]: the items that the rules of the export leave
+      encode.jax_export      with `ann`: histories in, hidden states out
+      items.usearch          with `ann`: index of all items, asked with hidden states
       export.json            inputs and outputs of the programs: names, shapes, dtypes, meaning
 
     The parameters are an input and no constants, so that all programs share them, and programs stay small and need not
@@ -221,6 +278,7 @@ def export_model(
       k: items of a list.
       platforms: what the programs can run on, of `PLATFORMS`.
       allowed: bool [v], the items that may be recommended; None for all.
+      ann: also an index for approximate search, see `item_index`.
 
     Returns:
       The content of export.json.
@@ -228,37 +286,32 @@ def export_model(
     Raises:
       FileExistsError: `output` is there.
       FileNotFoundError: the folder that should hold it is not.
-      ValueError: for a k under 1 or over the catalogue, or an unknown platform.
+      ValueError: for a k under 1 or over the catalogue, an unknown platform, or an index that finds too little.
+      ModuleNotFoundError: usearch is not installed, and `ann` asks for it.
     """
+    if ann:
+        require_usearch()
     output = _new_folder(output)
     check_top_k((k,), recommender.num_items)
     if not platforms or set(platforms) - set(PLATFORMS):
         raise ValueError(f"platforms={tuple(platforms)}: expected some of {PLATFORMS}")
-    config = recommender.config
     with locked(output), replacing_folder(output) as temporary:
         programs = {
-            name: _export(name, program, platforms, temporary) for name, program in _programs(recommender, k).items()
+            name: _export(name, program, platforms, temporary)
+            for name, program in _programs(recommender, k, ann=ann).items()
         }
         arrays = {name: np.asarray(leaf) for name, leaf in flat_arrays(recommender.params).items()}
         np.savez(temporary / PARAMETERS, **arrays)  # pyright: ignore[reportArgumentType]
         _write_items(recommender, temporary / ITEMS)
         every = np.arange(recommender.num_items + 1) > 0
         np.save(temporary / ALLOWED, every if allowed is None else allowed)
-        description = {
-            "format": EXPORT_FORMAT,
-            "made_with": {name: _version(name) for name in ("tim4rec_jax", "jax")},
-            "run": config.name,
-            "model": dataclasses.asdict(config.model),
-            "platforms": list(platforms),
-            "k": k,
-            "max_len": recommender.max_len,
-            "num_items": recommender.num_items,
-            "sizes": {"b": "histories of a call, at least 1", "s": "items to leave out, at least 1"},
-            "order": "arrays of a dictionary follow each other by sorted name",
+        description = _description(recommender, k, platforms) | {
             "parameters": {"file": PARAMETERS, "arrays": _described(arrays)},
             "items": {"file": ITEMS, "columns": ["index", "item_id", "title", "training_events", "embedding"]},
             "allowed": {"file": ALLOWED, **_described(every)},
             "programs": programs,
         }
+        if ann:
+            description["ann"] = _write_index(recommender, temporary)
         (temporary / DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
     return description

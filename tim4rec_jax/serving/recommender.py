@@ -103,6 +103,12 @@ def _top_k(
 
 
 @functools.partial(jax.jit, static_argnames="model")
+def _hidden(params: Any, items: jax.Array, lengths: jax.Array, timestamps: jax.Array, *, model: nn.Module) -> jax.Array:
+    """The hidden state [b, d] after each history."""
+    return last_hidden(model, variables(params), items, lengths, timestamps)
+
+
+@functools.partial(jax.jit, static_argnames="model")
 def _scores_of(
     params: Any, items: jax.Array, lengths: jax.Array, timestamps: jax.Array, columns: jax.Array, *, model: nn.Module
 ) -> jax.Array:
@@ -395,6 +401,18 @@ class Recommender:
             _require_finite(finite[:n], [histories[i].label for i in rows])
             indices[rows], scores[rows] = items_left(found, best)[:n, :k], best[:n, :k]
         return indices, scores
+
+    def hidden(self, histories: Sequence[History]) -> np.ndarray:
+        """Returns the hidden states after histories, float32 [n, d], whose scores `top_k` ranks.
+
+        Raises:
+          ValueError: for an empty history.
+        """
+        self.check(histories, 1)
+        found = np.zeros((len(histories), self.config.model.d_model), np.float32)
+        for rows, inputs in self._batches(histories):
+            found[rows] = np.asarray(_hidden(self.params, *inputs, model=self.model))[: len(rows)]
+        return found
 
     def item_scores(self, histories: Sequence[History], items: Sequence[np.ndarray]) -> list[np.ndarray]:
         """Returns the scores that `top_k` would give certain items.
