@@ -1,4 +1,4 @@
-"""The metrics of RecTools and of ranx; run by `metric_agreement` with an interpreter that has both, and nothing of ours.
+"""The metrics of RecTools and of ranx; run by `metric_agreement` with an interpreter that has both, not ours.
 
 python other_metrics.py input.json output.json
 """

@@ -132,6 +132,11 @@ def _against_best(ranks: Mapping[str, np.ndarray], part: Measured, best: str, me
     }
 
 
+def _about(log: InteractionLog, name: str) -> dict[str, Any]:
+    sizes = {"users": log.num_users, "items": log.num_items, "rows": log.num_rows}
+    return {"name": name} | sizes | {"fingerprint": log.fingerprint}
+
+
 def _settings(plan: Plan) -> dict[str, Any]:
     """Settings of every model, without folders of the machine and the seed."""
     settings = {model: settings_without_folders(config) for model, config in plan.configs.items()}
@@ -157,10 +162,10 @@ def collect(plan: Plan, note: str) -> dict[str, Any]:
             missing.append({"model": m, "seed": s})
     if not finished:
         raise FileNotFoundError(f"no run of this comparison is finished in {plan.runs}; leave out --report-only")
-    evaluation = next(iter(plan.configs.values())).eval
+    first = next(iter(plan.configs.values()))
+    evaluation, data = first.eval, first.data
     model, seeds = next(iter(finished.items()))
     log = load_log(plan.folder(model, seeds[0]))
-    data = next(iter(plan.configs.values())).data
     split = split_log(log, data)
     part = measured(log, split.test, evaluation)
     metrics = [name for name in evaluation.measures if not list_length([name])]
@@ -172,8 +177,9 @@ def collect(plan: Plan, note: str) -> dict[str, Any]:
     spreads = {row: {m: _spread([one[m] for one in values]) for m in metrics} for row, values in per_seed.items()}
     # What reads lists is of the runs' own results: what needs no training has ranks alone, and no test is made of it.
     for row, of_row in runs.items():
-        of_lists = [name for name in evaluation.measures if name not in metrics]
-        spreads[row] |= {name: _spread([run["test"][name] for run in of_row]) for name in of_lists}
+        spreads[row] |= {
+            m: _spread([run["test"][m] for run in of_row]) for m in evaluation.measures if m not in metrics
+        }
     # Equals stay in the order of the plan.
     order = sorted(spreads, key=lambda row: -spreads[row][plan.metric]["mean"])
     best = {metric: max(spreads, key=lambda row: spreads[row][metric]["mean"]) for metric in metrics}
@@ -183,14 +189,8 @@ def collect(plan: Plan, note: str) -> dict[str, Any]:
     return {
         "note": note,
         "command": command_without_folders(sys.orig_argv),
-        "data": {
-            "name": data.name,
-            "users": log.num_users,
-            "items": log.num_items,
-            "rows": log.num_rows,
-            "fingerprint": log.fingerprint,
-        },
-        "protocol": part.protocol(next(iter(plan.configs.values()))),
+        "data": _about(log, data.name),
+        "protocol": part.protocol(first),
         **part.report(),
         "metric": plan.metric,
         "seeds": list(plan.seeds),

@@ -1,4 +1,4 @@
-"""Metrics beside hit, ndcg and mrr: against RecTools and ranx, by hand, in the evaluator, in parts, and of one's own."""
+"""Metrics beside hit, ndcg and mrr: against RecTools and ranx, by hand, in the evaluator, in parts, of one's own."""
 
 import dataclasses
 import itertools
@@ -158,12 +158,10 @@ def test_one_list_per_user_for_all_its_targets(log, trained):
     assert result.metrics["hit@5"] == np.mean(np.array(found) > 0)
     assert len(result.ranks) == sum(map(len, relevant)) and len(shares) == len(users)
     assert "one list per user" in result.measured.protocol(config)
-    each = evaluate(model, params, log, split.test, dataclasses.replace(CONFIG, data=TEMPORAL))
+    single = dataclasses.replace(CONFIG, data=TEMPORAL)
+    each = evaluate(model, params, log, split.test, single)
     assert len(each.ranks) == counts.sum() and each.metrics["recall@5"] == each.metrics["hit@5"]
-    assert (
-        popularity_metrics(log, config)["recall@5"]
-        != popularity_metrics(log, dataclasses.replace(CONFIG, data=TEMPORAL))["recall@5"]
-    )
+    assert popularity_metrics(log, config)["recall@5"] != popularity_metrics(log, single)["recall@5"]
 
 
 def test_seen_targets_leave_what_is_relevant(log):

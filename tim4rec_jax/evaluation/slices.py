@@ -76,8 +76,9 @@ def user_groups(table: pathlib.Path, column: str, users: Sequence[str]) -> np.nd
     for name in ("user_id", column):
         require(name in frame.columns, f"eval.users={table} has no column {name!r}, only {listed(frame.columns, 120)}")
     ids = frame["user_id"].cast(pl.String)
-    twice = ids.filter(ids.is_duplicated())
-    require(twice.is_empty(), f"eval.users={table} has user {twice.first()!r} {(ids == twice.first()).sum()} times")
+    twice = ids.filter(ids.is_duplicated()).to_list()
+    if twice:
+        raise ValueError(f"eval.users={table} has user {twice[0]!r} {twice.count(twice[0])} times; leave one")
     values = frame[column].cast(pl.String).to_list()
     of_user = dict(
         zip(ids.to_list(), (NO_VALUE if v is None or not v.strip() else v.strip() for v in values), strict=True)
