@@ -371,6 +371,7 @@ def settings_without_folders(config: ExperimentConfig) -> dict[str, Any]:
     for name in ("path", "item_path"):
         settings["data"][name] = settings["data"][name] and without_folders(settings["data"][name])
     settings["data"].pop("cache_dir")
+    settings["eval"]["users"] = config.eval.users and without_folders(config.eval.users)
     return settings
 
 

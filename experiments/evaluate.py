@@ -18,10 +18,10 @@ from typing import Any, Literal
 
 import tyro
 from rich.console import Console
+from rich.table import Table
 
 from experiments import cli, evaluate_baselines
 from tim4rec_jax.config import EvalConfig
-from tim4rec_jax.evaluation.metrics import standard_errors
 from tim4rec_jax.run_dir import environment, read_config, read_environment, read_results, require_no_run_file
 from tim4rec_jax.training.stored_run import evaluate_run
 
@@ -33,6 +33,12 @@ class EvalOptions:
     Attributes:
       batch_size: users scored at once.
       top_k: list lengths k of hit@k, ndcg@k and mrr@k.
+      metrics: further ones, as in recall@10,precision@10,map@10,coverage@20,novelty@10,diversity@10 or of your own.
+      module: imported first, for it registers metrics of your own.
+      lists: "target", a list before each target; or "user", one list per user for all its targets of the part.
+      users: table with a column user_id and others, for `groups`.
+      groups: column of that table; users are also measured by its values.
+      time_buckets: day, week, month or quantiles:4; targets are also measured by their time.
       exclude_seen: leave items of the user's own history out of the ranking (never compare such numbers with others).
       seen_targets: with exclude_seen, "leave_out" the targets that their user has had before, or "rank" them as if new.
       max_len: events of a history that are read; None is the model's max_len. More than that needs a causal
@@ -41,6 +47,12 @@ class EvalOptions:
 
     batch_size: int
     top_k: tuple[int, ...]
+    metrics: tuple[str, ...]
+    module: str | None
+    lists: Literal["target", "user"]
+    users: str | None
+    groups: str | None
+    time_buckets: str | None
     exclude_seen: bool
     seen_targets: Literal["leave_out", "rank"]
     max_len: int | None
@@ -79,7 +91,9 @@ def parse(argv: list[str]) -> Arguments:
 def recorded_metrics(arguments: Arguments) -> dict[str, float]:
     """The numbers training wrote for the same measurement; empty where there are none to compare with."""
     stored, asked = read_config(arguments.run).eval, arguments.eval
-    alike = all(getattr(asked, name) == getattr(stored, name) for name in ("exclude_seen", "seen_targets", "max_len"))
+    alike = all(
+        getattr(asked, name) == getattr(stored, name) for name in ("lists", "exclude_seen", "seen_targets", "max_len")
+    )
     with contextlib.suppress(FileNotFoundError):
         return read_results(arguments.run).get("test", {}) if alike and arguments.split == "test" else {}
     return {}
@@ -91,7 +105,18 @@ def evidence(arguments: Arguments) -> dict[str, Any]:
     about = environment(trained["data_fingerprint"], command=cli.command_without_folders(sys.orig_argv))
     run = {"name": stored.name, "seed": stored.train.seed, "max_len": stored.model.max_len}
     run |= {"git_commit": trained["git_commit"]}
-    return {"environment": about, "run": run, "split": arguments.split, "eval": dataclasses.asdict(arguments.eval)}
+    asked = dataclasses.asdict(arguments.eval)
+    asked |= {"users": asked["users"] and cli.without_folders(asked["users"])}
+    return {"environment": about, "run": run, "split": arguments.split, "eval": asked}
+
+
+def parts_table(name: str, parts: dict[str, dict[str, float]]) -> Table:
+    """Returns the metrics of parts of the lists, a row per part."""
+    measures = [metric for metric in next(iter(parts.values())) if metric != "lists"]
+    rows = [
+        (part, f"{of['lists']:,}", *(f"{of[metric]:.4f}" for metric in measures)) for part, of in sorted(parts.items())
+    ]
+    return cli.table((name, "lists", *measures), rows, title=f"by {name}")
 
 
 @cli.program
@@ -106,9 +131,10 @@ def main(argv: list[str]) -> int:
     asked = arguments.eval
     settings = EvalConfig(**dataclasses.asdict(asked), monitor=f"ndcg@{asked.top_k[0]}")
     result = evaluate_run(arguments.run, settings, split=arguments.split, report=cli.note)
-    errors = standard_errors(result.ranks, asked.top_k) if len(result.ranks) > 1 else None
+    errors = result.standard_errors or None
     if arguments.output is not None:
         numbers = {"metrics": result.metrics, "standard_errors": errors, "seconds": result.seconds}
+        numbers |= {"parts": result.parts} if result.parts else {}
         measured = {"users": len(result.ranks), **result.measured.report()}
         cli.write_json(arguments.output, evidence(arguments) | measured | numbers)
     config = dataclasses.replace(read_config(arguments.run), eval=settings)
@@ -118,6 +144,8 @@ def main(argv: list[str]) -> int:
     caption = f"{result.measured.protocol(config, arguments.split)}; padding excluded; ties in the target's favour"
     header = ("metric", "value", "standard error", "results.json")
     Console().print(cli.table(header, rows, title=title, caption=caption))
+    for name, parts in result.parts.items():
+        Console().print(parts_table(name, parts))
     return 0
 
 

@@ -24,7 +24,8 @@ from tim4rec_jax.config import DataConfig, EvalConfig, ExperimentConfig
 from tim4rec_jax.data.interactions import load_log, with_precision
 from tim4rec_jax.data.splits import require_held_out, split_log
 from tim4rec_jax.evaluation.baselines import baseline_ranks
-from tim4rec_jax.evaluation.metrics import check_top_k, summarise
+from tim4rec_jax.evaluation.measures import metrics_of_ranks
+from tim4rec_jax.evaluation.metrics import check_top_k
 from tim4rec_jax.evaluation.seen_targets import measured
 from tim4rec_jax.run_dir import environment
 
@@ -62,7 +63,7 @@ def _evidence(config: ExperimentConfig) -> dict[str, Any]:
         "protocol": part.protocol(config) + "; the rank of a target among equal scores is the mean over their orders",
         **part.report(),
         "targets": len(part.examples.users),
-        "metrics": {name: summarise(of_one, config.eval.top_k) for name, of_one in ranks.items()},
+        "metrics": {name: metrics_of_ranks(of_one, config.eval.measures, part.lists) for name, of_one in ranks.items()},
     }
 
 

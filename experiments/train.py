@@ -25,6 +25,7 @@ from rich.console import Console
 from experiments.cli import parse_settings, run_program
 from experiments.comparison.published import final_tables
 from experiments.configs import chosen, config_names
+from experiments.evaluate import parts_table
 from experiments.family import of_model
 from tim4rec_jax.checks import require
 from tim4rec_jax.config import DataConfig, EvalConfig, ExperimentConfig, ParallelConfig, TrainConfig
@@ -114,6 +115,7 @@ def run(config: ExperimentConfig, run_dir: pathlib.Path, resume: bool, console: 
     if is_main():
         write_results(run_dir, results | {"baselines": {name: metrics for name, metrics, _ in rows[1:]}})
     console.print(*final_tables(config, rows, results.get("seen_target_share")))
+    console.print(*(parts_table(name, parts) for name, parts in results.get("test_parts", {}).items()))
     console.print(f"run folder: {run_dir}", soft_wrap=True)
 
 

@@ -12,14 +12,14 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 PACKAGES = ("kernels", "tim4rec_jax", "experiments")
 # What each room of the library may import of the others.
 # Ground-floor files that import nothing of the library, or only each other, are everyone's.
-GROUND = {"checks", "files", "json_files"}
+GROUND = {"checks", "files", "json_files", "outside"}
 RUN = {"run_dir", "run_environment", "run_manifest"}
 ROOMS = {
     "data": {"config", "data_config"},
     "layers": {"model_config"},
     "models": {"model_config", "typing", "layers"},
     "parallel": {"config", "models"},
-    "evaluation": {"config", "data", "models", "parallel"},
+    "evaluation": {"config", "eval_config", "data", "models", "parallel"},
     "training": {"config", "data", "devices", "models", "parallel", "evaluation", *RUN},
     "serving": {"config", "data", "devices", "models", "parallel", "evaluation", *RUN, "training"},
     "interop": {"config", "data", "model_config", "models", "parallel", *RUN, "training", "serving"},

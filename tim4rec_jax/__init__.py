@@ -6,6 +6,7 @@ from typing import Any
 from tim4rec_jax import interop
 from tim4rec_jax.config import DataConfig, EvalConfig, ExperimentConfig, TrainConfig
 from tim4rec_jax.data_config import SyntheticConfig
+from tim4rec_jax.evaluation.measures import register_metric
 from tim4rec_jax.model_config import ModelConfig
 from tim4rec_jax.models import MODELS, StateSpaceModel, build_model, register_model
 
@@ -25,6 +26,7 @@ __all__ = [
     "fit",
     "interop",
     "load_log",
+    "register_metric",
     "register_model",
 ]
 

@@ -18,12 +18,12 @@ from kernels.dispatch import missing
 from kernels.softmax_cross_entropy import softmax_cross_entropy
 from tim4rec_jax.checks import require
 from tim4rec_jax.data_config import DataConfig
+from tim4rec_jax.eval_config import EvalConfig
+from tim4rec_jax.evaluation.measures import list_length
 from tim4rec_jax.model_config import ModelConfig, require_sizes
 from tim4rec_jax.models import MODELS, full_config, import_model_module, init_params, model_class, require_x64
 from tim4rec_jax.parallel_config import ParallelConfig
 
-Baseline = Literal["popularity", "time_off"]
-SeenTargets = Literal["leave_out", "rank"]
 Positions = Literal["last", "all"]
 Loss = Literal["ce", "bpr", "sampled_ce"]
 TableOptimizer = Literal["adam", "lazy_adam"]
@@ -160,40 +160,6 @@ class TrainConfig:
 
 
 @dataclass(frozen=True)
-class EvalConfig:
-    """How a model is measured: full ranking over all items (RecBole 1.2).
-
-    Attributes:
-      batch_size: users scored at once.
-      max_len: positions of a history that are read; None is the model's max_len. Longer than that needs a causal
-        state-space model.
-      top_k: list lengths k of hit@k, ndcg@k and mrr@k.
-      monitor: the validation metric of early stopping.
-      exclude_seen: leave items of the user's own history out of the ranking (the paper: no).
-      seen_targets: what becomes of targets that the user has had before, with exclude_seen: "leave_out" of what is
-        measured, as a recommender that leaves out what was seen can never name them; or "rank" among the unseen items.
-      baselines: what is measured beside the model: "popularity" of the training part, and "time_off", the same model
-        trained without its time branch.
-    """
-
-    batch_size: int = 4096
-    max_len: int | None = None
-    top_k: tuple[int, ...] = (10, 20, 50)
-    monitor: str = "ndcg@10"
-    exclude_seen: bool = False
-    seen_targets: SeenTargets = "leave_out"
-    baselines: tuple[Baseline, ...] = ("popularity",)
-
-    def __post_init__(self) -> None:
-        require_sizes(self)
-        require(self.batch_size >= 1, f"batch_size={self.batch_size} must be at least 1")
-        require(self.max_len is None or self.max_len >= 1, f"max_len={self.max_len} must be at least 1, or None")
-        require(len(self.top_k) > 0 and min(self.top_k) >= 1, f"top_k={self.top_k} needs list lengths of at least 1")
-        known = [f"{metric}@{k}" for k in self.top_k for metric in ("hit", "ndcg", "mrr")]
-        require(self.monitor in known, f"monitor={self.monitor!r} must be one of {known}")
-
-
-@dataclass(frozen=True)
 class ExperimentConfig:
     """One experiment: what `experiments.train` runs and what a run folder's config.json holds.
 
@@ -243,9 +209,19 @@ class ExperimentConfig:
             f"{', '.join(name for name, known in MODELS.items() if known.streamable)}",
         )
 
+        require(
+            self.eval.time_buckets is None or self.data.order == "time",
+            f"data.order='file' reads no times, which eval.time_buckets={self.eval.time_buckets!r} needs; leave it out",
+        )
+
     def _require_shardable(self) -> None:
         """Refuses what does not go with the item embedding in parts."""
         shards, model = self.parallel.catalogue_shards, self.model
+        require(
+            shards == 1 or not list_length(self.eval.measures),
+            f"parallel.catalogue_shards={shards} holds the item embedding in parts and gives ranks alone: leave out "
+            f"{', '.join(m for m in self.eval.measures if list_length([m]))}, and measure it by experiments.evaluate",
+        )
         require(
             shards == 1 or self.train.loss != "bpr",
             f"parallel.catalogue_shards={shards} trains with train.loss='ce' or 'sampled_ce', not 'bpr'; use one of "

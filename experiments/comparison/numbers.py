@@ -15,14 +15,18 @@ from experiments.runs import is_finished
 from tim4rec_jax.data.interactions import InteractionLog
 from tim4rec_jax.data.splits import Examples, Split, split_log
 from tim4rec_jax.evaluation.baselines import baseline_ranks
-from tim4rec_jax.evaluation.metrics import hit, mrr, ndcg, summarise
-from tim4rec_jax.evaluation.seen_targets import measured
+from tim4rec_jax.evaluation.measures import (
+    RankedLists,
+    list_length,
+    metrics_of_ranks,
+    values_per_list,
+)
+from tim4rec_jax.evaluation.seen_targets import Measured, measured
 from tim4rec_jax.evaluation.significance import compare_with_best
 from tim4rec_jax.run_dir import read_environment, read_results, read_test_ranks
 from tim4rec_jax.training.logging import read_metrics
 from tim4rec_jax.training.stored_run import load_log
 
-METRICS = {"hit": hit, "ndcg": ndcg, "mrr": mrr}
 _RUN_FACTS = (
     "git_commit",
     "git_dirty",
@@ -61,18 +65,18 @@ def _run(folder: pathlib.Path) -> dict[str, Any]:
     )
 
 
-def _ranks(folder: pathlib.Path, log: InteractionLog, test: Examples, top_k: Sequence[int]) -> np.ndarray:
+def _ranks(folder: pathlib.Path, log: InteractionLog, part: Measured, of_ranks: Sequence[str]) -> np.ndarray:
     """Reads the test ranks [targets] of a run in the order of the log.
 
     Raises:
       ValueError: they are of other users, or do not give the metrics that the run recorded.
     """
     frame = read_test_ranks(folder)
-    if not frame["user_id"].equals(log.user_ids[test.users]):
+    if not frame["user_id"].equals(log.user_ids[part.examples.users]):
         raise ValueError(f"{folder}: the test ranks are not of the log's users; remove the run and train it again")
     ranks = frame["rank"].to_numpy()
     recorded = read_results(folder)["test"]
-    for name, value in summarise(ranks, top_k).items():
+    for name, value in metrics_of_ranks(ranks, of_ranks, part.lists).items():
         if abs(recorded[name] - value) > 1e-9:
             raise ValueError(
                 f"{folder}: the test ranks give {name} {value}, results.json says {recorded[name]}; "
@@ -106,11 +110,16 @@ def by_user(values: np.ndarray, users: np.ndarray) -> np.ndarray:
     return np.add.reduceat(values, starts, axis=1) * (len(starts) / len(users))
 
 
-def _against_best(ranks: Mapping[str, np.ndarray], test: Examples, best: str, metric: str) -> dict[str, dict[str, Any]]:
-    """Differences of one metric to the best row, each target's metric averaged over seeds."""
-    name, k = metric.split("@")
-    values = np.stack([METRICS[name](row, int(k)).mean(axis=0) for row in ranks.values()])
-    found = compare_with_best(by_user(values, test.users), best=list(ranks).index(best))
+def _against_best(ranks: Mapping[str, np.ndarray], part: Measured, best: str, metric: str) -> dict[str, dict[str, Any]]:
+    """Differences of one metric to the best row, each list's metric averaged over seeds."""
+
+    def of_row(row: np.ndarray) -> np.ndarray:
+        lists = [RankedLists(of_seed, part.lists) for of_seed in row]
+        return np.mean([values_per_list(one, [metric])[metric] for one in lists], axis=0)
+
+    values = np.stack([of_row(row) for row in ranks.values()])
+    users = part.examples.users[RankedLists(part.examples.users, part.lists).starts]
+    found = compare_with_best(by_user(values, users), best=list(ranks).index(best))
     return {
         row: {
             "behind_by": float(found.difference[i]),
@@ -121,6 +130,11 @@ def _against_best(ranks: Mapping[str, np.ndarray], test: Examples, best: str, me
         for i, row in enumerate(ranks)
         if row != best
     }
+
+
+def _about(log: InteractionLog, name: str) -> dict[str, Any]:
+    sizes = {"users": log.num_users, "items": log.num_items, "rows": log.num_rows}
+    return {"name": name} | sizes | {"fingerprint": log.fingerprint}
 
 
 def _settings(plan: Plan) -> dict[str, Any]:
@@ -148,38 +162,35 @@ def collect(plan: Plan, note: str) -> dict[str, Any]:
             missing.append({"model": m, "seed": s})
     if not finished:
         raise FileNotFoundError(f"no run of this comparison is finished in {plan.runs}; leave out --report-only")
-    evaluation = next(iter(plan.configs.values())).eval
+    first = next(iter(plan.configs.values()))
+    evaluation, data = first.eval, first.data
     model, seeds = next(iter(finished.items()))
     log = load_log(plan.folder(model, seeds[0]))
-    data = next(iter(plan.configs.values())).data
     split = split_log(log, data)
     part = measured(log, split.test, evaluation)
-    test = part.examples
+    metrics = [name for name in evaluation.measures if not list_length([name])]
     runs = {m: [_run(plan.folder(m, seed)) for seed in seeds] for m, seeds in finished.items()}
     ranks = {
-        m: np.stack([_ranks(plan.folder(m, s), log, test, evaluation.top_k) for s in seeds])
-        for m, seeds in finished.items()
-    } | _baselines(log, split, test, evaluation.exclude_seen)
-    per_seed = {row: [summarise(one, evaluation.top_k) for one in values] for row, values in ranks.items()}
-    metrics = list(per_seed[model][0])
+        m: np.stack([_ranks(plan.folder(m, s), log, part, metrics) for s in seeds]) for m, seeds in finished.items()
+    } | _baselines(log, split, part.examples, evaluation.exclude_seen)
+    per_seed = {row: [metrics_of_ranks(one, metrics, part.lists) for one in values] for row, values in ranks.items()}
     spreads = {row: {m: _spread([one[m] for one in values]) for m in metrics} for row, values in per_seed.items()}
+    # What reads lists is of the runs' own results: what needs no training has ranks alone, and no test is made of it.
+    for row, of_row in runs.items():
+        spreads[row] |= {
+            m: _spread([run["test"][m] for run in of_row]) for m in evaluation.measures if m not in metrics
+        }
     # Equals stay in the order of the plan.
     order = sorted(spreads, key=lambda row: -spreads[row][plan.metric]["mean"])
     best = {metric: max(spreads, key=lambda row: spreads[row][metric]["mean"]) for metric in metrics}
-    against = {metric: _against_best(ranks, test, best[metric], metric) for metric in metrics}
+    against = {metric: _against_best(ranks, part, best[metric], metric) for metric in metrics}
     published = PUBLISHED.get(data.name, []) if data.split == "leave_one_out" else []
     every = [run for of_model in runs.values() for run in of_model]
     return {
         "note": note,
         "command": command_without_folders(sys.orig_argv),
-        "data": {
-            "name": data.name,
-            "users": log.num_users,
-            "items": log.num_items,
-            "rows": log.num_rows,
-            "fingerprint": log.fingerprint,
-        },
-        "protocol": part.protocol(next(iter(plan.configs.values()))),
+        "data": _about(log, data.name),
+        "protocol": part.protocol(first),
         **part.report(),
         "metric": plan.metric,
         "seeds": list(plan.seeds),

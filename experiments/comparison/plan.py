@@ -19,6 +19,7 @@ from tim4rec_jax.checks import listed, require
 from tim4rec_jax.config import DataConfig, EvalConfig, ExperimentConfig, ParallelConfig, TrainConfig, flat
 from tim4rec_jax.data.splits import require_held_out
 from tim4rec_jax.data_config import DATA_ALIASES
+from tim4rec_jax.evaluation.measures import list_length
 from tim4rec_jax.model_config import ModelConfig
 from tim4rec_jax.models import MODELS, import_model_module
 from tim4rec_jax.run_dir import CONFIG, read_config, read_environment
@@ -28,6 +29,8 @@ FREE = FREE_BETWEEN_CALLS | {"name", "model.vocab_size", "eval.baselines"}
 # What is measured must be the same for all rows.
 _PROTOCOL = (
     "eval.top_k",
+    "eval.metrics",
+    "eval.lists",
     "eval.exclude_seen",
     "eval.seen_targets",
     "data.split",
@@ -155,13 +158,13 @@ def parse_models(text: str) -> tuple[str, ...]:
 
 
 def require_metric(metric: str, config: ExperimentConfig) -> str:
-    """Returns the name of a metric that an experiment measures.
+    """Returns the name of a metric that an experiment measures, of those that follow from ranks.
 
     Raises:
       ValueError: it is none; the nearest are shown.
     """
-    known = [f"{name}@{k}" for k in config.eval.top_k for name in ("hit", "ndcg", "mrr")]
-    _require_known("metric", metric, known)
+    of_ranks = [name for name in config.eval.measures if not list_length([name])]
+    _require_known("metric", metric, of_ranks)
     return metric
 
 

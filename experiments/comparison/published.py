@@ -77,8 +77,8 @@ def final_tables(
     seen = describe_seen(config.eval, seen_target_share)
     protocol = f"{describe(config.data)}, " if config.data.split != "leave_one_out" else ""
     tables = []
-    for k in config.eval.top_k:
-        columns = [f"{metric}@{k}" for metric in ("hit", "ndcg", "mrr")]
+    for k in dict.fromkeys(name.partition("@")[2] for name in config.eval.measures):
+        columns = [name for name in config.eval.measures if name.endswith(f"@{k}")]
         title = f"{config.name}: test, {protocol}full ranking, seen items {seen}"
         table = Table(title=title, box=box.SIMPLE_HEAD)
         table.add_column("model")

@@ -10,7 +10,6 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from experiments.cli import markdown_table, write_json
-from experiments.comparison.numbers import METRICS
 from experiments.comparison.plan import Plan
 from tim4rec_jax.files import replacing, write_atomically
 
@@ -19,9 +18,17 @@ NOTHING = "–"
 _BUDGET = ("epochs", "max_steps", "patience", "batch_size", "learning_rate", "schedule", "loss")
 
 
-def _value(row: Mapping[str, Any], metric: str, best: str) -> str:
+def _measured(numbers: Mapping[str, Any], k: str) -> list[str]:
+    """Names of the metrics of lists of a length."""
+    names = dict.fromkeys(name for row in numbers["rows"] for name in row["metrics"])
+    return [name for name in names if name.split("@")[1] == k]
+
+
+def _value(row: Mapping[str, Any], metric: str, best: str | None) -> str:
     """One cell: the mean, bold for the best, its deviation over seeds and the mark of its difference to the best."""
-    spread, against = row["metrics"][metric], row["against_best"][metric]
+    if metric not in row["metrics"]:
+        return NOTHING
+    spread, against = row["metrics"][metric], row["against_best"].get(metric)
     mean = f"**{spread['mean']:.4f}**" if row["name"] == best else f"{spread['mean']:.4f}"
     deviation = "" if spread["deviation"] is None else f" ± {spread['deviation']:.4f}"
     mark = "" if against is None else next((mark for limit, mark in MARKS if against["p_holm"] < limit), "")
@@ -105,7 +112,8 @@ def markdown(numbers: Mapping[str, Any]) -> str:
     """
     data, best, rows = numbers["data"], numbers["best"], numbers["rows"]
     first_k = numbers["metric"].split("@")[1]
-    lists = sorted({name.split("@")[1] for name in best}, key=lambda k: (k != first_k, int(k)))
+    measured = {name for row in rows for name in row["metrics"]}
+    lists = sorted({name.split("@")[1] for name in measured}, key=lambda k: (k != first_k, int(k)))
     lines = [
         f"# Models on {data['name']}",
         "",
@@ -115,10 +123,10 @@ def markdown(numbers: Mapping[str, Any]) -> str:
         *_budget(numbers),
     ]
     for k in lists:
-        columns = [f"{metric}@{k}" for metric in METRICS]
+        columns = _measured(numbers, k)
         costs = ["seeds", "parameters", "s per epoch", "s in all", "peak MiB", "best epoch"] if k == first_k else []
         cells = [
-            [row["name"], *(_value(row, column, best[column]) for column in columns)]
+            [row["name"], *(_value(row, column, best.get(column)) for column in columns)]
             + ([str(len(row["seeds"])) if row["trained"] else NOTHING, *_costs(row)] if costs else [])
             for row in rows
         ]
@@ -177,8 +185,12 @@ def draw(numbers: Mapping[str, Any], file: pathlib.Path) -> None:
     figure = Figure(figsize=(18, 1.5 + 0.45 * max(len(rows), 4)), layout="constrained")
     FigureCanvasAgg(figure)
     panels = figure.subplots(1, 4)
-    for panel, metric in zip(panels, METRICS, strict=False):
-        _quality_panel(panel, rows, f"{metric}@{k}")
+    shown = [name for name in _measured(numbers, k) if name in numbers["best"]]
+    shown = list(dict.fromkeys([*shown[:2], numbers["metric"], *shown[2:]]))[:3]
+    for panel in panels[len(shown) : 3]:
+        panel.set_visible(False)
+    for panel, metric in zip(panels, shown, strict=False):
+        _quality_panel(panel, rows, metric)
         panel.invert_yaxis()  # the best row on top
     for panel in panels[1:3]:
         panel.set_yticklabels([])

@@ -18,15 +18,17 @@ from tim4rec_jax.data_config import DataConfig, TemporalTargets, parse_time
 class Examples:
     """Which positions of the log are predicted.
 
-    The target of example i is `items[offsets[users[i]] + ends[i]]`; its input is the items of that user before it.
+    The input of example i is the first `ends[i]` items of that user, its target the next one, or a later one.
 
     Attributes:
       users: int32 [n], row of the log's `offsets`.
-      ends: int32 [n], position of the target within the user's history, at least 1.
+      ends: int32 [n], events of the user's history before what is predicted, at least 1.
+      at: int32 [n], position of the target within the user's history, at least `ends`; None is `ends` itself.
     """
 
     users: np.ndarray
     ends: np.ndarray
+    at: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.users)
@@ -35,6 +37,30 @@ class Examples:
     def nbytes(self) -> int:
         """Bytes held."""
         return self.users.nbytes + self.ends.nbytes
+
+    def target_rows(self, log: InteractionLog) -> np.ndarray:
+        """Returns the rows of the log that are predicted, int64 [n]."""
+        return log.offsets[self.users] + (self.ends if self.at is None else self.at)
+
+    def targets(self, log: InteractionLog) -> np.ndarray:
+        """Returns the items that are predicted, int32 [n]."""
+        return log.items[self.target_rows(log)]
+
+    def where(self, chosen: np.ndarray) -> "Examples":
+        """Returns those that a mask [n] marks, or in the order of indices."""
+        return Examples(self.users[chosen], self.ends[chosen], None if self.at is None else self.at[chosen])
+
+    def one_list_per_user(self, log: InteractionLog) -> "Examples":
+        """Returns the same targets predicted together, from what a user had before the first of them.
+
+        An item that is a user's target twice is there once. The examples are by user and ascending in time.
+        """
+        pairs = self.users * np.int64(log.num_items + 1) + self.targets(log)
+        _, kept = np.unique(pairs, return_index=True)  # The first of each pair.
+        chosen = self.where(np.sort(kept))
+        at = chosen.ends if chosen.at is None else chosen.at
+        _, firsts, which = np.unique(chosen.users, return_index=True, return_inverse=True)
+        return Examples(chosen.users, chosen.ends[firsts][which], at)
 
 
 class Windows(NamedTuple):

@@ -10,7 +10,7 @@ import numpy as np
 from tim4rec_jax.config import ExperimentConfig
 from tim4rec_jax.data.interactions import InteractionLog
 from tim4rec_jax.data.splits import Examples, split_log
-from tim4rec_jax.evaluation.metrics import summarise
+from tim4rec_jax.evaluation.measures import metrics_of_ranks
 from tim4rec_jax.evaluation.seen_targets import measured
 
 
@@ -28,10 +28,10 @@ def popularity_counts(log: InteractionLog, first_held_out: Examples) -> np.ndarr
     Raises:
       ValueError: for a user with two examples.
     """
-    return np.bincount(log.items[_in_training(log, first_held_out)], minlength=log.num_items + 1)
+    return np.bincount(log.items[in_training(log, first_held_out)], minlength=log.num_items + 1)
 
 
-def _in_training(log: InteractionLog, first_held_out: Examples) -> np.ndarray:
+def in_training(log: InteractionLog, first_held_out: Examples) -> np.ndarray:
     """Marks the events before a user's first held-out one; [rows] bool."""
     users, repeats = np.unique(first_held_out.users, return_counts=True)
     if (repeats > 1).any():
@@ -60,7 +60,7 @@ def popularity_ranks(
     Returns:
       [n] float64 in the order of `examples`.
     """
-    targets = log.items[log.offsets[examples.users] + examples.ends]
+    targets = examples.targets(log)
     ascending = np.sort(counts[1:])
     # Greater ones count once, equals half, and the target itself, which is one of the equals, is taken off.
     less, not_greater = (np.searchsorted(ascending, counts[targets], side=side) for side in ("left", "right"))
@@ -76,6 +76,15 @@ def popularity_ranks(
 def _ahead(scores: np.ndarray, target_score: int) -> float:
     """Counts the items ahead of a target: those with a greater score, and half of those with an equal one."""
     return np.count_nonzero(scores > target_score) + np.count_nonzero(scores == target_score) / 2
+
+
+def users_of_items(log: InteractionLog, first_held_out: Examples) -> tuple[np.ndarray, int]:
+    """Counts the users that have an item in the training part, int64 [v], and the users with any; as above."""
+    trained = in_training(log, first_held_out)
+    users = np.repeat(np.arange(log.num_users, dtype=np.int64), np.diff(log.offsets))[trained]
+    pairs = np.unique(users * (log.num_items + 1) + log.items[trained])
+    counts = np.bincount(pairs % (log.num_items + 1), minlength=log.num_items + 1)
+    return counts, len(np.unique(users))
 
 
 class Transitions(NamedTuple):
@@ -98,16 +107,16 @@ class Transitions(NamedTuple):
 
 
 def popularity_metrics(log: InteractionLog, config: ExperimentConfig) -> dict[str, float]:
-    """Returns the test metrics of ranking by popularity in the training part.
+    """Returns the test metrics of ranking by popularity in the training part, those that follow from ranks.
 
     Args:
       log: the cleaned log.
       config: reads data.split and eval.
     """
     split = split_log(log, config.data)
-    counts, test = popularity_counts(log, split.first_held_out), measured(log, split.test, config.eval).examples
-    ranks = popularity_ranks(log, counts, test, exclude_seen=config.eval.exclude_seen)
-    return summarise(ranks, config.eval.top_k)
+    counts, part = popularity_counts(log, split.first_held_out), measured(log, split.test, config.eval)
+    ranks = popularity_ranks(log, counts, part.examples, exclude_seen=config.eval.exclude_seen)
+    return metrics_of_ranks(ranks, config.eval.measures, part.lists)
 
 
 def transition_counts(log: InteractionLog, first_held_out: Examples) -> Transitions:
@@ -120,9 +129,9 @@ def transition_counts(log: InteractionLog, first_held_out: Examples) -> Transiti
     Raises:
       ValueError: for a user with two examples.
     """
-    in_training = _in_training(log, first_held_out)
+    trained = in_training(log, first_held_out)
     # The training part is a prefix of a user's events: an event in it that is no first one follows another in it.
-    follows = in_training[1:].copy()
+    follows = trained[1:].copy()
     follows[log.offsets[1:-1] - 1] = False
     v = log.num_items + 1
     pairs, counts = np.unique(log.items[:-1][follows] * np.int64(v) + log.items[1:][follows], return_counts=True)
@@ -154,7 +163,7 @@ def markov_ranks(
     Returns:
       [n] float64 in the order of `examples`.
     """
-    targets = log.items[log.offsets[examples.users] + examples.ends]
+    targets = examples.targets(log)
     ranks = popularity_ranks(log, popularity, examples)
     # The equation times 1 + N, so that scores are whole numbers and ties are exact.
     scale = np.int64(1 + popularity.max())

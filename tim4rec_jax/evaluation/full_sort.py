@@ -1,6 +1,7 @@
 """Full ranking: every evaluated user's target is ranked against the whole catalogue (RecBole 1.2 protocol).
 
-No [users, v] matrix exists: users are encoded in batches and scored in tiles. Rows are sorted by length once and worked
+No [users, v] matrix exists: users are encoded in batches and scored in tiles, of which only ranks leave the device, and
+the items at the top where a metric reads them. Rows are sorted by length once and worked
 through in a few static lengths, so a short history is not computed at max_len. Given a mesh, its devices share the
 users of every batch, and only ranks are exchanged; where the item table is sharded over them, see
 `parallel.item_table`.
@@ -22,9 +23,20 @@ from tim4rec_jax.config import ExperimentConfig
 from tim4rec_jax.data.interactions import InteractionLog
 from tim4rec_jax.data.loader import timestamps_for_device
 from tim4rec_jax.data.packing import choose_lengths
-from tim4rec_jax.data.splits import Examples, gather_windows
-from tim4rec_jax.evaluation.metrics import check_top_k, rank_of_target, summarise
+from tim4rec_jax.data.splits import Examples, gather_windows, split_log
+from tim4rec_jax.evaluation.baselines import users_of_items
+from tim4rec_jax.evaluation.measures import (
+    RankedLists,
+    errors,
+    list_length,
+    means,
+    needs,
+    parse_name,
+    values_per_list,
+)
+from tim4rec_jax.evaluation.metrics import check_top_k, rank_of_target, self_information
 from tim4rec_jax.evaluation.seen_targets import Measured, measured
+from tim4rec_jax.evaluation.slices import slices
 from tim4rec_jax.models import apply_method, last_hidden, variables
 from tim4rec_jax.parallel.item_table import (
     ITEM_TILE,
@@ -53,13 +65,18 @@ class EvaluationResult:
     """What one evaluation found.
 
     Attributes:
-      metrics: {"hit@10": ...}, means over the examples in float64.
+      metrics: {"hit@10": ...}, means over the lists in float64.
+      standard_errors: of these means, as far as they are some and there is more than one list.
+      parts: the same of parts of the lists, {"gender": {"F": {"lists": 12, "hit@10": ...}}, "month": ..}, as asked for
+        by eval.groups and eval.time_buckets.
       ranks: [n] int32 from 1, in the order of the examples that were measured.
       measured: which these are.
       seconds: wall time.
     """
 
     metrics: dict[str, float]
+    standard_errors: dict[str, float]
+    parts: dict[str, dict[str, dict[str, float]]]
     ranks: np.ndarray
     measured: Measured
     seconds: float
@@ -74,11 +91,12 @@ class _DeviceLog(NamedTuple):
 
 
 class _Batch(NamedTuple):
-    """Rows of one static shape: `rows` are their places among the examples, users and ends [tiles * tile]."""
+    """Rows of one static shape: `rows` are their places among the examples, the arrays [tiles * tile]."""
 
     rows: np.ndarray
     users: jax.Array
     ends: jax.Array
+    targets: jax.Array
     length: int
     tile: int
 
@@ -98,23 +116,32 @@ def _put(array: np.ndarray, mesh: Mesh | None, spec: P) -> jax.Array:
     return jax.make_array_from_callback(array.shape, NamedSharding(mesh, spec), lambda index: array[index])
 
 
-@functools.partial(jax.jit, static_argnames=("mesh", "model", "max_len", "time_len", "length", "tile", "seen_len"))
+@functools.partial(
+    jax.jit, static_argnames=("mesh", "model", "max_len", "time_len", "length", "tile", "seen_len", "top")
+)
 def _rank_batch(
-    params: Any, log: _DeviceLog, users: jax.Array, ends: jax.Array, *, mesh: Mesh | None, **options: Any
-) -> tuple[jax.Array, jax.Array]:
+    params: Any,
+    log: _DeviceLog,
+    users: jax.Array,
+    ends: jax.Array,
+    targets: jax.Array,
+    *,
+    mesh: Mesh | None,
+    **options: Any,
+) -> tuple[jax.Array, ...]:
     """Ranks one batch's targets, whose rows are shared among the devices of the mesh; see `_rank_rows`."""
     sharded = num_shards(mesh) > 1
     rank_rows = functools.partial(_rank_rows, sharded=sharded, **options)
     if mesh is None:
-        return rank_rows(params, log, users, ends)
+        return rank_rows(params, log, users, ends, targets)
     axes = mesh.axis_names
 
-    def rank_share(*arguments: Any) -> tuple[jax.Array, jax.Array]:
+    def rank_share(*arguments: Any) -> tuple[jax.Array, ...]:
         return jax.lax.all_gather(rank_rows(*arguments), axes, tiled=True)
 
-    specs = (partition_specs(params) if sharded else P(), P(), P(axes), P(axes))
+    specs = (partition_specs(params) if sharded else P(), P(), P(axes), P(axes), P(axes))
     return jax.shard_map(rank_share, mesh=mesh, in_specs=specs, out_specs=P(), check_vma=False)(
-        params, log, users, ends
+        params, log, users, ends, targets
     )
 
 
@@ -123,6 +150,7 @@ def _rank_rows(
     log: _DeviceLog,
     users: jax.Array,
     ends: jax.Array,
+    targets: jax.Array,
     *,
     model: nn.Module,
     max_len: int,
@@ -130,16 +158,22 @@ def _rank_rows(
     length: int,
     tile: int,
     seen_len: int,
+    top: int,
     sharded: bool,
-) -> tuple[jax.Array, jax.Array]:
-    """Ranks the rows' targets; returns ranks [b] int32 and whether all scores of a row are finite [b] bool."""
+) -> tuple[jax.Array, ...]:
+    """Ranks the rows' targets.
+
+    Returns:
+      Ranks [b] int32, whether all scores of a row are finite [b] bool, and the first `top` items of each list
+      [b, top] int32, 0 where fewer are left; nothing of the kind for top 0.
+    """
     windows = gather_windows(*log, users, ends, max_len, xp=jnp)
     # Models of fixed length ask for all their timestamps, also where fewer events are read.
     timestamps = jnp.pad(windows.timestamps, ((0, 0), (0, time_len - max_len)))
     inputs = windows.items[:, :length], windows.lengths, timestamps
     hidden = sharded_last_hidden(model, params, *inputs) if sharded else last_hidden(model, variables(params), *inputs)
 
-    def rank_tile(rows: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
+    def rank_tile(rows: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         hidden, targets, users, ends = rows
         if sharded:
             seen = None
@@ -152,11 +186,18 @@ def _rank_rows(
         if seen_len:
             seen = gather_windows(*log, users, ends, seen_len, xp=jnp).items
             excluded = jnp.zeros(scores.shape, bool).at[jnp.arange(tile)[:, None], seen].set(True)
-        return rank_of_target(scores, targets, excluded=excluded), jnp.isfinite(scores).all(axis=1)
+        found = rank_of_target(scores, targets, excluded=excluded), jnp.isfinite(scores).all(axis=1)
+        return (*found, _first_items(scores, excluded, top)) if top else found
 
-    tiles = jax.tree.map(lambda x: x.reshape(-1, tile, *x.shape[1:]), (hidden, windows.targets, users, ends))
-    ranks, finite = jax.lax.map(rank_tile, tiles)
-    return ranks.reshape(-1), finite.reshape(-1)
+    tiles = jax.tree.map(lambda x: x.reshape(-1, tile, *x.shape[1:]), (hidden, targets, users, ends))
+    return tuple(found.reshape(-1, *found.shape[2:]) for found in jax.lax.map(rank_tile, tiles))
+
+
+def _first_items(scores: jax.Array, excluded: jax.Array | None, k: int) -> jax.Array:
+    """Returns the k best items of every row but those excluded, equals in order of id; 0 where none is left."""
+    left = scores.at[:, 0].set(-jnp.inf)
+    best, items = jax.lax.top_k(left if excluded is None else jnp.where(excluded, -jnp.inf, left), k)
+    return jnp.where(best == -jnp.inf, 0, items)
 
 
 def positions_read(config: ExperimentConfig) -> int:
@@ -177,6 +218,7 @@ class FullSortEvaluator:
         examples: Examples,
         config: ExperimentConfig,
         mesh: Mesh | None = None,
+        in_parts: bool = True,
     ):
         """Lays out the batches.
 
@@ -187,14 +229,18 @@ class FullSortEvaluator:
           config: reads model.max_len, eval.max_len, data.timestamp_precision and eval.
           mesh: devices that share the work, [data, model] as in `parallel.mesh`, with the item table of the
             parameters in shards along "model" where that has several devices; None is one device.
+          in_parts: measure parts of the lists too, as far as the settings ask for them.
 
         Raises:
-          ValueError: without examples, or without any whose target is new where seen ones are left out, for a k larger
+          ValueError: for a metric of lists where the item table is in shards, a table of users that cannot be read;
+            without examples, or without any whose target is new where seen ones are left out, for a k larger
             than the catalogue, or a timestamp beyond the precision.
         """
         if len(examples.users) == 0:
             raise ValueError("there are 0 examples to evaluate; does the log have users with at least 3 events?")
         check_top_k(config.eval.top_k, log.num_items, "eval.top_k")
+        self._measures = config.eval.measures
+        check_top_k([parse_name(name)[1] for name in self._measures], log.num_items, "k in eval.metrics")
         self._max_len = positions_read(config)
         self.model, self.config, self._mesh = model, config, mesh
         self.measured = measured(log, examples, config.eval)
@@ -204,6 +250,14 @@ class FullSortEvaluator:
         columns = np.asarray(log.items, np.int32), timestamps, np.asarray(log.offsets, np.int32)
         self._log = _DeviceLog(*(_put(column, mesh, P()) for column in columns))
         self._seen_len = int(examples.ends.max()) if config.eval.exclude_seen else 0
+        self._top, self._needs = list_length(self._measures), needs(self._measures)
+        if self._top and num_shards(mesh) > 1:
+            raise ValueError("metrics that read lists need the item table whole: set parallel.catalogue_shards=1")
+        self._information = None
+        if "information" in self._needs:
+            self._information = self_information(*users_of_items(log, split_log(log, config.data).first_held_out))
+        self._parts = slices(log, examples, config.eval) if in_parts else {}
+        self._targets, self._num_items = examples.targets(log), log.num_items
         self._batches = self._lay_out(examples, log.num_items + 1)
 
     def _lay_out(self, examples: Examples, v: int) -> list[_Batch]:
@@ -229,7 +283,8 @@ class FullSortEvaluator:
                 filled = np.pad(rows, (0, size - len(rows)), mode="edge")
                 users = _put(examples.users[filled].astype(np.int32), self._mesh, spec)
                 ends = _put(examples.ends[filled].astype(np.int32), self._mesh, spec)
-                batches.append(_Batch(rows, users, ends, length, tile))
+                targets = _put(self._targets[filled].astype(np.int32), self._mesh, spec)
+                batches.append(_Batch(rows, users, ends, targets, length, tile))
             first = last
         return batches
 
@@ -249,6 +304,7 @@ class FullSortEvaluator:
                 self._log,
                 batch.users,
                 batch.ends,
+                batch.targets,
                 mesh=self._mesh,
                 model=self.model,
                 max_len=self._max_len,
@@ -256,25 +312,45 @@ class FullSortEvaluator:
                 length=batch.length,
                 tile=batch.tile,
                 seen_len=self._seen_len,
+                top=self._top,
             )
             for batch in self._batches
         ]
         ranks = np.zeros(self.num_examples, np.int32)
+        items = np.zeros((self.num_examples, self._top), np.int32)
         broken = 0
-        for batch, (batch_ranks, finite) in zip(self._batches, jax.device_get(outputs), strict=True):
+        for batch, (batch_ranks, finite, *batch_items) in zip(self._batches, jax.device_get(outputs), strict=True):
             ranks[batch.rows] = batch_ranks[: len(batch.rows)]
+            for first in batch_items:
+                items[batch.rows] = first[: len(batch.rows)]
             broken += int(np.count_nonzero(~finite[: len(batch.rows)]))
         if broken:
             raise FloatingPointError(
                 f"the scores of {broken} of {self.num_examples} evaluated rows are not finite; "
                 "the parameters hold NaN or infinity, or overflow: lower the learning rate or set clip_norm"
             )
-        return EvaluationResult(
-            metrics=summarise(ranks, self.config.eval.top_k),
-            ranks=ranks,
-            measured=self.measured,
-            seconds=time.perf_counter() - started,
-        )
+        metrics, standard_errors, parts = self._measure(params, ranks, items)
+        seconds = time.perf_counter() - started
+        return EvaluationResult(metrics, standard_errors, parts, ranks, self.measured, seconds)
+
+    def _measure(self, params: Any, ranks: np.ndarray, items: np.ndarray) -> tuple[Any, Any, Any]:
+        """Returns the metrics, their standard errors, and the metrics of parts."""
+        lists = RankedLists(ranks, self.measured.lists, num_items=self._num_items, information=self._information)
+        starts, directions = lists.starts, None
+        if "directions" in self._needs:
+            table = np.asarray(apply_method(self.model, variables(params), "item_table"), np.float64)
+            norms = np.linalg.norm(table, axis=1, keepdims=True)
+            directions = table / np.where(norms > 0, norms, 1)
+        lists = dataclasses.replace(lists, items=items[starts] if self._top else None, directions=directions)
+        values = values_per_list(lists, self._measures)
+        parts = {}
+        for name, labels in self._parts.items():
+            of_list, parts[name] = labels[starts], {}
+            for label in np.unique(of_list):
+                chosen = np.flatnonzero(of_list == label)
+                own = means(lists, self._measures, values, chosen)
+                parts[name][str(label)] = {"lists": len(chosen)} | own
+        return means(lists, self._measures, values), errors(values), parts
 
 
 def evaluate(

@@ -1,9 +1,14 @@
-"""Hit rate, NDCG and MRR as pure functions of the rank of the one relevant item.
+"""Metrics of ranked lists, from the ranks of what is relevant and from the items at the top.
 
 The ranking rule: rank = 1 + the number of items whose score is strictly greater than the target's. Items that tie with
 the target do not push it down, so a tie is read in the target's favour. Column 0 of the scores is the padding and never
 counts as an item. Counting baselines, whose scores do tie, give the mean rank over the orders of the equals, which may
 end in a half (`evaluation.baselines`); the metrics take it as it is.
+
+A list is made before a target, and that is all that is relevant to it: recall@k is then hit@k, map@k is mrr@k, and
+precision@k is hit@k / k. Where one list is made for several targets of a user (eval.lists="user"), `lists` says which
+ranks belong together, and the metrics are those of RecTools and ranx: with R the relevant items of a list and r_1 < r_2
+< .. their ranks. Relevant items of equal rank stand one behind the other.
 """
 
 from collections.abc import Sequence
@@ -34,39 +39,132 @@ def rank_of_target(scores: jax.Array, targets: jax.Array, *, excluded: jax.Array
     return jnp.where(jnp.isnan(target_scores[:, 0]), scores.shape[1], ranks).astype(jnp.int32)
 
 
-def hit(ranks: np.ndarray, k: int) -> np.ndarray:
-    """hit@k = 1 if rank <= k else 0, one float64 a row.
+def _places(ranks: np.ndarray, lists: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Returns the ranks of each list upwards and distinct, which of the list's each is (from 1), and where lists begin.
 
     Args:
-      ranks: [n] ranks from 1, whole or in halves.
-      k: length of the list.
+      ranks: [t] ranks from 1.
+      lists: [t] which list each is of, ascending.
     """
-    return (np.asarray(ranks) <= k).astype(np.float64)
+    starts = np.flatnonzero(np.diff(lists, prepend=lists[:1] - 1))
+    sizes = np.diff(np.append(starts, len(lists)))
+    ordered = np.asarray(ranks, np.float64)[np.lexsort((ranks, lists))]
+    nth = np.arange(len(lists)) - np.repeat(starts, sizes) + 1.0
+    # r_i = i + max over j <= i of (r_j - j) within each list; a step that no rank reaches keeps lists apart.
+    apart = np.repeat(np.arange(len(starts)), sizes) * (ordered.max(initial=0) + len(lists) + 1)
+    return nth + np.maximum.accumulate(ordered - nth + apart) - apart, nth, starts
 
 
-def ndcg(ranks: np.ndarray, k: int) -> np.ndarray:
-    """ndcg@k = 1 / log2(rank + 1) if rank <= k else 0, one float64 a row (one relevant item: the ideal gain is 1).
+def hit(ranks: np.ndarray, k: int, lists: np.ndarray | None = None) -> np.ndarray:
+    """hit@k = 1 if r_1 <= k else 0, one float64 per list.
 
     Args:
-      ranks: [n] ranks from 1, whole or in halves.
+      ranks: [t] ranks from 1, whole or in halves.
       k: length of the list.
+      lists: [t] int, which list each rank is of, ascending; None: each is of its own.
     """
-    ranks = np.asarray(ranks, np.float64)
-    return np.where(ranks <= k, 1.0 / np.log2(ranks + 1.0), 0.0)
+    found = (np.asarray(ranks) <= k).astype(np.float64)
+    return found if lists is None else np.minimum(_found(ranks, k, lists)[0], 1.0)
 
 
-def mrr(ranks: np.ndarray, k: int) -> np.ndarray:
-    """mrr@k = 1 / rank if rank <= k else 0, one float64 a row.
+def _found(ranks: np.ndarray, k: int, lists: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """How many relevant items of each list stand among its first k, and how many there are."""
+    places, _, starts = _places(ranks, lists)
+    return np.add.reduceat((places <= k).astype(np.float64), starts), np.diff(np.append(starts, len(lists)))
+
+
+def recall(ranks: np.ndarray, k: int, lists: np.ndarray | None = None) -> np.ndarray:
+    """recall@k = #{i : r_i <= k} / |R|, one float64 per list; arguments as of `hit`."""
+    if lists is None:
+        return hit(ranks, k)
+    found, relevant = _found(ranks, k, lists)
+    return found / relevant
+
+
+def precision(ranks: np.ndarray, k: int, lists: np.ndarray | None = None) -> np.ndarray:
+    """precision@k = #{i : r_i <= k} / k, one float64 per list; arguments as of `hit`."""
+    return (hit(ranks, k) if lists is None else _found(ranks, k, lists)[0]) / k
+
+
+def ndcg(ranks: np.ndarray, k: int, lists: np.ndarray | None = None) -> np.ndarray:
+    """ndcg@k = sum over r_i <= k of 1 / log2(r_i + 1) by sum over i <= min(|R|, k) of 1 / log2(i + 1); one per list.
+
+    With one relevant item: 1 / log2(rank + 1) if rank <= k else 0. Arguments as of `hit`; float64.
+    """
+    if lists is None:
+        ranks = np.asarray(ranks, np.float64)
+        return np.where(ranks <= k, 1.0 / np.log2(ranks + 1.0), 0.0)
+    places, nth, starts = _places(ranks, lists)
+    gains, ideal = (np.add.reduceat(np.where(of <= k, 1.0 / np.log2(of + 1.0), 0.0), starts) for of in (places, nth))
+    return gains / ideal
+
+
+def mrr(ranks: np.ndarray, k: int, lists: np.ndarray | None = None) -> np.ndarray:
+    """mrr@k = 1 / r_1 if r_1 <= k else 0, one float64 per list; arguments as of `hit`."""
+    firsts = np.asarray(ranks, np.float64)
+    if lists is not None:
+        places, _, starts = _places(ranks, lists)
+        firsts = places[starts]
+    return np.where(firsts <= k, 1.0 / firsts, 0.0)
+
+
+def mean_average_precision(ranks: np.ndarray, k: int, lists: np.ndarray | None = None) -> np.ndarray:
+    """map@k, of one list: sum over r_i <= k of i / r_i, by |R|; one float64 per list; arguments as of `hit`."""
+    if lists is None:
+        return mrr(ranks, k)
+    places, nth, starts = _places(ranks, lists)
+    sizes = np.diff(np.append(starts, len(lists)))
+    return np.add.reduceat(np.where(places <= k, nth / places, 0.0), starts) / sizes
+
+
+def novelty(items: np.ndarray, information: np.ndarray) -> np.ndarray:
+    """Mean self-information of what is listed: -1/k sum_i log2(users(i) / users), one float64 per list.
 
     Args:
-      ranks: [n] ranks from 1, whole or in halves.
-      k: length of the list.
+      items: int [n, k], 0 where a list is shorter.
+      information: float64 [v], see `self_information`.
+
+    Source: Zhou et al., "Solving the apparent diversity-accuracy dilemma of recommender systems", PNAS 2010; as
+    RecTools' MeanInvUserFreq.
     """
-    ranks = np.asarray(ranks, np.float64)
-    return np.where(ranks <= k, 1.0 / ranks, 0.0)
+    there = items > 0
+    return np.where(there, information[items], 0.0).sum(axis=1) / np.maximum(there.sum(axis=1), 1)
 
 
-_BY_NAME = {"hit": hit, "ndcg": ndcg, "mrr": mrr}
+def self_information(users_of_item: np.ndarray, num_users: int) -> np.ndarray:
+    """-log2(users(i) / users) of every item; one without a training event counts as one that a single user had.
+
+    Args:
+      users_of_item: int [v], users that have the item in the training part.
+      num_users: users with a training event.
+    """
+    return -np.log2(np.maximum(users_of_item, 1) / max(num_users, 1))
+
+
+def diversity(items: np.ndarray, directions: np.ndarray) -> np.ndarray:
+    """Intra-list diversity: the mean over pairs of listed items of 1 - cos(e_i, e_j), one float64 per list.
+
+    0 for a list of fewer than 2 items. With unit vectors u, the sum over pairs of cosines is (|sum_i u_i|^2 - sum_i
+    |u_i|^2) / 2: no distances of pairs are held.
+
+    Args:
+      items: int [n, k], 0 where a list is shorter.
+      directions: float64 [v, d], the items' embeddings in the model at length 1; zeros stay zeros.
+
+    Source: Ziegler et al., "Improving recommendation lists through topic diversification", WWW 2005; as RecTools'
+    IntraListDiversity with that distance. The embeddings are the measured model's own: compare by it its versions
+    rather than different models.
+    """
+    there = items > 0
+    listed = there.sum(axis=1)
+    sums, squares = np.zeros((len(items), directions.shape[1])), np.zeros(len(items))
+    for column, inside in zip(items.T, there.T, strict=True):
+        vectors = directions[column] * inside[:, None]
+        sums += vectors
+        squares += (vectors * vectors).sum(axis=1)
+    cosines = (np.einsum("nd,nd->n", sums, sums) - squares) / 2
+    pairs = listed * (listed - 1) / 2
+    return np.where(pairs > 0, 1 - cosines / np.maximum(pairs, 1), 0.0)
 
 
 def check_top_k(top_k: Sequence[int], num_items: int, setting: str = "k") -> None:
@@ -89,7 +187,12 @@ def check_top_k(top_k: Sequence[int], num_items: int, setting: str = "k") -> Non
             )
 
 
-def _check_ranks(ranks: np.ndarray) -> np.ndarray:
+def checked_ranks(ranks: np.ndarray) -> np.ndarray:
+    """Returns ranks as an array.
+
+    Raises:
+      ValueError: there are none, or one is under 1.
+    """
     ranks = np.asarray(ranks)
     if ranks.size == 0:
         raise ValueError("there are no ranks to average: the evaluated part of the log has 0 examples")
@@ -98,12 +201,16 @@ def _check_ranks(ranks: np.ndarray) -> np.ndarray:
     return ranks
 
 
-def summarise(ranks: np.ndarray, top_k: Sequence[int]) -> dict[str, float]:
-    """Averages hit, ndcg and mrr over rows, in float64.
+_ALWAYS = {"hit": hit, "ndcg": ndcg, "mrr": mrr}
+
+
+def summarise(ranks: np.ndarray, top_k: Sequence[int], lists: np.ndarray | None = None) -> dict[str, float]:
+    """Averages hit, ndcg and mrr over lists, in float64.
 
     Args:
       ranks: [n] ranks from 1, whole or in halves.
       top_k: list lengths k.
+      lists: as of `hit`.
 
     Returns:
       {"hit@10": ..., "ndcg@10": ..., "mrr@10": ..., ...} for every k in the order given.
@@ -111,25 +218,5 @@ def summarise(ranks: np.ndarray, top_k: Sequence[int]) -> dict[str, float]:
     Raises:
       ValueError: without ranks, or for a rank under 1.
     """
-    ranks = _check_ranks(ranks)
-    return {f"{name}@{k}": float(metric(ranks, k).mean()) for k in top_k for name, metric in _BY_NAME.items()}
-
-
-def standard_errors(ranks: np.ndarray, top_k: Sequence[int]) -> dict[str, float]:
-    """Standard error of each mean of `summarise`: s / sqrt(n), s^2 the unbiased variance over rows.
-
-    Args:
-      ranks: [n] ranks from 1, whole or in halves.
-      top_k: list lengths k.
-
-    Raises:
-      ValueError: for fewer than 2 ranks, of which no spread can be told.
-    """
-    ranks = _check_ranks(ranks)
-    if ranks.size < 2:
-        raise ValueError(f"a standard error needs at least 2 ranks, got {ranks.size}")
-    return {
-        f"{name}@{k}": float(metric(ranks, k).std(ddof=1) / np.sqrt(ranks.size))
-        for k in top_k
-        for name, metric in _BY_NAME.items()
-    }
+    ranks = checked_ranks(ranks)
+    return {f"{name}@{k}": float(metric(ranks, k, lists).mean()) for k in top_k for name, metric in _ALWAYS.items()}

@@ -18,11 +18,13 @@ class Measured(NamedTuple):
 
     Attributes:
       examples: those to rank, in the order given.
+      lists: int [n] which list each is of, ascending; None: each has its own.
       seen: how many targets were seen before, of all `total`; None where seen items stay in the ranking.
       total: all examples of the part.
     """
 
     examples: Examples
+    lists: np.ndarray | None
     seen: int | None
     total: int
 
@@ -33,7 +35,8 @@ class Measured(NamedTuple):
     def protocol(self, config: ExperimentConfig, split: str = "test") -> str:
         """Says how the part `split` was cut off and ranked under an experiment's settings."""
         seen = describe_seen(config.eval, self.report().get("seen_target_share"))
-        return f"full ranking of the {split} part, {describe(config.data)}, seen items {seen}"
+        lists = ", one list per user for all its targets" if config.eval.lists == "user" else ""
+        return f"full ranking of the {split} part{lists}, {describe(config.data)}, seen items {seen}"
 
 
 def describe_seen(evaluation: EvalConfig, share: float | None = None) -> str:
@@ -50,7 +53,7 @@ def describe_seen(evaluation: EvalConfig, share: float | None = None) -> str:
 
 
 def were_seen(log: InteractionLog, examples: Examples) -> np.ndarray:
-    """Tells which targets occur among their user's events before them; bool [n].
+    """Tells which targets occur among the events that they are predicted from; bool [n].
 
     Args:
       log: the cleaned log.
@@ -60,30 +63,33 @@ def were_seen(log: InteractionLog, examples: Examples) -> np.ndarray:
     pairs = users * (log.num_items + 1) + log.items
     # The first event of each pair of user and item; later ones repeat it.
     _, first, which = np.unique(pairs, return_index=True, return_inverse=True)
-    at = log.offsets[examples.users] + examples.ends
-    return first[which[at]] < at
+    return first[which[examples.target_rows(log)]] < log.offsets[examples.users] + examples.ends
 
 
 def measured(log: InteractionLog, examples: Examples, evaluation: EvalConfig) -> Measured:
     """Chooses the examples that are ranked: all, or with exclude_seen those whose target is new to the user.
 
+    With eval.lists="user", a user's targets are predicted together, from what it had before the first of them.
+
     Args:
       log: the cleaned log.
       examples: an evaluated part of it.
-      evaluation: reads exclude_seen and seen_targets.
+      evaluation: reads lists, exclude_seen and seen_targets.
 
     Raises:
       ValueError: every target was seen, so that nothing is left.
     """
-    count = len(examples.users)
-    if not evaluation.exclude_seen:
-        return Measured(examples, None, count)
-    seen = were_seen(log, examples)
-    if evaluation.seen_targets == "leave_out":
-        if count and seen.all():
-            raise ValueError(
-                f"eval.exclude_seen: all {count} targets were seen before by their users, and none is left to rank; "
-                "set eval.seen_targets=rank, or do not exclude seen items"
-            )
-        examples = Examples(examples.users[~seen], examples.ends[~seen])
-    return Measured(examples, int(np.count_nonzero(seen)), count)
+    if evaluation.lists == "user":
+        examples = examples.one_list_per_user(log)
+    count, seen = len(examples), None
+    if evaluation.exclude_seen:
+        seen = were_seen(log, examples)
+        if evaluation.seen_targets == "leave_out":
+            if count and seen.all():
+                raise ValueError(
+                    f"eval.exclude_seen: all {count} targets were seen before by their users, and none is left to "
+                    "rank; set eval.seen_targets=rank, or do not exclude seen items"
+                )
+            examples = examples.where(~seen)
+    lists = examples.users if evaluation.lists == "user" else None
+    return Measured(examples, lists, None if seen is None else int(np.count_nonzero(seen)), count)

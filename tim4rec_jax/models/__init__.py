@@ -2,10 +2,7 @@
 
 import dataclasses
 import difflib
-import importlib
-import pathlib
 import sys
-from typing import Any
 
 import jax
 
@@ -28,6 +25,7 @@ from tim4rec_jax.models.ssd4rec import SSD4Rec, SSD4RecConfig
 from tim4rec_jax.models.tim4rec import TiM4Rec, TiM4RecConfig
 from tim4rec_jax.models.tim4rec_causal import CausalTiM4Rec, CausalTiM4RecConfig
 from tim4rec_jax.models.tisasrec import TiSASRec, TiSASRecConfig
+from tim4rec_jax.outside import import_outside, importable_name
 
 MODELS: dict[str, type[SequentialModel]] = {
     "tim4rec": TiM4Rec,
@@ -67,15 +65,7 @@ def register_model(name: str, Config: type[ModelConfig], Module: type[Sequential
     if Config().name != name:
         raise ValueError(f"{Config.__name__} has name={Config().name!r}; write `name: str = {name!r}` into it")
     Module.Config = Config
-    MODELS[name], _REGISTERED_BY[name] = Module, _importable(sys._getframe(1).f_globals)
-
-
-def _importable(caller: dict[str, Any]) -> str:
-    """The name by which other programs import a module; that of a program's file is not "__main__" there."""
-    if caller["__name__"] != "__main__":
-        return caller["__name__"]
-    spec, file = caller.get("__spec__"), caller.get("__file__")
-    return spec.name if spec else pathlib.Path(file).stem if file else "__main__"
+    MODELS[name], _REGISTERED_BY[name] = Module, importable_name(sys._getframe(1).f_globals)
 
 
 def model_class(name: str) -> type[SequentialModel]:
@@ -106,13 +96,7 @@ def import_model_module(module: str) -> str | None:
       ValueError: it cannot be imported, or does not register the class.
     """
     name, _, wanted = module.partition(":")
-    try:
-        imported = importlib.import_module(name)
-    except Exception as error:
-        raise ValueError(
-            f"model.module={name} cannot be imported ({type(error).__name__}: {str(error)[:80]}); put its folder on "
-            "PYTHONPATH, or start the program there"
-        ) from error
+    imported = import_outside("model.module", name)
     names = [model for model, by in _REGISTERED_BY.items() if by == name]
     if wanted:
         names = [model for model in names if MODELS[model] is getattr(imported, wanted, None)]

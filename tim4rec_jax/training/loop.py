@@ -26,6 +26,7 @@ from tim4rec_jax.data.splits import Split, split_log, training_times
 from tim4rec_jax.devices import device_line, require_kernels
 from tim4rec_jax.evaluation.full_sort import FullSortEvaluator
 from tim4rec_jax.evaluation.seen_targets import measured
+from tim4rec_jax.evaluation.slices import slices
 from tim4rec_jax.files import locked
 from tim4rec_jax.models import STATISTICS, SequentialModel, build_model
 from tim4rec_jax.parallel.mesh import Layout, make_layout
@@ -200,9 +201,11 @@ class Setup:
         self.groups = self._plan_groups()
         self.validate = None
         if config.data.holds_out:
-            # Known now rather than after training, if nothing is left to test.
-            measured(log, self.split.test, config.eval)
-            self.validate = FullSortEvaluator(self.model, log, self.split.valid, config, mesh=self.layout.mesh)
+            # Known now rather than after training, if nothing is left to test, or a table of users cannot be read.
+            slices(log, measured(log, self.split.test, config.eval).examples, config.eval)
+            self.validate = FullSortEvaluator(
+                self.model, log, self.split.valid, config, mesh=self.layout.mesh, in_parts=False
+            )
 
     def _plan_groups(self) -> tuple[LengthGroup, ...]:
         train, max_len = self.config.train, self.config.model.max_len
@@ -558,6 +561,8 @@ def _test(session: Session, state: TrainState, progress: Progress) -> dict[str, 
     }
     if ranked is not None:
         results |= ranked.measured.report()
+        if ranked.parts:
+            results["test_parts"] = ranked.parts
     begun_from = [line["init_from"] for line in read_metrics(run_dir) if "init_from" in line] if is_main() else []
     if begun_from:
         results["init_from"] = begun_from[-1]
