@@ -5,6 +5,7 @@ import pathlib
 import threading
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Annotated, Any, Literal
 
@@ -54,7 +55,8 @@ class Service:
 
     def __init__(self, answering: answers.Answering, limits: Limits, *, batch_seconds: float) -> None:
         """Takes what answers; `start` warms it up."""
-        self.answering, self.limits, self.measured = answering, limits, Measured()
+        self.answering, self.measured = answering, Measured()
+        self.limits = replace(limits, k=answering.prepared.k)
         self.failed: Exception | None = None
         self._ready = threading.Event()
         self._compiled_when_ready = 0
@@ -290,7 +292,9 @@ def _add_answers(app: fastapi.FastAPI, service: Service, bearer: list[Any]) -> N
         return _json(await service.ask(answers.SimilarQuestion(_ids(body.items), **rules(body))))
 
     @app.get("/v1/similar", response_model=schemas.SimilarAnswer, **about)
-    async def similar(item: str, k: Annotated[int, fastapi.Query(ge=1, le=service.limits.k)] = 10) -> fastapi.Response:
+    async def similar(
+        item: str, k: Annotated[int, fastapi.Query(ge=1, le=service.limits.k)] = min(10, service.limits.k)
+    ) -> fastapi.Response:
         """Returns the items most like one."""
         return _json(await service.ask(answers.SimilarQuestion([item], k=k)))
 

@@ -13,16 +13,20 @@ class Measured:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
-        kept = {"registry": self.registry}
-        self.requests = Counter("tim4rec_requests_total", "Requests answered", ["route", "status"], **kept)
+        kept = self.registry
+        self.requests = Counter("tim4rec_requests_total", "Requests answered", ["route", "status"], registry=kept)
         self.seconds = Histogram(
-            "tim4rec_request_seconds", "Seconds from a request to its answer", ["route"], buckets=_SECONDS, **kept
+            "tim4rec_request_seconds",
+            "Seconds from a request to its answer",
+            ["route"],
+            buckets=_SECONDS,
+            registry=kept,
         )
-        self.batch_rows = Histogram("tim4rec_batch_rows", "Rows answered together", buckets=_ROWS, **kept)
+        self.batch_rows = Histogram("tim4rec_batch_rows", "Rows answered together", buckets=_ROWS, registry=kept)
         self.batch_seconds = Histogram(
-            "tim4rec_batch_seconds", "Seconds of the answers to a batch", buckets=_SECONDS, **kept
+            "tim4rec_batch_seconds", "Seconds of the answers to a batch", buckets=_SECONDS, registry=kept
         )
-        self.events = Counter("tim4rec_events_total", "Events taken in", **kept)
+        self.events = Counter("tim4rec_events_total", "Events taken in", registry=kept)
 
     def watch(self, name: str, about: str, value: Callable[[], float]) -> None:
         """Adds a gauge that is asked for its value when it is read."""

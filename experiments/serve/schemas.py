@@ -138,7 +138,7 @@ def requests(limits: Limits) -> SimpleNamespace:
         name: Id | None = Field(default=None, description="comes back as the user of its list")
 
     class Rules(_Strict):
-        k: int = Field(default=10, strict=True, ge=1, le=limits.k)
+        k: int = Field(default=min(10, limits.k), strict=True, ge=1, le=limits.k)
         allow: list[Id] | None = Field(default=None, max_length=limits.listed, description="the only items to rank")
         deny: list[Id] = Field(default=[], max_length=limits.listed, description="items that are not ranked")
         where: list[Annotated[str, Field(max_length=_CONDITION_LENGTH, strict=True)]] = Field(

@@ -27,7 +27,7 @@ class Compilations:
     def __init__(self) -> None:
         self.count, self._lock = 0, threading.Lock()
 
-    def _heard(self, event: str, _: float, **__: Any) -> None:
+    def _heard(self, event: str, duration_secs: float, **_: Any) -> None:
         if event == _COMPILED:
             with self._lock:
                 self.count += 1

@@ -169,9 +169,8 @@ class UserHistories:
             lines = Chain.from_notes(header.get("lines"))
         except (ValueError, KeyError) as error:
             raise user_table_file.damaged(path, error) from error
-        ends = np.cumsum(arrays["lengths"]).tolist()
-        for user, first, end in zip(users, [0, *ends[:-1]], ends, strict=True):
-            part = slice(first, end)
+        for user, end, length in zip(users, np.cumsum(arrays["lengths"]), arrays["lengths"], strict=True):
+            part = slice(end - length, end)
             self._new[user] = array("i", arrays["items"][part].tobytes()), array("q", arrays["times"][part].tobytes())
         self._new_users = sum(user not in self._known for user in users)
         self.events = len(arrays["items"])
