@@ -232,7 +232,8 @@ def run(options: ServeOptions) -> int:
 
     with service_of(options) as service:
         guard = make_app(service, tokens, __version__)
-        how = {"log_level": "warning", "access_log": False, "lifespan": "off", "ws": "none"}
+        # Its own logging settings would close the handlers of others.
+        how = {"log_config": None, "log_level": "warning", "access_log": False, "lifespan": "off", "ws": "none"}
         server = Server(uvicorn.Config(guard, timeout_graceful_shutdown=LONGEST_DRAIN, **how))
         with _listening(options.host, options.port) as listening:
             host, port = listening.getsockname()[:2]

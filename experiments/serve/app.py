@@ -232,12 +232,14 @@ def _add_status(app: fastapi.FastAPI, service: Service, guard: Guard) -> None:
         """Returns counters in the text format of Prometheus."""
         return fastapi.Response(service.measured.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
-    for path, file, kind in (("/", "page.html", "text/html"), ("/page.js", "page.js", "text/javascript")):
-        _add_file(app, path, FOLDER / file, kind)
+    limits = service.limits
+    body = f'<body data-last="{limits.last}" data-k="{limits.k}">'
+    page = (FOLDER / "page.html").read_text(encoding="utf-8").replace("<body>", body)
+    _add_file(app, "/", page, "text/html")
+    _add_file(app, "/page.js", (FOLDER / "page.js").read_text(encoding="utf-8"), "text/javascript")
 
 
-def _add_file(app: fastapi.FastAPI, path: str, file: pathlib.Path, kind: str) -> None:
-    content = file.read_bytes()
+def _add_file(app: fastapi.FastAPI, path: str, content: str, kind: str) -> None:
     headers = {"content-security-policy": "default-src 'self'; style-src 'unsafe-inline'; base-uri 'none'"}
     assert path in OPEN
 
