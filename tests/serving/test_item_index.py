@@ -69,7 +69,7 @@ def test_the_exported_index_answers_as_the_model_does(tmp_path, recommender):
     assert written["ann"]["recall_at_10"] >= 0.99 and written["ann"]["queries"] == len(recommender.users)
     histories = [recommender.history_of_user(user) for user in recommender.users[:6]]
     lengths = np.array([min(len(one.items), recommender.max_len) for one in histories], np.int32)
-    items, lengths, timestamps = recommender._inputs(histories, lengths, recommender.max_len)
+    items, lengths, timestamps = recommender.inputs(histories, lengths, recommender.max_len)
     np.savez(tmp_path / "in.npz", items=items, lengths=lengths, timestamps=timestamps)
     command = [sys.executable, "-c", CONSUMER, str(folder), str(tmp_path / "in.npz"), str(tmp_path / "out.npz")]
     subprocess.run(command, check=True)

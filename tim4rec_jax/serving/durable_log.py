@@ -171,6 +171,7 @@ class Journal:
         self.path = path
         self._descriptor = _NONE
         self._buffer = bytearray()
+        self._synced = 0
 
     @property
     def waiting(self) -> bool:
@@ -198,13 +199,29 @@ class Journal:
             self._write()
             with named_in_errors(self.path):
                 os.fsync(self._descriptor)
+                self._synced = os.fstat(self._descriptor).st_size
 
     def begin(self, position: Chain) -> None:
         """Begins anew: a table that was saved holds all lines up to a position."""
         self.close()
-        write_atomically(self.path, json.dumps(asdict(position)).encode() + b"\n")
+        header = json.dumps(asdict(position)).encode() + b"\n"
+        write_atomically(self.path, header)
+        self._synced = len(header)
         with named_in_errors(self.path):
             self._descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
+
+    @property
+    def is_open(self) -> bool:
+        """Lines can be taken in."""
+        return self._descriptor != _NONE
+
+    def undo(self) -> None:
+        """Takes back every line since the last `sync`; where the disk refuses that, lets the file go."""
+        self._buffer = bytearray()
+        try:
+            os.ftruncate(self._descriptor, self._synced)
+        except OSError:
+            self.close()
 
     def remove(self) -> None:
         """Removes the file: a table that was saved holds all lines."""

@@ -210,6 +210,11 @@ class Recommender:
         recommender.earlier_settings = read_earlier_model_settings(run)
         return recommender
 
+    @property
+    def columns(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The log: items int32 and times int64 of all users' events, and the offset int64 of each user's first."""
+        return self._items, self._times, self._offsets
+
     @cached_property
     def _row_of_user(self) -> dict[str, int]:
         return {user: row for row, user in enumerate(self.users)}
@@ -489,18 +494,19 @@ class Recommender:
             # Ascending lengths: the batch's static length is that of the last row that still fits.
             row_limit = self._row_limit(int(lengths[order[first]]))
             rows = order[first : first + row_limit]
-            length = self._static_length(int(lengths[rows[-1]]))
+            length = self.static_length(int(lengths[rows[-1]]))
             rows = rows[: self._row_limit(length)]
-            length = self._static_length(int(lengths[rows[-1]]))
-            yield rows, self._inputs([histories[i] for i in rows], lengths[rows], length)
+            length = self.static_length(int(lengths[rows[-1]]))
+            yield rows, self.inputs([histories[i] for i in rows], lengths[rows], length)
             first += len(rows)
 
-    def _static_length(self, length: int) -> int:
+    def static_length(self, length: int) -> int:
+        """Returns the columns in which a history of so many read events is computed."""
         return min(max(next_power_of_two(length), SHORTEST_LENGTH), self.max_len)
 
     def _row_limit(self, length: int) -> int:
         return 1 << (
-            max(1, min(BATCH_TOKENS // self._static_length(length), score_rows(self.num_items + 1))).bit_length() - 1
+            max(1, min(BATCH_TOKENS // self.static_length(length), score_rows(self.num_items + 1))).bit_length() - 1
         )
 
     def check(self, histories: Sequence[History], k: int) -> None:
@@ -510,8 +516,14 @@ class Recommender:
             if len(history.items) == 0:
                 raise ValueError(f"{history.label} is empty; give at least 1 item id")
 
-    def _inputs(self, histories: Sequence[History], lengths: np.ndarray, length: int) -> tuple[np.ndarray, ...]:
-        """Sizes are rounded up to powers of two, so that later calls find a compiled program."""
+    def inputs(self, histories: Sequence[History], lengths: np.ndarray, length: int) -> tuple[np.ndarray, ...]:
+        """Returns items, lengths and times of one call; as many rows as a power of two, for which programs are kept.
+
+        Args:
+          histories: n of them.
+          lengths: int [n], how many of the last events of each are read, at least 1.
+          length: columns, see `static_length`.
+        """
         n = len(histories)
         b = next_power_of_two(n)
         items = np.zeros((b, length), np.int32)

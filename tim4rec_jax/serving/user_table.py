@@ -114,7 +114,7 @@ class UserTable:
             if user not in latest:
                 row = self._rows.get(user)
                 latest[user] = None if row is None else self._last_times[row]
-            latest[user] = seconds = _checked_time(timestamp, latest[user], f"{label}, item {item!r}")
+            latest[user] = seconds = checked_time(timestamp, latest[user], f"{label}, item {item!r}")
             checked.append((user, index, seconds))
         for user, index, seconds in checked:
             self._queue(user, [index], [seconds])
@@ -129,8 +129,8 @@ class UserTable:
             if len(history.items) == 0:
                 raise ValueError(f"{history.label} is empty; give at least 1 event")
             row = self._rows.get(user)
-            _checked_time(int(history.timestamps[0]), None if row is None else self._last_times[row], f"user {user!r}")
-            _checked_time(int(history.timestamps[-1]), int(history.timestamps[0]), f"user {user!r}")
+            checked_time(int(history.timestamps[0]), None if row is None else self._last_times[row], f"user {user!r}")
+            checked_time(int(history.timestamps[-1]), int(history.timestamps[0]), f"user {user!r}")
         for user, history in histories.items():
             self._queue(user, history.items.tolist(), history.timestamps.tolist())
 
@@ -344,7 +344,17 @@ def _day(second: int) -> str:
     return datetime.datetime.fromtimestamp(second, datetime.UTC).date().isoformat()
 
 
-def _checked_time(timestamp: Any, last: int | None, label: str) -> int:
+def checked_time(timestamp: Any, last: int | None, label: str) -> int:
+    """Returns the seconds of a user's next event.
+
+    Args:
+      timestamp: as it was given.
+      last: seconds of the user's last event; None before the first.
+      label: what messages begin with.
+
+    Raises:
+      ValueError: it is no whole second of those that models read, or lies before the last.
+    """
     if isinstance(timestamp, bool) or not isinstance(timestamp, int | np.integer):
         raise ValueError(f"{label}: timestamp {timestamp!r} must be a whole number of seconds since 1970")
     if not 0 <= timestamp <= LAST_SECOND:
