@@ -124,7 +124,7 @@ def warm_params(
     new = {name: np.asarray(leaf) for name, leaf in named_leaves(fresh).items()}
     index = _indices_there(log.item_ids, before.item_ids)
     mapped = {}
-    for name in new.keys() | old.keys():
+    for name in sorted(new.keys() | old.keys()):
         by_item = any(part in model.by_item for part in name.split("."))
         there, here = (leaves[name].shape if name in leaves else None for leaves in (old, new))
         if there is None or here is None or there[by_item:] != here[by_item:]:
