@@ -2,9 +2,10 @@
 
 The log is cut in time into parts of equally many events, the days; on day n everything up to its end is split again
 into training, validation and test. `cold` is trained with the experiment's own settings. `warm` begins with the warm
-run of the day before (on day 2 with the cold one of day 1), without a warm-up of the rate, for a share of the epochs
-after which the cold one was best (--share). What counts is the training time after which validation first reaches the
-cold run's best value, without what compiling takes; the test stands beside it.
+run of the day before (on day 2 with the cold one of day 1), without a warm-up of the rate, for a share of the cold one's
+epochs (--share). What counts is the training time after which validation first reaches the cold run's best value,
+beside that of all the cold run's epochs, over which its rate falls; both without what compiling takes. The test stands
+beside them.
 """
 
 import argparse
@@ -76,10 +77,10 @@ def _seconds_per_epoch(epochs: list[dict[str, Any]]) -> float:
     return statistics.median(line["train_seconds"] for line in epochs)
 
 
-def _warm_settings(config: ExperimentConfig, best_epoch: int, options: argparse.Namespace, run: pathlib.Path) -> Any:
+def _warm_settings(config: ExperimentConfig, epochs: int, options: argparse.Namespace, run: pathlib.Path) -> Any:
     changes = {
         "init_from": str(run),
-        "epochs": max(1, int(best_epoch * options.share)),
+        "epochs": max(1, int(epochs * options.share)),
         "warmup_steps": 0,
         "learning_rate": config.train.learning_rate * options.rate,
     }
@@ -108,13 +109,14 @@ def run(options: argparse.Namespace, rest: list[str]) -> tuple[dict[str, Any], T
             best = cold["valid"][monitor]
             found = {"day": day, "users": log.num_users, "items": log.num_items, "events": log.num_rows}
             found["cold"] = {
-                "seconds": _seconds_until(epochs, monitor, best),
-                "epochs": cold["best_epoch"],
+                "seconds": len(epochs) * _seconds_per_epoch(epochs),
+                "epochs": cold["epochs"],
+                "best_epoch": cold["best_epoch"],
                 "valid": best,
                 "test": cold["test"][monitor],
             }
             if before is not None:
-                warm_config = _warm_settings(of_day, cold["best_epoch"], own, before)
+                warm_config = _warm_settings(of_day, cold["epochs"], own, before)
                 warm, warm_epochs = _trained(warm_config, log, folder / f"day{day}_warm")
                 found["warm"] = {
                     "seconds": _seconds_until(warm_epochs, monitor, best),
@@ -145,4 +147,6 @@ def _table(days: list[dict[str, Any]], monitor: str) -> Table:
                 seconds = "not reached" if one["seconds"] is None else f"{one['seconds']:.1f}"
                 rows.append((f"{day['day']}, {name}", seconds, f"{one['valid']:.4f}", f"{one['test']:.4f}"))
     header = ("day", "seconds", f"valid {monitor}", f"test {monitor}")
-    return table(header, rows, title="training until validation reaches the cold run's best")
+    return table(
+        header, rows, title="training of the cold run, and of the warm one until validation reaches the cold one's best"
+    )
