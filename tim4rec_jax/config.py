@@ -25,7 +25,8 @@ from tim4rec_jax.models import MODELS, full_config, import_model_module, init_pa
 from tim4rec_jax.parallel_config import ParallelConfig
 
 Positions = Literal["last", "all"]
-Loss = Literal["ce", "bpr", "sampled_ce"]
+Loss = Literal["ce", "bpr", "bce", "gbce", "sampled_ce"]
+BINARY_LOSSES = ("bce", "gbce")
 TableOptimizer = Literal["adam", "lazy_adam"]
 
 
@@ -43,9 +44,12 @@ class TrainConfig:
       clip_norm: global-norm gradient clipping; None for none.
       schedule: "constant", or "cosine" decay to 0 over all steps.
       warmup_steps: linear warm-up from 0 ahead of the schedule.
-      loss: "ce" over the whole catalogue, "sampled_ce" with the sum over it estimated from a sample, or "bpr" with one
-        sampled negative.
-      num_negatives: items that "sampled_ce" draws a step, with replacement; all targets of the step share them.
+      loss: "ce" over the whole catalogue, "sampled_ce" with the sum over it estimated from a sample, "bpr" with one
+        sampled negative, "bce", the binary cross-entropy of each target and its own sampled negatives, or "gbce", which
+        corrects it for their being a sample; see `training.losses`.
+      num_negatives: items that "sampled_ce" draws a step, with replacement, and all targets of the step share; or that
+        "bce" and "gbce" draw for each target, uniformly among the others (SASRec: 1, gSASRec: 256).
+      gbce_t: calibration of "gbce", from 0, plain "bce", to 1; None is 0.75, as recommended for gSASRec.
       negatives_power: they are drawn with probabilities proportional to how often an item is a training target (at
         least once), to this power: 0 is uniform, 1 the frequency itself.
       table_optimizer: "lazy_adam" updates the item table and its moments only where a step touches it, with
@@ -86,6 +90,7 @@ class TrainConfig:
     warmup_steps: int = 0
     loss: Loss = "ce"
     num_negatives: int | None = None
+    gbce_t: float | None = None
     negatives_power: float = 0.0
     table_optimizer: TableOptimizer = "adam"
     loss_in_tiles: bool = False
@@ -118,7 +123,7 @@ class TrainConfig:
         )
         require(
             self.positions == "last" or self.loss != "bpr",
-            f"positions='all' trains with loss='ce' or 'sampled_ce', not {self.loss!r}; use positions='last' for it",
+            f"positions='all' trains with every loss but {self.loss!r}; use positions='last' for it",
         )
         for name in ("patience", "warmup_steps", "weight_decay", "seed"):
             require(getattr(self, name) >= 0, f"{name}={getattr(self, name)} must be at least 0")
@@ -136,27 +141,40 @@ class TrainConfig:
             self.table_optimizer in get_args(TableOptimizer),
             f"table_optimizer={self.table_optimizer!r} must be one of {get_args(TableOptimizer)}",
         )
-        if self.loss == "sampled_ce":
+        if self.loss in ("sampled_ce", *BINARY_LOSSES):
+            usual = {"sampled_ce": 1024, "bce": 1, "gbce": 256}[self.loss]
             require(
                 self.num_negatives is not None and self.num_negatives >= 1,
-                f"num_negatives={self.num_negatives} must be at least 1 with loss='sampled_ce', for instance 1024",
+                f"num_negatives={self.num_negatives} must be at least 1 with loss={self.loss!r}, for instance {usual}",
             )
+        require(
+            0 <= self.negatives_power <= 1,
+            f"negatives_power={self.negatives_power} must lie between 0 (uniform) and 1 (by frequency)",
+        )
+        t = self.gbce_t
+        require(t is None or 0 <= t <= 1, f"gbce_t={t} must lie between 0 (plain bce) and 1, or None for 0.75")
+        others = {
+            "num_negatives": (None, ("sampled_ce", *BINARY_LOSSES)),
+            "gbce_t": (None, ("gbce",)),
+            "negatives_power": (0.0, ("sampled_ce",)),
+            "table_optimizer": ("adam", ("sampled_ce",)),
+        }
+        for name, (unset, losses) in others.items():
             require(
-                0 <= self.negatives_power <= 1,
-                f"negatives_power={self.negatives_power} must lie between 0 (uniform) and 1 (by frequency)",
+                getattr(self, name) == unset or self.loss in losses,
+                f"{name}={getattr(self, name)!r} is for loss={' or '.join(map(repr, losses))}; with loss={self.loss!r} "
+                + ("every row of the item table has a gradient" if name == "table_optimizer" else "leave it out"),
             )
-        else:
-            for name, unset in (("num_negatives", None), ("negatives_power", 0.0), ("table_optimizer", "adam")):
-                require(
-                    getattr(self, name) == unset,
-                    f"{name}={getattr(self, name)!r} is for loss='sampled_ce'; with loss={self.loss!r} "
-                    + ("every row of the item table has a gradient" if name == "table_optimizer" else "leave it out"),
-                )
         require(
             self.table_optimizer == "adam" or self.weight_decay == 0,
             f"weight_decay={self.weight_decay} decays every row of the item table in every step, which "
             "table_optimizer='lazy_adam' does not touch; use 0, or 'adam'",
         )
+
+    @property
+    def calibration(self) -> float:
+        """t of "gbce"."""
+        return 0.75 if self.gbce_t is None else self.gbce_t
 
 
 @dataclass(frozen=True)
@@ -214,6 +232,13 @@ class ExperimentConfig:
             f"data.order='file' reads no times, which eval.time_buckets={self.eval.time_buckets!r} needs; leave it out",
         )
 
+        negatives, v = self.train.num_negatives, model.vocab_size
+        require(
+            self.train.loss not in BINARY_LOSSES or negatives is None or v == 0 or negatives <= v - 2,
+            f"train.num_negatives={negatives} must be at most {v - 2}: a target has no more other items than that in a "
+            f"catalogue of {v - 1}",
+        )
+
     def _require_shardable(self) -> None:
         """Refuses what does not go with the item embedding in parts."""
         shards, model = self.parallel.catalogue_shards, self.model
@@ -223,9 +248,9 @@ class ExperimentConfig:
             f"{', '.join(m for m in self.eval.measures if list_length([m]))}, and measure it by experiments.evaluate",
         )
         require(
-            shards == 1 or self.train.loss != "bpr",
-            f"parallel.catalogue_shards={shards} trains with train.loss='ce' or 'sampled_ce', not 'bpr'; use one of "
-            "them, or parallel.catalogue_shards=1",
+            shards == 1 or self.train.loss in ("ce", "sampled_ce"),
+            f"parallel.catalogue_shards={shards} trains with train.loss='ce' or 'sampled_ce', not {self.train.loss!r}; "
+            "use one of them, or parallel.catalogue_shards=1",
         )
         require(
             model.embedding_rows % shards == 0,

@@ -18,7 +18,7 @@ from jax import Array
 from rich.console import Console
 
 from kernels.dispatch import recording, runs_interpreted
-from tim4rec_jax.config import ExperimentConfig
+from tim4rec_jax.config import BINARY_LOSSES, ExperimentConfig
 from tim4rec_jax.data.interactions import InteractionLog, with_precision
 from tim4rec_jax.data.loader import Loader, make_loader
 from tim4rec_jax.data.packing import LengthGroup, plan_length_groups, plan_packed_rows
@@ -217,11 +217,14 @@ class Setup:
         if train.positions == "all":
             return plan_packed_rows(max_len, **options)
         lengths = np.minimum(self.split.train.ends, max_len)
-        if train.num_negatives is not None:
+        vocab_size = self.config.model.vocab_size
+        if train.loss in BINARY_LOSSES and train.num_negatives is not None:  # Each target has its own.
+            scores = min(vocab_size, (train.num_negatives + 1) * self.config.model.d_model)
+        elif train.num_negatives is not None:
             scores = train.num_negatives + 1
         else:
             # With a sharded item table the scores of whole rows never exist, so they limit nothing.
-            scores = 1 if self.layout.catalogue_shards > 1 else self.config.model.vocab_size
+            scores = 1 if self.layout.catalogue_shards > 1 else vocab_size
         return plan_length_groups(lengths, max_len, max_groups=train.length_groups, vocab_size=scores, **options)
 
     def init_state(self) -> TrainState:

@@ -1,5 +1,7 @@
 """Losses of next-item prediction, one value per target, and their weighted sum over many positions."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from jax import Array
@@ -76,21 +78,92 @@ def bpr(positive: Array, negative: Array) -> Array:
     return -jnp.log(BPR_GAMMA + jax.nn.sigmoid(positive - negative))
 
 
-def sample_negative(key: Array, target: Array, vocab_size: int) -> Array:
-    """Draws one item uniformly from 1 to vocab_size - 1 without the target.
+def sample_negatives(key: Array, target: Array, num: int, vocab_size: int) -> Array:
+    """Draws items uniformly, with replacement, from 1 to vocab_size - 1 without the target.
 
     Args:
       key: PRNG key.
       target: int [], the item that must not be drawn.
+      num: m, how many.
       vocab_size: rows of the embedding, at least 3.
+
+    Returns:
+      int [m].
 
     Raises:
       ValueError: for a smaller vocabulary.
     """
     if vocab_size < 3:
         raise ValueError(f"vocab_size={vocab_size} must be at least 3: the padding row, the target and another item")
-    draw = jax.random.randint(key, (), 1, vocab_size - 1)
+    draw = jax.random.randint(key, (num,), 1, vocab_size - 1)
     return jnp.where(draw >= target, draw + 1, draw)
+
+
+def sample_negative(key: Array, target: Array, vocab_size: int) -> Array:
+    """Draws one item as `sample_negatives` does, int []."""
+    return sample_negatives(key, target, 1, vocab_size)[0]
+
+
+def binary_cross_entropy(positive: Array, negative: Array, beta: float = 1.0) -> Array:
+    """Binary cross-entropy of a target and m sampled negatives; with beta < 1 the generalised one (gBCE).
+
+      loss = -(beta log sigmoid(positive) + sum_j log(1 - sigmoid(negative_j))) / (m + 1)
+
+    With beta 1 this is SASRec's loss (Kang & McAuley 2018, arXiv 1808.09781), which sums where this takes the mean.
+    gBCE: Petrov & Macdonald, "gSASRec", RecSys 2023, arXiv 2308.07192; beta as of `gbce_beta`.
+
+    Args:
+      positive: [b] scores of the targets.
+      negative: [b, m] scores of their negatives.
+      beta: power of the target's probability, in (0, 1].
+
+    Returns:
+      [b].
+    """
+    told_apart = jax.nn.log_sigmoid(-negative).sum(axis=1)
+    return -(beta * jax.nn.log_sigmoid(positive) + told_apart) / (negative.shape[1] + 1)
+
+
+def gbce_beta(num_negatives: int, num_items: int, t: float) -> float:
+    """The power of gBCE: beta = alpha (t (1 - 1/alpha) + 1/alpha), alpha = m / (items - 1) being the share sampled.
+
+    Args:
+      num_negatives: m, at least 1 and at most items - 1.
+      num_items: of the catalogue.
+      t: calibration, in [0, 1]: 0 is the plain binary cross-entropy (beta 1), 1 makes probabilities those of a softmax
+        (beta alpha).
+    """
+    alpha = num_negatives / (num_items - 1)
+    return alpha * (t * (1 - 1 / alpha) + 1 / alpha)
+
+
+def target_and_negative_scores(
+    hidden: Array, table: Array, targets: Array, keys: Array, num: int, vocab_size: int
+) -> tuple[Array, Array]:
+    """Scores of each target, and of m items that are drawn for it alone, uniformly among all others.
+
+    Args:
+      hidden: [b, d]; the scores are float32 or wider.
+      table: [rows, d].
+      targets: int [b].
+      keys: [b] PRNG keys.
+      num: m.
+      vocab_size: v, at least 3; rows beyond it are no items.
+
+    Returns:
+      [b], and [b, m].
+    """
+    draw = jax.vmap(lambda key, target: sample_negatives(key, target, num, vocab_size))
+    items = jnp.concatenate([targets[:, None], draw(keys, targets)], axis=1)
+    wide = jnp.promote_types(jnp.float32, hidden.dtype)
+    if (num + 1) * table.shape[1] > table.shape[
+        0
+    ]:  # A row of all scores is smaller than the embeddings of those asked.
+        scores = jnp.matmul(hidden, table.T, preferred_element_type=wide)
+        scores = jnp.take_along_axis(scores, items, axis=1)
+    else:
+        scores = jnp.einsum("bd,bmd->bm", hidden, table[items], preferred_element_type=wide)
+    return scores[:, 0], scores[:, 1:]
 
 
 def loss_positions(num_positions: int) -> int:
@@ -139,21 +212,38 @@ def weighted_cross_entropy(
     Returns:
       The sum [], and its gradients by hidden [t, d] and table [v, d] in their dtypes.
     """
+
+    def losses(hidden: Array, table: Array, targets: Array, index: Array) -> Array:
+        return _losses(hidden, table, targets, in_tiles, kernels, negatives)
+
+    return weighted_losses(losses, hidden, table, targets, weights)
+
+
+def weighted_losses(
+    losses: Callable[[Array, Array, Array, Array], Array], hidden: Array, table: Array, targets: Array, weights: Array
+) -> tuple[Array, tuple[Array, Array]]:
+    """Does for any loss what `weighted_cross_entropy` does for its own.
+
+    Args:
+      losses: of hidden [p, d], table, targets [p] and their indices among all t, one loss each [p].
+      hidden, table, targets, weights: as there.
+    """
     num_positions = hidden.shape[0]
     piece = loss_positions(num_positions)
     order = jnp.argsort(weights == 0, stable=True)
     missing = -num_positions % piece
     sorted_inputs = tuple(
-        jnp.pad(a[order], ((0, missing), *((0, 0),) * (a.ndim - 1))) for a in (hidden, targets, weights)
+        jnp.pad(a[order], ((0, missing), *((0, 0),) * (a.ndim - 1)))
+        for a in (hidden, targets, weights, jnp.arange(num_positions))
     )
 
-    def loss_sum(hidden: Array, table: Array, targets: Array, weights: Array) -> Array:
-        return jnp.sum(weights * _losses(hidden, table, targets, in_tiles, kernels, negatives))
+    def loss_sum(hidden: Array, table: Array, targets: Array, weights: Array, index: Array) -> Array:
+        return jnp.sum(weights * losses(hidden, table, targets, index))
 
     def add_piece(k: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         total, d_hidden, d_table = carry
-        own, own_targets, own_weights = (jax.lax.dynamic_slice_in_dim(a, k * piece, piece) for a in sorted_inputs)
-        value, (d_own, d_all) = jax.value_and_grad(loss_sum, argnums=(0, 1))(own, table, own_targets, own_weights)
+        own, *others = (jax.lax.dynamic_slice_in_dim(a, k * piece, piece) for a in sorted_inputs)
+        value, (d_own, d_all) = jax.value_and_grad(loss_sum, argnums=(0, 1))(own, table, *others)
         d_hidden = jax.lax.dynamic_update_slice_in_dim(d_hidden, d_own, k * piece, axis=0)
         return total + value, d_hidden, d_table + d_all
 

@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from kernels.softmax_cross_entropy import softmax_cross_entropy
-from tim4rec_jax.config import ExperimentConfig, TrainConfig
+from tim4rec_jax.config import BINARY_LOSSES, ExperimentConfig, TrainConfig
 from tim4rec_jax.data.loader import Batch, Loader, PackedBatch
 from tim4rec_jax.data.negatives import Negatives
 from tim4rec_jax.data.packing import LengthGroup
@@ -34,11 +34,15 @@ from tim4rec_jax.parallel.item_table import (
 )
 from tim4rec_jax.training.lazy_adam import Axis, in_gathered_rows, lazy_update, scatter_rows, shard_index, sum_rows
 from tim4rec_jax.training.losses import (
+    binary_cross_entropy,
     bpr,
     cross_entropy,
+    gbce_beta,
     sample_negative,
     sampled_cross_entropy,
+    target_and_negative_scores,
     weighted_cross_entropy,
+    weighted_losses,
 )
 
 PyTree = Any
@@ -110,6 +114,18 @@ def _encode(
     return model.apply(read, rows.items, rows.timestamps, **options)[0]
 
 
+def _binary_losses(
+    model: SequentialModel, config: TrainConfig, hidden: Array, table: Array, targets: Array, ids: Array, key: Array
+) -> Array:
+    """Returns binary cross-entropies [t]; a target's negatives follow from its id in the whole batch alone."""
+    assert config.num_negatives is not None
+    keys = jax.vmap(functools.partial(jax.random.fold_in, key))(ids)
+    vocab_size = model.config.vocab_size
+    scores = target_and_negative_scores(hidden, table, targets, keys, config.num_negatives, vocab_size)
+    beta = gbce_beta(config.num_negatives, vocab_size - 1, config.calibration) if config.loss == "gbce" else 1.0
+    return binary_cross_entropy(*scores, beta)
+
+
 def _loss_of_last(
     model: SequentialModel,
     config: TrainConfig,
@@ -131,10 +147,14 @@ def _loss_of_last(
             hidden, table, rows.targets, implementation=model.config.backend("softmax_cross_entropy")
         )
         return jnp.sum(rows.weights * losses)
+    _, negative_key = jax.random.split(key)
+    if config.loss in BINARY_LOSSES:
+        table = apply_method(model, variables(params), "item_table")
+        losses = _binary_losses(model, config, hidden, table, rows.targets, example_ids, negative_key)
+        return jnp.sum(rows.weights * losses)
     scores = apply_method(model, variables(params), "score", hidden)
     if config.loss == "ce":
         return jnp.sum(rows.weights * cross_entropy(scores, rows.targets))
-    _, negative_key = jax.random.split(key)
     keys = jax.vmap(lambda i: jax.random.fold_in(negative_key, i))(example_ids)
     sampled = jax.vmap(sample_negative, in_axes=(0, 0, None))(keys, rows.targets, scores.shape[1])
     positive, negative = (jnp.take_along_axis(scores, ids[:, None], axis=1)[:, 0] for ids in (rows.targets, sampled))
@@ -158,11 +178,18 @@ def _packed_value_and_grad(
         return hidden.reshape(rows.items.size, -1), apply_method(model, variables(params), "item_table")
 
     (hidden, table), pull_back = jax.vjp(encode, params)
+    given = hidden, table, rows.targets.ravel(), rows.weights.ravel()
+    if config.loss in BINARY_LOSSES:
+        _, negative_key = jax.random.split(key)
+        ids = (example_ids[:, None] * rows.items.shape[1] + jnp.arange(rows.items.shape[1])).ravel()
+
+        def losses(hidden: Array, table: Array, targets: Array, index: Array) -> Array:
+            return _binary_losses(model, config, hidden, table, targets, ids[index], negative_key)
+
+        total, gradients = weighted_losses(losses, *given)
+        return total, pull_back(gradients)[0]
     total, gradients = weighted_cross_entropy(
-        hidden,
-        table,
-        rows.targets.ravel(),
-        rows.weights.ravel(),
+        *given,
         in_tiles=config.loss_in_tiles,
         kernels=model.config.backend("softmax_cross_entropy"),
         negatives=negatives,
