@@ -7,6 +7,7 @@
     python -m experiments.benchmark logs --rows=1e6,5e6,2e7 --output=logs.json
     python -m experiments.benchmark memory --output=memory.json
     python -m experiments.benchmark stream_kills --output=kills.json
+    python -m experiments.benchmark service --output=service.json
     python -m experiments.benchmark gpu --plan=ten-minutes --output=gpu.json
     python -m experiments.benchmark catalogue --items=1e6,1e7 --shards=1,8 --output=catalogue.json
     python -m experiments.benchmark sampled --items=1e4,1e5,1e6 --output=sampled.json
@@ -18,6 +19,7 @@
 `logs` makes Parquet logs of several sizes and measures memory and speed from the file to training batches.
 `memory` reads resident memory and compiled programs over many saves, questions, streamed events and training epochs.
 `stream_kills` kills experiments.stream again and again and compares what it leaves with an unkilled run.
+`service` measures the latency of experiments.serve on one processor at a rate of requests, and its users per second.
 `gpu` checks the GPU kernels and times everything that a GPU runs; the same --output goes on where a call ended, and a
 wrong result makes the exit code 1 (see experiments/benchmarks/gpu.py). `catalogue` asks XLA for the
 memory of a training step with the item embedding whole and in shards, on fake devices. `sampled` takes training steps
@@ -31,7 +33,17 @@ from collections.abc import Sequence
 
 from rich.console import Console
 
-from experiments.benchmarks import catalogue, data, gpu, memory, operator_speed, serving, stream_kills, train_step
+from experiments.benchmarks import (
+    catalogue,
+    data,
+    gpu,
+    memory,
+    operator_speed,
+    service,
+    serving,
+    stream_kills,
+    train_step,
+)
 from experiments.cli import OptionParser, command_without_folders, run_program
 from tim4rec_jax.files import write_atomically
 
@@ -43,6 +55,7 @@ BENCHMARKS = {
     "logs": data.run,
     "memory": memory.run,
     "stream_kills": stream_kills.run,
+    "service": service.run,
     "gpu": gpu.run,
     "catalogue": catalogue.run,
     "sampled": catalogue.run_sampled,

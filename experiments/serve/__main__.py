@@ -160,7 +160,7 @@ def service_of(options: ServeOptions) -> Iterator[Any]:
         try:
             yield service
         finally:
-            if service.ready:
+            if service.ready:  # Else nothing was taken in.
                 service.batcher.stop()
 
 
