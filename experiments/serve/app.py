@@ -127,7 +127,7 @@ class Service:
             scope |= {"query_string": b"", "root_path": "", "scheme": "http", "server": ("service", 80)}
             await self.rehearsed(scope, receive, send)
             if sent[0]["status"] != 200:
-                raise RuntimeError(f"a first request was answered {sent[0]['status']}: {sent[1]['body'][:200]!r}")
+                raise ValueError(f"a first request was answered {sent[0]['status']}: {sent[1]['body'][:200]!r}")
 
     def wait_until_ready(self, seconds: float) -> bool:
         """Waits so long at most; returns whether it is ready."""
