@@ -9,6 +9,7 @@
     python -m experiments.benchmark stream_kills --output=kills.json
     python -m experiments.benchmark nearest_items --items=1e5,1e6 --output=nearest_items.json
     python -m experiments.benchmark daily --config=ml100k_tim4rec_causal --days=5 --output=daily.json
+    python -m experiments.benchmark service --output=service.json
     python -m experiments.benchmark gpu --plan=ten-minutes --output=gpu.json
     python -m experiments.benchmark catalogue --items=1e6,1e7 --shards=1,8 --output=catalogue.json
     python -m experiments.benchmark sampled --items=1e4,1e5,1e6 --output=sampled.json
@@ -22,6 +23,7 @@
 `stream_kills` kills experiments.stream again and again and compares what it leaves with an unkilled run.
 `nearest_items` measures an index of the items: what it misses, and its time against ranking all of them.
 `daily` cuts a log into days and trains each day's model from initial values and from yesterday's parameters.
+`service` measures the latency of experiments.serve on one processor at a rate of requests, and its users per second.
 `gpu` checks the GPU kernels and times everything that a GPU runs; the same --output goes on where a call ended, and a
 wrong result makes the exit code 1 (see experiments/benchmarks/gpu.py). `catalogue` asks XLA for the
 memory of a training step with the item embedding whole and in shards, on fake devices. `sampled` takes training steps
@@ -43,6 +45,7 @@ from experiments.benchmarks import (
     memory,
     nearest_items,
     operator_speed,
+    service,
     serving,
     stream_kills,
     train_step,
@@ -60,6 +63,7 @@ BENCHMARKS = {
     "stream_kills": stream_kills.run,
     "daily": daily.run,
     "nearest_items": nearest_items.run,
+    "service": service.run,
     "gpu": gpu.run,
     "catalogue": catalogue.run,
     "sampled": catalogue.run_sampled,

@@ -58,7 +58,7 @@ class ServeOptions(RuleOptions):
       port: port to listen at; 0 takes a free one, and says which.
       token_file: file of tokens, one per line, of which every request must bring one but /health, /ready and the page.
       max_batch: most rows that are computed together, a power of two.
-      batch_ms: milliseconds that a request waits at most for others to be computed with.
+      batch_ms: milliseconds that a request waits at most for others, while several come at a time.
       latest_time: events after this second since 1970 are refused; one far ahead makes all true ones late.
       save_every: events that only the journal holds before all are saved into the state; requests wait meanwhile.
       drain_seconds: how long at least new requests are answered 503 before the service ends.
@@ -160,7 +160,7 @@ def service_of(options: ServeOptions) -> Iterator[Any]:
         try:
             yield service
         finally:
-            if service.ready:
+            if service.ready:  # Else nothing was taken in.
                 service.batcher.stop()
 
 

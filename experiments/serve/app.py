@@ -1,6 +1,7 @@
 """The service's application: HTTP in, questions to the one thread that answers them, answers out."""
 
 import asyncio
+import contextvars
 import pathlib
 import threading
 import time
@@ -29,6 +30,8 @@ FOLDER = pathlib.Path(__file__).parent
 # Rows that wait for an answer; beyond them requests are refused.
 MOST_WAITING = 8192
 _MESSAGE = 280
+REHEARSALS = 20
+_REHEARSING: contextvars.ContextVar[bool] = contextvars.ContextVar("rehearsing", default=False)
 _KINDS_OF_IDS = ("constrained-str", "constrained-int", "str", "int")
 _REFUSED = {
     400: "The body is no JSON",
@@ -51,6 +54,7 @@ class Service:
       measured: what Prometheus reads.
       batcher: hands questions over.
       failed: why it could not be warmed up.
+      rehearsed: the application, which answers some requests of its own before it is ready.
     """
 
     def __init__(self, answering: answers.Answering, limits: Limits, *, batch_seconds: float) -> None:
@@ -58,6 +62,7 @@ class Service:
         self.answering, self.measured = answering, Measured()
         self.limits = replace(limits, k=answering.prepared.k)
         self.failed: Exception | None = None
+        self.rehearsed: Any = None
         self._ready = threading.Event()
         self._compiled_when_ready = 0
         rows = answering.prepared.rows
@@ -86,15 +91,43 @@ class Service:
         def warm() -> None:
             try:
                 self.answering.warm()
+                self.batcher.start()
+                asyncio.run(self._rehearse())
             except Exception as error:
                 self.failed = error
                 when_failed()
                 return
             self._compiled_when_ready = self._counter.count
-            self.batcher.start()
             self._ready.set()
 
         threading.Thread(target=warm, name="warm-up", daemon=True).start()
+
+    async def _rehearse(self) -> None:
+        """Takes some requests through the whole application, so that the first of a client finds nothing cold."""
+        _REHEARSING.set(True)
+        user = self.answering.known.users[0]
+        body = as_json({"users": [user], "k": 1, "exclude_seen": True})
+        headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+        for _ in range(REHEARSALS if self.rehearsed is not None else 0):
+            sent: list[Any] = []
+
+            async def receive() -> dict[str, Any]:
+                return {"type": "http.request", "body": body, "more_body": False}
+
+            async def send(message: Any, sent: list[Any] = sent) -> None:
+                sent.append(message)
+
+            scope = {
+                "type": "http",
+                "http_version": "1.1",
+                "method": "POST",
+                "path": "/v1/recommend",
+                "headers": headers,
+            }
+            scope |= {"query_string": b"", "root_path": "", "scheme": "http", "server": ("service", 80)}
+            await self.rehearsed(scope, receive, send)
+            if sent[0]["status"] != 200:
+                raise ValueError(f"a first request was answered {sent[0]['status']}: {sent[1]['body'][:200]!r}")
 
     def wait_until_ready(self, seconds: float) -> bool:
         """Waits so long at most; returns whether it is ready."""
@@ -113,7 +146,7 @@ class Service:
         Raises:
           HTTPException: it is refused, with the status and the reason.
         """
-        if not self.ready:
+        if not self.ready and not _REHEARSING.get():
             raise HTTPException(503, "warming up; /ready says when it is done", {"retry-after": "1"})
         try:
             return await asyncio.wrap_future(self.batcher.submit(question, _rows(question)))
@@ -204,6 +237,7 @@ def make_app(service: Service, tokens: Sequence[str] = (), version: str = "") ->
     app.add_exception_handler(HTTPException, _refused)
     app.add_exception_handler(RequestValidationError, _not_as_described)
     app.add_exception_handler(Exception, _unexpected)
+    service.rehearsed = app
     guard = Guard(app, tokens, service.limits.body, service.measured)
     _add_status(app, service, guard)
     bearer = [fastapi.Depends(fastapi.security.HTTPBearer(auto_error=False))] if tokens else []

@@ -1,8 +1,13 @@
-"""Requests to an ASGI application within the test's process; an error that it does not answer is raised."""
+"""An ASGI application within the test's process: asked directly, or served at a port."""
 
 import asyncio
+import contextlib
+import socket
+import threading
+import time
 
 import httpx
+import uvicorn
 
 from tim4rec_jax.serving.prepared import compilations
 
@@ -36,3 +41,19 @@ class Client:
 
     def delete(self, path, **options):
         return self.request("DELETE", path, **options)
+
+
+@contextlib.contextmanager
+def at_a_port(app):
+    """Serves an application in a thread; yields its address."""
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        config = uvicorn.Config(app, log_config=None, lifespan="off", ws="none")
+        server = uvicorn.Server(config)
+        thread = threading.Thread(target=server.run, args=([listening],))
+        thread.start()
+        until = time.monotonic() + 60
+        while not server.started and time.monotonic() < until:
+            time.sleep(0.01)
+        yield f"http://127.0.0.1:{listening.getsockname()[1]}"
+        server.should_exit = True
+        thread.join(60)

@@ -5,22 +5,19 @@ import dataclasses
 import html.parser
 import re
 import shutil
-import socket
 import subprocess
-import threading
-import time
 import urllib.parse
 
 import polars as pl
 import pytest
 
-uvicorn = pytest.importorskip("uvicorn", reason="the service needs the extra [serve]")
+pytest.importorskip("uvicorn", reason="the service needs the extra [serve]")
 pytest.importorskip("httpx", reason="requests within a process need httpx")
 
 from experiments.serve import __main__ as serve
 from experiments.serve.app import FOLDER, make_app
 from experiments.serve.limits import Limits
-from tests.serving.in_process import Client
+from tests.serving.in_process import Client, at_a_port
 from tests.serving.tiny_run import make_causal_config, make_config, make_run
 from tim4rec_jax.serving.answers import RecommendQuestion
 from tim4rec_jax.serving.recommender import Recommender
@@ -92,22 +89,6 @@ def test_the_page_is_open_and_its_data_is_not(page_of):
         assert found["mask"] is None and found["about_mask"] == "the model 'ssd4rec' has no time-aware mask"
 
 
-@contextlib.contextmanager
-def at_a_port(service):
-    """Serves an application without tokens; yields its address."""
-    with socket.create_server(("127.0.0.1", 0)) as listening:
-        config = uvicorn.Config(make_app(service), log_config=None, lifespan="off", ws="none")
-        server = uvicorn.Server(config)
-        thread = threading.Thread(target=server.run, args=([listening],))
-        thread.start()
-        until = time.monotonic() + 60
-        while not server.started and time.monotonic() < until:
-            time.sleep(0.01)
-        yield f"http://127.0.0.1:{listening.getsockname()[1]}"
-        server.should_exit = True
-        thread.join(60)
-
-
 def shown(browser, tmp_path, url):
     """Returns what the page has become in a browser."""
     command = [browser, "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]
@@ -123,7 +104,7 @@ def test_in_a_browser(name, page_of, tmp_path):
     if browser is None:
         pytest.skip(f"no browser here: {', '.join(BROWSERS)}")
     config = make_causal_config() if name == "tim4rec_causal" else make_config(name)
-    with page_of(config) as (_, service), at_a_port(service) as url:
+    with page_of(config) as (_, service), at_a_port(make_app(service)) as url:
         known: Recommender = service.answering.known
         user = next(user for user in known.users if known.index_of_item["i1"] in known.history_of_user(user).items[-5:])
         stored = known.history_of_user(user)

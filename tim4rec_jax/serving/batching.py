@@ -21,7 +21,10 @@ class Job(NamedTuple):
 
 
 class Batcher:
-    """Collects jobs for a moment and hands them over in the order in which they came.
+    """Collects jobs and hands them over in the order in which they came.
+
+    What came while others were answered goes together. Only while several come at a time does the first of them wait
+    for more: a job alone would wait for nobody.
 
     Attributes:
       waiting: rows taken in and not yet answered.
@@ -35,12 +38,12 @@ class Batcher:
         Args:
           answer: called in the one thread with what is asked for; returns an answer or an exception for each.
           rows: as many are handed over at once without waiting for more.
-          seconds: the first waits at most so long for others.
+          seconds: the first waits at most so long for others, after a batch of several.
           most_waiting: rows; beyond them jobs are refused.
         """
         self._answer, self._rows, self._seconds, self._most = answer, rows, seconds, most_waiting
         self._queue: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
-        self._lock, self._ended = threading.Lock(), False
+        self._lock, self._ended, self._several = threading.Lock(), False, False
         self._thread = threading.Thread(target=self._run, name="batcher", daemon=True)
         self.waiting = 0
 
@@ -98,7 +101,7 @@ class Batcher:
         first = self._queue.get()
         if first is None:
             return [], False
-        jobs, rows, until = [first], first.rows, time.monotonic() + self._seconds
+        jobs, rows, until = [first], first.rows, time.monotonic() + self._seconds * self._several
         while rows < self._rows:
             left = until - time.monotonic()
             try:
@@ -109,4 +112,5 @@ class Batcher:
                 return jobs, False
             jobs.append(job)
             rows += job.rows
+        self._several = len(jobs) > 1
         return jobs, True
