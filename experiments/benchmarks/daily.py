@@ -2,7 +2,7 @@
 
 The log is cut in time into parts of equally many events, the days; on day n everything up to its end is split again
 into training, validation and test. `cold` is trained with the experiment's own settings. `warm` begins with the warm
-run of the day before (on day 2 with the cold one of day 1), without a warm-up of the rate, for a share of the cold one's
+run of the day before (on day 2 with the cold one of day 1), without a warm-up of the rate, for a share of the cold
 epochs (--share). What counts is the training time after which validation first reaches the cold run's best value,
 beside that of all the cold run's epochs, over which its rate falls; both without what compiling takes. The test stands
 beside them.
