@@ -144,9 +144,9 @@ def _table(days: list[dict[str, Any]], monitor: str) -> Table:
     for day in days:
         for name in ("cold", "warm"):
             if (one := day.get(name)) is not None:
-                seconds = "not reached" if one["seconds"] is None else f"{one['seconds']:.1f}"
-                rows.append((f"{day['day']}, {name}", seconds, f"{one['valid']:.4f}", f"{one['test']:.4f}"))
-    header = ("day", "seconds", f"valid {monitor}", f"test {monitor}")
-    return table(
-        header, rows, title="training of the cold run, and of the warm one until validation reaches the cold one's best"
-    )
+                seconds = one["seconds_of_all_epochs"] if name == "warm" else one["seconds"]
+                reached = "" if name == "cold" else "no" if one["seconds"] is None else f"{one['seconds']:.1f}"
+                numbers = f"{seconds:.1f}", f"{one['valid']:.4f}", reached, f"{one['test']:.4f}"
+                rows.append((f"{day['day']}, {name}", f"{day['events']:,}", *numbers))
+    header = ("day", "events", "seconds", f"valid {monitor}", "seconds to the cold one's", f"test {monitor}")
+    return table(header, rows, title="each day's model from initial values, and from yesterday's parameters")
