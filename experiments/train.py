@@ -34,6 +34,7 @@ from tim4rec_jax.model_config import ModelConfig
 from tim4rec_jax.models import model_class
 from tim4rec_jax.parallel.processes import ProcessError, initialize, is_main, quiet_unless_main
 from tim4rec_jax.run_dir import write_results
+from tim4rec_jax.training.callbacks import trackers
 from tim4rec_jax.training.loop import only_writer, train
 from tim4rec_jax.training.signals import StopRequests
 
@@ -66,6 +67,7 @@ def parse(argv: Sequence[str]) -> tuple[ExperimentConfig, pathlib.Path, bool]:
     about = f"Experiments: {', '.join(config_names())}"
     given = parse_settings(Arguments, argv, default, prog="experiments.train", description=about)
     config = ExperimentConfig(base.name, given.model, given.data, given.train, given.eval, given.parallel)
+    trackers(config.train.trackers)  # Whether they are installed is known before a log is read.
     if not config.parallel.several_processes:  # They meet before any of them asks for its device.
         require_kernels(config.model)
     return config, given.run_dir or pathlib.Path("runs") / base.name, given.resume

@@ -14,6 +14,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "MODELS",
+    "Callback",
     "DataConfig",
     "EvalConfig",
     "ExperimentConfig",
@@ -32,6 +33,7 @@ __all__ = [
 
 # What reads logs and checkpoints is imported when it is asked for: it takes longer than all the rest.
 _LAZY = {
+    "Callback": "tim4rec_jax.training.callbacks",
     "Recommender": "tim4rec_jax.serving.recommender",
     "fit": "tim4rec_jax.fitting",
     "load_log": "tim4rec_jax.data.interactions",

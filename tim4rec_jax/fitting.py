@@ -18,6 +18,7 @@ from tim4rec_jax.models import model_class
 from tim4rec_jax.serving.history_file import HistoryLine, asked_history, table_of_lists, top_k
 from tim4rec_jax.serving.recommender import Recommender
 from tim4rec_jax.serving.rules import Rules, allowed_items
+from tim4rec_jax.training.callbacks import Callback
 from tim4rec_jax.training.loop import only_writer, train
 
 # Steps of an epoch that batches are made small enough for, positions that a model reads at most unless told.
@@ -109,6 +110,7 @@ def fit(
     *,
     run_dir: str | pathlib.Path | None = None,
     resume: bool = False,
+    callbacks: Sequence[Callback] = (),
     **settings: Any,
 ) -> FittedRun:
     """Trains a model on a log, tests its best epoch and leaves a run folder.
@@ -123,6 +125,7 @@ def fit(
       run_dir: new folder; None is the first of runs/<name>-1, runs/<name>-2 .. that is not there, by the name of the
         model or the experiment.
       resume: go on with the run in `run_dir`, which must have been begun with the same settings.
+      callbacks: are told of the run while it trains, see `Callback`.
       **settings: by their names in the settings of the model, then of `TrainConfig`, `EvalConfig`, `ParallelConfig`,
         and for the split of `DataConfig`: epochs=5, d_model=128, seed=1, progress=False, split="temporal" ...
 
@@ -150,7 +153,7 @@ def fit(
         raise ValueError(f"{jax.process_count()} processes train together: give run_dir, one folder for all of them")
     run_dir = _free_folder(config.name) if run_dir is None else pathlib.Path(run_dir)
     with only_writer(run_dir):
-        results = train(config, log, run_dir, resume=resume)
+        results = train(config, log, run_dir, resume=resume, callbacks=callbacks)
     return FittedRun(run_dir, config, results)
 
 

@@ -8,7 +8,7 @@ import math
 import pathlib
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -18,7 +18,7 @@ from jax import Array
 from rich.console import Console
 
 from kernels.dispatch import recording, runs_interpreted
-from tim4rec_jax.config import BINARY_LOSSES, ExperimentConfig
+from tim4rec_jax.config import BINARY_LOSSES, ExperimentConfig, flat
 from tim4rec_jax.data.interactions import InteractionLog, with_precision
 from tim4rec_jax.data.loader import Loader, make_loader
 from tim4rec_jax.data.packing import LengthGroup, plan_length_groups, plan_packed_rows
@@ -50,6 +50,7 @@ from tim4rec_jax.run_dir import (
     write_test_ranks,
 )
 from tim4rec_jax.run_environment import processors_allowed
+from tim4rec_jax.training.callbacks import Callback, Callbacks, require_callbacks, trackers
 from tim4rec_jax.training.checkpoint import Checkpointer
 from tim4rec_jax.training.logging import (
     MetricLogger,
@@ -85,6 +86,7 @@ def train(
     *,
     resume: bool = False,
     stop_requests: StopRequests | None = None,
+    callbacks: Sequence[Callback] = (),
 ) -> dict[str, Any]:
     """Trains one model on one log, validates each epoch, stops early and tests the best epoch.
 
@@ -97,22 +99,25 @@ def train(
       run_dir: run folder, made or taken up again.
       resume: go on from the newest checkpoint there, if any.
       stop_requests: those of the program that trains; None listens to signals meanwhile.
+      callbacks: are told of the run, beside those of train.trackers.
 
     Returns:
       What results.json holds.
 
     Raises:
-      ValueError: the settings do not fit the data, each other or the run folder.
+      ValueError: the settings do not fit the data, each other or the run folder, or a callback does not start.
       FloatingPointError: a loss or a score is not finite; the checkpoint before it is kept.
       Interrupted: a signal asked to stop; the state is saved.
       CheckpointError: a save failed; the checkpoint before it is kept.
       ProcessError: another process was lost.
     """
     require_kernels(config.model)
+    require_callbacks(callbacks)
+    told = [*callbacks, *trackers(config.train.trackers)] if is_main() else []
     given, config = config, with_data(config, log)
     require_same_start(config, log.fingerprint)
     setup = Setup(config, log)
-    with _session(setup, pathlib.Path(run_dir), resume, stop_requests) as session:
+    with _session(setup, pathlib.Path(run_dir), resume, stop_requests, told) as session:
         if (multiple := config.model.vocab_multiple) != given.model.vocab_multiple:
             session.bar.report(
                 f"model.vocab_multiple={multiple}: the item embedding gets so many rows, for equal shards"
@@ -126,6 +131,7 @@ def train(
         state, progress = setup.init_state(), Progress(stop=EarlyStop(config.train.patience))
         if resume:
             state, progress = _restore(session, state, progress)
+        session.callbacks.start(session.run_dir, flat(config.to_dict()), progress.step)
         while not progress.finished:
             state = _train_epoch(session, state, progress)
             progress = _validate_epoch(session, state, progress)
@@ -244,7 +250,9 @@ class Session:
         logger: MetricLogger,
         checkpoints: Checkpointer,
         stops: StopRequests,
+        callbacks: Sequence[Callback],
     ) -> None:
+        self.callbacks = Callbacks(callbacks, self.callback_failed)
         self.setup, self.run_dir, self.config = setup, run_dir, setup.config
         self.bar, self.logger, self.checkpoints, self.stops = bar, logger, checkpoints, stops
         self.started, self.has_stepped = time.perf_counter(), False
@@ -293,20 +301,24 @@ class Session:
             "or set train.clip_norm"
         )
 
+    def callback_failed(self, message: str) -> None:
+        self.logger.log("event", message=message)
+        self.bar.report(message)
+
     def log_line(self, progress: Progress) -> None:
         """Logs the mean loss of the steps since the last line."""
         self.fetch_losses(progress)
         loss = float(np.mean(progress.pending))
         progress.pending = []
-        self.logger.log(
-            "train",
-            step=progress.step,
-            epoch=progress.epoch,
-            loss=loss,
-            learning_rate=float(np.asarray(self.setup.schedule(progress.step - 1))),
-            examples_per_second=self.bar.examples_per_second,
-            seconds=progress.seconds + self.bar.seconds,
-        )
+        values = {
+            "epoch": progress.epoch,
+            "loss": loss,
+            "learning_rate": float(np.asarray(self.setup.schedule(progress.step - 1))),
+            "examples_per_second": self.bar.examples_per_second,
+            "seconds": progress.seconds + self.bar.seconds,
+        }
+        self.logger.log("train", step=progress.step, **values)
+        self.callbacks.tell("on_log", progress.step, values)
         self.bar.advance(0, loss=loss)
 
     def save(self, state: TrainState, progress: Progress, seconds: float | None = None) -> None:
@@ -316,6 +328,7 @@ class Session:
             raise self.diverged(f"parameters are not finite after step {progress.step}")
         seconds = progress.seconds + self.bar.seconds if seconds is None else seconds
         self.checkpoints.save_latest(progress.step, state, progress.to_dict() | {"seconds": seconds})
+        self.callbacks.tell("on_checkpoint", progress.step, self.run_dir / CHECKPOINTS)
 
     def rest(self, progress: Progress) -> None:
         """Says that every step taken is saved or being saved: the run may be stopped from now on."""
@@ -336,7 +349,11 @@ def _all_finite(params: Any) -> Array:
 
 @contextlib.contextmanager
 def _session(
-    setup: Setup, run_dir: pathlib.Path, resume: bool, stop_requests: StopRequests | None
+    setup: Setup,
+    run_dir: pathlib.Path,
+    resume: bool,
+    stop_requests: StopRequests | None,
+    callbacks: Sequence[Callback],
 ) -> Iterator[Session]:
     """Makes or opens the run folder; one in which no step was taken is left as it was, or not at all."""
     train, session = setup.config.train, None
@@ -351,9 +368,13 @@ def _session(
             Checkpointer(run_dir / CHECKPOINTS, report=bar.report, write=is_main()) as checkpoints,
             contextlib.nullcontext(stop_requests) if stop_requests else StopRequests() as stops,
         ):
-            session = Session(setup, run_dir, bar, logger, checkpoints, stops)
+            session = Session(setup, run_dir, bar, logger, checkpoints, stops, callbacks)
             stops.rest("stopped before training began")
-            yield session
+            try:
+                yield session
+            except BaseException as error:
+                session.callbacks.tell("on_end", None, f"{type(error).__name__}: {error}")
+                raise
     except Interrupted:
         raise
     except Exception:
@@ -482,6 +503,7 @@ def _validate_epoch(session: Session, state: TrainState, progress: Progress) -> 
         peak_resident_bytes=peak_resident_bytes(),
         **result.metrics,
     )
+    session.callbacks.tell("on_evaluation", "valid", progress.step, result.metrics)
     shown = {monitor: result.metrics[monitor], "best": progress.stop.best}
     bar.end_epoch(progress.epoch, loss=loss, seconds=seconds, rate=rate, metrics=shown)
     if progress.stop.improved:
@@ -512,6 +534,7 @@ def _test(session: Session, state: TrainState, progress: Progress) -> dict[str, 
     result = test({**setup.layout.shard(params), **setup.statistics})
     seconds = time.perf_counter() - started
     session.logger.log("test", step=step, epoch=info["epoch"], seconds=seconds, **result.metrics)
+    session.callbacks.tell("on_evaluation", "test", step, result.metrics)
     results = {
         "model": config.model.name,
         "seed": config.train.seed,
@@ -532,6 +555,7 @@ def _test(session: Session, state: TrainState, progress: Progress) -> dict[str, 
         results["wall_seconds_of_this_process"] = time.perf_counter() - session.started
         write_test_ranks(run_dir, setup.log.user_ids[result.measured.examples.users], result.ranks)
         write_results(run_dir, results)
+    session.callbacks.tell("on_end", results, None)
     return results
 
 
