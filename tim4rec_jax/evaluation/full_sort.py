@@ -19,7 +19,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from tim4rec_jax.config import ExperimentConfig
+from tim4rec_jax.config import EvalConfig, ExperimentConfig
 from tim4rec_jax.data.interactions import InteractionLog
 from tim4rec_jax.data.loader import timestamps_for_device
 from tim4rec_jax.data.packing import choose_lengths
@@ -205,6 +205,12 @@ def positions_read(config: ExperimentConfig) -> int:
     return config.model.max_len if config.eval.max_len is None else config.eval.max_len
 
 
+def require_lengths(evaluation: EvalConfig, num_items: int) -> None:
+    """Raises ValueError for a list longer than the catalogue."""
+    check_top_k(evaluation.top_k, num_items, "eval.top_k")
+    check_top_k([parse_name(name)[1] for name in evaluation.metrics], num_items, "k in eval.metrics")
+
+
 class FullSortEvaluator:
     """Ranks the targets of fixed examples under changing parameters; batches and programs are made once.
 
@@ -238,9 +244,8 @@ class FullSortEvaluator:
         """
         if len(examples.users) == 0:
             raise ValueError("there are 0 examples to evaluate; does the log have users with at least 3 events?")
-        check_top_k(config.eval.top_k, log.num_items, "eval.top_k")
+        require_lengths(config.eval, log.num_items)
         self._measures = config.eval.measures
-        check_top_k([parse_name(name)[1] for name in self._measures], log.num_items, "k in eval.metrics")
         self._max_len = positions_read(config)
         self.model, self.config, self._mesh = model, config, mesh
         self.measured = measured(log, examples, config.eval)

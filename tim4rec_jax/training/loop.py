@@ -20,11 +20,11 @@ from rich.console import Console
 from kernels.dispatch import recording, runs_interpreted
 from tim4rec_jax.config import BINARY_LOSSES, ExperimentConfig, flat
 from tim4rec_jax.data.interactions import InteractionLog, with_precision
-from tim4rec_jax.data.loader import Loader, make_loader
-from tim4rec_jax.data.packing import LengthGroup, plan_length_groups, plan_packed_rows
+from tim4rec_jax.data.loader import Loader, make_loader, timestamps_for_device
+from tim4rec_jax.data.packing import LengthGroup, plan_length_groups, plan_packed_rows, window_histories
 from tim4rec_jax.data.splits import Split, split_log, training_times
 from tim4rec_jax.devices import device_line, require_kernels
-from tim4rec_jax.evaluation.full_sort import FullSortEvaluator
+from tim4rec_jax.evaluation.full_sort import FullSortEvaluator, require_lengths
 from tim4rec_jax.evaluation.seen_targets import measured
 from tim4rec_jax.evaluation.slices import slices
 from tim4rec_jax.files import locked
@@ -148,6 +148,34 @@ def with_data(config: ExperimentConfig, log: InteractionLog) -> ExperimentConfig
     )
 
 
+def split_that_fits(config: ExperimentConfig, log: InteractionLog) -> Split:
+    """Splits a log after making sure that an experiment can be trained and measured on it; touches no device.
+
+    Args:
+      config: settings, with what the data decide filled in.
+      log: cleaned log.
+
+    Raises:
+      ValueError: nothing to train on or to test, lists longer than the catalogue, times beyond the precision, windows
+        that are all context, or a table of users that cannot be read.
+    """
+    split = split_log(log, config.data)
+    if len(split.train) == 0:
+        raise ValueError("the log has 0 training examples: every user has 3 events or fewer; give longer histories")
+    if len(split.test) == 0:
+        raise ValueError("the log has 0 test targets; give more users, or longer histories")
+    timestamps_for_device(
+        log.timestamps[[log.timestamps.argmin(), log.timestamps.argmax()]], config.data.timestamp_precision
+    )
+    require_lengths(config.eval, log.num_items)
+    if config.train.positions == "all":
+        window_histories(np.array([1]), config.model.max_len, config.train.window_context)
+    for part in (split.valid, split.test):
+        examples = measured(log, part, config.eval).examples
+    slices(log, examples, config.eval)
+    return split
+
+
 @contextlib.contextmanager
 def only_writer(run_dir: pathlib.Path) -> Iterator[None]:
     """Holds the lock of a run folder in process 0, which writes it.
@@ -177,11 +205,7 @@ class Setup:
 
     def __init__(self, config: ExperimentConfig, log: InteractionLog) -> None:
         self.config, self.log = config, log
-        self.split: Split = split_log(log, config.data)
-        if len(self.split.train) == 0:
-            raise ValueError("the log has 0 training examples: every user has 3 events or fewer; give longer histories")
-        if len(self.split.test.users) == 0:
-            raise ValueError("the log has 0 test targets; give more users, or longer histories")
+        self.split: Split = split_that_fits(config, log)
         self.model: SequentialModel = build_model(config.model)
         # Beside the parameters: with them they are saved and evaluated, and no step changes them.
         self.statistics = {}
@@ -197,8 +221,6 @@ class Setup:
         self.schedule = learning_rate_schedule(config.train, self.total_steps)
         self.optimizer = make_optimizer(config.train, self.total_steps)
         self.groups = self._plan_groups()
-        # Known now rather than after training, if nothing is left to test, or a table of users cannot be read.
-        slices(log, measured(log, self.split.test, config.eval).examples, config.eval)
         self.validate = FullSortEvaluator(
             self.model, log, self.split.valid, config, mesh=self.layout.mesh, in_parts=False
         )
