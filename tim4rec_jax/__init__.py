@@ -21,9 +21,12 @@ __all__ = [
     "ModelConfig",
     "Recommender",
     "StateSpaceModel",
+    "Stream",
     "SyntheticConfig",
     "TrainConfig",
     "build_model",
+    "compare",
+    "evaluate",
     "fit",
     "interop",
     "load_log",
@@ -35,6 +38,9 @@ __all__ = [
 _LAZY = {
     "Callback": "tim4rec_jax.training.callbacks",
     "Recommender": "tim4rec_jax.serving.recommender",
+    "Stream": "tim4rec_jax.serving.live",
+    "compare": "tim4rec_jax.comparing",
+    "evaluate": "tim4rec_jax.fitting",
     "fit": "tim4rec_jax.fitting",
     "load_log": "tim4rec_jax.data.interactions",
 }

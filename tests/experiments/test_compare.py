@@ -15,7 +15,6 @@ import polars as pl
 import pytest
 
 from experiments import compare
-from experiments.comparison.numbers import by_user
 from experiments.comparison.plan import parse
 from experiments.comparison.published import PUBLISHED
 from experiments.configs import DATA_NAMES, MODEL_NAMES, load_config
@@ -27,6 +26,7 @@ from tim4rec_jax.data.splits import leave_one_out, split_log
 from tim4rec_jax.evaluation.baselines import markov_ranks, popularity_counts, popularity_ranks, transition_counts
 from tim4rec_jax.evaluation.measures import metrics_of_ranks
 from tim4rec_jax.evaluation.metrics import hit, summarise
+from tim4rec_jax.evaluation.significance import by_user
 from tim4rec_jax.run_dir import create_run, read_config, read_results, read_test_ranks, write_results, write_test_ranks
 from tim4rec_jax.training.logging import MetricLogger, read_metrics
 

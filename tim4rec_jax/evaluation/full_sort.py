@@ -38,6 +38,7 @@ from tim4rec_jax.evaluation.metrics import check_top_k, rank_of_target, self_inf
 from tim4rec_jax.evaluation.seen_targets import Measured, measured
 from tim4rec_jax.evaluation.slices import slices
 from tim4rec_jax.models import apply_method, last_hidden, variables
+from tim4rec_jax.notebook import html_table, metric_rows
 from tim4rec_jax.parallel.item_table import (
     ITEM_TILE,
     MODEL_AXIS,
@@ -60,7 +61,7 @@ LENGTH_STEP = 8
 MAX_GROUPS = 8
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class EvaluationResult:
     """What one evaluation found.
 
@@ -80,6 +81,19 @@ class EvaluationResult:
     ranks: np.ndarray
     measured: Measured
     seconds: float
+
+    def __repr__(self) -> str:
+        shown = ", ".join(f"{name} {value:.4f}" for name, value in self.metrics.items())
+        return f"EvaluationResult: {len(self.ranks):,} targets, {shown}"
+
+    def _repr_html_(self) -> str:
+        columns = [self.metrics, self.standard_errors]
+        tables = [html_table(f"{len(self.ranks):,} targets", ("metric", "value", "error"), metric_rows(columns))]
+        for name, parts in self.parts.items():
+            lists = [f"{part} ({own['lists']:,.0f})" for part, own in parts.items()]
+            own = [{metric: value for metric, value in part.items() if metric != "lists"} for part in parts.values()]
+            tables.append(html_table(f"by {name}", ("metric", *lists), metric_rows(own)))
+        return "".join(tables)
 
 
 class _DeviceLog(NamedTuple):
