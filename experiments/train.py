@@ -3,6 +3,7 @@
     python -m experiments.train --config=quickstart
     python -m experiments.train --config=ml1m_tim4rec --train.learning_rate=3e-4 --run_dir=runs/try
     python -m experiments.train --config=ml1m_tim4rec --resume
+    python -m experiments.train --config=quickstart --profile=20
     python -m experiments.train --config=ml1m_tim4rec --parallel.distributed=auto   # in every task of SLURM
 
 It trains on all devices of the machine, unless --parallel.strategy=single. On several machines every process gets the
@@ -25,6 +26,7 @@ from experiments.comparison.published import final_tables
 from experiments.configs import chosen, config_names
 from experiments.evaluate import parts_table
 from experiments.family import of_model
+from tim4rec_jax.checks import require
 from tim4rec_jax.config import DataConfig, EvalConfig, ExperimentConfig, ParallelConfig, TrainConfig
 from tim4rec_jax.data.interactions import load_log
 from tim4rec_jax.data.splits import split_log
@@ -48,6 +50,7 @@ class Arguments:
       config: the experiment's name.
       run_dir: run folder; None is runs/<name of the experiment>.
       resume: continue the run in that folder.
+      profile: trace so many steps after the warm-up into the run folder, for Perfetto and XProf.
     """
 
     model: ModelConfig
@@ -58,10 +61,20 @@ class Arguments:
     config: str
     run_dir: pathlib.Path | None = None
     resume: bool = False
+    profile: int | None = None
+
+    def __post_init__(self) -> None:
+        require(self.profile is None or self.profile >= 1, f"--profile={self.profile} must be at least 1, in steps")
 
 
 def parse(argv: Sequence[str]) -> tuple[ExperimentConfig, pathlib.Path, bool]:
     """Reads settings, the run folder and whether to resume; ValueError names the nearest of what is unknown."""
+    config, given = parse_all(argv)
+    return config, given.run_dir or pathlib.Path("runs") / config.name, given.resume
+
+
+def parse_all(argv: Sequence[str]) -> tuple[ExperimentConfig, Arguments]:
+    """Reads settings and all options, as `parse`."""
     base, model = chosen(argv)
     default = Arguments(model, base.data, base.train, base.eval, base.parallel, base.name)
     about = f"Experiments: {', '.join(config_names())}"
@@ -70,23 +83,31 @@ def parse(argv: Sequence[str]) -> tuple[ExperimentConfig, pathlib.Path, bool]:
     trackers(config.train.trackers)  # Whether they are installed is known before a log is read.
     if not config.parallel.several_processes:  # They meet before any of them asks for its device.
         require_kernels(config.model)
-    return config, given.run_dir or pathlib.Path("runs") / base.name, given.resume
+    return config, given
 
 
-def run(config: ExperimentConfig, run_dir: pathlib.Path, resume: bool, console: Console, stops: StopRequests) -> None:
+def run(
+    config: ExperimentConfig,
+    run_dir: pathlib.Path,
+    console: Console,
+    stops: StopRequests,
+    *,
+    resume: bool,
+    profile: int | None = None,
+) -> None:
     """Trains the model and its baselines and prints the final table."""
     log = load_log(config.data)
     console.print(log.statistics.table(config.data.name))
     if report := split_log(log, config.data).report:
         console.print(report.table())
 
-    def trained(name: str, config: ExperimentConfig, folder: pathlib.Path) -> dict:
-        results = train(config, log, folder, resume=resume, stop_requests=stops)
+    def trained(name: str, config: ExperimentConfig, folder: pathlib.Path, profile: int | None = None) -> dict:
+        results = train(config, log, folder, resume=resume, stop_requests=stops, profile=profile)
         rows.append((name, results["test"], f"this run, best epoch {results['best_epoch']} of {results['epochs']}"))
         return results
 
     rows, name = [], config.model.name
-    results = trained(name, config, run_dir)
+    results = trained(name, config, run_dir, profile)
     if "time_off" in config.eval.baselines and (without_time := model_class(name).without_time) is not None:
         console.print("the same model with time off")
         plain = dataclasses.replace(config, model=of_model(config.model, without_time))
@@ -103,12 +124,13 @@ def run(config: ExperimentConfig, run_dir: pathlib.Path, resume: bool, console: 
 
 def program(argv: list[str]) -> int:
     """The program behind `main`."""
-    config, run_dir, resume = parse(argv)
+    config, given = parse_all(argv)
+    run_dir = given.run_dir or pathlib.Path("runs") / config.name
     initialize(config.parallel)
     with quiet_unless_main():
         try:
             with StopRequests() as stops, only_writer(run_dir):
-                run(config, run_dir, resume, Console(), stops)
+                run(config, run_dir, Console(), stops, resume=given.resume, profile=given.profile)
         except ProcessError as error:
             print(f"error: {error}", file=sys.stderr, flush=True)
             # JAX's orderly end at exit waits for all processes, and one of them is gone.

@@ -9,6 +9,7 @@
     bad_rows.csv        file, line, reason, text of rows that were left out of the log; only where there are any
     trackers.json       ids of the run with MLflow and Weights & Biases; only where it was told to them
     test_ranks.parquet  user_id, rank: where each test target stood, the best item at 1; written with results.json
+    profile/            traces of steps; only where they were asked for
     metrics.jsonl  results.json  curves.png  checkpoints/
 
 Nothing in it is a pickle. Every file is written beside its place and then renamed, so none is ever half-written.
@@ -43,7 +44,7 @@ from tim4rec_jax.run_manifest import (
 
 FORMAT_VERSION = 1
 CONFIG, ENVIRONMENT, RESULTS = "config.json", "environment.json", "results.json"
-METRICS, CURVES, CHECKPOINTS = "metrics.jsonl", "curves.png", "checkpoints"
+METRICS, CURVES, CHECKPOINTS, PROFILE = "metrics.jsonl", "curves.png", "checkpoints", "profile"
 ITEMS, HISTORIES, TEST_RANKS = "item_ids.parquet", "histories.parquet", "test_ranks.parquet"
 BAD_ROWS, TRACKERS = "bad_rows.csv", "trackers.json"
 
@@ -153,7 +154,7 @@ def discard_run(path: pathlib.Path) -> None:
         return
     for name in (CONFIG, MANIFEST, ENVIRONMENT, HISTORIES, ITEMS, BAD_ROWS, METRICS, TRACKERS):
         (path / name).unlink(missing_ok=True)
-    for name in (CHECKPOINTS, "tensorboard", "wandb"):
+    for name in (CHECKPOINTS, PROFILE, "tensorboard", "wandb"):
         shutil.rmtree(path / name, ignore_errors=True)
     with contextlib.suppress(OSError):
         path.rmdir()

@@ -90,6 +90,13 @@ def test_one_that_does_not_start_refuses_the_run(log, tmp_path):
         fit(log, "sasrec", run_dir=tmp_path / "run", callbacks=[first, Recorder("start")], **SMALL)
     assert "\n" not in str(caught.value) and not (tmp_path / "run").exists()
     assert first.names == ["start", "end"] and "on_start failed" in first.calls[-1][2]
+    run = fit(log, "sasrec", run_dir=tmp_path / "run", **SMALL)
+    before = {file: file.read_bytes() for file in run.run_dir.glob("*.json*")}
+    for callback in (Recorder("start"), first):
+        with pytest.raises(ValueError, match="on_start failed"):
+            more = {"resume": True, "callbacks": [callback, Recorder("start")]}
+            fit(log, "sasrec", run_dir=run.run_dir, **more, **SMALL | {"epochs": 3})
+        assert {file: file.read_bytes() for file in run.run_dir.glob("*.json*")} == before
     with pytest.raises(ValueError, match="callbacks: object must inherit from tim4rec_jax.Callback"):
         fit(log, "sasrec", run_dir=tmp_path / "run", callbacks=[object()], **SMALL)
 

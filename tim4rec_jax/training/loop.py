@@ -39,6 +39,7 @@ from tim4rec_jax.parallel.processes import (
 )
 from tim4rec_jax.run_dir import (
     CHECKPOINTS,
+    PROFILE,
     create_run,
     discard_run,
     has_begun,
@@ -62,6 +63,7 @@ from tim4rec_jax.training.logging import (
     resident_mb,
     return_freed_memory,
 )
+from tim4rec_jax.training.profiling import StepProfile
 from tim4rec_jax.training.progress import EarlyStop, Progress
 from tim4rec_jax.training.signals import Interrupted, StopRequests
 from tim4rec_jax.training.step import (
@@ -87,6 +89,7 @@ def train(
     resume: bool = False,
     stop_requests: StopRequests | None = None,
     callbacks: Sequence[Callback] = (),
+    profile: int | None = None,
 ) -> dict[str, Any]:
     """Trains one model on one log, validates each epoch, stops early and tests the best epoch.
 
@@ -100,6 +103,7 @@ def train(
       resume: go on from the newest checkpoint there, if any.
       stop_requests: those of the program that trains; None listens to signals meanwhile.
       callbacks: are told of the run, beside those of train.trackers.
+      profile: trace so many steps into the run folder, see `profiling`; None traces none.
 
     Returns:
       What results.json holds.
@@ -117,7 +121,7 @@ def train(
     given, config = config, with_data(config, log)
     require_same_start(config, log.fingerprint)
     setup = Setup(config, log)
-    with _session(setup, pathlib.Path(run_dir), resume, stop_requests, told) as session:
+    with _session(setup, pathlib.Path(run_dir), resume, stop_requests, told, profile) as session:
         if (multiple := config.model.vocab_multiple) != given.model.vocab_multiple:
             session.bar.report(
                 f"model.vocab_multiple={multiple}: the item embedding gets so many rows, for equal shards"
@@ -131,7 +135,8 @@ def train(
         state, progress = setup.init_state(), Progress(stop=EarlyStop(config.train.patience))
         if resume:
             state, progress = _restore(session, state, progress)
-        session.callbacks.start(session.run_dir, flat(config.to_dict()), progress.step)
+        else:
+            session.begin(progress)
         while not progress.finished:
             state = _train_epoch(session, state, progress)
             progress = _validate_epoch(session, state, progress)
@@ -273,8 +278,10 @@ class Session:
         checkpoints: Checkpointer,
         stops: StopRequests,
         callbacks: Sequence[Callback],
+        profile: int | None,
     ) -> None:
         self.callbacks = Callbacks(callbacks, self.callback_failed)
+        self.profile = StepProfile(profile if is_main() else None, run_dir / PROFILE, bar.report)
         self.setup, self.run_dir, self.config = setup, run_dir, setup.config
         self.bar, self.logger, self.checkpoints, self.stops = bar, logger, checkpoints, stops
         self.started, self.has_stepped = time.perf_counter(), False
@@ -322,6 +329,11 @@ class Session:
             f"{what}; the last good checkpoint is kept in {self.run_dir}: start anew with a lower train.learning_rate, "
             "or set train.clip_norm"
         )
+
+    def begin(self, progress: Progress) -> None:
+        """Tells the callbacks; the last that may refuse to start, while the folder still is as it was found."""
+        self.profile.require_within(self.setup.total_steps - progress.step)
+        self.callbacks.start(self.run_dir, flat(self.config.to_dict()), progress.step)
 
     def callback_failed(self, message: str) -> None:
         self.logger.log("event", message=message)
@@ -376,6 +388,7 @@ def _session(
     resume: bool,
     stop_requests: StopRequests | None,
     callbacks: Sequence[Callback],
+    profile: int | None,
 ) -> Iterator[Session]:
     """Makes or opens the run folder; one in which no step was taken is left as it was, or not at all."""
     train, session = setup.config.train, None
@@ -390,13 +403,15 @@ def _session(
             Checkpointer(run_dir / CHECKPOINTS, report=bar.report, write=is_main()) as checkpoints,
             contextlib.nullcontext(stop_requests) if stop_requests else StopRequests() as stops,
         ):
-            session = Session(setup, run_dir, bar, logger, checkpoints, stops, callbacks)
+            session = Session(setup, run_dir, bar, logger, checkpoints, stops, callbacks, profile)
             stops.rest("stopped before training began")
             try:
                 yield session
             except BaseException as error:
                 session.callbacks.tell("on_end", None, f"{type(error).__name__}: {error}")
                 raise
+            finally:
+                session.profile.close()
     except Interrupted:
         raise
     except Exception:
@@ -410,6 +425,7 @@ def _restore(session: Session, state: TrainState, progress: Progress) -> tuple[T
     """Returns the state and progress of the newest checkpoint, or those given where there is none."""
     restored = restored_everywhere(session.checkpoints.restore_latest, state)
     if restored is None:
+        session.begin(progress)
         session.bar.report("nothing to resume: no checkpoint yet, training starts from the beginning")
         session.logger.truncate_after(0, 0)
         if is_main():
@@ -421,6 +437,7 @@ def _restore(session: Session, state: TrainState, progress: Progress) -> tuple[T
     state = session.setup.layout.shard(saved)
     if progress.finished and not session.is_last(progress):
         progress = _taken_up_again(session, progress)
+    session.begin(progress)
     session.logger.truncate_after(step, progress.validated)
     if is_main() and not progress.finished:
         withdraw_results(session.run_dir)
@@ -476,7 +493,9 @@ def _train_epoch(session: Session, state: TrainState, progress: Progress) -> Tra
             steps = session.compiled_steps(state, taken)
             session.stops.keep_going()
             session.has_stepped = True
+            session.profile.before_steps()
             state, losses = steps(state, setup.device_data, taken)
+            session.profile.after_steps(count, losses)
             session.losses.append(losses)
             progress.batch += count
             progress.step += count
