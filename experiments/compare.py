@@ -8,15 +8,16 @@
 Only what is not there yet is trained; the same command goes on after Ctrl-C, SIGTERM, a crash or a kill. All models run
 with the first seed, then with the second. Any setting of `tim4rec_jax.config` given by its path holds for every model.
 With --rows nothing is trained: runs that are there, of any settings but tested on the same, are put side by side.
-Writes <output>.md, <output>.json and <output>.png. Exit codes: 0 done, 2 an error or a training that failed, 130
-stopped by Ctrl-C and 0 by SIGTERM with the state saved.
+Writes <output>.md, <output>.json and <output>.png, and with --latex=table.tex a table for LaTeX. What cannot be
+trained with these settings, or on this log, is refused before anything is. Exit codes: 0 done, 2 an error or a training
+that failed, 130 stopped by Ctrl-C and 0 by SIGTERM with the state saved.
 """
 
 from rich.console import Console
 
 from experiments.cli import has_option, program
 from experiments.comparison.numbers import collect
-from experiments.comparison.plan import Plan, parse, parse_rows, require_same_settings
+from experiments.comparison.plan import Plan, parse, parse_rows, require_fit, require_same_settings
 from experiments.comparison.report import write_report
 from experiments.family import file_name
 from experiments.runs import Job, is_finished, options, processor_shares, train_all
@@ -69,6 +70,7 @@ def main(argv: list[str]) -> int:
         log = load_log(config.data)
         console.print(log.statistics.table(config.data.name))
         require_same_settings(plan, log.fingerprint)
+        require_fit(plan, log)
         del log
         failures, stopped_by = train_missing(plan, arguments.jobs, console)
         if stopped_by is not None:

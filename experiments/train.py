@@ -5,6 +5,7 @@
     python -m experiments.train --config=ml1m_tim4rec --resume
     python -m experiments.train --config=ml1m_tim4rec --init_from=runs/yesterday --run_dir=runs/today
     python -m experiments.train --config=ml1m_tim4rec --data.split=none --train.epochs=30 --run_dir=runs/final
+    python -m experiments.train --config=quickstart --profile=20
     python -m experiments.train --config=ml1m_tim4rec --parallel.distributed=auto   # in every task of SLURM
 
 It trains on all devices of the machine, unless --parallel.strategy=single. On several machines every process gets the
@@ -37,6 +38,7 @@ from tim4rec_jax.model_config import ModelConfig
 from tim4rec_jax.models import model_class
 from tim4rec_jax.parallel.processes import ProcessError, initialize, is_main, quiet_unless_main
 from tim4rec_jax.run_dir import CONFIG, read_config, write_results
+from tim4rec_jax.training.callbacks import trackers
 from tim4rec_jax.training.loop import only_writer, train
 from tim4rec_jax.training.signals import StopRequests
 
@@ -51,6 +53,7 @@ class Arguments:
       run_dir: run folder; None is runs/<name of the experiment>.
       resume: continue the run in that folder.
       init_from: short for --train.init_from.
+      profile: trace so many steps after the warm-up into the run folder, for Perfetto and XProf.
     """
 
     model: ModelConfig
@@ -62,10 +65,20 @@ class Arguments:
     run_dir: pathlib.Path | None = None
     resume: bool = False
     init_from: pathlib.Path | None = None
+    profile: int | None = None
+
+    def __post_init__(self) -> None:
+        require(self.profile is None or self.profile >= 1, f"--profile={self.profile} must be at least 1, in steps")
 
 
 def parse(argv: Sequence[str]) -> tuple[ExperimentConfig, pathlib.Path, bool]:
     """Reads settings, the run folder and whether to resume; ValueError names the nearest of what is unknown."""
+    config, given = parse_all(argv)
+    return config, given.run_dir or pathlib.Path("runs") / config.name, given.resume
+
+
+def parse_all(argv: Sequence[str]) -> tuple[ExperimentConfig, Arguments]:
+    """Reads settings and all options, as `parse`."""
     base, model = chosen(argv)
     default = Arguments(model, base.data, base.train, base.eval, base.parallel, base.name)
     about = f"Experiments: {', '.join(config_names())}"
@@ -78,25 +91,34 @@ def parse(argv: Sequence[str]) -> tuple[ExperimentConfig, pathlib.Path, bool]:
     if training.init_from is not None and not given.resume:
         read_config(pathlib.Path(training.init_from))  # No log is read where there is no such run.
     config = ExperimentConfig(base.name, given.model, given.data, training, given.eval, given.parallel)
+    trackers(config.train.trackers)  # Whether they are installed is known before a log is read.
     if not config.parallel.several_processes:  # They meet before any of them asks for its device.
         require_kernels(config.model)
-    return config, given.run_dir or pathlib.Path("runs") / base.name, given.resume
+    return config, given
 
 
-def run(config: ExperimentConfig, run_dir: pathlib.Path, resume: bool, console: Console, stops: StopRequests) -> None:
+def run(
+    config: ExperimentConfig,
+    run_dir: pathlib.Path,
+    console: Console,
+    stops: StopRequests,
+    *,
+    resume: bool,
+    profile: int | None = None,
+) -> None:
     """Trains the model and its baselines and prints the final table."""
     log = load_log(config.data)
     console.print(log.statistics.table(config.data.name))
     if report := split_log(log, config.data).report:
         console.print(report.table())
 
-    def trained(name: str, config: ExperimentConfig, folder: pathlib.Path) -> dict:
-        results = train(config, log, folder, resume=resume, stop_requests=stops)
+    def trained(name: str, config: ExperimentConfig, folder: pathlib.Path, profile: int | None = None) -> dict:
+        results = train(config, log, folder, resume=resume, stop_requests=stops, profile=profile)
         rows.append((name, results["test"], f"this run, best epoch {results['best_epoch']} of {results['epochs']}"))
         return results
 
     rows, name = [], config.model.name
-    results = trained(name, config, run_dir)
+    results = trained(name, config, run_dir, profile)
     if not config.data.holds_out:
         console.print(
             f"data.split=none: every event trains, nothing validates or tests, and epoch {results['epochs']} is kept; "
@@ -129,12 +151,13 @@ def _of_time_off(config: ExperimentConfig) -> TrainConfig:
 
 def program(argv: list[str]) -> int:
     """The program behind `main`."""
-    config, run_dir, resume = parse(argv)
+    config, given = parse_all(argv)
+    run_dir = given.run_dir or pathlib.Path("runs") / config.name
     initialize(config.parallel)
     with quiet_unless_main():
         try:
             with StopRequests() as stops, only_writer(run_dir):
-                run(config, run_dir, resume, Console(), stops)
+                run(config, run_dir, Console(), stops, resume=given.resume, profile=given.profile)
         except ProcessError as error:
             print(f"error: {error}", file=sys.stderr, flush=True)
             # JAX's orderly end at exit waits for all processes, and one of them is gone.

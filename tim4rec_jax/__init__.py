@@ -14,15 +14,19 @@ __version__ = "0.1.0"
 
 __all__ = [
     "MODELS",
+    "Callback",
     "DataConfig",
     "EvalConfig",
     "ExperimentConfig",
     "ModelConfig",
     "Recommender",
     "StateSpaceModel",
+    "Stream",
     "SyntheticConfig",
     "TrainConfig",
     "build_model",
+    "compare",
+    "evaluate",
     "fit",
     "interop",
     "load_log",
@@ -32,7 +36,11 @@ __all__ = [
 
 # What reads logs and checkpoints is imported when it is asked for: it takes longer than all the rest.
 _LAZY = {
+    "Callback": "tim4rec_jax.training.callbacks",
     "Recommender": "tim4rec_jax.serving.recommender",
+    "Stream": "tim4rec_jax.serving.live",
+    "compare": "tim4rec_jax.comparing",
+    "evaluate": "tim4rec_jax.fitting",
     "fit": "tim4rec_jax.fitting",
     "load_log": "tim4rec_jax.data.interactions",
 }

@@ -28,6 +28,7 @@ Positions = Literal["last", "all"]
 Loss = Literal["ce", "bpr", "bce", "gbce", "sampled_ce"]
 BINARY_LOSSES = ("bce", "gbce")
 TableOptimizer = Literal["adam", "lazy_adam"]
+Tracker = Literal["mlflow", "wandb"]
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,7 @@ class TrainConfig:
       checkpoint_every: steps between checkpoints inside an epoch; None saves at the end of each epoch only.
       progress: show the progress bar.
       tensorboard: write TensorBoard event files beside metrics.jsonl.
+      trackers: also tell "mlflow" or "wandb", which must be installed; see `training.callbacks`.
     """
 
     epochs: int = 300
@@ -106,6 +108,7 @@ class TrainConfig:
     checkpoint_every: int | None = None
     progress: bool = True
     tensorboard: bool = True
+    trackers: tuple[Tracker, ...] = ()
 
     def __post_init__(self) -> None:
         require_sizes(self)
@@ -125,6 +128,8 @@ class TrainConfig:
             self.positions == "last" or self.loss != "bpr",
             f"positions='all' trains with every loss but {self.loss!r}; use positions='last' for it",
         )
+        for name in self.trackers:
+            require(name in get_args(Tracker), f"trackers={name!r} must be of {get_args(Tracker)}")
         for name in ("patience", "warmup_steps", "weight_decay", "seed"):
             require(getattr(self, name) >= 0, f"{name}={getattr(self, name)} must be at least 0")
         require(

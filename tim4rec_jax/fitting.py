@@ -1,4 +1,4 @@
-"""From a log to a trained model in one call: `tim4rec_jax.fit`."""
+"""From a log to a trained model in one call, `tim4rec_jax.fit`, and to its numbers anew, `tim4rec_jax.evaluate`."""
 
 import dataclasses
 import difflib
@@ -14,12 +14,16 @@ import polars as pl
 from tim4rec_jax.config import DataConfig, EvalConfig, ExperimentConfig, TrainConfig
 from tim4rec_jax.data.columns import FILE_ORDER
 from tim4rec_jax.data.interactions import InteractionLog, load_log
+from tim4rec_jax.evaluation.full_sort import EvaluationResult
 from tim4rec_jax.model_config import ModelConfig
 from tim4rec_jax.models import model_class
+from tim4rec_jax.notebook import html_table, metric_rows
 from tim4rec_jax.run_dir import read_config
 from tim4rec_jax.serving.history_file import HistoryLine, asked_history, table_of_lists, top_k
 from tim4rec_jax.serving.recommender import Recommender
 from tim4rec_jax.serving.rules import Rules, allowed_items
+from tim4rec_jax.serving.stored_run import evaluate_run
+from tim4rec_jax.training.callbacks import Callback
 from tim4rec_jax.training.loop import only_writer, train
 
 # Steps of an epoch that batches are made small enough for, positions that a model reads at most unless told.
@@ -105,6 +109,12 @@ class FittedRun:
         ] or ["  every event trained, so nothing is measured"]
         return "\n".join([f"FittedRun: {self.config.name}, {about}", *parts])
 
+    def _repr_html_(self) -> str:
+        results = self.results
+        about = f"best epoch {results['best_epoch']} of {results['epochs']}, {results['parameters']:,} parameters"
+        rows = metric_rows(list(self.metrics.values()))
+        return html_table(f"{self.config.name}: {about}", ("metric", *self.metrics), rows, str(self.run_dir))
+
 
 def fit(
     log: InteractionLog | ExperimentConfig,
@@ -113,6 +123,7 @@ def fit(
     run_dir: str | pathlib.Path | None = None,
     resume: bool = False,
     init_from: FittedRun | str | pathlib.Path | None = None,
+    callbacks: Sequence[Callback] = (),
     **settings: Any,
 ) -> FittedRun:
     """Trains a model on a log, tests its best epoch and leaves a run folder.
@@ -130,6 +141,7 @@ def fit(
       resume: go on with the run in `run_dir`, which must have been begun with the same settings.
       init_from: a run whose parameters are begun with, see `TrainConfig`; unless `model` holds all settings, those of
         its model are taken.
+      callbacks: are told of the run while it trains, see `Callback`.
       **settings: by their names in the settings of the model, then of `TrainConfig`, `EvalConfig`, `ParallelConfig`,
         and for the split of `DataConfig`: epochs=5, d_model=128, seed=1, progress=False, split="temporal" ...
 
@@ -163,8 +175,37 @@ def fit(
         raise ValueError(f"{jax.process_count()} processes train together: give run_dir, one folder for all of them")
     run_dir = _free_folder(config.name) if run_dir is None else pathlib.Path(run_dir)
     with only_writer(run_dir):
-        results = train(config, log, run_dir, resume=resume)
+        results = train(config, log, run_dir, resume=resume, callbacks=callbacks)
     return FittedRun(run_dir, config, results)
+
+
+def evaluate(
+    run: FittedRun | str | pathlib.Path, split: Literal["test", "valid"] = "test", **settings: Any
+) -> EvaluationResult:
+    """Measures a run's best model on a part of its log by full ranking.
+
+    Args:
+      run: from `fit`, or a run folder.
+      split: the part, "test" or "valid".
+      **settings: by their names in `EvalConfig`, where they are to differ from the run's own: top_k=(5,),
+        metrics=("recall@10", "coverage@20"), exclude_seen=True, users="users.csv", groups="age" ...
+
+    Raises:
+      FileNotFoundError, CheckpointError: the folder is no run, or its checkpoint is not whole.
+      ValueError: for an unknown setting (the nearest is named) or part, or settings that do not fit the run.
+    """
+    folder = run.run_dir if isinstance(run, FittedRun) else pathlib.Path(run)
+    if split not in ("test", "valid"):
+        raise ValueError(f"split={split!r} must be 'test' or 'valid'")
+    stored, known = read_config(folder).eval, EvalConfig.__dataclass_fields__
+    for name in settings:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+            raise ValueError(f"unknown setting {name!r}; nearest: {', '.join(near or known)}")
+    if "top_k" in settings or "metrics" in settings:
+        first = tuple(settings.get("top_k", stored.top_k))[:1]
+        settings = {"monitor": f"ndcg@{first[0]}" if first else stored.monitor} | settings
+    return evaluate_run(folder, dataclasses.replace(stored, **settings), split=split)
 
 
 def _free_folder(name: str) -> pathlib.Path:

@@ -7,7 +7,9 @@
     histories.parquet   user_id, items (model indices), timestamps (seconds), oldest first; of files already split also
                         before_valid and before_test, how many of them train, and train or validate
     bad_rows.csv        file, line, reason, text of rows that were left out of the log; only where there are any
+    trackers.json       ids of the run with MLflow and Weights & Biases; only where it was told to them
     test_ranks.parquet  user_id, rank: where each test target stood, the best item at 1; written with results.json
+    profile/            traces of steps; only where they were asked for
     metrics.jsonl  results.json  curves.png  checkpoints/
 
 Nothing in it is a pickle. Every file is written beside its place and then renamed, so none is ever half-written.
@@ -42,16 +44,16 @@ from tim4rec_jax.run_manifest import (
 
 FORMAT_VERSION = 1
 CONFIG, ENVIRONMENT, RESULTS = "config.json", "environment.json", "results.json"
-METRICS, CURVES, CHECKPOINTS = "metrics.jsonl", "curves.png", "checkpoints"
+METRICS, CURVES, CHECKPOINTS, PROFILE = "metrics.jsonl", "curves.png", "checkpoints", "profile"
 ITEMS, HISTORIES, TEST_RANKS = "item_ids.parquet", "histories.parquet", "test_ranks.parquet"
-BAD_ROWS = "bad_rows.csv"
+BAD_ROWS, TRACKERS = "bad_rows.csv", "trackers.json"
 
 # Differences of settings that an error names.
 SHOWN_DIFFERENCES = 3
 # What may change when a run is resumed: none of it alters the steps already taken or the shapes of the checkpoint.
 CHANGEABLE_ON_RESUME = (
     *(f"train.{name}" for name in ("epochs", "max_steps", "patience", "log_every", "checkpoint_every")),
-    *(f"train.{name}" for name in ("progress", "tensorboard", "steps_per_dispatch")),
+    *(f"train.{name}" for name in ("progress", "tensorboard", "trackers", "steps_per_dispatch")),
     *(f"data.{name}" for name in ("path", "item_path", "cache_dir")),
     "eval.batch_size",
     *(f"parallel.{field.name}" for field in dataclasses.fields(ParallelConfig)),
@@ -150,9 +152,9 @@ def discard_run(path: pathlib.Path) -> None:
     """Removes a run folder in which nothing has been trained; any other stays."""
     if has_begun(path):
         return
-    for name in (CONFIG, MANIFEST, ENVIRONMENT, HISTORIES, ITEMS, BAD_ROWS, METRICS):
+    for name in (CONFIG, MANIFEST, ENVIRONMENT, HISTORIES, ITEMS, BAD_ROWS, METRICS, TRACKERS):
         (path / name).unlink(missing_ok=True)
-    for name in (CHECKPOINTS, "tensorboard"):
+    for name in (CHECKPOINTS, PROFILE, "tensorboard", "wandb"):
         shutil.rmtree(path / name, ignore_errors=True)
     with contextlib.suppress(OSError):
         path.rmdir()

@@ -22,7 +22,7 @@ from tim4rec_jax.evaluation.measures import (
     values_per_list,
 )
 from tim4rec_jax.evaluation.seen_targets import Measured, measured
-from tim4rec_jax.evaluation.significance import compare_with_best
+from tim4rec_jax.evaluation.significance import by_user, compare_with_best
 from tim4rec_jax.run_dir import read_environment, read_results, read_test_ranks
 from tim4rec_jax.training.logging import read_metrics
 from tim4rec_jax.training.stored_run import load_log
@@ -95,19 +95,6 @@ def _spread(values: Sequence[float]) -> dict[str, Any]:
     """Mean and standard deviation over seeds (None for one seed), and the values."""
     deviation = statistics.stdev(values) if len(values) > 1 else None
     return {"mean": statistics.fmean(values), "deviation": deviation, "per_seed": list(values)}
-
-
-def by_user(values: np.ndarray, users: np.ndarray) -> np.ndarray:
-    """Sums values [rows, targets] over each user's targets, scaled so that the mean over users is that over targets.
-
-    A user's targets are not independent of each other; users are what a test may resample.
-
-    Args:
-      values: [rows, targets].
-      users: int [targets], ascending.
-    """
-    starts = np.flatnonzero(np.diff(users, prepend=-1))
-    return np.add.reduceat(values, starts, axis=1) * (len(starts) / len(users))
 
 
 def _against_best(ranks: Mapping[str, np.ndarray], part: Measured, best: str, metric: str) -> dict[str, dict[str, Any]]:

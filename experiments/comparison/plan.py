@@ -17,12 +17,16 @@ from experiments.runs import FREE as FREE_BETWEEN_CALLS
 from experiments.runs import differences, parse_seeds, require_comparable
 from tim4rec_jax.checks import listed, require
 from tim4rec_jax.config import DataConfig, EvalConfig, ExperimentConfig, ParallelConfig, TrainConfig, flat
+from tim4rec_jax.data.interactions import InteractionLog
 from tim4rec_jax.data.splits import require_held_out
 from tim4rec_jax.data_config import DATA_ALIASES
+from tim4rec_jax.devices import require_kernels
 from tim4rec_jax.evaluation.measures import list_length
 from tim4rec_jax.model_config import ModelConfig
 from tim4rec_jax.models import MODELS, import_model_module
 from tim4rec_jax.run_dir import CONFIG, read_config, read_environment
+from tim4rec_jax.training.callbacks import trackers
+from tim4rec_jax.training.loop import split_that_fits, with_data
 
 # Settings that a model's numbers do not depend on, and those that the data answer for by their fingerprint.
 FREE = FREE_BETWEEN_CALLS | {"name", "model.vocab_size", "eval.baselines"}
@@ -60,6 +64,7 @@ class Arguments:
       output: where the results go, without suffix; None is experiments/results/compare_<data>.
       report_only: train nothing, compare what is finished.
       own_settings: accept that models keep training settings of their own that differ.
+      latex: file for a LaTeX table (booktabs), beside the others.
       note: a sentence to keep with the numbers, for instance about the machine.
     """
 
@@ -78,6 +83,7 @@ class Arguments:
     output: pathlib.Path | None = None
     report_only: bool = False
     own_settings: bool = False
+    latex: pathlib.Path | None = None
     note: str = ""
 
 
@@ -89,12 +95,14 @@ class RowArguments:
       rows: each a name, an equals sign and the run folders of its seeds, as in "causal=runs/causal/seed_*".
       output: where the results go, without suffix.
       metric: decides which row is best; None is the eval.monitor of the first row.
+      latex: file for a LaTeX table (booktabs), beside the others.
       note: a sentence to keep with the numbers, for instance about the machine.
     """
 
     rows: tuple[str, ...] = ()
     output: pathlib.Path = pathlib.Path("runs") / "comparison"
     metric: str | None = None
+    latex: pathlib.Path | None = None
     note: str = ""
 
 
@@ -110,6 +118,7 @@ class Plan:
       seeds: in order.
       metric: decides which is best.
       runs, output: where run folders are, where results go.
+      latex: file for a LaTeX table, or None.
       folders: of runs that lie elsewhere, by (model, seed); if there are any, the comparison is of these alone.
     """
 
@@ -121,6 +130,7 @@ class Plan:
     metric: str
     runs: pathlib.Path
     output: pathlib.Path
+    latex: pathlib.Path | None
     folders: Mapping[tuple[str, int], pathlib.Path] = field(default_factory=dict)
 
     def runs_in_order(self) -> Iterator[tuple[str, int]]:
@@ -208,7 +218,13 @@ def parse(argv: Sequence[str]) -> tuple[Arguments, Plan]:
     own = _own_settings(configs, arguments.own_settings)
     runs = arguments.runs or pathlib.Path("runs") / "compare" / file_name(found.data)
     output = arguments.output or pathlib.Path("experiments") / "results" / f"compare_{file_name(found.data)}"
-    return arguments, Plan(found.data, configs, overrides, own, seeds, metric, runs, output)
+    return arguments, Plan(found.data, configs, overrides, own, seeds, metric, runs, output, _tex(arguments.latex))
+
+
+def _tex(file: pathlib.Path | None) -> pathlib.Path | None:
+    require(file is None or file.suffix == ".tex", f"--latex={file}: give a file that ends in .tex")
+    require(file is None or not file.is_dir(), f"--latex={file} is a folder; give a file")
+    return file
 
 
 def _resolved(base: ExperimentConfig, arguments: Arguments) -> ExperimentConfig:
@@ -300,6 +316,29 @@ def require_same_settings(plan: Plan, fingerprint: str | None) -> None:
         )
 
 
+def require_fit(plan: Plan, log: InteractionLog) -> None:
+    """Refuses models that could not be trained or measured on a log, before any of them is trained.
+
+    Raises:
+      ValueError: naming what is wrong, each with the models that it is true of.
+    """
+    wrong: dict[str, list[str]] = {}
+    for model, config in plan.configs.items():
+        try:
+            require_kernels(config.model)
+            trackers(config.train.trackers)
+            split_that_fits(with_data(config, log), log)
+        except ValueError as error:
+            wrong.setdefault(str(error), []).append(model)
+    if wrong:
+        raise ValueError(
+            "; ".join(
+                what if len(models) == len(plan.configs) else f"{', '.join(models)}: {what}"
+                for what, models in wrong.items()
+            )
+        )
+
+
 def _split(text: str) -> tuple[str, list[pathlib.Path]]:
     """Reads "name=pattern".
 
@@ -385,5 +424,6 @@ def parse_rows(argv: Sequence[str]) -> tuple[RowArguments, Plan]:
     own = _differing({name: _without_seed(config) for name, config in configs.items()})
     metric = require_metric(arguments.metric or first.eval.monitor, first)
     seeds = tuple(sorted({seed for _, seed in folders}))
-    plan = Plan(first.data.name, configs, {}, own, seeds, metric, pathlib.Path(), arguments.output, folders)
+    output, latex = arguments.output, _tex(arguments.latex)
+    plan = Plan(first.data.name, configs, {}, own, seeds, metric, pathlib.Path(), output, latex, folders)
     return arguments, plan

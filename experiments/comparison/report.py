@@ -10,6 +10,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from experiments.cli import markdown_table, write_json
+from experiments.comparison.labels import place_labels
+from experiments.comparison.latex import latex
 from experiments.comparison.plan import Plan
 from tim4rec_jax.files import replacing, write_atomically
 
@@ -162,23 +164,25 @@ def _quality_panel(panel: Axes, rows: Sequence[Mapping[str, Any]], metric: str) 
     panel.grid(alpha=0.3)
 
 
-def _cost_panel(panel: Axes, rows: Sequence[Mapping[str, Any]], metric: str) -> None:
+def _cost_panel(panel: Axes, rows: Sequence[Mapping[str, Any]], metric: str) -> dict[str, tuple[float, float, float]]:
+    """Draws the panel and returns where each row's point lies, and its deviation."""
+    points = {}
     for row in (row for row in rows if row["trained"]):
         seconds = statistics.median(run["seconds_per_epoch"] for run in row["runs"])
         spread = row["metrics"][metric]
         panel.errorbar(seconds, spread["mean"], yerr=spread["deviation"] or 0.0, fmt="o", color="tab:blue", capsize=3)
-        panel.annotate(row["name"], (seconds, spread["mean"]), xytext=(4, 4), textcoords="offset points")
+        points[row["name"]] = seconds, spread["mean"], spread["deviation"] or 0.0
     panel.set(title="quality and time", xlabel="seconds per epoch", ylabel=metric)
     panel.margins(x=0.3, y=0.1)
     panel.grid(alpha=0.3)
+    return points
 
 
-def draw(numbers: Mapping[str, Any], file: pathlib.Path) -> None:
+def make_figure(numbers: Mapping[str, Any]) -> Figure:
     """Draws hit, ndcg and mrr of every row with its seeds and their deviation, and quality beside training time.
 
     Args:
       numbers: from `numbers.collect`.
-      file: PNG to write.
     """
     rows = numbers["rows"]
     k = numbers["metric"].split("@")[1]
@@ -194,17 +198,22 @@ def draw(numbers: Mapping[str, Any], file: pathlib.Path) -> None:
         panel.invert_yaxis()  # the best row on top
     for panel in panels[1:3]:
         panel.set_yticklabels([])
-    _cost_panel(panels[3], rows, numbers["metric"])
+    points = _cost_panel(panels[3], rows, numbers["metric"])
     seeds = len(numbers["seeds"])
     figure.suptitle(f"{numbers['data']['name']}: {seeds} seeds, mean and standard deviation; grey: nothing trained")
-    with replacing(file) as temporary:
-        figure.savefig(temporary, format="png", dpi=100)
+    place_labels(panels[3], points)
+    return figure
 
 
 def write_report(plan: Plan, numbers: Mapping[str, Any]) -> list[pathlib.Path]:
-    """Writes <output>.md, <output>.json and <output>.png and returns their paths."""
+    """Writes <output>.md, <output>.json, <output>.png and the table for LaTeX, if asked; returns their paths."""
     text, data, figure = (plan.output.with_name(plan.output.name + suffix) for suffix in (".md", ".json", ".png"))
     write_json(data, numbers)
-    draw(numbers, figure)
+    with replacing(figure) as temporary:
+        make_figure(numbers).savefig(temporary, format="png", dpi=100)
     write_atomically(text, markdown(numbers).encode())
-    return [text, data, figure]
+    if plan.latex is None:
+        return [text, data, figure]
+    plan.latex.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(plan.latex, latex(numbers).encode())
+    return [text, data, figure, plan.latex]

@@ -15,7 +15,6 @@ import polars as pl
 import pytest
 
 from experiments import compare
-from experiments.comparison.numbers import by_user
 from experiments.comparison.plan import parse
 from experiments.comparison.published import PUBLISHED
 from experiments.configs import DATA_NAMES, MODEL_NAMES, load_config
@@ -25,7 +24,9 @@ from tests.edited_runs import reseal
 from tim4rec_jax.data.interactions import load_log
 from tim4rec_jax.data.splits import leave_one_out, split_log
 from tim4rec_jax.evaluation.baselines import markov_ranks, popularity_counts, popularity_ranks, transition_counts
+from tim4rec_jax.evaluation.measures import metrics_of_ranks
 from tim4rec_jax.evaluation.metrics import hit, summarise
+from tim4rec_jax.evaluation.significance import by_user
 from tim4rec_jax.run_dir import create_run, read_config, read_results, read_test_ranks, write_results, write_test_ranks
 from tim4rec_jax.training.logging import MetricLogger, read_metrics
 
@@ -56,7 +57,7 @@ def finish(plan, model: str, seed: int, log, ranks: np.ndarray, user_ids: pl.Ser
     config, folder = plan.config(model, seed), plan.folder(model, seed)
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=log.num_items + 1))
     create_run(folder, config, log, command=["/somewhere/python", "-m", "experiments.train", f"--run_dir={folder}"])
-    test = summarise(ranks, config.eval.top_k)
+    test = metrics_of_ranks(ranks, config.eval.measures)
     with MetricLogger(folder, tensorboard=False) as logger:
         for epoch in (1, 2):
             logger.log("valid", step=epoch, epoch=epoch, train_seconds=3.0 * epoch, valid_seconds=1.0, **test)

@@ -35,6 +35,7 @@ from tim4rec_jax.data.synthetic import generate
 from tim4rec_jax.data.titles import titles_for
 from tim4rec_jax.data_config import DataConfig, Duplicates, TimestampPrecision
 from tim4rec_jax.files import replacing_folder
+from tim4rec_jax.notebook import html_table
 
 BLANK_LINES = "blank lines"
 _VERSION = 2  # raise it whenever reading or cleaning changes what comes out
@@ -93,6 +94,10 @@ class LogStatistics:
 
     def table(self, title: str = "interaction log") -> Table:
         """Returns the statistics as a table for `rich.print`."""
+        return titled_table(title, self.facts())
+
+    def facts(self) -> list[tuple[str, str]]:
+        """Returns what `table` shows, by name."""
         rows = [("rows read", f"{self.rows_read:,}")]
         rows += [("read as", "; ".join(f"{name}: {how}" for name, how in self.taken.items()))] if self.taken else []
         rows += [(f"dropped: {reason}", f"{count:,}") for reason, count in self.dropped.items()]
@@ -105,7 +110,7 @@ class LogStatistics:
             ("mean length", f"{self.mean_length:.1f}"),
         ]
         if self.taken.get("order") == FILE_ORDER:
-            return titled_table(title, [*rows, ("events ordered by", FILE_ORDER)])
+            return [*rows, ("events ordered by", FILE_ORDER)]
         rows += [
             ("first event", utc(self.first_time)),
             ("last event", utc(self.last_time)),
@@ -120,7 +125,7 @@ class LogStatistics:
                 ("validation targets float32 changes, leave one out", f"{self.changed_valid_targets:,}"),
                 ("test targets float32 changes, leave one out", f"{self.changed_test_targets:,}"),
             ]
-        return titled_table(title, rows)
+        return rows
 
 
 def titled_table(title: str, rows: Sequence[tuple[str, str]]) -> Table:
@@ -137,7 +142,7 @@ def utc(seconds: int) -> str:
     return datetime.datetime.fromtimestamp(seconds, datetime.UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class InteractionLog:
     """A cleaned log; user u's events are the rows `offsets[u] : offsets[u + 1]`, in time order.
 
@@ -165,6 +170,18 @@ class InteractionLog:
     fingerprint: str
     parts: np.ndarray | None = field(default=None, repr=False)
     bad_rows: tuple[BadRow, ...] = field(default=(), repr=False)
+
+    def __repr__(self) -> str:
+        in_file = self.statistics.taken.get("order") == FILE_ORDER
+        span = FILE_ORDER if in_file else f"{utc(self.statistics.first_time)} to {utc(self.statistics.last_time)}"
+        return f"InteractionLog: {self._sizes()}, {span}"
+
+    def _repr_html_(self) -> str:
+        rows = [(name, str(value)) for name, value in self.statistics.facts()]
+        return html_table(f"Log: {self._sizes()}", (), rows)
+
+    def _sizes(self) -> str:
+        return f"{self.num_users:,} users, {self.num_items:,} items, {self.num_rows:,} events"
 
     @property
     def num_users(self) -> int:

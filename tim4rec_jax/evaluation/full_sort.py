@@ -19,7 +19,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from tim4rec_jax.config import ExperimentConfig
+from tim4rec_jax.config import EvalConfig, ExperimentConfig
 from tim4rec_jax.data.interactions import InteractionLog
 from tim4rec_jax.data.loader import timestamps_for_device
 from tim4rec_jax.data.packing import choose_lengths
@@ -38,6 +38,7 @@ from tim4rec_jax.evaluation.metrics import check_top_k, rank_of_target, self_inf
 from tim4rec_jax.evaluation.seen_targets import Measured, measured
 from tim4rec_jax.evaluation.slices import slices
 from tim4rec_jax.models import apply_method, last_hidden, variables
+from tim4rec_jax.notebook import html_table, metric_rows
 from tim4rec_jax.parallel.item_table import (
     ITEM_TILE,
     MODEL_AXIS,
@@ -60,7 +61,7 @@ LENGTH_STEP = 8
 MAX_GROUPS = 8
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class EvaluationResult:
     """What one evaluation found.
 
@@ -80,6 +81,19 @@ class EvaluationResult:
     ranks: np.ndarray
     measured: Measured
     seconds: float
+
+    def __repr__(self) -> str:
+        shown = ", ".join(f"{name} {value:.4f}" for name, value in self.metrics.items())
+        return f"EvaluationResult: {len(self.ranks):,} targets, {shown}"
+
+    def _repr_html_(self) -> str:
+        columns = [self.metrics, self.standard_errors]
+        tables = [html_table(f"{len(self.ranks):,} targets", ("metric", "value", "error"), metric_rows(columns))]
+        for name, parts in self.parts.items():
+            lists = [f"{part} ({own['lists']:,.0f})" for part, own in parts.items()]
+            own = [{metric: value for metric, value in part.items() if metric != "lists"} for part in parts.values()]
+            tables.append(html_table(f"by {name}", ("metric", *lists), metric_rows(own)))
+        return "".join(tables)
 
 
 class _DeviceLog(NamedTuple):
@@ -205,6 +219,12 @@ def positions_read(config: ExperimentConfig) -> int:
     return config.model.max_len if config.eval.max_len is None else config.eval.max_len
 
 
+def require_lengths(evaluation: EvalConfig, num_items: int) -> None:
+    """Raises ValueError for a list longer than the catalogue."""
+    check_top_k(evaluation.top_k, num_items, "eval.top_k")
+    check_top_k([parse_name(name)[1] for name in evaluation.metrics], num_items, "k in eval.metrics")
+
+
 class FullSortEvaluator:
     """Ranks the targets of fixed examples under changing parameters; batches and programs are made once.
 
@@ -238,9 +258,8 @@ class FullSortEvaluator:
         """
         if len(examples.users) == 0:
             raise ValueError("there are 0 examples to evaluate; does the log have users with at least 3 events?")
-        check_top_k(config.eval.top_k, log.num_items, "eval.top_k")
+        require_lengths(config.eval, log.num_items)
         self._measures = config.eval.measures
-        check_top_k([parse_name(name)[1] for name in self._measures], log.num_items, "k in eval.metrics")
         self._max_len = positions_read(config)
         self.model, self.config, self._mesh = model, config, mesh
         self.measured = measured(log, examples, config.eval)

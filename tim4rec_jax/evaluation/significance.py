@@ -150,6 +150,19 @@ def holm(p: np.ndarray) -> np.ndarray:
     return corrected
 
 
+def by_user(values: np.ndarray, users: np.ndarray) -> np.ndarray:
+    """Sums values [rows, targets] over each user's targets, scaled so that the mean over users is that over targets.
+
+    A user's targets are not independent of each other; users are what a test may resample.
+
+    Args:
+      values: [rows, targets].
+      users: int [targets], ascending.
+    """
+    starts = np.flatnonzero(np.diff(users, prepend=-1))
+    return np.add.reduceat(values, starts, axis=1) * (len(starts) / len(users))
+
+
 def compare_with_best(values: np.ndarray, *, best: int | None = None, seed: int = 0) -> Comparison:
     """Tests every model against the best one on the same users.
 

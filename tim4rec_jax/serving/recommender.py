@@ -19,6 +19,7 @@ from tim4rec_jax.data.loader import timestamps_for_device
 from tim4rec_jax.evaluation.full_sort import positions_read
 from tim4rec_jax.evaluation.metrics import check_top_k
 from tim4rec_jax.models import apply_method, last_hidden, variables
+from tim4rec_jax.notebook import html_table
 from tim4rec_jax.run_dir import read_earlier_model_settings, read_histories, read_items
 from tim4rec_jax.serving.ranking import best_columns, items_left, next_power_of_two, padded_lists, score_rows
 from tim4rec_jax.training.stored_run import load_model, training_counts
@@ -214,6 +215,16 @@ class Recommender:
     def columns(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """The log: items int32 and times int64 of all users' events, and the offset int64 of each user's first."""
         return self._items, self._times, self._offsets
+
+    def __repr__(self) -> str:
+        where = "" if self.run is None else f", run folder {self.run}"
+        name = self.config.model.name
+        return f"Recommender: {name}, {len(self.users):,} users, {self.num_items:,} items{where}"
+
+    def _repr_html_(self) -> str:
+        facts = {"model": self.config.model.name, "users": f"{len(self.users):,}", "items": f"{self.num_items:,}"}
+        facts |= {"titles": "none" if self.titles is None else "known", "events read": f"{self.max_len:,}"}
+        return html_table("Recommender", (), [*facts.items(), ("run folder", str(self.run))])
 
     @cached_property
     def _row_of_user(self) -> dict[str, int]:

@@ -8,7 +8,7 @@ import math
 import pathlib
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -18,13 +18,13 @@ from jax import Array
 from rich.console import Console
 
 from kernels.dispatch import recording, runs_interpreted
-from tim4rec_jax.config import BINARY_LOSSES, ExperimentConfig
+from tim4rec_jax.config import BINARY_LOSSES, ExperimentConfig, flat
 from tim4rec_jax.data.interactions import InteractionLog, with_precision
-from tim4rec_jax.data.loader import Loader, make_loader
-from tim4rec_jax.data.packing import LengthGroup, plan_length_groups, plan_packed_rows
+from tim4rec_jax.data.loader import Loader, make_loader, timestamps_for_device
+from tim4rec_jax.data.packing import LengthGroup, plan_length_groups, plan_packed_rows, window_histories
 from tim4rec_jax.data.splits import Split, split_log, training_times
 from tim4rec_jax.devices import device_line, require_kernels
-from tim4rec_jax.evaluation.full_sort import FullSortEvaluator
+from tim4rec_jax.evaluation.full_sort import FullSortEvaluator, require_lengths
 from tim4rec_jax.evaluation.seen_targets import measured
 from tim4rec_jax.evaluation.slices import slices
 from tim4rec_jax.files import locked
@@ -39,6 +39,7 @@ from tim4rec_jax.parallel.processes import (
 )
 from tim4rec_jax.run_dir import (
     CHECKPOINTS,
+    PROFILE,
     create_run,
     discard_run,
     has_begun,
@@ -50,6 +51,7 @@ from tim4rec_jax.run_dir import (
     write_test_ranks,
 )
 from tim4rec_jax.run_environment import processors_allowed
+from tim4rec_jax.training.callbacks import Callback, Callbacks, require_callbacks, trackers
 from tim4rec_jax.training.checkpoint import Checkpointer, leaves_on_host
 from tim4rec_jax.training.logging import (
     MetricLogger,
@@ -61,6 +63,7 @@ from tim4rec_jax.training.logging import (
     resident_mb,
     return_freed_memory,
 )
+from tim4rec_jax.training.profiling import StepProfile
 from tim4rec_jax.training.progress import EarlyStop, Progress
 from tim4rec_jax.training.signals import Interrupted, StopRequests
 from tim4rec_jax.training.step import (
@@ -86,6 +89,8 @@ def train(
     *,
     resume: bool = False,
     stop_requests: StopRequests | None = None,
+    callbacks: Sequence[Callback] = (),
+    profile: int | None = None,
 ) -> dict[str, Any]:
     """Trains one model on one log, validates each epoch, stops early and tests the best epoch.
 
@@ -98,24 +103,28 @@ def train(
       run_dir: run folder, made or taken up again.
       resume: go on from the newest checkpoint there, if any.
       stop_requests: those of the program that trains; None listens to signals meanwhile.
+      callbacks: are told of the run, beside those of train.trackers.
+      profile: trace so many steps into the run folder, see `profiling`; None traces none.
 
     Returns:
       What results.json holds.
 
     Raises:
-      ValueError: the settings do not fit the data, each other or the run folder.
+      ValueError: the settings do not fit the data, each other or the run folder, or a callback does not start.
       FloatingPointError: a loss or a score is not finite; the checkpoint before it is kept.
       Interrupted: a signal asked to stop; the state is saved.
       CheckpointError: a save failed; the checkpoint before it is kept.
       ProcessError: another process was lost.
     """
     require_kernels(config.model)
+    require_callbacks(callbacks)
+    told = [*callbacks, *trackers(config.train.trackers)] if is_main() else []
     given, config = config, with_data(config, log)
     if config.train.init_from is not None and not (resume and has_begun(run_dir)):
         require_fits(pathlib.Path(config.train.init_from), build_model(config.model))
     require_same_start(config, log.fingerprint)
     setup = Setup(config, log)
-    with _session(setup, pathlib.Path(run_dir), resume, stop_requests) as session:
+    with _session(setup, pathlib.Path(run_dir), resume, stop_requests, told, profile) as session:
         if (multiple := config.model.vocab_multiple) != given.model.vocab_multiple:
             session.bar.report(
                 f"model.vocab_multiple={multiple}: the item embedding gets so many rows, for equal shards"
@@ -129,6 +138,8 @@ def train(
         state, progress = setup.init_state(), Progress(stop=EarlyStop(config.train.patience))
         if resume:
             state, progress = _restore(session, state, progress)
+        else:
+            session.begin(progress)
         if config.train.init_from is not None and progress.step == 0:
             state = _warm_started(session, state)
         while not progress.finished:
@@ -145,6 +156,38 @@ def with_data(config: ExperimentConfig, log: InteractionLog) -> ExperimentConfig
     return dataclasses.replace(
         config, model=dataclasses.replace(config.model, **sizes), data=with_precision(config.data, log)
     )
+
+
+def split_that_fits(config: ExperimentConfig, log: InteractionLog) -> Split:
+    """Splits a log after making sure that an experiment can be trained and measured on it; touches no device.
+
+    Args:
+      config: settings, with what the data decide filled in.
+      log: cleaned log.
+
+    Raises:
+      ValueError: nothing to train on or to test, lists longer than the catalogue, times beyond the precision, windows
+        that are all context, or a table of users that cannot be read.
+    """
+    split = split_log(log, config.data)
+    if len(split.train) == 0:
+        least = 3 if config.data.split == "leave_one_out" else 1
+        raise ValueError(
+            f"the log has 0 training examples: every user has {least} events or fewer; give longer histories"
+        )
+    if config.data.holds_out and len(split.test) == 0:
+        raise ValueError("the log has 0 test targets; give more users, or longer histories")
+    timestamps_for_device(
+        log.timestamps[[log.timestamps.argmin(), log.timestamps.argmax()]], config.data.timestamp_precision
+    )
+    require_lengths(config.eval, log.num_items)
+    if config.train.positions == "all":
+        window_histories(np.array([1]), config.model.max_len, config.train.window_context)
+    if config.data.holds_out:
+        for part in (split.valid, split.test):
+            examples = measured(log, part, config.eval).examples
+        slices(log, examples, config.eval)
+    return split
 
 
 @contextlib.contextmanager
@@ -176,14 +219,7 @@ class Setup:
 
     def __init__(self, config: ExperimentConfig, log: InteractionLog) -> None:
         self.config, self.log = config, log
-        self.split: Split = split_log(log, config.data)
-        if len(self.split.train) == 0:
-            least = 3 if config.data.split == "leave_one_out" else 1
-            raise ValueError(
-                f"the log has 0 training examples: every user has {least} events or fewer; give longer histories"
-            )
-        if config.data.holds_out and len(self.split.test.users) == 0:
-            raise ValueError("the log has 0 test targets; give more users, or longer histories")
+        self.split: Split = split_that_fits(config, log)
         self.model: SequentialModel = build_model(config.model)
         # Beside the parameters: with them they are saved and evaluated, and no step changes them.
         self.statistics = {}
@@ -201,8 +237,6 @@ class Setup:
         self.groups = self._plan_groups()
         self.validate = None
         if config.data.holds_out:
-            # Known now rather than after training, if nothing is left to test, or a table of users cannot be read.
-            slices(log, measured(log, self.split.test, config.eval).examples, config.eval)
             self.validate = FullSortEvaluator(
                 self.model, log, self.split.valid, config, mesh=self.layout.mesh, in_parts=False
             )
@@ -255,7 +289,11 @@ class Session:
         logger: MetricLogger,
         checkpoints: Checkpointer,
         stops: StopRequests,
+        callbacks: Sequence[Callback],
+        profile: int | None,
     ) -> None:
+        self.callbacks = Callbacks(callbacks, self.callback_failed)
+        self.profile = StepProfile(profile if is_main() else None, run_dir / PROFILE, bar.report)
         self.setup, self.run_dir, self.config = setup, run_dir, setup.config
         self.bar, self.logger, self.checkpoints, self.stops = bar, logger, checkpoints, stops
         self.started, self.has_stepped = time.perf_counter(), False
@@ -305,20 +343,29 @@ class Session:
             "or set train.clip_norm"
         )
 
+    def begin(self, progress: Progress) -> None:
+        """Tells the callbacks; the last that may refuse to start, while the folder still is as it was found."""
+        self.profile.require_within(self.setup.total_steps - progress.step)
+        self.callbacks.start(self.run_dir, flat(self.config.to_dict()), progress.step)
+
+    def callback_failed(self, message: str) -> None:
+        self.logger.log("event", message=message)
+        self.bar.report(message)
+
     def log_line(self, progress: Progress) -> None:
         """Logs the mean loss of the steps since the last line."""
         self.fetch_losses(progress)
         loss = float(np.mean(progress.pending))
         progress.pending = []
-        self.logger.log(
-            "train",
-            step=progress.step,
-            epoch=progress.epoch,
-            loss=loss,
-            learning_rate=float(np.asarray(self.setup.schedule(progress.step - 1))),
-            examples_per_second=self.bar.examples_per_second,
-            seconds=progress.seconds + self.bar.seconds,
-        )
+        values = {
+            "epoch": progress.epoch,
+            "loss": loss,
+            "learning_rate": float(np.asarray(self.setup.schedule(progress.step - 1))),
+            "examples_per_second": self.bar.examples_per_second,
+            "seconds": progress.seconds + self.bar.seconds,
+        }
+        self.logger.log("train", step=progress.step, **values)
+        self.callbacks.tell("on_log", progress.step, values)
         self.bar.advance(0, loss=loss)
 
     def save(self, state: TrainState, progress: Progress, seconds: float | None = None) -> None:
@@ -328,6 +375,7 @@ class Session:
             raise self.diverged(f"parameters are not finite after step {progress.step}")
         seconds = progress.seconds + self.bar.seconds if seconds is None else seconds
         self.checkpoints.save_latest(progress.step, state, progress.to_dict() | {"seconds": seconds})
+        self.callbacks.tell("on_checkpoint", progress.step, self.run_dir / CHECKPOINTS)
 
     def rest(self, progress: Progress) -> None:
         """Says that every step taken is saved or being saved: the run may be stopped from now on."""
@@ -348,7 +396,12 @@ def _all_finite(params: Any) -> Array:
 
 @contextlib.contextmanager
 def _session(
-    setup: Setup, run_dir: pathlib.Path, resume: bool, stop_requests: StopRequests | None
+    setup: Setup,
+    run_dir: pathlib.Path,
+    resume: bool,
+    stop_requests: StopRequests | None,
+    callbacks: Sequence[Callback],
+    profile: int | None,
 ) -> Iterator[Session]:
     """Makes or opens the run folder; one in which no step was taken is left as it was, or not at all."""
     train, session = setup.config.train, None
@@ -363,9 +416,15 @@ def _session(
             Checkpointer(run_dir / CHECKPOINTS, report=bar.report, write=is_main()) as checkpoints,
             contextlib.nullcontext(stop_requests) if stop_requests else StopRequests() as stops,
         ):
-            session = Session(setup, run_dir, bar, logger, checkpoints, stops)
+            session = Session(setup, run_dir, bar, logger, checkpoints, stops, callbacks, profile)
             stops.rest("stopped before training began")
-            yield session
+            try:
+                yield session
+            except BaseException as error:
+                session.callbacks.tell("on_end", None, f"{type(error).__name__}: {error}")
+                raise
+            finally:
+                session.profile.close()
     except Interrupted:
         raise
     except Exception:
@@ -379,6 +438,7 @@ def _restore(session: Session, state: TrainState, progress: Progress) -> tuple[T
     """Returns the state and progress of the newest checkpoint, or those given where there is none."""
     restored = restored_everywhere(session.checkpoints.restore_latest, state)
     if restored is None:
+        session.begin(progress)
         session.bar.report("nothing to resume: no checkpoint yet, training starts from the beginning")
         session.logger.truncate_after(0, 0)
         if is_main():
@@ -390,6 +450,7 @@ def _restore(session: Session, state: TrainState, progress: Progress) -> tuple[T
     state = session.setup.layout.shard(saved)
     if progress.finished and not session.is_last(progress):
         progress = _taken_up_again(session, progress)
+    session.begin(progress)
     session.logger.truncate_after(step, progress.validated)
     if is_main() and not progress.finished:
         withdraw_results(session.run_dir)
@@ -464,10 +525,12 @@ def _train_epoch(session: Session, state: TrainState, progress: Progress) -> Tra
             steps = session.compiled_steps(state, taken)
             session.stops.keep_going()
             session.has_stepped = True
+            session.profile.before_steps()
             state, losses = steps(state, setup.device_data, taken)
             if session.begun is not None:
                 session.logger.log("event", step=0, **session.begun)
                 session.begun = None
+            session.profile.after_steps(count, losses)
             session.losses.append(losses)
             progress.batch += count
             progress.step += count
@@ -519,6 +582,8 @@ def _validate_epoch(session: Session, state: TrainState, progress: Progress) -> 
         peak_resident_bytes=peak_resident_bytes(),
         **metrics,
     )
+    if metrics:
+        session.callbacks.tell("on_evaluation", "valid", progress.step, metrics)
     shown = {monitor: metrics[monitor], "best": progress.stop.best} if metrics else {}
     bar.end_epoch(progress.epoch, loss=loss, seconds=seconds, rate=rate, metrics=shown)
     # Where nothing validates the last epoch counts as the best.
@@ -552,6 +617,7 @@ def _test(session: Session, state: TrainState, progress: Progress) -> dict[str, 
         ranked = test({**setup.layout.shard(params), **setup.statistics})
         metrics, seconds = ranked.metrics, time.perf_counter() - started
         session.logger.log("test", step=step, epoch=info["epoch"], seconds=seconds, **metrics)
+        session.callbacks.tell("on_evaluation", "test", step, metrics)
     results = {
         "model": config.model.name,
         "seed": config.train.seed,
@@ -577,6 +643,7 @@ def _test(session: Session, state: TrainState, progress: Progress) -> dict[str, 
         if ranked is not None:
             write_test_ranks(run_dir, setup.log.user_ids[ranked.measured.examples.users], ranked.ranks)
         write_results(run_dir, results)
+    session.callbacks.tell("on_end", results, None)
     return results
 
 

@@ -1,0 +1,75 @@
+"""A comparison's table for LaTeX, in the form of the package booktabs."""
+
+from collections.abc import Mapping
+from typing import Any
+
+# Marks of a difference to the best, by their corrected p-value.
+MARKS = ((0.001, r"\ddagger"), (0.05, r"\dagger"))
+_SPECIAL = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
+
+
+def escaped(text: str) -> str:
+    """Returns a text as LaTeX prints it."""
+    return "".join(_SPECIAL.get(c, f"\\{c}" if c in "&%$#_{}" else c) for c in text)
+
+
+def _cell(row: Mapping[str, Any], metric: str, best: str | None, second: str | None) -> str:
+    spread = row["metrics"].get(metric)
+    if spread is None:
+        return "--"
+    mean = f"{spread['mean']:.4f}"
+    if row["name"] == best:
+        mean = rf"\textbf{{{mean}}}"
+    elif row["name"] == second:
+        mean = rf"\underline{{{mean}}}"
+    deviation = "" if spread["deviation"] is None else rf" $\pm$ {spread['deviation']:.4f}"
+    against = row["against_best"].get(metric)
+    mark = "" if against is None else next((mark for limit, mark in MARKS if against["p_holm"] < limit), "")
+    return f"{mean}{deviation}{mark and f'$^{{{mark}}}$'}"
+
+
+def latex(numbers: Mapping[str, Any]) -> str:
+    """Returns the comparison as a LaTeX table; needs the package booktabs.
+
+    Args:
+      numbers: from `numbers.collect`.
+    """
+    rows, best, data = numbers["rows"], numbers["best"], numbers["data"]
+    metrics = list(dict.fromkeys(name for row in rows for name in row["metrics"]))
+    seconds = {}
+    for metric in best:
+        others = [row for row in rows if row["name"] != best[metric]]
+        ordered = sorted(others, key=lambda row, metric=metric: -row["metrics"][metric]["mean"])
+        seconds[metric] = ordered[0]["name"] if ordered else None
+    lines = [
+        [escaped(row["name"]), *(_cell(row, metric, best.get(metric), seconds.get(metric)) for metric in metrics)]
+        for row in rows
+    ]
+    trained = [" & ".join(line) + r" \\" for line, row in zip(lines, rows, strict=True) if row["trained"]]
+    counted = [" & ".join(line) + r" \\" for line, row in zip(lines, rows, strict=True) if not row["trained"]]
+    seeds = ", ".join(map(str, numbers["seeds"]))
+    caption = (
+        f"{escaped(data['name'])}: {data['users']:,} users, {data['items']:,} items, {data['rows']:,} interactions; "
+        f"{escaped(numbers['protocol'])}; mean and standard deviation over seeds {seeds}. "
+        r"Bold is the best, underlined the second; $\dagger$ and $\ddagger$ lie behind the best with $p < 0.05$ and "
+        "$p < 0.001$ (two-sided paired sign-flip test over users, Holm-corrected)."
+    )
+    return "\n".join(
+        [
+            r"\begin{table}",
+            r"\centering",
+            rf"\caption{{{caption}}}",
+            rf"\label{{tab:{''.join(c if c.isalnum() else '-' for c in data['name'])}}}",
+            rf"\begin{{tabular}}{{l{'r' * len(metrics)}}}",
+            r"\toprule",
+            " & ".join(["Model", *map(escaped, metrics)]) + r" \\",
+            r"\midrule",
+            *trained,
+            *([r"\midrule"] if trained and counted else []),
+            *counted,
+            r"\bottomrule",
+            r"\end{tabular}",
+            r"\end{table}",
+            "",
+        ]
+    )
