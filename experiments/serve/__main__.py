@@ -37,6 +37,7 @@ from tim4rec_jax.serving.prepared import PreparedRecommender
 from tim4rec_jax.serving.recommender import Recommender
 from tim4rec_jax.serving.row_files import read_table
 from tim4rec_jax.serving.rules import RuleOptions, rules_from_options
+from tim4rec_jax.serving.streaming import load_streamable
 from tim4rec_jax.serving.user_histories import opened
 from tim4rec_jax.serving.user_table_file import LAST_SECOND
 
@@ -59,6 +60,9 @@ class ServeOptions(RuleOptions):
       token_file: file of tokens, one per line, of which every request must bring one but /health, /ready and the page.
       max_batch: most rows that are computed together, a power of two.
       batch_ms: milliseconds that a request waits at most for others, while several come at a time.
+      full_history: read whole histories instead of their last max_len events; for causal models, which go on from the
+        state of a user that was asked for before.
+      state_megabytes: of these states, those of the users asked for last; others are computed again.
       latest_time: events after this second since 1970 are refused; one far ahead makes all true ones late.
       save_every: events that only the journal holds before all are saved into the state; requests wait meanwhile.
       drain_seconds: how long at least new requests are answered 503 before the service ends.
@@ -72,6 +76,8 @@ class ServeOptions(RuleOptions):
     token_file: pathlib.Path | None = None
     max_batch: int = 32
     batch_ms: float = 1.0
+    full_history: bool = False
+    state_megabytes: int = 1024
     latest_time: int = LAST_SECOND
     save_every: int = 1_000_000
     drain_seconds: float = 0.5
@@ -94,6 +100,9 @@ def check(options: ServeOptions) -> ServeOptions:
     require(options.save_every >= 1, f"--save_every={options.save_every} must be at least 1")
     require(0 <= options.drain_seconds <= 600, f"--drain_seconds={options.drain_seconds} must lie in 0 to 600")
     require(options.items is not None or not options.where, "--where needs --items, a table of items")
+    require(
+        1 <= options.state_megabytes <= 2**20, f"--state_megabytes={options.state_megabytes} must lie in 1 to {2**20}"
+    )
     options.limits.check()
     if options.state is None:
         return options
@@ -142,10 +151,11 @@ def service_of(options: ServeOptions) -> Iterator[Any]:
     """
     from experiments.serve.app import Service
 
-    recommender = Recommender.from_run(options.run, report=note)
+    recommender = (load_streamable if options.full_history else Recommender.from_run)(options.run, report=note)
     named = options if options.where else replace(options, items=None)
     rules = rules_from_options(named, recommender.index_of_item, report=note)
-    prepared = PreparedRecommender(recommender, rows=options.max_batch, k=options.limits.k)
+    state_bytes = options.state_megabytes * 2**20 if options.full_history else None
+    prepared = PreparedRecommender(recommender, rows=options.max_batch, k=options.limits.k, state_bytes=state_bytes)
     with opened(recommender, options.state) as durable:
         answering = Answering(
             prepared,

@@ -73,6 +73,9 @@ class Service:
         watch("tim4rec_waiting_rows", "Rows that wait for an answer", lambda: self.batcher.waiting)
         watch("tim4rec_compilations", "Programs compiled or fetched", lambda: self._counter.count)
         watch("tim4rec_compilations_after_ready", "Programs compiled by requests", lambda: self.compiled_since_ready)
+        states = answering.prepared.states
+        if states is not None:
+            watch("tim4rec_kept_states", "Users whose states are kept", lambda: len(states))
         watch("tim4rec_unsaved_events", "Events that only the journal holds", lambda: answering.durable.unsaved)
 
     @property

@@ -16,6 +16,7 @@ from experiments.serve import __main__ as serve
 from experiments.serve.app import make_app
 from experiments.serve.limits import Limits
 from tests.serving.in_process import Client
+from tim4rec_jax.serving.history_file import top_k
 from tim4rec_jax.serving.recommender import Recommender
 
 TOKEN = "a-token-of-some-length"
@@ -480,3 +481,36 @@ def test_stopping_refuses_what_is_new(served):
         assert served.get("/ready").json() == {"status": "stopping"}
     finally:
         served.guard.stopping = False
+
+
+def test_whole_histories(causal_recommender, causal_run, tmp_path, monkeypatch):
+    """Lists of `recommend --full_history`, and of a given history with the events that came."""
+    monkeypatch.setattr(serve, "load_streamable", lambda run, report: causal_recommender)
+    user = max(causal_recommender.users, key=lambda user: len(causal_recommender.history_of_user(user).items))
+    stored = causal_recommender.history_of_user(user)
+    assert len(stored.items) > causal_recommender.max_len + 5
+    for start in range(2):
+        with serve.service_of(options(causal_run, tmp_path, full_history=True, max_batch=2)) as service:
+            service.start()
+            assert service.wait_until_ready(300)
+            client = Client(make_app(service))
+            if start == 0:
+                [indices], _ = top_k(causal_recommender, [stored], 8, whole_histories=True)
+                [found] = asked(client, "recommend", {"users": [user], "k": 8})["results"]
+                names = [causal_recommender.item_ids[i - 1] for i in indices]
+                assert [item["item"] for item in found["items"]] == names
+                new = [{"user": user, "item": item, "timestamp": LATE} for item in ("i7", "i8")]
+                assert asked(client, "events", {"events": new})["accepted"] == 2
+            items = [*(causal_recommender.item_ids[i - 1] for i in stored.items), "i7", "i8"]
+            given = {"items": items, "times": [*stored.timestamps.tolist(), LATE, LATE]}
+            body = {"users": [user, "u1"], "histories": [given], "k": 8}
+            mine, _, same = asked(client, "recommend", body)["results"]
+            assert [item["item"] for item in mine["items"]] == [item["item"] for item in same["items"]]
+            scores = [[item["score"] for item in one["items"]] for one in (mine, same)]
+            np.testing.assert_allclose(*scores, atol=1e-5)
+            assert client.compiled == 0 and "tim4rec_kept_states 2.0" in client.get("/metrics").text
+
+
+def test_whole_histories_need_a_causal_model(run, capsys):
+    assert serve.main([f"--run={run}", "--full_history"]) == 2
+    assert "cannot go on from a state" in capsys.readouterr().err

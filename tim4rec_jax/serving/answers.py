@@ -320,7 +320,12 @@ class Answering:
         allowed, skipped = self._allowed(question)
         histories = [(user, self._of_user(user, popular)) for user in question.users]
         histories += [(h.name, self._given(h, i, skip, popular)) for i, h in enumerate(question.histories)]
-        rows = [Row(h, self._unseen(h, allowed) if seen else allowed) for _, h in histories if len(h.items)]
+        users = [*question.users, *[None] * len(question.histories)]
+        rows = [
+            Row(history, self._unseen(history, allowed) if seen else allowed, user=user)
+            for user, (_, history) in zip(users, histories, strict=True)
+            if len(history.items)
+        ]
 
         def finish(ranked: list[Ranked]) -> dict[str, Any]:
             answers = iter(ranked)
@@ -376,7 +381,7 @@ class Answering:
                 continue
             for first in range(0, len(own), self.prepared.scored):
                 part = slice(first, first + self.prepared.scored)
-                rows.append(Row(history, scored=items[part]))
+                rows.append(Row(history, scored=items[part], user=user))
                 parts.append(own[part])
 
         def finish(ranked: list[Ranked]) -> dict[str, Any]:
