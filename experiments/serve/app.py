@@ -337,11 +337,9 @@ def _add_answers(app: fastapi.FastAPI, service: Service, bearer: list[Any]) -> N
         """Returns the items most like one."""
         return _json(await service.ask(answers.SimilarQuestion([item], k=k)))
 
-    @app.post(
-        "/v1/events",
-        response_model=schemas.EventsAnswer,
-        **about | {"responses": _ERRORS | {409: {"model": schemas.Error, "description": "Events are not kept"}}},
-    )
+    about["responses"] = _ERRORS | {409: {"model": schemas.Error, "description": "Events are not kept"}}
+
+    @app.post("/v1/events", response_model=schemas.EventsAnswer, **about)
     async def events(body: asked.Events) -> fastapi.Response:  # pyright: ignore[reportInvalidTypeForm]
         """Takes in events of users, all or none; the answer means that they are on the disk."""
         new = [Event(raw_id(e.user), raw_id(e.item), e.timestamp) for e in body.events]

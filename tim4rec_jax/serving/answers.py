@@ -2,8 +2,8 @@
 
 import contextlib
 import functools
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -110,13 +110,12 @@ class NewEvents:
     skip_items: bool | None = None
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Plan:
     """A question under way: its rows, and what becomes of what they are answered."""
 
     rows: list[Row]
-    finish: Any
-    ranked: list[Ranked] = field(default_factory=list)
+    finish: Callable[[list[Ranked]], dict[str, Any]]
 
 
 class Answering:
@@ -188,16 +187,24 @@ class Answering:
                     answers[i] = self._directly(question)
             except (ValueError, FloatingPointError) as error:
                 answers[i] = error
-        ranked = self.prepared.rank([row for plan in plans.values() for row in plan.rows]) if plans else []
-        for i, plan in plans.items():
-            plan.ranked, ranked = ranked[: len(plan.rows)], ranked[len(plan.rows) :]
-            bad = [row for row, found in zip(plan.rows, plan.ranked, strict=True) if not found.finite]
-            answers[i] = (
-                plan.finish(plan.ranked)
-                if not bad
-                else FloatingPointError(
-                    f"the scores for {bad[0].history.label} are not finite; the run's parameters hold NaN or infinity"
-                )
+        for i, answer in zip(plans, self._finished(list(plans.values())), strict=True):
+            answers[i] = answer
+        return answers
+
+    def _finished(self, plans: list[_Plan]) -> list[Any]:
+        """Ranks the rows of all plans together; where that fails, plan by plan, so that one fails no other."""
+        try:
+            ranked = self.prepared.rank([row for plan in plans for row in plan.rows]) if plans else []
+        except Exception as error:
+            return [error] if len(plans) == 1 else [answer for plan in plans for answer in self._finished([plan])]
+        answers = []
+        for plan in plans:
+            own, ranked = ranked[: len(plan.rows)], ranked[len(plan.rows) :]
+            bad = [row.history.label for row, found in zip(plan.rows, own, strict=True) if not found.finite]
+            answers.append(
+                FloatingPointError(f"the scores for {bad[0]} are not finite; the run's parameters hold NaN or infinity")
+                if bad
+                else plan.finish(own)
             )
         return answers
 
