@@ -200,7 +200,7 @@ async def _refused(request: fastapi.Request, error: Any) -> fastapi.Response:
 async def _not_as_described(request: fastapi.Request, error: Any) -> fastapi.Response:
     errors = error.errors()
     first = errors[0]
-    if first["type"] == "model_attributes_type" and first["loc"] == ("body",):
+    if first["type"] in ("model_attributes_type", "missing") and first["loc"] == ("body",):
         return _json({"error": "the body must be a JSON object, sent as Content-Type: application/json"}, 422)
     # An id may be a text or a number, of which Pydantic complains one by one.
     parts = [str(part) for part in first["loc"] if part not in ("body", "query") and part not in _KINDS_OF_IDS]
@@ -353,11 +353,13 @@ def _add_lists(app: fastapi.FastAPI, service: Service, bearer: list[Any]) -> Non
     Few = Annotated[int, fastapi.Query(ge=1, le=service.limits.last)]
 
     @app.get("/v1/users", response_model=schemas.UsersAnswer, **about)
-    async def users(prefix: str = "", limit: Few = 20) -> fastapi.Response:
+    async def users(prefix: str = "", limit: Few = min(20, service.limits.last)) -> fastapi.Response:
         """Returns ids of users that begin with a text, users of the run's log first."""
         return _json(await service.ask(answers.UsersQuestion(prefix, limit)))
 
     @app.get("/v1/history", response_model=schemas.HistoryAnswer, **about)
-    async def history(user: str, limit: Few = 50, mask: Literal["true", "false"] = "false") -> fastapi.Response:
+    async def history(
+        user: str, limit: Few = min(50, service.limits.last), mask: Literal["true", "false"] = "false"
+    ) -> fastapi.Response:
         """Returns the last events of a user, and with mask=true the model's time-aware mask over them."""
         return _json(await service.ask(answers.HistoryQuestion(user, limit, mask == "true")))

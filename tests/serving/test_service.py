@@ -183,7 +183,8 @@ def test_history_users_and_mask(served, causal_recommender):
         and (np.triu(mask, 1) == 0).all()
         and "mean over heads" in found["about_mask"]
     )
-    assert "mask" not in served.get("/v1/history", params={"user": user}).json()
+    plain = served.get("/v1/history", params={"user": user}).json()
+    assert "mask" not in plain and len(plain["events"]) == min(FEW.last, len(stored.items))
     some = served.get("/v1/users", params={"prefix": "u1", "limit": 3}).json()
     assert some == {"users": sorted(u for u in causal_recommender.users if u.startswith("u1"))[:3], "known": 40}
     assert served.get("/v1/history", params={"user": "nobody"}).status_code == 422
@@ -355,7 +356,7 @@ def test_what_cannot_be_done_is_one_line(served, path, body, message):
 
 RAW = [
     (b"{", 400, "not JSON"),
-    (b"", 422, "the body: Field required"),
+    (b"", 422, "must be a JSON object"),
     (b'{"users": ["u1"], "users": ["u2"]}', 400, '"users" stands there twice'),
     (b'{"users": ["u1"], "k": NaN}', 400, "NaN is no JSON number"),
     (b'{"users": ["u1"], "k": -Infinity}', 400, "-Infinity is no JSON number"),
