@@ -253,7 +253,7 @@ def measure(port: int, users: list[str], options: argparse.Namespace, repeats: i
 def run(options: argparse.Namespace, rest: list[str]) -> tuple[dict[str, Any], Table]:
     """Makes a run, serves it and measures; returns the record and its table."""
     chosen = _parse(rest)
-    cores = sorted(os.sched_getaffinity(0))
+    cores, load = sorted(os.sched_getaffinity(0)), [round(os.getloadavg()[0], 2)]
     with tempfile.TemporaryDirectory() as name:
         folder = pathlib.Path(name) / "run"
         users = make_run(folder, chosen)
@@ -264,6 +264,7 @@ def run(options: argparse.Namespace, rest: list[str]) -> tuple[dict[str, Any], T
                 results = measure(port, users, chosen, options.repeats)
         finally:
             os.sched_setaffinity(0, cores)
+    load.append(round(os.getloadavg()[0], 2))
     table = Table(title=f"a service on one processor, {chosen.items:,} items")
     for column in ("requests", "p50 ms", "p90 ms", "p99 ms", "most ms"):
         table.add_column(column, justify="right")
@@ -279,5 +280,11 @@ def run(options: argparse.Namespace, rest: list[str]) -> tuple[dict[str, Any], T
         f"{results['compiled_by_requests']} programs compiled by requests"
     )
     record = {"environment": environment(), "settings": vars(chosen) | {"repeats": options.repeats}}
-    record |= {"server_processors": 1, "seconds_to_ready": round(ready, 1), "results": results}
+    # Other work's share of the machine is to be seen there: the service and its client alone make under 1.
+    record |= {
+        "server_processors": 1,
+        "load_average_before_and_after": load,
+        "seconds_to_ready": round(ready, 1),
+        "results": results,
+    }
     return record | {"failed": results["compiled_by_requests"] > 0}, table

@@ -350,16 +350,16 @@ def _add_answers(app: fastapi.FastAPI, service: Service, bearer: list[Any]) -> N
 
 def _add_lists(app: fastapi.FastAPI, service: Service, bearer: list[Any]) -> None:
     about: dict[str, Any] = {"responses": _ERRORS, "dependencies": bearer, "tags": ["users"]}
-    Few = Annotated[int, fastapi.Query(ge=1, le=service.limits.last)]
+    most = service.limits.last
+    Few = Annotated[int, fastapi.Query(ge=1, le=most)]
+    some, more = min(20, most), min(50, most)
 
     @app.get("/v1/users", response_model=schemas.UsersAnswer, **about)
-    async def users(prefix: str = "", limit: Few = min(20, service.limits.last)) -> fastapi.Response:
+    async def users(prefix: str = "", limit: Few = some) -> fastapi.Response:
         """Returns ids of users that begin with a text, users of the run's log first."""
         return _json(await service.ask(answers.UsersQuestion(prefix, limit)))
 
     @app.get("/v1/history", response_model=schemas.HistoryAnswer, **about)
-    async def history(
-        user: str, limit: Few = min(50, service.limits.last), mask: Literal["true", "false"] = "false"
-    ) -> fastapi.Response:
+    async def history(user: str, limit: Few = more, mask: Literal["true", "false"] = "false") -> fastapi.Response:
         """Returns the last events of a user, and with mask=true the model's time-aware mask over them."""
         return _json(await service.ask(answers.HistoryQuestion(user, limit, mask == "true")))

@@ -4,6 +4,7 @@ import json
 import re
 import threading
 
+import jax
 import numpy as np
 import polars as pl
 import pytest
@@ -480,6 +481,34 @@ def test_bad_options(causal_run, causal_recommender, capsys, monkeypatch, given,
     assert serve.main([f"--run={causal_run}", *words]) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert message in error and len(error) < 400
+
+
+def test_a_model_that_cannot_answer_never_gets_ready(causal_recommender, causal_run, capsys, monkeypatch):
+    params = jax.tree.map(lambda leaf: leaf, causal_recommender.params)
+    params["item_embedding"] = jax.tree.map(
+        lambda leaf: np.full(leaf.shape, np.nan, leaf.dtype), params["item_embedding"]
+    )
+    broken = Recommender(
+        causal_recommender.model,
+        params,
+        causal_recommender.config,
+        item_ids=causal_recommender.item_ids,
+        titles=None,
+        histories=pl.DataFrame({"user_id": ["u"], "items": [[1]], "timestamps": [[5]]}),
+    )
+    monkeypatch.setattr(serve.Recommender, "from_run", lambda run, report: broken)
+    assert serve.main([f"--run={causal_run}", "--port=0", "--max_batch=1", "--limits.k=2"]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("error: ") and "not finite" in error and len(error) < 400
+
+
+def test_a_full_disk_is_said(served, monkeypatch):
+    def full(events):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(served.service.answering.durable, "append", full)
+    error = asked(served, "events", event(user="late", item="i1"), 503)
+    assert "nothing was taken in: No space left on device" in error and served_count(served, "late") == 0
 
 
 def test_a_missing_extra_is_named(causal_run, capsys, monkeypatch):
