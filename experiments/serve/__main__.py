@@ -163,8 +163,7 @@ def service_of(options: ServeOptions) -> Iterator[Any]:
         try:
             yield service
         finally:
-            if service.ready:  # Else nothing was taken in.
-                service.batcher.stop()
+            service.stop()
 
 
 def run(options: ServeOptions) -> int:

@@ -63,7 +63,8 @@ class Service:
         self.limits = replace(limits, k=answering.prepared.k)
         self.failed: Exception | None = None
         self.rehearsed: Any = None
-        self._ready = threading.Event()
+        self._ready, self._stopping = threading.Event(), threading.Event()
+        self._warm_up: threading.Thread | None = None
         self._compiled_when_ready = 0
         rows = answering.prepared.rows
         self.batcher = Batcher(self._answer, rows=rows, seconds=batch_seconds, most_waiting=MOST_WAITING)
@@ -93,7 +94,9 @@ class Service:
 
         def warm() -> None:
             try:
-                self.answering.warm()
+                for _ in self.answering.warming():
+                    if self._stopping.is_set():
+                        return
                 self.batcher.start()
                 asyncio.run(self._rehearse())
             except Exception as error:
@@ -103,7 +106,15 @@ class Service:
             self._compiled_when_ready = self._counter.count
             self._ready.set()
 
-        threading.Thread(target=warm, name="warm-up", daemon=True).start()
+        self._warm_up = threading.Thread(target=warm, name="warm-up", daemon=True)
+        self._warm_up.start()
+
+    def stop(self) -> None:
+        """Answers what was taken in, and ends; a program that is being compiled is waited for."""
+        self._stopping.set()
+        if self._warm_up is not None:
+            self._warm_up.join()
+        self.batcher.stop()
 
     async def _rehearse(self) -> None:
         """Takes some requests through the whole application, so that the first of a client finds nothing cold."""

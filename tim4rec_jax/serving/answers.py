@@ -2,7 +2,7 @@
 
 import contextlib
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -158,9 +158,9 @@ class Answering:
         """Item indices by how often they occur in the training part, equal ones in order of index."""
         return 1 + np.argsort(-self.known.training_counts[1:].astype(np.float32), kind="stable")
 
-    def warm(self) -> None:
-        """Compiles every program, and reads what the first answers need."""
-        self.prepared.warm()
+    def warming(self) -> Iterator[None]:
+        """Compiles every program, in steps of one, and reads what the first answers need."""
+        yield from self.prepared.warming()
         self.durable.histories.history("")
         _ = self._popular, self.known.typical_gap, self.known.newest_time
 

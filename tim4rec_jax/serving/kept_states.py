@@ -1,7 +1,7 @@
 """States of users between requests: what a causal model keeps of a whole history, gone on from as events come."""
 
 import collections
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -48,12 +48,13 @@ class KeptStates:
     def __len__(self) -> int:
         return len(self._kept)
 
-    def warm(self) -> None:
-        """Compiles every program."""
+    def warming(self) -> Iterator[None]:
+        """Compiles every program, in steps of one."""
         for rows in {1, self._rows}:
             for length in PIECES:
                 histories = [History(np.ones(length, np.int32), np.zeros(length, np.int64))] * rows
                 self.hidden([None] * rows, histories)
+                yield
 
     def hidden(self, users: Sequence[str | None], histories: Sequence[History]) -> np.ndarray:
         """Returns the hidden states [n, d] after whole histories.

@@ -2,7 +2,7 @@
 
 import functools
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -161,16 +161,24 @@ class PreparedRecommender:
 
     def warm(self) -> None:
         """Compiles every program, and runs each once more so that the first answer finds nothing cold."""
+        for _ in self.warming():
+            pass
+
+    def warming(self) -> Iterator[None]:
+        """Does what `warm` does, in steps of a program, after any of which it may be left."""
         if self.states is not None:
-            self.states.warm()
+            yield from self.states.warming()
         for b, length in self.shapes():
             row = Row(History(np.ones(length, np.int32), np.zeros(length, np.int64)))
             for _ in range(2):
                 self._call([row] * b, length)
+            yield
         for b in SIMILAR_ROWS:
             for _ in range(2):
                 self.similar([1] * b)
+            yield
         self.mask.warm()
+        yield
 
     def rank(self, rows: Sequence[Row]) -> list[Ranked]:
         """Ranks the catalogue after each history, of which the last max_len events are read, or all with states."""
