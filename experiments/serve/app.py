@@ -2,6 +2,7 @@
 
 import asyncio
 import contextvars
+import gc
 import pathlib
 import threading
 import time
@@ -103,6 +104,9 @@ class Service:
                 self.failed = error
                 when_failed()
                 return
+            # What was made so far stays: looking through all of it again would hold requests up for long.
+            gc.collect()
+            gc.freeze()
             self._compiled_when_ready = self._counter.count
             self._ready.set()
 
@@ -112,6 +116,7 @@ class Service:
     def stop(self) -> None:
         """Answers what was taken in, and ends; a program that is being compiled is waited for."""
         self._stopping.set()
+        gc.unfreeze()
         if self._warm_up is not None:
             self._warm_up.join()
         self.batcher.stop()
