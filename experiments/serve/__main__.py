@@ -16,11 +16,9 @@ a user has. SIGTERM and Ctrl-C end the service in order: what was taken in is an
 saved, and the exit code is 0. Rules are those of experiments.recommend; requests restrict them further.
 """
 
-import asyncio
 import contextlib
 import pathlib
 import signal
-import socket
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -29,7 +27,6 @@ from typing import Any
 from experiments.cli import note, parse_settings, program
 from experiments.serve.limits import Limits
 from tim4rec_jax.checks import require
-from tim4rec_jax.files import named_in_errors
 from tim4rec_jax.run_dir import require_no_run_file
 from tim4rec_jax.serving.answers import Answering
 from tim4rec_jax.serving.event_stream import journal_of
@@ -37,14 +34,11 @@ from tim4rec_jax.serving.prepared import PreparedRecommender
 from tim4rec_jax.serving.recommender import Recommender
 from tim4rec_jax.serving.row_files import read_table
 from tim4rec_jax.serving.rules import RuleOptions, rules_from_options
+from tim4rec_jax.serving.streaming import load_streamable
 from tim4rec_jax.serving.user_histories import opened
 from tim4rec_jax.serving.user_table_file import LAST_SECOND
 
 SHORTEST_TOKEN = 16
-# Seconds that answers under way may take once the service is asked to stop.
-LONGEST_DRAIN = 30
-# Between two looks at whether everything that was taken in is answered.
-_POLL = 0.02
 
 
 @dataclass(frozen=True)
@@ -59,6 +53,9 @@ class ServeOptions(RuleOptions):
       token_file: file of tokens, one per line, of which every request must bring one but /health, /ready and the page.
       max_batch: most rows that are computed together, a power of two.
       batch_ms: milliseconds that a request waits at most for others, while several come at a time.
+      full_history: read whole histories instead of their last max_len events; for causal models, which go on from the
+        state of a user that was asked for before.
+      state_megabytes: of these states, those of the users asked for last; others are computed again.
       latest_time: events after this second since 1970 are refused; one far ahead makes all true ones late.
       save_every: events that only the journal holds before all are saved into the state; requests wait meanwhile.
       drain_seconds: how long at least new requests are answered 503 before the service ends.
@@ -72,6 +69,8 @@ class ServeOptions(RuleOptions):
     token_file: pathlib.Path | None = None
     max_batch: int = 32
     batch_ms: float = 1.0
+    full_history: bool = False
+    state_megabytes: int = 1024
     latest_time: int = LAST_SECOND
     save_every: int = 1_000_000
     drain_seconds: float = 0.5
@@ -94,6 +93,9 @@ def check(options: ServeOptions) -> ServeOptions:
     require(options.save_every >= 1, f"--save_every={options.save_every} must be at least 1")
     require(0 <= options.drain_seconds <= 600, f"--drain_seconds={options.drain_seconds} must lie in 0 to 600")
     require(options.items is not None or not options.where, "--where needs --items, a table of items")
+    require(
+        1 <= options.state_megabytes <= 2**20, f"--state_megabytes={options.state_megabytes} must lie in 1 to {2**20}"
+    )
     options.limits.check()
     if options.state is None:
         return options
@@ -142,10 +144,11 @@ def service_of(options: ServeOptions) -> Iterator[Any]:
     """
     from experiments.serve.app import Service
 
-    recommender = Recommender.from_run(options.run, report=note)
+    recommender = (load_streamable if options.full_history else Recommender.from_run)(options.run, report=note)
     named = options if options.where else replace(options, items=None)
     rules = rules_from_options(named, recommender.index_of_item, report=note)
-    prepared = PreparedRecommender(recommender, rows=options.max_batch, k=options.limits.k)
+    state_bytes = options.state_megabytes * 2**20 if options.full_history else None
+    prepared = PreparedRecommender(recommender, rows=options.max_batch, k=options.limits.k, state_bytes=state_bytes)
     with opened(recommender, options.state) as durable:
         answering = Answering(
             prepared,
@@ -160,52 +163,7 @@ def service_of(options: ServeOptions) -> Iterator[Any]:
         try:
             yield service
         finally:
-            if service.ready:  # Else nothing was taken in.
-                service.batcher.stop()
-
-
-def _listening(host: str, port: int) -> socket.socket:
-    """Returns a socket at an address.
-
-    Raises:
-      OSError: the address is taken, or none of this machine; it is named.
-    """
-    with named_in_errors(pathlib.Path(f"{host}:{port}")):
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        listening = socket.socket(family, kind, protocol)
-        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            listening.bind(address)
-        except OSError:
-            listening.close()
-            raise
-    return listening
-
-
-async def _serve(server: Any, listening: socket.socket, guard: Any, service: Any, options: ServeOptions) -> int | None:
-    """Serves until a signal comes; returns its number, or None where the service failed."""
-    loop, came = asyncio.get_running_loop(), asyncio.Event()
-    received: list[int] = []
-
-    def stop(number: int | None = None) -> None:
-        received.extend([] if number is None else [number])
-        came.set()
-
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop, number)
-    service.start(lambda: loop.call_soon_threadsafe(stop))
-    serving = asyncio.ensure_future(server.serve([listening]))
-    waiting = asyncio.ensure_future(came.wait())
-    await asyncio.wait({serving, waiting}, return_when=asyncio.FIRST_COMPLETED)
-    guard.stopping = True
-    if not serving.done():
-        least = loop.time() + options.drain_seconds * bool(received)
-        most = least + LONGEST_DRAIN
-        while loop.time() < least or (guard.open_requests and loop.time() < most):
-            await asyncio.sleep(_POLL)
-        server.should_exit = True
-    await serving
-    return received[0] if received else None
+            service.stop()
 
 
 def run(options: ServeOptions) -> int:
@@ -216,34 +174,18 @@ def run(options: ServeOptions) -> int:
       OSError: the address is taken, or a file cannot be written.
     """
     require_extra()
-    import uvicorn
-
     from experiments.serve.app import make_app
+    from experiments.serve.server import listening_at, serve
     from tim4rec_jax import __version__
 
     options, tokens = check(options), read_tokens(options.token_file)
-
-    class Server(uvicorn.Server):
-        """Leaves signals to us."""
-
-        @contextlib.contextmanager
-        def capture_signals(self) -> Iterator[None]:
-            yield
-
     with service_of(options) as service:
         guard = make_app(service, tokens, __version__)
-        # Its own logging settings would close the handlers of others.
-        how = {"log_config": None, "log_level": "warning", "access_log": False, "lifespan": "off", "ws": "none"}
-        server = Server(uvicorn.Config(guard, timeout_graceful_shutdown=LONGEST_DRAIN, **how))
-        with _listening(options.host, options.port) as listening:
+        with listening_at(options.host, options.port) as listening:
             host, port = listening.getsockname()[:2]
             note(f"listening at http://{f'[{host}]' if ':' in host else host}:{port}; warming up")
-            received = asyncio.run(_serve(server, listening, guard, service, options))
-        if service.failed is not None:
-            raise service.failed
-        if received is None:
-            raise OSError("the server ended by itself")
-        note(f"stopped by {signal.Signals(received).name}")
+            received = serve(guard, service, listening, options.drain_seconds)
+    note(f"stopped by {signal.Signals(received).name}")
     return 0
 
 

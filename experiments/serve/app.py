@@ -2,6 +2,7 @@
 
 import asyncio
 import contextvars
+import gc
 import pathlib
 import threading
 import time
@@ -63,7 +64,8 @@ class Service:
         self.limits = replace(limits, k=answering.prepared.k)
         self.failed: Exception | None = None
         self.rehearsed: Any = None
-        self._ready = threading.Event()
+        self._ready, self._stopping = threading.Event(), threading.Event()
+        self._warm_up: threading.Thread | None = None
         self._compiled_when_ready = 0
         rows = answering.prepared.rows
         self.batcher = Batcher(self._answer, rows=rows, seconds=batch_seconds, most_waiting=MOST_WAITING)
@@ -73,6 +75,9 @@ class Service:
         watch("tim4rec_waiting_rows", "Rows that wait for an answer", lambda: self.batcher.waiting)
         watch("tim4rec_compilations", "Programs compiled or fetched", lambda: self._counter.count)
         watch("tim4rec_compilations_after_ready", "Programs compiled by requests", lambda: self.compiled_since_ready)
+        states = answering.prepared.states
+        if states is not None:
+            watch("tim4rec_kept_states", "Users whose states are kept", lambda: len(states))
         watch("tim4rec_unsaved_events", "Events that only the journal holds", lambda: answering.durable.unsaved)
 
     @property
@@ -90,17 +95,31 @@ class Service:
 
         def warm() -> None:
             try:
-                self.answering.warm()
+                for _ in self.answering.warming():
+                    if self._stopping.is_set():
+                        return
                 self.batcher.start()
                 asyncio.run(self._rehearse())
             except Exception as error:
                 self.failed = error
                 when_failed()
                 return
+            # What was made so far stays: looking through all of it again would hold requests up for long.
+            gc.collect()
+            gc.freeze()
             self._compiled_when_ready = self._counter.count
             self._ready.set()
 
-        threading.Thread(target=warm, name="warm-up", daemon=True).start()
+        self._warm_up = threading.Thread(target=warm, name="warm-up", daemon=True)
+        self._warm_up.start()
+
+    def stop(self) -> None:
+        """Answers what was taken in, and ends; a program that is being compiled is waited for."""
+        self._stopping.set()
+        gc.unfreeze()
+        if self._warm_up is not None:
+            self._warm_up.join()
+        self.batcher.stop()
 
     async def _rehearse(self) -> None:
         """Takes some requests through the whole application, so that the first of a client finds nothing cold."""
@@ -197,7 +216,7 @@ async def _refused(request: fastapi.Request, error: Any) -> fastapi.Response:
 async def _not_as_described(request: fastapi.Request, error: Any) -> fastapi.Response:
     errors = error.errors()
     first = errors[0]
-    if first["type"] == "model_attributes_type" and first["loc"] == ("body",):
+    if first["type"] in ("model_attributes_type", "missing") and first["loc"] == ("body",):
         return _json({"error": "the body must be a JSON object, sent as Content-Type: application/json"}, 422)
     # An id may be a text or a number, of which Pydantic complains one by one.
     parts = [str(part) for part in first["loc"] if part not in ("body", "query") and part not in _KINDS_OF_IDS]
@@ -334,11 +353,9 @@ def _add_answers(app: fastapi.FastAPI, service: Service, bearer: list[Any]) -> N
         """Returns the items most like one."""
         return _json(await service.ask(answers.SimilarQuestion([item], k=k)))
 
-    @app.post(
-        "/v1/events",
-        response_model=schemas.EventsAnswer,
-        **about | {"responses": _ERRORS | {409: {"model": schemas.Error, "description": "Events are not kept"}}},
-    )
+    about["responses"] = _ERRORS | {409: {"model": schemas.Error, "description": "Events are not kept"}}
+
+    @app.post("/v1/events", response_model=schemas.EventsAnswer, **about)
     async def events(body: asked.Events) -> fastapi.Response:  # pyright: ignore[reportInvalidTypeForm]
         """Takes in events of users, all or none; the answer means that they are on the disk."""
         new = [Event(raw_id(e.user), raw_id(e.item), e.timestamp) for e in body.events]
@@ -349,14 +366,16 @@ def _add_answers(app: fastapi.FastAPI, service: Service, bearer: list[Any]) -> N
 
 def _add_lists(app: fastapi.FastAPI, service: Service, bearer: list[Any]) -> None:
     about: dict[str, Any] = {"responses": _ERRORS, "dependencies": bearer, "tags": ["users"]}
-    Few = Annotated[int, fastapi.Query(ge=1, le=service.limits.last)]
+    most = service.limits.last
+    Few = Annotated[int, fastapi.Query(ge=1, le=most)]
+    some, more = min(20, most), min(50, most)
 
     @app.get("/v1/users", response_model=schemas.UsersAnswer, **about)
-    async def users(prefix: str = "", limit: Few = 20) -> fastapi.Response:
+    async def users(prefix: str = "", limit: Few = some) -> fastapi.Response:
         """Returns ids of users that begin with a text, users of the run's log first."""
         return _json(await service.ask(answers.UsersQuestion(prefix, limit)))
 
     @app.get("/v1/history", response_model=schemas.HistoryAnswer, **about)
-    async def history(user: str, limit: Few = 50, mask: Literal["true", "false"] = "false") -> fastapi.Response:
+    async def history(user: str, limit: Few = more, mask: Literal["true", "false"] = "false") -> fastapi.Response:
         """Returns the last events of a user, and with mask=true the model's time-aware mask over them."""
         return _json(await service.ask(answers.HistoryQuestion(user, limit, mask == "true")))

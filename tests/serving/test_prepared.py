@@ -10,8 +10,10 @@ import pytest
 
 from tests.serving.tiny_run import make_config, make_run
 from tim4rec_jax.serving.batching import Batcher, Overloaded
+from tim4rec_jax.serving.history_file import top_k as whole_top_k
 from tim4rec_jax.serving.prepared import PreparedRecommender, Row, compilations
 from tim4rec_jax.serving.recommender import History, Recommender
+from tim4rec_jax.serving.streaming import Streamer
 from tim4rec_jax.serving.time_mask import TimeMask
 
 
@@ -166,3 +168,44 @@ def test_too_much_is_refused_and_a_batch_that_fails_ends_nothing():
     with pytest.raises(RuntimeError, match="1 at once"):
         again.result(10)
     batcher.stop()
+
+
+def test_states_go_on_as_events_come(causal_recommender, tmp_path):
+    """The answers of whole histories, however they come; what is kept is bounded, and what is not is made again."""
+    state_bytes = Streamer(causal_recommender.model, causal_recommender.params).state_bytes()
+    known = PreparedRecommender(causal_recommender, rows=4, k=7, scored=2, state_bytes=5 * state_bytes)
+    known.warm()
+    before = compilations().count
+    whole = {f"u{n}": history(n, n) for n in (1, 2, 15, 17, 40, 300, 600)}
+    grown = {user: 0 for user in whole}
+    rng = np.random.default_rng(0)
+    while any(grown[user] < len(h.items) for user, h in whole.items()):
+        some = list(rng.permutation(list(whole))[: rng.integers(1, 8)])
+        rows = []
+        for user in some:
+            grown[user] = min(len(whole[user].items), grown[user] + int(rng.choice([1, 2, 90])))
+            part = slice(0, grown[user])
+            cut = History(whole[user].items[part], whole[user].timestamps[part])
+            rows.append(Row(cut, scored=np.array([3, 4]), user=user))
+        last = dict(zip(some, zip(rows, known.rank(rows), strict=True), strict=True))
+        assert len(known.states) <= 5
+    assert compilations().count == before
+    for row, found in last.values():
+        [indices], [scores] = whole_top_k(causal_recommender, [row.history], 7, whole_histories=True)
+        assert found.indices.tolist() == indices.tolist()
+        np.testing.assert_allclose(found.scores, scores, atol=1e-4)
+    # Alone, and in one piece: the same bits.
+    for events in (1, 16, 256):
+        one = history(events, 9)
+        [found] = known.rank([Row(one)])
+        [indices], [scores] = whole_top_k(causal_recommender, [one], 7, whole_histories=True)
+        assert found.indices.tolist() == indices.tolist() and found.scores.tobytes() == scores.tobytes()
+    # A history that is shorter than what is kept is another one.
+    [other] = known.rank([Row(history(3, 8), user="u600")])
+    [alone] = known.rank([Row(history(3, 8))])
+    assert other.scores.tobytes() == alone.scores.tobytes()
+
+
+def test_a_model_without_states_is_refused(recommender):
+    with pytest.raises(ValueError, match="cannot go on from a state"):
+        PreparedRecommender(recommender, state_bytes=2**20)

@@ -4,6 +4,7 @@ import json
 import re
 import threading
 
+import jax
 import numpy as np
 import polars as pl
 import pytest
@@ -16,6 +17,8 @@ from experiments.serve import __main__ as serve
 from experiments.serve.app import make_app
 from experiments.serve.limits import Limits
 from tests.serving.in_process import Client
+from tim4rec_jax.serving.answers import RecommendQuestion
+from tim4rec_jax.serving.history_file import top_k
 from tim4rec_jax.serving.recommender import Recommender
 
 TOKEN = "a-token-of-some-length"
@@ -181,9 +184,10 @@ def test_history_users_and_mask(served, causal_recommender):
         and (np.triu(mask, 1) == 0).all()
         and "mean over heads" in found["about_mask"]
     )
-    assert "mask" not in served.get("/v1/history", params={"user": user}).json()
+    plain = served.get("/v1/history", params={"user": user}).json()
+    assert "mask" not in plain and len(plain["events"]) == min(FEW.last, len(stored.items))
     some = served.get("/v1/users", params={"prefix": "u1", "limit": 3}).json()
-    assert some == {"users": [u for u in causal_recommender.users if u.startswith("u1")][:3], "known": 40}
+    assert some == {"users": sorted(u for u in causal_recommender.users if u.startswith("u1"))[:3], "known": 40}
     assert served.get("/v1/history", params={"user": "nobody"}).status_code == 422
 
 
@@ -260,6 +264,20 @@ def test_requests_at_once_are_computed_together(served):
         np.testing.assert_allclose(
             [item["score"] for item in one["items"]], [item["score"] for item in among["items"]], atol=1e-5
         )
+
+
+def test_a_request_that_fails_fails_no_other(served, monkeypatch):
+    rank = served.service.answering.prepared.rank
+
+    def failing(rows):
+        if any(row.user == "u3" for row in rows):
+            raise RuntimeError("planted")
+        return rank(rows)
+
+    monkeypatch.setattr(served.service.answering.prepared, "rank", failing)
+    questions = [RecommendQuestion([user], k=2) for user in ("u1", "u3", "u2")]
+    first, failed, last = served.service.answering.answer(questions)
+    assert isinstance(failed, RuntimeError) and len(first["results"]) == len(last["results"]) == 1
 
 
 def event(**changes):
@@ -339,7 +357,7 @@ def test_what_cannot_be_done_is_one_line(served, path, body, message):
 
 RAW = [
     (b"{", 400, "not JSON"),
-    (b"", 422, "the body: Field required"),
+    (b"", 422, "must be a JSON object"),
     (b'{"users": ["u1"], "users": ["u2"]}', 400, '"users" stands there twice'),
     (b'{"users": ["u1"], "k": NaN}', 400, "NaN is no JSON number"),
     (b'{"users": ["u1"], "k": -Infinity}', 400, "-Infinity is no JSON number"),
@@ -465,6 +483,34 @@ def test_bad_options(causal_run, causal_recommender, capsys, monkeypatch, given,
     assert message in error and len(error) < 400
 
 
+def test_a_model_that_cannot_answer_never_gets_ready(causal_recommender, causal_run, capsys, monkeypatch):
+    params = jax.tree.map(lambda leaf: leaf, causal_recommender.params)
+    params["item_embedding"] = jax.tree.map(
+        lambda leaf: np.full(leaf.shape, np.nan, leaf.dtype), params["item_embedding"]
+    )
+    broken = Recommender(
+        causal_recommender.model,
+        params,
+        causal_recommender.config,
+        item_ids=causal_recommender.item_ids,
+        titles=None,
+        histories=pl.DataFrame({"user_id": ["u"], "items": [[1]], "timestamps": [[5]]}),
+    )
+    monkeypatch.setattr(serve.Recommender, "from_run", lambda run, report: broken)
+    assert serve.main([f"--run={causal_run}", "--port=0", "--max_batch=1", "--limits.k=2"]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("error: ") and "not finite" in error and len(error) < 400
+
+
+def test_a_full_disk_is_said(served, monkeypatch):
+    def full(events):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(served.service.answering.durable, "append", full)
+    error = asked(served, "events", event(user="late", item="i1"), 503)
+    assert "nothing was taken in: No space left on device" in error and served_count(served, "late") == 0
+
+
 def test_a_missing_extra_is_named(causal_run, capsys, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "uvicorn", None)
     assert serve.main([f"--run={causal_run}"]) == 2
@@ -480,3 +526,36 @@ def test_stopping_refuses_what_is_new(served):
         assert served.get("/ready").json() == {"status": "stopping"}
     finally:
         served.guard.stopping = False
+
+
+def test_whole_histories(causal_recommender, causal_run, tmp_path, monkeypatch):
+    """Lists of `recommend --full_history`, and of a given history with the events that came."""
+    monkeypatch.setattr(serve, "load_streamable", lambda run, report: causal_recommender)
+    user = max(causal_recommender.users, key=lambda user: len(causal_recommender.history_of_user(user).items))
+    stored = causal_recommender.history_of_user(user)
+    assert len(stored.items) > causal_recommender.max_len + 5
+    for start in range(2):
+        with serve.service_of(options(causal_run, tmp_path, full_history=True, max_batch=2)) as service:
+            service.start()
+            assert service.wait_until_ready(300)
+            client = Client(make_app(service))
+            if start == 0:
+                [indices], _ = top_k(causal_recommender, [stored], 8, whole_histories=True)
+                [found] = asked(client, "recommend", {"users": [user], "k": 8})["results"]
+                names = [causal_recommender.item_ids[i - 1] for i in indices]
+                assert [item["item"] for item in found["items"]] == names
+                new = [{"user": user, "item": item, "timestamp": LATE} for item in ("i7", "i8")]
+                assert asked(client, "events", {"events": new})["accepted"] == 2
+            items = [*(causal_recommender.item_ids[i - 1] for i in stored.items), "i7", "i8"]
+            given = {"items": items, "times": [*stored.timestamps.tolist(), LATE, LATE]}
+            body = {"users": [user, "u1"], "histories": [given], "k": 8}
+            mine, _, same = asked(client, "recommend", body)["results"]
+            assert [item["item"] for item in mine["items"]] == [item["item"] for item in same["items"]]
+            scores = [[item["score"] for item in one["items"]] for one in (mine, same)]
+            np.testing.assert_allclose(*scores, atol=1e-5)
+            assert client.compiled == 0 and "tim4rec_kept_states 2.0" in client.get("/metrics").text
+
+
+def test_whole_histories_need_a_causal_model(run, capsys):
+    assert serve.main([f"--run={run}", "--full_history"]) == 2
+    assert "cannot go on from a state" in capsys.readouterr().err

@@ -1,6 +1,7 @@
 """The service as a process: stopped under load, killed again and again, and alone with its state."""
 
 import contextlib
+import os
 import random
 import re
 import signal
@@ -24,14 +25,14 @@ SECONDS = 120
 class Process:
     """A service in a process of its own, at a free port."""
 
-    def __init__(self, run, state, *options, errors):
+    def __init__(self, run, state, *options, errors, environment=None):
         self.errors = errors
         command = [sys.executable, "-m", "experiments.serve", f"--run={run}", f"--state={state}", "--port=0", *options]
         # As few programs as there can be: starts are what takes time here.
         command += ["--max_batch=1", "--limits.k=5"]
         with errors.open("wb") as stream:
             self.process = subprocess.Popen(
-                command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=stream
+                command, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=stream
             )
         self.client = None
 
@@ -70,8 +71,9 @@ def start(tmp_path):
     """Starts services, and ends those that a failing test leaves behind."""
     started = []
 
-    def starting(run, state, *options):
-        started.append(Process(run, state, *options, errors=tmp_path / f"errors{len(started)}"))
+    def starting(run, state, *options, environment=None):
+        errors = tmp_path / f"errors{len(started)}"
+        started.append(Process(run, state, *options, errors=errors, environment=environment))
         return started[-1]
 
     yield starting
@@ -131,6 +133,18 @@ def test_stopped_under_load(causal_run, tmp_path, start):
     for user, count in accepted.items():
         assert 0 <= count_of(service.client, user) - count <= 1
     assert service.end(signal.SIGINT) == 0
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("seconds", [0.0, 0.5, 2.0])
+def test_stopped_while_it_warms_up(causal_run, tmp_path, start, seconds):
+    """Nothing kept of what was compiled before: it ends between two programs."""
+    compiled = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "compiled")}
+    service = start(causal_run, tmp_path / "state", environment=compiled)
+    service.url()
+    time.sleep(seconds)
+    assert service.end(signal.SIGTERM) == 0, service.said()
+    assert "Traceback" not in service.said() and "stopped by SIGTERM" in service.said()
 
 
 @pytest.mark.exhaustive

@@ -43,6 +43,7 @@ def test_new_events_follow_the_log(recommender, tmp_path):
         assert of(durable.histories, "neü") == ([second], [7]) and of(durable.histories, "nobody") == ([], [])
         assert len(durable.histories) == len(recommender.users) + 1
         assert durable.histories.users("ne") == ["neü"] and durable.histories.users(user, 1) == [user]
+        assert durable.histories.users(most=99) == [*sorted(recommender.users), "neü"]
         assert durable.unsaved == 3 and journal_of(tmp_path / "state").read_bytes().count(b"\n") == 4
     assert sorted(path.name for path in tmp_path.iterdir()) == ["state"]
     with opened(recommender, tmp_path / "state") as durable:

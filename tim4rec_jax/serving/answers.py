@@ -2,8 +2,8 @@
 
 import contextlib
 import functools
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -110,13 +110,12 @@ class NewEvents:
     skip_items: bool | None = None
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Plan:
     """A question under way: its rows, and what becomes of what they are answered."""
 
     rows: list[Row]
-    finish: Any
-    ranked: list[Ranked] = field(default_factory=list)
+    finish: Callable[[list[Ranked]], dict[str, Any]]
 
 
 class Answering:
@@ -159,9 +158,9 @@ class Answering:
         """Item indices by how often they occur in the training part, equal ones in order of index."""
         return 1 + np.argsort(-self.known.training_counts[1:].astype(np.float32), kind="stable")
 
-    def warm(self) -> None:
-        """Compiles every program, and reads what the first answers need."""
-        self.prepared.warm()
+    def warming(self) -> Iterator[None]:
+        """Compiles every program, in steps of one, and reads what the first answers need."""
+        yield from self.prepared.warming()
         self.durable.histories.history("")
         _ = self._popular, self.known.typical_gap, self.known.newest_time
 
@@ -188,16 +187,24 @@ class Answering:
                     answers[i] = self._directly(question)
             except (ValueError, FloatingPointError) as error:
                 answers[i] = error
-        ranked = self.prepared.rank([row for plan in plans.values() for row in plan.rows]) if plans else []
-        for i, plan in plans.items():
-            plan.ranked, ranked = ranked[: len(plan.rows)], ranked[len(plan.rows) :]
-            bad = [row for row, found in zip(plan.rows, plan.ranked, strict=True) if not found.finite]
-            answers[i] = (
-                plan.finish(plan.ranked)
-                if not bad
-                else FloatingPointError(
-                    f"the scores for {bad[0].history.label} are not finite; the run's parameters hold NaN or infinity"
-                )
+        for i, answer in zip(plans, self._finished(list(plans.values())), strict=True):
+            answers[i] = answer
+        return answers
+
+    def _finished(self, plans: list[_Plan]) -> list[Any]:
+        """Ranks the rows of all plans together; where that fails, plan by plan, so that one fails no other."""
+        try:
+            ranked = self.prepared.rank([row for plan in plans for row in plan.rows]) if plans else []
+        except Exception as error:
+            return [error] if len(plans) == 1 else [answer for plan in plans for answer in self._finished([plan])]
+        answers = []
+        for plan in plans:
+            own, ranked = ranked[: len(plan.rows)], ranked[len(plan.rows) :]
+            bad = [row.history.label for row, found in zip(plan.rows, own, strict=True) if not found.finite]
+            answers.append(
+                FloatingPointError(f"the scores for {bad[0]} are not finite; the run's parameters hold NaN or infinity")
+                if bad
+                else plan.finish(own)
             )
         return answers
 
@@ -320,7 +327,12 @@ class Answering:
         allowed, skipped = self._allowed(question)
         histories = [(user, self._of_user(user, popular)) for user in question.users]
         histories += [(h.name, self._given(h, i, skip, popular)) for i, h in enumerate(question.histories)]
-        rows = [Row(h, self._unseen(h, allowed) if seen else allowed) for _, h in histories if len(h.items)]
+        users = [*question.users, *[None] * len(question.histories)]
+        rows = [
+            Row(history, self._unseen(history, allowed) if seen else allowed, user=user)
+            for user, (_, history) in zip(users, histories, strict=True)
+            if len(history.items)
+        ]
 
         def finish(ranked: list[Ranked]) -> dict[str, Any]:
             answers = iter(ranked)
@@ -376,7 +388,7 @@ class Answering:
                 continue
             for first in range(0, len(own), self.prepared.scored):
                 part = slice(first, first + self.prepared.scored)
-                rows.append(Row(history, scored=items[part]))
+                rows.append(Row(history, scored=items[part], user=user))
                 parts.append(own[part])
 
         def finish(ranked: list[Ranked]) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 import functools
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from tim4rec_jax.models import apply_method, last_hidden, variables
-from tim4rec_jax.serving.ranking import best_columns, items_left, score_rows
+from tim4rec_jax.serving.kept_states import KeptStates
+from tim4rec_jax.serving.ranking import best_columns, items_left, next_power_of_two, score_rows
 from tim4rec_jax.serving.recommender import History, Recommender
 from tim4rec_jax.serving.time_mask import TimeMask
 
@@ -53,7 +54,21 @@ def _rank(
     model: nn.Module,
     k: int,
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    hidden = last_hidden(model, variables(params), items, lengths, timestamps)
+    return _rank_hidden(
+        params, last_hidden(model, variables(params), items, lengths, timestamps), allowed, scored, model, k
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("model", "k"))
+def _rank_states(
+    params: Any, hidden: jax.Array, allowed: jax.Array, scored: jax.Array, *, model: nn.Module, k: int
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    return _rank_hidden(params, hidden, allowed, scored, model, k)
+
+
+def _rank_hidden(
+    params: Any, hidden: jax.Array, allowed: jax.Array, scored: jax.Array, model: nn.Module, k: int
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     scores = apply_method(model, variables(params), "score", hidden)
     best, indices, finite = best_columns(scores, jnp.zeros((scores.shape[0], 1), jnp.int32), k, allowed)
     return best, indices, finite, jnp.take_along_axis(scores, scored, axis=1)
@@ -66,11 +81,13 @@ class Row(NamedTuple):
       history: with at least one event.
       allowed: bool [v], the items to rank; None for all.
       scored: int [m] item indices whose scores are wanted as well.
+      user: whose history it is, where its state may be kept.
     """
 
     history: History
     allowed: np.ndarray | None = None
     scored: np.ndarray = _NOTHING
+    user: str | None = None
 
 
 class Ranked(NamedTuple):
@@ -100,14 +117,27 @@ class PreparedRecommender:
       rows: most rows of a call.
       k: items of every list, at most the catalogue.
       scored: most items of a row that are scored by name.
+      states: of the users asked for last, where whole histories are read; else None.
     """
 
-    def __init__(self, recommender: Recommender, *, rows: int = 32, k: int = 100, scored: int = 64) -> None:
+    def __init__(
+        self,
+        recommender: Recommender,
+        *,
+        rows: int = 32,
+        k: int = 100,
+        scored: int = 64,
+        state_bytes: int | None = None,
+    ) -> None:
         """Chooses the shapes.
 
         Args:
           recommender: of a run.
           rows: see the attributes, as k and scored; fewer where the catalogue is large.
+          state_bytes: read whole histories, and keep so many bytes of states; None reads the last max_len events.
+
+        Raises:
+          ValueError: whole histories are to be read by a model that cannot go on from a state.
         """
         self.recommender, self.scored = recommender, scored
         self.rows = min(1 << (rows.bit_length() - 1), score_rows(recommender.num_items + 1))
@@ -116,9 +146,14 @@ class PreparedRecommender:
         self._lengths = sorted({recommender.static_length(length) for length in (max(1, longest // 4), longest)})
         self._everything = np.ones(recommender.num_items + 1, bool)
         self.mask = TimeMask(recommender)
+        self.states = None
+        if state_bytes is not None:
+            self.states = KeptStates(recommender, rows=self.rows, most_bytes=state_bytes)
 
     def shapes(self) -> list[tuple[int, int]]:
         """Returns rows and columns of every call that ranks."""
+        if self.states is not None:
+            return [(1 << i, 1) for i in range(self.rows.bit_length())]
         longest = self.recommender.max_len
         alone = {self.recommender.static_length(length) for length in range(1, longest + 1)}
         powers = [1 << i for i in range(1, self.rows.bit_length())]
@@ -126,24 +161,36 @@ class PreparedRecommender:
 
     def warm(self) -> None:
         """Compiles every program, and runs each once more so that the first answer finds nothing cold."""
+        for _ in self.warming():
+            pass
+
+    def warming(self) -> Iterator[None]:
+        """Does what `warm` does, in steps of a program, after any of which it may be left."""
+        if self.states is not None:
+            yield from self.states.warming()
         for b, length in self.shapes():
             row = Row(History(np.ones(length, np.int32), np.zeros(length, np.int64)))
             for _ in range(2):
                 self._call([row] * b, length)
+            yield
         for b in SIMILAR_ROWS:
             for _ in range(2):
                 self.similar([1] * b)
+            yield
         self.mask.warm()
+        yield
 
     def rank(self, rows: Sequence[Row]) -> list[Ranked]:
-        """Ranks the catalogue after each history, of which the last max_len events are read."""
+        """Ranks the catalogue after each history, of which the last max_len events are read, or all with states."""
         lengths = [min(len(row.history.items), self.recommender.max_len) for row in rows]
         order = sorted(range(len(rows)), key=lambda i: lengths[i])
         ranked: list[Ranked | None] = [None] * len(rows)
         for first in range(0, len(order), self.rows):
             places = order[first : first + self.rows]
             longest = lengths[places[-1]]
-            if len(places) == 1:
+            if self.states is not None:
+                length = 1
+            elif len(places) == 1:
                 length = self.recommender.static_length(longest)
             else:
                 length = next(length for length in self._lengths if length >= longest)
@@ -152,19 +199,23 @@ class PreparedRecommender:
         return [answer for answer in ranked if answer is not None]
 
     def _call(self, rows: Sequence[Row], length: int) -> list[Ranked]:
-        histories = [row.history for row in rows]
-        lengths = np.array([min(len(history.items), length) for history in histories], np.int32)
-        inputs = self.recommender.inputs(histories, lengths, length)
-        allowed = np.empty((len(inputs[0]), len(self._everything)), bool)
-        scored = np.zeros((len(inputs[0]), self.scored), np.int32)
+        histories, b = [row.history for row in rows], next_power_of_two(len(rows))
+        allowed = np.empty((b, len(self._everything)), bool)
+        scored = np.zeros((b, self.scored), np.int32)
         for place, row in enumerate(rows):
             allowed[place] = self._everything if row.allowed is None else row.allowed
             scored[place, : len(row.scored)] = row.scored
         allowed[len(rows) :] = True
         model, params = self.recommender.model, self.recommender.params
-        best, indices, finite, of_scored = jax.device_get(
-            _rank(params, *inputs, allowed, scored, model=model, k=self.k)
-        )
+        if self.states is None:
+            lengths = np.array([min(len(history.items), length) for history in histories], np.int32)
+            inputs = self.recommender.inputs(histories, lengths, length)
+            found = _rank(params, *inputs, allowed, scored, model=model, k=self.k)
+        else:
+            hidden = self.states.hidden([row.user for row in rows], histories)
+            filled = np.concatenate([hidden, np.zeros((b - len(hidden), hidden.shape[1]), hidden.dtype)])
+            found = _rank_states(params, filled, allowed, scored, model=model, k=self.k)
+        best, indices, finite, of_scored = jax.device_get(found)
         counts = np.count_nonzero(items_left(indices, best), axis=1)
         return [
             Ranked(indices[i, : counts[i]], best[i, : counts[i]], of_scored[i, : len(row.scored)], bool(finite[i]))

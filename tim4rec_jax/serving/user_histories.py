@@ -1,7 +1,9 @@
 """The histories of users, and the events that come: on the disk before they count, and there after a kill."""
 
+import bisect
 import contextlib
 import hashlib
+import itertools
 import json
 import pathlib
 from array import array
@@ -42,26 +44,25 @@ class UserHistories:
     def __init__(self, recommender: Recommender) -> None:
         """Begins with the run's histories alone."""
         self.recommender, self.events = recommender, 0
-        self._known = {user: row for row, user in enumerate(recommender.users)}
-        self._new_users = 0
+        self._known = set(recommender.users)
+        self._in_order = sorted(recommender.users)
+        self._new_in_order: list[str] = []
         self._new: dict[str, tuple[array, array]] = {}
 
     def __len__(self) -> int:
-        return len(self._known) + self._new_users
+        return len(self._in_order) + len(self._new_in_order)
 
     def __contains__(self, user: str) -> bool:
         return user in self._known or user in self._new
 
     def users(self, prefix: str = "", most: int = 100) -> list[str]:
-        """Returns at most so many ids that begin with a text, users of the log first."""
+        """Returns at most so many ids that begin with a text, in order, users of the log first."""
         found: list[str] = []
-        for ids in (self._known, self._new):
-            found += [
-                user for user in ids if user.startswith(prefix) and (ids is self._known or user not in self._known)
-            ]
-            if len(found) >= most:
-                break
-        return found[:most]
+        for ids in (self._in_order, self._new_in_order):
+            first = bisect.bisect_left(ids, prefix)
+            some = itertools.islice(ids, first, first + most - len(found))
+            found += itertools.takewhile(lambda user: user.startswith(prefix), some)
+        return found
 
     def history(self, user: str) -> History:
         """Returns all events of a user; none of an unknown one."""
@@ -113,7 +114,8 @@ class UserHistories:
         """Takes in events that were checked."""
         for user, item, timestamp in events:
             if user not in self._new:
-                self._new_users += user not in self._known
+                if user not in self._known:
+                    bisect.insort(self._new_in_order, user)
                 self._new[user] = array("i"), array("q")
             items, times = self._new[user]
             items.append(self.recommender.index_of_item[item])
@@ -172,7 +174,7 @@ class UserHistories:
         for user, end, length in zip(users, np.cumsum(arrays["lengths"]), arrays["lengths"], strict=True):
             part = slice(end - length, end)
             self._new[user] = array("i", arrays["items"][part].tobytes()), array("q", arrays["times"][part].tobytes())
-        self._new_users = sum(user not in self._known for user in users)
+        self._new_in_order = sorted(user for user in users if user not in self._known)
         self.events = len(arrays["items"])
         return lines
 
