@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tim4rec_jax.models import apply_method, last_hidden, variables
+from tim4rec_jax.models import item_scores, last_hidden, variables
 from tim4rec_jax.serving.ranking import best_columns, items_left, score_rows
 from tim4rec_jax.serving.recommender import History, Recommender
 from tim4rec_jax.serving.time_mask import TimeMask
@@ -49,12 +49,13 @@ def _rank(
     timestamps: jax.Array,
     allowed: jax.Array,
     scored: jax.Array,
+    seen: jax.Array,
     *,
     model: nn.Module,
     k: int,
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     hidden = last_hidden(model, variables(params), items, lengths, timestamps)
-    scores = apply_method(model, variables(params), "score", hidden)
+    scores = item_scores(model, variables(params), hidden, seen)
     best, indices, finite = best_columns(scores, jnp.zeros((scores.shape[0], 1), jnp.int32), k, allowed)
     return best, indices, finite, jnp.take_along_axis(scores, scored, axis=1)
 
@@ -161,9 +162,13 @@ class PreparedRecommender:
             allowed[place] = self._everything if row.allowed is None else row.allowed
             scored[place, : len(row.scored)] = row.scored
         allowed[len(rows) :] = True
+        seen = np.zeros(allowed.shape if self.recommender.config.model.seen_bias else (len(allowed), 1), bool)
+        if seen.shape == allowed.shape:
+            for place, history in enumerate(histories):
+                seen[place, history.items] = True
         model, params = self.recommender.model, self.recommender.params
         best, indices, finite, of_scored = jax.device_get(
-            _rank(params, *inputs, allowed, scored, model=model, k=self.k)
+            _rank(params, *inputs, allowed, scored, seen, model=model, k=self.k)
         )
         counts = np.count_nonzero(items_left(indices, best), axis=1)
         return [
