@@ -5,9 +5,11 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+import polars as pl
 import pytest
 
 from tests.serving.tiny_run import make_causal_config, make_config, make_log, make_run
+from tim4rec_jax import fit, load_log
 from tim4rec_jax.config import ExperimentConfig, ParallelConfig, TrainConfig
 from tim4rec_jax.data.loader import Batch, PackedBatch
 from tim4rec_jax.data.packing import LengthGroup
@@ -19,8 +21,10 @@ from tim4rec_jax.serving.prepared import PreparedRecommender, Row
 from tim4rec_jax.serving.recommender import Recommender
 from tim4rec_jax.serving.streaming import Streamer
 from tim4rec_jax.serving.user_table import UserTable
+from tim4rec_jax.training.checkpoint import Checkpointer
 from tim4rec_jax.training.losses import seen_log_sums, with_seen_bias
 from tim4rec_jax.training.step import value_and_grad
+from tim4rec_jax.training.stored_run import load_model
 
 V, L = 31, 12
 WITH = {"seen_bias": True}
@@ -135,7 +139,6 @@ def log():
 @pytest.fixture(scope="module")
 def run(tmp_path_factory, log):
     """A run whose w says much; its histories are longer than what the model reads, and repeat items."""
-    from tim4rec_jax.training.checkpoint import Checkpointer
 
     path = tmp_path_factory.mktemp("runs") / "seen"
     params = make_run(path, log, make_causal_config(**WITH))
@@ -277,3 +280,29 @@ def test_without_it_nothing_is_read_of_the_history():
     biased = build_model(make_config("ssd4rec", **WITH).model)
     with pytest.raises(ValueError, match="give `seen`"):
         apply_method(biased, variables(init_params(biased, jax.random.key(0))), "score", hidden)
+
+
+def drawn_log(share: float, seed: int = 0) -> pl.DataFrame:
+    """150 users of 20 events over 60 items; a share of events repeats an item of its user, the others are new to it."""
+    rng = np.random.default_rng(seed)
+    rows = []
+    for user in range(150):
+        new, had = list(rng.permutation(60)), []
+        for step in range(20):
+            item = had[rng.integers(len(had))] if had and rng.random() < share else new.pop()
+            had.append(item)
+            rows.append((user, int(item), 1_000_000 + 100 * step))
+    return pl.DataFrame(rows, schema=["user", "item", "timestamp"], orient="row")
+
+
+@pytest.mark.parametrize(("share", "sign"), [(0.7, 1), (0.0, -1)])
+def test_it_learns_whether_items_repeat(share, sign, tmp_path):
+    """And what is learned is worth much: such logs are drawn without any other order."""
+    sizes = {"d_model": 16, "num_layers": 1, "d_state": 8, "head_dim": 16, "learning_rate": 1e-2}
+    options = {"epochs": 6, "batch_size": 8, "progress": False, "tensorboard": False, **sizes}
+    log = load_log(drawn_log(share), k_core=0)
+    runs = {on: fit(log, "ssd4rec", seen_bias=on, run_dir=tmp_path / str(on), **options) for on in (True, False)}
+    learned = float(load_model(tmp_path / "True").params["seen_bias"])
+    assert sign * learned > 0.1
+    with_it, without = (runs[on].metrics["test"]["hit@10"] for on in (True, False))
+    assert with_it > without
