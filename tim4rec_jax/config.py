@@ -237,11 +237,34 @@ class ExperimentConfig:
             f"data.order='file' reads no times, which eval.time_buckets={self.eval.time_buckets!r} needs; leave it out",
         )
 
+        self._require_seen_bias()
         negatives, v = self.train.num_negatives, model.vocab_size
         require(
             self.train.loss not in BINARY_LOSSES or negatives is None or v == 0 or negatives <= v - 2,
             f"train.num_negatives={negatives} must be at most {v - 2}: a target has no more other items than that in a "
             f"catalogue of {v - 1}",
+        )
+
+    def _require_seen_bias(self) -> None:
+        """Refuses what a score of what was seen does not go with."""
+        if not self.model.seen_bias:
+            return
+        name, train = self.model.name, self.train
+        require(
+            model_class(name).causal,
+            f"model.seen_bias needs a causal model, which model.name={name!r} is not: take one of "
+            f"{', '.join(known for known, kind in MODELS.items() if kind.causal)}",
+        )
+        require(train.loss == "ce", f"model.seen_bias trains with train.loss='ce', not {train.loss!r}; use it")
+        require(
+            not train.loss_in_tiles or train.positions == "all",
+            "model.seen_bias needs all scores of a last position: leave out train.loss_in_tiles, or take "
+            "train.positions='all'",
+        )
+        require(
+            self.parallel.catalogue_shards == 1,
+            f"model.seen_bias needs the item embedding whole: parallel.catalogue_shards="
+            f"{self.parallel.catalogue_shards} must be 1",
         )
 
     def _require_shardable(self) -> None:

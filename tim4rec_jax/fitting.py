@@ -22,9 +22,9 @@ from tim4rec_jax.run_dir import read_config
 from tim4rec_jax.serving.history_file import HistoryLine, asked_history, table_of_lists, top_k
 from tim4rec_jax.serving.recommender import Recommender
 from tim4rec_jax.serving.rules import Rules, allowed_items
-from tim4rec_jax.serving.stored_run import evaluate_run
 from tim4rec_jax.training.callbacks import Callback
 from tim4rec_jax.training.loop import only_writer, train
+from tim4rec_jax.training.stored_run import evaluate_run
 
 # Steps of an epoch that batches are made small enough for, positions that a model reads at most unless told.
 STEPS_PER_EPOCH, LARGEST_BATCH, LONGEST = 50, 1024, 200

@@ -40,6 +40,8 @@ class ModelConfig:
       dropout: rate on embeddings and on the outputs inside a block.
       norm_eps: epsilon of the norms (that of a feed-forward block keeps 1e-12).
       dtype: arithmetic; "bfloat16" keeps parameters, norms, softplus, decays and loss in float32.
+      seen_bias: one learned number is added to the scores of all items that the history holds, for a state cannot
+        remember each of them; of causal models.
       kernels: backend of the operators, a name in their `IMPLEMENTATIONS`; None takes what suits the device, and so do
         operators that a backend does not have.
     """
@@ -54,6 +56,7 @@ class ModelConfig:
     dropout: float = 0.2
     norm_eps: float = 1e-12
     dtype: Dtype = "float32"
+    seen_bias: bool = False
     kernels: str | None = None
 
     # Packages of `kernels` that the model and its loss are computed with.

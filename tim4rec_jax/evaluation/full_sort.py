@@ -37,7 +37,7 @@ from tim4rec_jax.evaluation.measures import (
 from tim4rec_jax.evaluation.metrics import check_top_k, rank_of_target, self_information
 from tim4rec_jax.evaluation.seen_targets import Measured, measured
 from tim4rec_jax.evaluation.slices import slices
-from tim4rec_jax.models import apply_method, last_hidden, variables
+from tim4rec_jax.models import apply_method, item_scores, last_hidden, variables
 from tim4rec_jax.notebook import html_table, metric_rows
 from tim4rec_jax.parallel.item_table import (
     ITEM_TILE,
@@ -131,7 +131,7 @@ def _put(array: np.ndarray, mesh: Mesh | None, spec: P) -> jax.Array:
 
 
 @functools.partial(
-    jax.jit, static_argnames=("mesh", "model", "max_len", "time_len", "length", "tile", "seen_len", "top")
+    jax.jit, static_argnames=("mesh", "model", "max_len", "time_len", "length", "tile", "seen_len", "excludes", "top")
 )
 def _rank_batch(
     params: Any,
@@ -172,6 +172,7 @@ def _rank_rows(
     length: int,
     tile: int,
     seen_len: int,
+    excludes: bool,
     top: int,
     sharded: bool,
 ) -> tuple[jax.Array, ...]:
@@ -195,10 +196,11 @@ def _rank_rows(
                 users, ends = jax.lax.all_gather((users, ends), MODEL_AXIS, tiled=True)
                 seen = gather_windows(*log, users, ends, seen_len, xp=jnp).items
             return sharded_ranks(hidden, targets, params[TABLE]["embedding"], seen, vocab_size=model.config.vocab_size)
-        scores = apply_method(model, variables(params), "score", hidden)
-        excluded = None
+        seen, excluded = targets[:, None], None
         if seen_len:
             seen = gather_windows(*log, users, ends, seen_len, xp=jnp).items
+        scores = item_scores(model, variables(params), hidden, seen)
+        if excludes:
             excluded = jnp.zeros(scores.shape, bool).at[jnp.arange(tile)[:, None], seen].set(True)
         found = rank_of_target(scores, targets, excluded=excluded), jnp.isfinite(scores).all(axis=1)
         return (*found, _first_items(scores, excluded, top)) if top else found
@@ -268,7 +270,8 @@ class FullSortEvaluator:
         timestamps = timestamps_for_device(log.timestamps, config.data.timestamp_precision)
         columns = np.asarray(log.items, np.int32), timestamps, np.asarray(log.offsets, np.int32)
         self._log = _DeviceLog(*(_put(column, mesh, P()) for column in columns))
-        self._seen_len = int(examples.ends.max()) if config.eval.exclude_seen else 0
+        reads_seen = config.eval.exclude_seen or model.config.seen_bias
+        self._seen_len = int(examples.ends.max()) if reads_seen else 0
         self._top, self._needs = list_length(self._measures), needs(self._measures)
         if self._top and num_shards(mesh) > 1:
             raise ValueError("metrics that read lists need the item table whole: set parallel.catalogue_shards=1")
@@ -331,6 +334,7 @@ class FullSortEvaluator:
                 length=batch.length,
                 tile=batch.tile,
                 seen_len=self._seen_len,
+                excludes=self.config.eval.exclude_seen,
                 top=self._top,
             )
             for batch in self._batches

@@ -17,6 +17,7 @@ from tim4rec_jax.models.recommender import (
     StateSpaceModel,
     apply_method,
     init_params,
+    item_scores,
     last_hidden,
     variables,
 )
@@ -164,6 +165,7 @@ __all__ = [
     "full_config",
     "import_model_module",
     "init_params",
+    "item_scores",
     "last_hidden",
     "model_class",
     "one_segment",

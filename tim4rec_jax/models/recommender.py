@@ -9,7 +9,7 @@ import numpy as np
 from flax import linen as nn
 from jax.core import Tracer
 
-from tim4rec_jax.layers.dense import layer_norm
+from tim4rec_jax.layers.dense import layer_norm, wide
 from tim4rec_jax.layers.dropout import Dropout
 from tim4rec_jax.layers.item_embedding import item_embedding, table_rows, tied_scores
 from tim4rec_jax.layers.residual_block import ResidualBlock
@@ -17,6 +17,8 @@ from tim4rec_jax.layers.rows import Rows, one_segment, rows_of
 from tim4rec_jax.model_config import ModelConfig
 from tim4rec_jax.typing import Array, Float, Hidden, Int, Items, Lengths, Params, Timestamps
 
+# w is so many times its parameter: optimisers that take steps of one size reach -10 as soon as others reach -1.
+SEEN_BIAS_SCALE = 10.0
 # Collection of what a model has to know of its training data beside the parameters.
 STATISTICS = "data_statistics"
 
@@ -36,6 +38,18 @@ def variables(params: Any) -> dict[str, Any]:
         "params": {name: part for name, part in params.items() if name != STATISTICS},
         STATISTICS: params[STATISTICS],
     }
+
+
+def item_scores(model: nn.Module, variables: Any, hidden: Array, seen: Array) -> Array:
+    """Returns the scores [b, v] of all items.
+
+    Args:
+      model: its method `score` reads `seen` where it has `config.seen_bias`.
+      variables: of `model.apply`.
+      hidden: [b, d].
+      seen: int [b, s] items of the history, 0 for none; or bool [b, v].
+    """
+    return apply_method(model, variables, "score", hidden, *([seen] if model.config.seen_bias else []))
 
 
 def apply_method(model: nn.Module, variables: Any, method: str, *arguments: Any) -> Array:
@@ -91,6 +105,8 @@ class SequentialModel(nn.Module, Generic[Settings]):
 
     def setup(self) -> None:
         self.item_embedding = item_embedding(self.config)
+        if self.config.seen_bias:
+            self.seen_parameter = self.param("seen_bias", nn.initializers.zeros, (), wide(self.config.dtype))
 
     def __call__(
         self,
@@ -178,9 +194,29 @@ class SequentialModel(nn.Module, Generic[Settings]):
         """Returns E, [v, d] in the arithmetic's dtype."""
         return table_rows(self.item_embedding)
 
-    def score(self, hidden: Float[Array, "*b d"]) -> Float[Array, "*b v"]:
-        """Returns hidden E^T for hidden [.., d] over all v rows, padding included, [.., v], float32 or wider."""
-        return tied_scores(hidden, self.item_embedding)
+    def seen_bias(self) -> Float[Array, ""]:
+        """Returns w, which `score` adds for items of the history; of models with `config.seen_bias`."""
+        return SEEN_BIAS_SCALE * self.seen_parameter
+
+    def score(self, hidden: Float[Array, "*b d"], seen: Array | None = None) -> Float[Array, "*b v"]:
+        """Returns hidden E^T over all v rows, padding included, and w more for what was seen, [.., v].
+
+        Args:
+          hidden: [.., d].
+          seen: of hidden [b, d], int [b, s] items of the history, 0 for none, which count once each; or bool [b, v],
+            which they are. Read with `config.seen_bias` alone.
+
+        Returns:
+          Float32 or wider.
+        """
+        scores = tied_scores(hidden, self.item_embedding)
+        if not self.config.seen_bias:
+            return scores
+        if seen is None:
+            raise ValueError("with model.seen_bias scores depend on the history: give `seen`, its items")
+        if seen.dtype != bool:
+            seen = jnp.zeros(scores.shape, bool).at[jnp.arange(scores.shape[0])[:, None], seen].set(True)
+        return scores + jnp.where(seen.at[..., 0].set(False), self.seen_bias(), 0)
 
     def full_timestamps(self, timestamps: Array | None, items: Array) -> Array:
         """Returns timestamps [b, max_len], as models want them whose parameters depend on the length.

@@ -16,7 +16,7 @@ from jax import export
 
 from tim4rec_jax.evaluation.metrics import check_top_k
 from tim4rec_jax.files import locked, replacing_folder
-from tim4rec_jax.models import apply_method, build_model, last_hidden, variables
+from tim4rec_jax.models import apply_method, build_model, item_scores, last_hidden, variables
 from tim4rec_jax.serving.item_index import RECALL_AT, require_usearch, write_index
 from tim4rec_jax.serving.ranking import best_columns
 from tim4rec_jax.serving.recommender import Recommender
@@ -33,6 +33,7 @@ _MEANINGS = {
     "items": "items of the history, oldest first, as indices from 1 (column index of items.parquet), padded with 0",
     "lengths": "events of the history, 1 to max_len",
     "timestamps": "seconds since 1970 of the events, padded with 0",
+    "seen": "item indices of the whole history, by which scores differ; filled with 0",
     "excluded": "item indices to leave out of the list; 0 for none",
     "allowed": f"whether the item of each index may be recommended; {ALLOWED} holds what was asked for at the export",
     "state": "all zeros before the first event; give back what the last call returned",
@@ -81,7 +82,7 @@ def _programs(recommender: Recommender, k: int, *, ann: bool) -> dict[str, _Prog
     time_dtype = jnp.float32 if recommender.config.data.timestamp_precision == "float32" else jnp.int32
     structure = jax.tree.structure(params)
     names = list(flat_arrays(params))
-    b, s = export.symbolic_shape("b, s")
+    b, s, h = export.symbolic_shape("b, s, h")
 
     def collections(parameters: dict[str, jax.Array]) -> dict[str, Any]:
         return variables(jax.tree.unflatten(structure, [parameters[name] for name in names]))
@@ -89,10 +90,9 @@ def _programs(recommender: Recommender, k: int, *, ann: bool) -> dict[str, _Prog
     def shape(*sizes: Any, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(sizes, dtype)
 
-    def rank(
-        parameters: Any, hidden: jax.Array, excluded: jax.Array, allowed: jax.Array
-    ) -> tuple[jax.Array, jax.Array]:
-        scores = apply_method(model, collections(parameters), "score", hidden)
+    def rank(parameters: Any, hidden: jax.Array, *rules: Any) -> tuple[jax.Array, jax.Array]:
+        *seen, excluded, allowed = rules
+        scores = item_scores(model, collections(parameters), hidden, *(seen or [excluded]))
         best, indices, _ = best_columns(scores, excluded, k, allowed)
         return jnp.where(best > -jnp.inf, indices, 0).astype(jnp.int32), best
 
@@ -103,13 +103,15 @@ def _programs(recommender: Recommender, k: int, *, ann: bool) -> dict[str, _Prog
         return _row_by_row(of_rows)(items, lengths, *timestamps)
 
     def recommend(parameters: Any, items: Any, lengths: Any, *rest: Any) -> tuple[jax.Array, jax.Array]:
-        return rank(parameters, encode(parameters, items, lengths, *rest[:-2]), *rest[-2:])
+        times = rest[: len(rest) - len(restricted)]
+        return rank(parameters, encode(parameters, items, lengths, *times), *rest[len(times) :])
 
     parameters = {name: shape(*leaf.shape, dtype=leaf.dtype) for name, leaf in flat_arrays(params).items()}
     # Models of fixed length ask for all their timestamps, also where fewer events are read.
     columns = max(max_len, config.max_len)
     time = {"timestamps": shape(b, columns, dtype=time_dtype)} if model.uses_time else {}
-    restricted = {"excluded": shape(b, s), "allowed": shape(config.vocab_size, dtype=jnp.bool_)}
+    restricted = {"seen": shape(b, h)} if config.seen_bias else {}
+    restricted |= {"excluded": shape(b, s), "allowed": shape(config.vocab_size, dtype=jnp.bool_)}
     history = {"items": shape(b, max_len), "lengths": shape(b), **time, **restricted}
     programs = {"recommend": _Program(recommend, {"parameters": parameters, **history}, ("best", "scores"))}
     if ann:
@@ -234,7 +236,11 @@ def _description(recommender: Recommender, k: int, platforms: Sequence[str]) -> 
         "k": k,
         "max_len": recommender.max_len,
         "num_items": recommender.num_items,
-        "sizes": {"b": "histories of a call, at least 1", "s": "items to leave out, at least 1"},
+        "sizes": {
+            "b": "histories of a call, at least 1",
+            "s": "items to leave out, at least 1",
+            "h": "items of the longest history",
+        },
         "order": "arrays of a dictionary follow each other by sorted name",
     }
 

@@ -197,7 +197,7 @@ def _whole(
 ) -> tuple[np.ndarray, np.ndarray]:
     parts = []
     for first in range(0, len(histories), ROWS_AT_ONCE):
-        table = UserTable(recommender, keep_items=exclude_seen)
+        table = UserTable(recommender, keep_items=exclude_seen or recommender.config.model.seen_bias)
         named = {str(i): history for i, history in enumerate(histories[first : first + ROWS_AT_ONCE])}
         table.add_histories(named)
         parts.append(table.top_k(list(named), k, exclude_seen=exclude_seen, allowed=allowed))

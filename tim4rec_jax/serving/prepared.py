@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tim4rec_jax.models import apply_method, last_hidden, variables
+from tim4rec_jax.models import item_scores, last_hidden, variables
 from tim4rec_jax.serving.kept_states import KeptStates
 from tim4rec_jax.serving.ranking import best_columns, items_left, next_power_of_two, score_rows
 from tim4rec_jax.serving.recommender import History, Recommender
@@ -50,26 +50,40 @@ def _rank(
     timestamps: jax.Array,
     allowed: jax.Array,
     scored: jax.Array,
+    seen: jax.Array,
     *,
     model: nn.Module,
     k: int,
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     return _rank_hidden(
-        params, last_hidden(model, variables(params), items, lengths, timestamps), allowed, scored, model, k
+        params, last_hidden(model, variables(params), items, lengths, timestamps), allowed, scored, seen, model, k
     )
 
 
 @functools.partial(jax.jit, static_argnames=("model", "k"))
 def _rank_states(
-    params: Any, hidden: jax.Array, allowed: jax.Array, scored: jax.Array, *, model: nn.Module, k: int
+    params: Any,
+    hidden: jax.Array,
+    allowed: jax.Array,
+    scored: jax.Array,
+    seen: jax.Array,
+    *,
+    model: nn.Module,
+    k: int,
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    return _rank_hidden(params, hidden, allowed, scored, model, k)
+    return _rank_hidden(params, hidden, allowed, scored, seen, model, k)
 
 
 def _rank_hidden(
-    params: Any, hidden: jax.Array, allowed: jax.Array, scored: jax.Array, model: nn.Module, k: int
+    params: Any,
+    hidden: jax.Array,
+    allowed: jax.Array,
+    scored: jax.Array,
+    seen: jax.Array,
+    model: nn.Module,
+    k: int,
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    scores = apply_method(model, variables(params), "score", hidden)
+    scores = item_scores(model, variables(params), hidden, seen)
     best, indices, finite = best_columns(scores, jnp.zeros((scores.shape[0], 1), jnp.int32), k, allowed)
     return best, indices, finite, jnp.take_along_axis(scores, scored, axis=1)
 
@@ -206,15 +220,19 @@ class PreparedRecommender:
             allowed[place] = self._everything if row.allowed is None else row.allowed
             scored[place, : len(row.scored)] = row.scored
         allowed[len(rows) :] = True
+        seen = np.zeros(allowed.shape if self.recommender.config.model.seen_bias else (len(allowed), 1), bool)
+        if seen.shape == allowed.shape:
+            for place, history in enumerate(histories):
+                seen[place, history.items] = True
         model, params = self.recommender.model, self.recommender.params
         if self.states is None:
             lengths = np.array([min(len(history.items), length) for history in histories], np.int32)
             inputs = self.recommender.inputs(histories, lengths, length)
-            found = _rank(params, *inputs, allowed, scored, model=model, k=self.k)
+            found = _rank(params, *inputs, allowed, scored, seen, model=model, k=self.k)
         else:
             hidden = self.states.hidden([row.user for row in rows], histories)
             filled = np.concatenate([hidden, np.zeros((b - len(hidden), hidden.shape[1]), hidden.dtype)])
-            found = _rank_states(params, filled, allowed, scored, model=model, k=self.k)
+            found = _rank_states(params, filled, allowed, scored, seen, model=model, k=self.k)
         best, indices, finite, of_scored = jax.device_get(found)
         counts = np.count_nonzero(items_left(indices, best), axis=1)
         return [

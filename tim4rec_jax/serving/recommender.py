@@ -18,7 +18,7 @@ from tim4rec_jax.config import ExperimentConfig
 from tim4rec_jax.data.loader import timestamps_for_device
 from tim4rec_jax.evaluation.full_sort import positions_read
 from tim4rec_jax.evaluation.metrics import check_top_k
-from tim4rec_jax.models import apply_method, last_hidden, variables
+from tim4rec_jax.models import apply_method, item_scores, last_hidden, variables
 from tim4rec_jax.notebook import html_table
 from tim4rec_jax.run_dir import read_earlier_model_settings, read_histories, read_items
 from tim4rec_jax.serving.ranking import best_columns, items_left, next_power_of_two, padded_lists, score_rows
@@ -92,6 +92,7 @@ def _top_k(
     items: jax.Array,
     lengths: jax.Array,
     timestamps: jax.Array,
+    seen: jax.Array,
     excluded: jax.Array,
     allowed: jax.Array | None,
     *,
@@ -100,7 +101,7 @@ def _top_k(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The k best items after each history, see `best_columns`."""
     hidden = last_hidden(model, variables(params), items, lengths, timestamps)
-    return best_columns(apply_method(model, variables(params), "score", hidden), excluded, k, allowed)
+    return best_columns(item_scores(model, variables(params), hidden, seen), excluded, k, allowed)
 
 
 @functools.partial(jax.jit, static_argnames="model")
@@ -111,11 +112,18 @@ def _hidden(params: Any, items: jax.Array, lengths: jax.Array, timestamps: jax.A
 
 @functools.partial(jax.jit, static_argnames="model")
 def _scores_of(
-    params: Any, items: jax.Array, lengths: jax.Array, timestamps: jax.Array, columns: jax.Array, *, model: nn.Module
+    params: Any,
+    items: jax.Array,
+    lengths: jax.Array,
+    timestamps: jax.Array,
+    seen: jax.Array,
+    columns: jax.Array,
+    *,
+    model: nn.Module,
 ) -> jax.Array:
     """The scores [b, m] of the items `columns` [b, m] after each history."""
     hidden = last_hidden(model, variables(params), items, lengths, timestamps)
-    return jnp.take_along_axis(apply_method(model, variables(params), "score", hidden), columns, axis=1)
+    return jnp.take_along_axis(item_scores(model, variables(params), hidden, seen), columns, axis=1)
 
 
 @functools.partial(jax.jit, static_argnames=("model", "k"))
@@ -409,9 +417,12 @@ class Recommender:
         scores = np.zeros((len(histories), k), np.float32)
         width = min(next_power_of_two(k), self.num_items)
         for rows, inputs in self._batches(histories):
-            excluded = padded_lists([histories[i].items if exclude_seen else () for i in rows], len(inputs[0]))
+            b = len(inputs[0])
+            excluded = padded_lists([histories[i].items if exclude_seen else () for i in rows], b)
             best, found, finite = jax.device_get(
-                _top_k(self.params, *inputs, excluded, allowed, model=self.model, k=width)
+                _top_k(
+                    self.params, *inputs, self.seen(histories, rows, b), excluded, allowed, model=self.model, k=width
+                )
             )
             n = len(rows)
             _require_finite(finite[:n], [histories[i].label for i in rows])
@@ -448,7 +459,8 @@ class Recommender:
         scores = [np.zeros(0, np.float32)] * len(histories)
         for rows, inputs in self._batches(histories):
             columns = padded_lists([items[i] for i in rows], len(inputs[0]))
-            found = np.asarray(_scores_of(self.params, *inputs, columns, model=self.model))[: len(rows)]
+            seen = self.seen(histories, rows, len(inputs[0]))
+            found = np.asarray(_scores_of(self.params, *inputs, seen, columns, model=self.model))[: len(rows)]
             _require_finite(np.asarray(np.isfinite(found).all(axis=1)), [histories[i].label for i in rows])
             for i, row in zip(rows, found, strict=True):
                 scores[i] = row[: len(items[i])]
@@ -495,6 +507,14 @@ class Recommender:
         counts[0] = -np.inf
         best = np.argsort(-counts, kind="stable")[:k]
         return items_left(best, counts[best]).astype(np.int32), counts[best]
+
+    def seen(self, histories: Sequence[History], rows: Sequence[int] | np.ndarray, b: int) -> np.ndarray:
+        """Returns what scores read of the items in some whole histories, int32 [b, s], filled with 0.
+
+        Models without `seen_bias` read nothing of it.
+        """
+        known = self.config.model.seen_bias
+        return padded_lists([np.unique(histories[i].items) if known else () for i in rows], b)
 
     def _batches(self, histories: Sequence[History]) -> Iterator[tuple[np.ndarray, tuple[np.ndarray, ...]]]:
         """Yields batches of few static shapes: places in `histories` [n], and items, lengths and times of b >= n."""

@@ -15,7 +15,7 @@ import numpy as np
 
 from tim4rec_jax.data.loader import timestamps_for_device
 from tim4rec_jax.evaluation.metrics import check_top_k
-from tim4rec_jax.models import MODELS, STATISTICS, apply_method, build_model, one_segment, variables
+from tim4rec_jax.models import MODELS, STATISTICS, build_model, item_scores, one_segment, variables
 from tim4rec_jax.run_dir import read_config
 from tim4rec_jax.serving.ranking import best_columns, items_left, next_power_of_two, padded_lists, score_rows
 from tim4rec_jax.serving.recommender import Recommender
@@ -139,14 +139,21 @@ def extend_rows(
 
 @functools.partial(jax.jit, static_argnames=("model", "k"))
 def _top_k(
-    params: Any, hidden: jax.Array, excluded: jax.Array, allowed: jax.Array | None, *, model: nn.Module, k: int
+    params: Any,
+    hidden: jax.Array,
+    seen: jax.Array,
+    excluded: jax.Array,
+    allowed: jax.Array | None,
+    *,
+    model: nn.Module,
+    k: int,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    return best_columns(apply_method(model, variables(params), "score", hidden), excluded, k, allowed)
+    return best_columns(item_scores(model, variables(params), hidden, seen), excluded, k, allowed)
 
 
 @functools.partial(jax.jit, static_argnames="model")
-def _scores_of(params: Any, hidden: jax.Array, columns: jax.Array, *, model: nn.Module) -> jax.Array:
-    return jnp.take_along_axis(apply_method(model, variables(params), "score", hidden), columns, axis=1)
+def _scores_of(params: Any, hidden: jax.Array, seen: jax.Array, columns: jax.Array, *, model: nn.Module) -> jax.Array:
+    return jnp.take_along_axis(item_scores(model, variables(params), hidden, seen), columns, axis=1)
 
 
 def _label(labels: Sequence[str] | None, row: int) -> str:
@@ -264,6 +271,7 @@ class Streamer:
         exclude: Sequence[np.ndarray] | None = None,
         labels: Sequence[str] | None = None,
         allowed: np.ndarray | None = None,
+        seen: Sequence[np.ndarray] | None = None,
     ) -> tuple[np.ndarray, np.ndarray]:
         """Ranks the catalogue.
 
@@ -273,6 +281,7 @@ class Streamer:
           exclude: item indices to leave out of each row's list, b arrays; None leaves out nothing.
           labels: how messages call the rows; None counts them from 0.
           allowed: bool [v], the items that may be recommended; None for all.
+          seen: item indices of each row's history, b arrays, which models with `seen_bias` score by.
 
         Returns:
           Item indices from 1 [b, k] int32 and their scores [b, k], best first; equal scores in order of index. A list
@@ -283,12 +292,15 @@ class Streamer:
           FloatingPointError: where scores are not finite.
         """
         check_top_k((k,), self.num_items)
+        had = self._seen(seen, len(hidden))
         excluded = [np.unique(row) for row in exclude] if exclude is not None else [np.zeros(0, np.int32)] * len(hidden)
         tile = score_rows(self.num_items + 1)
         # Cut and filled on the host: on the device every number of rows would be another program.
         rows = np.asarray(hidden)
         parts = [
-            self._top_k_tile(rows[first : first + tile], k, excluded[first : first + tile], allowed)
+            self._top_k_tile(
+                rows[first : first + tile], k, had[first : first + tile], excluded[first : first + tile], allowed
+            )
             for first in range(0, len(rows), tile)
         ]
         indices, scores, finite = (np.concatenate(column) for column in zip(*parts, strict=True))
@@ -299,23 +311,41 @@ class Streamer:
             )
         return indices, scores
 
-    def item_scores(self, hidden: jax.Array, items: Sequence[np.ndarray]) -> list[np.ndarray]:
+    def _seen(self, seen: Sequence[np.ndarray] | None, rows: int) -> list[np.ndarray]:
+        """Returns what scores read of the items of each row's history, each once."""
+        if not self.model.config.seen_bias:
+            return [np.zeros(0, np.int32)] * rows
+        if seen is None:
+            raise ValueError("the model has seen_bias: its scores depend on the items of the history; give `seen`")
+        return [np.unique(row) for row in seen]
+
+    def item_scores(
+        self, hidden: jax.Array, items: Sequence[np.ndarray], seen: Sequence[np.ndarray] | None = None
+    ) -> list[np.ndarray]:
         """Returns the scores that `top_k` would give certain items: of each row those of its item indices, float32."""
-        rows = _filled(np.asarray(hidden))
-        scores = np.asarray(_scores_of(self.params, rows, padded_lists(items, len(rows)), model=self.model))
+        had, rows = self._seen(seen, len(hidden)), _filled(np.asarray(hidden))
+        columns = padded_lists(had, len(rows)), padded_lists(items, len(rows))
+        scores = np.asarray(_scores_of(self.params, rows, *columns, model=self.model))
         for row, ids in enumerate(items):
             if not np.isfinite(scores[row, : len(ids)]).all():
                 raise FloatingPointError(f"the scores of row {row} are not finite; the parameters or the state are not")
         return [scores[row, : len(ids)] for row, ids in enumerate(items)]
 
     def _top_k_tile(
-        self, hidden: np.ndarray, k: int, excluded: list[np.ndarray], allowed: np.ndarray | None
+        self,
+        hidden: np.ndarray,
+        k: int,
+        seen: list[np.ndarray],
+        excluded: list[np.ndarray],
+        allowed: np.ndarray | None,
     ) -> tuple[np.ndarray, ...]:
         """One device call; sizes are rounded up to powers of two, so that later calls find a compiled program."""
         n, hidden = len(hidden), _filled(hidden)
-        columns = padded_lists(excluded, len(hidden))
+        columns = padded_lists(seen, len(hidden)), padded_lists(excluded, len(hidden))
         width = min(next_power_of_two(k), self.num_items)
-        best, indices, finite = jax.device_get(_top_k(self.params, hidden, columns, allowed, model=self.model, k=width))
+        best, indices, finite = jax.device_get(
+            _top_k(self.params, hidden, *columns, allowed, model=self.model, k=width)
+        )
         return items_left(indices, best)[:n, :k], best[:n, :k], finite[:n]
 
 

@@ -62,8 +62,10 @@ class UserTable:
           keep_items: keep every user's items.
 
         Raises:
-          ValueError: for a model that cannot go on from a state.
+          ValueError: for a model that cannot go on from a state, or whose scores read the items, which are not kept.
         """
+        if recommender.config.model.seen_bias and not keep_items:
+            raise ValueError("the model has seen_bias: its scores read every user's items; keep them (keep_items)")
         self.recommender, self.keeps_items = recommender, keep_items
         self.streamer = Streamer(recommender.model, recommender.params)
         self.notes: dict[str, Any] = {}
@@ -215,10 +217,11 @@ class UserTable:
         rows = np.zeros(next_power_of_two(max(1, n)), np.int32)
         rows[:n] = [self._rows[user] for user in users]
         labels = [f"user {user!r}" for user in users] + ["no user"] * (len(rows) - n)
-        seen = None
-        if exclude_seen:  # by filling rows nothing: their results are dropped
-            seen = [np.array(self._items[row] if i < n else [], np.int32) for i, row in enumerate(rows)]
-        indices, scores = self.streamer.top_k(self.hidden[rows], k, seen, labels, allowed)
+        had = None
+        if self.keeps_items:  # by filling rows nothing: their results are dropped
+            had = [np.array(self._items[row] if i < n else [], np.int32) for i, row in enumerate(rows)]
+        excluded = had if exclude_seen else None
+        indices, scores = self.streamer.top_k(self.hidden[rows], k, excluded, labels, allowed, had)
         return indices[:n], scores[:n]
 
     def item_scores(self, user: str, items: np.ndarray) -> np.ndarray:
@@ -230,7 +233,9 @@ class UserTable:
         """
         self._require_events([user])
         self.flush()
-        [scores] = self.streamer.item_scores(self.hidden[np.array([self._rows[user]])], [items])
+        row = self._rows[user]
+        had = [np.array(self._items[row], np.int32)] if self.keeps_items else None
+        [scores] = self.streamer.item_scores(self.hidden[np.array([row])], [items], had)
         return scores
 
     def _require_events(self, users: Sequence[str]) -> None:

@@ -1,6 +1,7 @@
 """Losses of next-item prediction, one value per target, and their weighted sum over many positions."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -171,16 +172,65 @@ def loss_positions(num_positions: int) -> int:
     return min(num_positions, max(_LEAST_LOSS_POSITIONS, -(-num_positions // 8)))
 
 
-def _losses(
+def softmax_losses(
     hidden: Array, table: Array, targets: Array, in_tiles: bool, kernels: str | None, negatives: Negatives | None
 ) -> Array:
-    """Softmax cross-entropy [t] of a piece."""
+    """Softmax cross-entropy [t] of a piece of positions; arguments as of `weighted_cross_entropy`."""
     if negatives is not None:
         return sampled_cross_entropy(hidden, table, targets, negatives)
     wide = jnp.promote_types(jnp.float32, hidden.dtype)
     if not in_tiles and hidden.shape[0] * table.shape[0] * wide.itemsize <= _SCORE_BYTES:
         return cross_entropy(jnp.matmul(hidden, table.T, preferred_element_type=wide), targets)
     return softmax_cross_entropy(hidden, table, targets, implementation=kernels)
+
+
+def seen_log_sums(
+    hidden: Array, table: Array, items: Array, segment_ids: Array | None, targets: Array
+) -> tuple[Array, Array]:
+    """Sums exp of the scores of what each position has seen, and tells whether its target is among that.
+
+      A_i = sum over the distinct items v of x_1 .. x_i of exp(h_i . E_v)
+
+    One product [l, l] per row, like attention's: an item counts at its first place in its history.
+
+    Args:
+      hidden: [b, l, d].
+      table: [v, d].
+      items: int [b, l], x, 0 for padding.
+      segment_ids: int [b, l], which history of its row a position belongs to; None for one per row.
+      targets: int [b, l].
+
+    Returns:
+      log A [b, l], float32 or wider, and whether the target was seen, bool [b, l]. Padding has values of no meaning.
+    """
+    wide = jnp.promote_types(jnp.float32, hidden.dtype)
+    scores = jnp.einsum("bid,bjd->bij", hidden, table[items], preferred_element_type=wide)
+    read = jnp.tri(items.shape[1], dtype=bool)[None] & (items != 0)[:, None, :]
+    if segment_ids is not None:
+        read &= segment_ids[:, :, None] == segment_ids[:, None, :]
+    repeats = jnp.any(read & (items[:, :, None] == items[:, None, :]) & ~jnp.eye(items.shape[1], dtype=bool), axis=2)
+    counted = (read & ~repeats[:, None, :]) | jnp.where(items == 0, True, False)[:, :, None]
+    log_sums = jax.nn.logsumexp(jnp.where(counted, scores, -jnp.inf), axis=2)
+    return log_sums, jnp.any(read & (items[:, None, :] == targets[:, :, None]), axis=2)
+
+
+def with_seen_bias(losses: Array, at_target: Array, log_seen: Array, target_seen: Array, bias: Array) -> Array:
+    """Turns softmax cross-entropies of scores s into those of s_v + w [v seen], exactly.
+
+      log(Z + (e^w - 1) A) - s_target - w [target seen],    Z = sum_v e^{s_v},    A = sum over seen v of e^{s_v}
+
+    Args:
+      losses: [t], log Z - s_target.
+      at_target: [t], s_target.
+      log_seen: [t], log A.
+      target_seen: bool [t].
+      bias: [], w.
+
+    Returns:
+      [t].
+    """
+    share = jnp.exp(jnp.minimum(log_seen - losses - at_target, 0))  # Rounding alone makes A larger than Z.
+    return losses + jnp.log1p(jnp.expm1(bias) * share) - jnp.where(target_seen, bias, 0)
 
 
 def weighted_cross_entropy(
@@ -214,41 +264,58 @@ def weighted_cross_entropy(
     """
 
     def losses(hidden: Array, table: Array, targets: Array, index: Array) -> Array:
-        return _losses(hidden, table, targets, in_tiles, kernels, negatives)
+        return softmax_losses(hidden, table, targets, in_tiles, kernels, negatives)
 
     return weighted_losses(losses, hidden, table, targets, weights)
 
 
 def weighted_losses(
-    losses: Callable[[Array, Array, Array, Array], Array], hidden: Array, table: Array, targets: Array, weights: Array
-) -> tuple[Array, tuple[Array, Array]]:
+    losses: Callable[[Any, Any, Array, Array], Array], own: Any, shared: Any, targets: Array, weights: Array
+) -> tuple[Array, tuple[Any, Any]]:
     """Does for any loss what `weighted_cross_entropy` does for its own.
 
     Args:
-      losses: of hidden [p, d], table, targets [p] and their indices among all t, one loss each [p].
-      hidden, table, targets, weights: as there.
+      losses: of `own` of p positions, `shared`, targets [p] and their indices among all t, one loss each [p].
+      own: tree of arrays [t, ..] that each position has for itself, such as hidden.
+      shared: tree of arrays that all positions read, such as the table.
+      targets, weights: as there.
+
+    Returns:
+      The sum [], and its gradients by `own` and `shared`.
     """
-    num_positions = hidden.shape[0]
+    num_positions = targets.shape[0]
     piece = loss_positions(num_positions)
     order = jnp.argsort(weights == 0, stable=True)
     missing = -num_positions % piece
-    sorted_inputs = tuple(
-        jnp.pad(a[order], ((0, missing), *((0, 0),) * (a.ndim - 1)))
-        for a in (hidden, targets, weights, jnp.arange(num_positions))
-    )
 
-    def loss_sum(hidden: Array, table: Array, targets: Array, weights: Array, index: Array) -> Array:
-        return jnp.sum(weights * losses(hidden, table, targets, index))
+    def in_order(a: Array) -> Array:
+        return jnp.pad(a[order], ((0, missing), *((0, 0),) * (a.ndim - 1)))
 
-    def add_piece(k: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-        total, d_hidden, d_table = carry
-        own, *others = (jax.lax.dynamic_slice_in_dim(a, k * piece, piece) for a in sorted_inputs)
-        value, (d_own, d_all) = jax.value_and_grad(loss_sum, argnums=(0, 1))(own, table, *others)
-        d_hidden = jax.lax.dynamic_update_slice_in_dim(d_hidden, d_own, k * piece, axis=0)
-        return total + value, d_hidden, d_table + d_all
+    sorted_own = jax.tree.map(in_order, own)
+    sorted_rest = tuple(in_order(a) for a in (targets, weights, jnp.arange(num_positions)))
 
-    wide = jnp.promote_types(jnp.float32, hidden.dtype)
-    carry = jnp.zeros((), wide), jnp.zeros_like(sorted_inputs[0]), jnp.zeros(table.shape, wide)
+    def loss_sum(own: Any, shared: Any, targets: Array, weights: Array, index: Array) -> Array:
+        return jnp.sum(weights * losses(own, shared, targets, index))
+
+    def add_piece(k: Array, carry: tuple[Array, Any, Any]) -> tuple[Array, Any, Any]:
+        total, d_own, d_shared = carry
+        piece_own, rest = jax.tree.map(
+            lambda a: jax.lax.dynamic_slice_in_dim(a, k * piece, piece), (sorted_own, sorted_rest)
+        )
+        value, (d_piece, d_all) = jax.value_and_grad(loss_sum, argnums=(0, 1))(piece_own, shared, *rest)
+        d_own = jax.tree.map(
+            lambda a, new: jax.lax.dynamic_update_slice_in_dim(a, new, k * piece, axis=0), d_own, d_piece
+        )
+        return total + value, d_own, jax.tree.map(jnp.add, d_shared, d_all)
+
+    def wide(a: Array) -> Any:
+        return jnp.promote_types(jnp.float32, a.dtype)
+
+    zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, wide(a)), shared)
+    total = jnp.zeros((), jnp.result_type(*map(wide, jax.tree.leaves(own))))
+    carry = total, jax.tree.map(jnp.zeros_like, sorted_own), zeros
     pieces = (jnp.sum(weights != 0, dtype=jnp.int32) + piece - 1) // piece
-    total, d_hidden, d_table = jax.lax.fori_loop(0, pieces, add_piece, carry)
-    return total, (d_hidden[jnp.argsort(order)], d_table.astype(table.dtype))
+    total, d_own, d_shared = jax.lax.fori_loop(0, pieces, add_piece, carry)
+    back = jnp.argsort(order)
+    d_own = jax.tree.map(lambda a: a[back], d_own)
+    return total, (d_own, jax.tree.map(lambda a, like: a.astype(like.dtype), d_shared, shared))

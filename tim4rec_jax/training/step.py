@@ -19,7 +19,7 @@ from tim4rec_jax.config import BINARY_LOSSES, ExperimentConfig, TrainConfig
 from tim4rec_jax.data.loader import Batch, Loader, PackedBatch
 from tim4rec_jax.data.negatives import Negatives
 from tim4rec_jax.data.packing import LengthGroup
-from tim4rec_jax.models import SequentialModel, apply_method, init_params, last_hidden, variables
+from tim4rec_jax.models import SequentialModel, apply_method, init_params, item_scores, last_hidden, variables
 from tim4rec_jax.parallel.item_table import (
     DATA_AXIS,
     ROW_AXES,
@@ -40,9 +40,12 @@ from tim4rec_jax.training.losses import (
     gbce_beta,
     sample_negative,
     sampled_cross_entropy,
+    seen_log_sums,
+    softmax_losses,
     target_and_negative_scores,
     weighted_cross_entropy,
     weighted_losses,
+    with_seen_bias,
 )
 
 PyTree = Any
@@ -152,13 +155,44 @@ def _loss_of_last(
         table = apply_method(model, variables(params), "item_table")
         losses = _binary_losses(model, config, hidden, table, rows.targets, example_ids, negative_key)
         return jnp.sum(rows.weights * losses)
-    scores = apply_method(model, variables(params), "score", hidden)
+    scores = item_scores(model, variables(params), hidden, rows.items)
     if config.loss == "ce":
         return jnp.sum(rows.weights * cross_entropy(scores, rows.targets))
     keys = jax.vmap(lambda i: jax.random.fold_in(negative_key, i))(example_ids)
     sampled = jax.vmap(sample_negative, in_axes=(0, 0, None))(keys, rows.targets, scores.shape[1])
     positive, negative = (jnp.take_along_axis(scores, ids[:, None], axis=1)[:, 0] for ids in (rows.targets, sampled))
     return jnp.sum(rows.weights * bpr(positive, negative))
+
+
+def _seen_value_and_grad(
+    model: SequentialModel,
+    config: TrainConfig,
+    params: PyTree,
+    rows: PackedBatch,
+    encode: Callable[[PyTree], tuple[Array, Array]],
+) -> tuple[Array, PyTree]:
+    """Does what `_packed_value_and_grad` does where items that were seen have a score of their own."""
+
+    def read(params: PyTree) -> tuple[tuple[Any, Any], Array]:
+        hidden, table = encode(params)
+        in_rows = hidden.reshape(*rows.items.shape, -1)
+        log_seen, target_seen = seen_log_sums(in_rows, table, rows.items, rows.segment_ids, rows.targets)
+        bias = apply_method(model, variables(params), "seen_bias")
+        own, shared = {"hidden": hidden, "log_seen": log_seen.ravel()}, {"table": table, "bias": bias}
+        return (own, shared), target_seen.ravel()
+
+    (own, shared), pull_back, target_seen = jax.vjp(read, params, has_aux=True)
+    kernels = model.config.backend("softmax_cross_entropy")
+
+    def losses(own: Any, shared: Any, targets: Array, index: Array) -> Array:
+        hidden, table = own["hidden"], shared["table"]
+        plain = softmax_losses(hidden, table, targets, config.loss_in_tiles, kernels, None)
+        wide = jnp.promote_types(jnp.float32, hidden.dtype)
+        at_target = jnp.einsum("td,td->t", hidden, table[targets], preferred_element_type=wide)
+        return with_seen_bias(plain, at_target, own["log_seen"], target_seen[index], shared["bias"])
+
+    total, gradients = weighted_losses(losses, own, shared, rows.targets.ravel(), rows.weights.ravel())
+    return total, pull_back(gradients)[0]
 
 
 def _packed_value_and_grad(
@@ -177,6 +211,8 @@ def _packed_value_and_grad(
         hidden = _encode(model, params, rows, example_ids, key, statistics)
         return hidden.reshape(rows.items.size, -1), apply_method(model, variables(params), "item_table")
 
+    if model.config.seen_bias:
+        return _seen_value_and_grad(model, config, params, rows, encode)
     (hidden, table), pull_back = jax.vjp(encode, params)
     given = hidden, table, rows.targets.ravel(), rows.weights.ravel()
     if config.loss in BINARY_LOSSES:
