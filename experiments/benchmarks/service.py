@@ -43,7 +43,7 @@ from tim4rec_jax.data.interactions import load_log
 from tim4rec_jax.models import build_model, init_params
 from tim4rec_jax.run_dir import CHECKPOINTS, create_run, environment
 from tim4rec_jax.training.checkpoint import Checkpointer
-from tim4rec_jax.training.loop import with_data
+from tim4rec_jax.training.setup import with_data
 
 _MOST_SECONDS = 900
 _CONNECTIONS = 64

@@ -15,7 +15,7 @@ from tim4rec_jax.data.interactions import load_log
 from tim4rec_jax.models import build_model, init_params
 from tim4rec_jax.run_dir import CHECKPOINTS, create_run
 from tim4rec_jax.training.checkpoint import Checkpointer
-from tim4rec_jax.training.loop import with_data
+from tim4rec_jax.training.setup import with_data
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 START = 978_300_000

@@ -26,7 +26,7 @@ from tim4rec_jax.model_config import ModelConfig
 from tim4rec_jax.models import MODELS, import_model_module
 from tim4rec_jax.run_dir import CONFIG, read_config, read_environment
 from tim4rec_jax.training.callbacks import trackers
-from tim4rec_jax.training.loop import split_that_fits, with_data
+from tim4rec_jax.training.setup import split_that_fits, with_data
 
 # Settings that a model's numbers do not depend on, and those that the data answer for by their fingerprint.
 FREE = FREE_BETWEEN_CALLS | {"name", "model.vocab_size", "eval.baselines"}

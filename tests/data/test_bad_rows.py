@@ -15,7 +15,7 @@ from tim4rec_jax.data.readers import Rules, read_log
 from tim4rec_jax.data_config import DataConfig
 from tim4rec_jax.model_config import ModelConfig
 from tim4rec_jax.run_dir import BAD_ROWS, create_run, discard_run
-from tim4rec_jax.training.loop import with_data
+from tim4rec_jax.training.setup import with_data
 
 pytestmark = pytest.mark.quick
 

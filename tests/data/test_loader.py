@@ -108,13 +108,14 @@ def histories(batch):
 
 @each_loader
 def test_every_target_is_trained_on_once_after_the_items_before_it(log, name):
+    train = leave_one_out(log).train
     loader = loader_of(name, log, "all", context=2)
     assert loader.sampler.fill_share > 0.8
     expected = [
         (target, *log.items[max(first, first + end - 3) : first + end])
         for first, end, target in (
             (log.offsets[user], end, log.items[log.offsets[user] + end])
-            for user, end in zip(*dataclasses.astuple(leave_one_out(log).train), strict=True)
+            for user, end in zip(train.users, train.ends, strict=True)
         )
     ]
     seconds = log.timestamps.astype(np.float32)

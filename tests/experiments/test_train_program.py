@@ -31,7 +31,8 @@ from tim4rec_jax.run_dir import (
 from tim4rec_jax.training import stored_run
 from tim4rec_jax.training.checkpoint import Checkpointer
 from tim4rec_jax.training.logging import read_metrics
-from tim4rec_jax.training.loop import Session, Setup
+from tim4rec_jax.training.loop import Session
+from tim4rec_jax.training.setup import Setup
 from tim4rec_jax.training.stored_run import evaluate_run
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]

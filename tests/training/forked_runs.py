@@ -12,7 +12,7 @@ from tests.parallel.fake_devices import ROOT, environment
 from tim4rec_jax.run_dir import CHECKPOINTS, read_config, read_results
 from tim4rec_jax.training.checkpoint import Checkpointer
 from tim4rec_jax.training.logging import read_metrics
-from tim4rec_jax.training.loop import Setup
+from tim4rec_jax.training.setup import Setup
 from tim4rec_jax.training.stored_run import load_log
 
 # 33 steps in 3 epochs, with checkpoints and validations between them.

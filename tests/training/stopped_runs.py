@@ -20,7 +20,8 @@ from experiments import train
 from tests.training.killed_runs import finish, options_of, start
 from tim4rec_jax.evaluation.full_sort import FullSortEvaluator
 from tim4rec_jax.training import loop
-from tim4rec_jax.training.loop import Session, Setup
+from tim4rec_jax.training.loop import Session
+from tim4rec_jax.training.setup import Setup
 
 # What is interrupted: owner, function, at which call, and whether Python is held too.
 MOMENTS: dict[str, tuple[Any, str, int, bool]] = {

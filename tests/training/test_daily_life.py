@@ -21,7 +21,7 @@ from tim4rec_jax.models import build_model, init_params
 from tim4rec_jax.run_dir import read_config, read_histories, read_results
 from tim4rec_jax.serving.recommender import Recommender
 from tim4rec_jax.training.logging import read_metrics
-from tim4rec_jax.training.loop import with_data
+from tim4rec_jax.training.setup import with_data
 from tim4rec_jax.training.stored_run import load_log as stored_log
 from tim4rec_jax.training.stored_run import load_model
 from tim4rec_jax.training.warm_start import warm_params
