@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from experiments import cli, evaluate_baselines
-from tim4rec_jax.config import EvalConfig
+from tim4rec_jax.config import EvalConfig, ParallelConfig
 from tim4rec_jax.run_dir import environment, read_config, read_environment, read_results, require_no_run_file
 from tim4rec_jax.training.stored_run import evaluate_run
 
@@ -137,7 +137,7 @@ def main(argv: list[str]) -> int:
         numbers |= {"parts": result.parts} if result.parts else {}
         measured = {"users": len(result.ranks), **result.measured.report()}
         cli.write_json(arguments.output, evidence(arguments) | measured | numbers)
-    config = dataclasses.replace(read_config(arguments.run), eval=settings)
+    config = dataclasses.replace(read_config(arguments.run), eval=settings, parallel=ParallelConfig())
     columns = (result.metrics, errors or {}, recorded_metrics(arguments))
     rows = [(name, *(f"{of[name]:.4f}" if name in of else "–" for of in columns)) for name in result.metrics]
     title = f"{arguments.run} · {arguments.split} · {len(result.ranks):,} targets · {result.seconds:.1f} s"

@@ -10,14 +10,24 @@ import numpy as np
 import polars as pl
 import pytest
 
+from experiments import evaluate as evaluate_program
 from experiments.benchmarks.metric_agreement import KINDS, LARGEST_DIFFERENCE, differences
 from tests.evaluation.logs import random_log
-from tim4rec_jax import EvalConfig, ExperimentConfig, build_model, register_metric
+from tim4rec_jax import (
+    EvalConfig,
+    ExperimentConfig,
+    SyntheticConfig,
+    build_model,
+    fit,
+    load_log,
+    register_metric,
+)
+from tim4rec_jax import evaluate as measure_anew
 from tim4rec_jax.config import DataConfig, ParallelConfig
 from tim4rec_jax.data.splits import Examples, split_log
 from tim4rec_jax.evaluation import measures, metrics
 from tim4rec_jax.evaluation.baselines import popularity_metrics, users_of_items
-from tim4rec_jax.evaluation.full_sort import evaluate
+from tim4rec_jax.evaluation.full_sort import FullSortEvaluator, evaluate
 from tim4rec_jax.evaluation.measures import RankedLists, metrics_of_ranks, values_per_list
 from tim4rec_jax.evaluation.seen_targets import measured
 from tim4rec_jax.evaluation.slices import time_buckets, user_groups
@@ -138,6 +148,30 @@ def test_the_evaluator_measures_lists(log, trained, exclude_seen, monkeypatch):
         model, params, log, split.test, _config(metrics=(), exclude_seen=exclude_seen, seen_targets="rank")
     )
     np.testing.assert_array_equal(plain.ranks, result.ranks)
+
+
+def test_several_devices_measure_the_same(log, trained):
+    devices = jax.devices()
+    if len(devices) < 2:
+        pytest.skip("one device")
+    model, params = trained
+    mesh = jax.sharding.Mesh(np.array(devices).reshape(-1, 1), ("data", "model"))
+    test = split_log(log, CONFIG.data).test
+    together = FullSortEvaluator(model, log, test, CONFIG, mesh=mesh)(params)
+    alone = evaluate(model, params, log, test, CONFIG)
+    assert together.metrics == pytest.approx(alone.metrics, rel=1e-6) and together.metrics["coverage@5"] > 0
+
+
+def test_a_run_with_the_table_in_parts_is_measured_whole(tmp_path):
+    """It was trained without metrics of lists; measured anew it has them."""
+    if len(jax.devices()) < 2:
+        pytest.skip("one device")
+    synthetic = DataConfig(synthetic=SyntheticConfig(num_users=40, num_items=15, min_events=6, max_events=9))
+    settings = {"epochs": 1, "d_model": 8, "num_layers": 1, "inner_size": 8, "progress": False, "tensorboard": False}
+    run = fit(load_log(synthetic), "sasrec", run_dir=tmp_path / "run", catalogue_shards=2, **settings)
+    found = measure_anew(run, metrics=("coverage@10", "novelty@10")).metrics
+    assert 0 < found["coverage@10"] <= 1 and found["hit@10"] == run.metrics["test"]["hit@10"]
+    assert evaluate_program.main([f"--run={run.run_dir}", "--eval.metrics=coverage@10"]) == 0
 
 
 def test_one_list_per_user_for_all_its_targets(log, trained):

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.training.test_all_positions import PLAIN, assert_alike, config_of, loader_of, state_of, step_of
+from tests.training.test_all_positions import PLAIN, assert_alike, config_of, loader_of, small_log, state_of, step_of
 from tim4rec_jax import (
     DataConfig,
     ExperimentConfig,
@@ -148,6 +148,26 @@ def test_last_positions_hold_their_own_losses():
     assert float(halves) == pytest.approx(float(total), rel=1e-5)
     for ours, theirs in zip(jax.tree.leaves(gradient), jax.tree.leaves(same), strict=True):
         np.testing.assert_allclose(ours, theirs, atol=1e-5)
+
+
+@pytest.mark.parametrize("positions", ["last", "all"])
+def test_several_devices_draw_the_same_negatives(tmp_path, positions):
+    if len(jax.devices()) < 2:
+        pytest.skip("one device")
+    settings = {"epochs": 3, "d_model": 8, "num_layers": 1, "inner_size": 8, "batch_size": 8, "loss": "bce"}
+    settings |= {"num_negatives": 3, "positions": positions, "schedule": "constant", "dropout": 0.0}
+    settings |= {
+        "attention_dropout": 0.0,
+        "learning_rate": 0.1,
+        "log_every": 1,
+        "tensorboard": False,
+        "progress": False,
+    }
+    losses = {}
+    for strategy in ("single", "sharded"):
+        run = fit(small_log(), "sasrec", run_dir=tmp_path / strategy, strategy=strategy, **settings)
+        losses[strategy] = [line["loss"] for line in read_metrics(run.run_dir) if line["kind"] == "train"]
+    assert losses["single"] == pytest.approx(losses["sharded"], rel=1e-4) and len(losses["single"]) > 1
 
 
 @pytest.mark.parametrize("positions", ["last", "all"])

@@ -12,7 +12,7 @@ import numpy as np
 
 from kernels.dispatch import gpu_capability, missing
 from tim4rec_jax.checks import require
-from tim4rec_jax.config import EvalConfig, ExperimentConfig
+from tim4rec_jax.config import EvalConfig, ExperimentConfig, ParallelConfig
 from tim4rec_jax.data.columns import FILE_ORDER
 from tim4rec_jax.data.interactions import InteractionLog, LogStatistics
 from tim4rec_jax.data.splits import require_held_out, split_log, training_times
@@ -179,5 +179,6 @@ def evaluate_run(
     require_held_out(read_config(run).data, f"evaluating {run}")
     stored, log = load_model(run, report=report), load_log(run)
     examples = getattr(split_log(log, stored.config.data), split)
-    config = dataclasses.replace(stored.config, eval=evaluation or stored.config.eval)
+    # Here the item table is whole, whatever devices shared it in training.
+    config = dataclasses.replace(stored.config, eval=evaluation or stored.config.eval, parallel=ParallelConfig())
     return evaluate(stored.model, stored.params, log, examples, config)
