@@ -37,6 +37,7 @@ from experiments.benchmarks.opponents import (
 from experiments.benchmarks.timing import Form, compiled_form, time_in_turns
 from experiments.cli import OptionParser
 from kernels.ssd import ssd
+from tim4rec_jax.figures import new_figure
 from tim4rec_jax.run_dir import environment
 
 # One batch of short rows as the recommenders have them, and fewer rows as they grow.
@@ -137,10 +138,8 @@ def linear(repeats: int) -> list[dict[str, Any]]:
 
 def draw_figure(rows: list[dict[str, Any]], path: pathlib.Path) -> None:
     """Draws time over length on logarithmic axes, beside a line of constant time per position."""
-    from matplotlib.figure import Figure
-
     lengths, seconds = ([row[key] for row in rows] for key in ("length", "median_seconds"))
-    figure = Figure(figsize=(6, 4), layout="constrained")
+    figure = new_figure(6, 4, "constrained")
     axes = figure.add_subplot()
     axes.loglog(lengths, [seconds[-1] * length / lengths[-1] for length in lengths], "--", color="0.6", label="linear")
     axes.loglog(lengths, seconds, "o-", label="kernels.ssd, forward and backward")

@@ -30,6 +30,7 @@ from experiments.cli import OptionParser
 from experiments.configs import load_config
 from experiments.family import exact_order
 from tim4rec_jax.config import ExperimentConfig
+from tim4rec_jax.figures import new_figure
 from tim4rec_jax.models import build_model, init_params, last_hidden
 from tim4rec_jax.run_dir import environment
 from tim4rec_jax.serving.ranking import next_power_of_two
@@ -235,9 +236,7 @@ def report(growing: list[dict[str, Any]], wide: list[dict[str, Any]], state_byte
 
 def draw_figure(growing: list[dict[str, Any]], title: str, path: pathlib.Path) -> None:
     """Draws microseconds per event over the length of the history."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6.4, 4), layout="constrained")
+    figure = new_figure(6.4, 4, "constrained")
     axes = figure.subplots()
     labels = {"step": "the state goes on", "window": "last max_len events again", "whole": "whole history again"}
     for name, label in labels.items():

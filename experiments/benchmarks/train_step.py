@@ -54,6 +54,7 @@ from tim4rec_jax.data.loader import Batch, Loader, PrefixSampler
 from tim4rec_jax.data.packing import LengthGroup, plan_length_groups
 from tim4rec_jax.data.splits import split_log
 from tim4rec_jax.data_config import DATA_ALIASES
+from tim4rec_jax.figures import new_figure
 from tim4rec_jax.layers.rows import Rows
 from tim4rec_jax.model_config import ModelConfig
 from tim4rec_jax.models import Cache, SequentialModel, build_model, last_hidden, model_class
@@ -576,10 +577,8 @@ def report_models(results: list[dict[str, Any]]) -> Table:
 
 def draw_figure(results: list[dict[str, Any]], path: pathlib.Path) -> None:
     """Draws the seconds of all models, a panel per shape and work."""
-    from matplotlib.figure import Figure
-
     data = list(dict.fromkeys(one["data"] for one in results))
-    figure = Figure(figsize=(9, 3.2 * len(data)), layout="constrained")
+    figure = new_figure(9, 3.2 * len(data), "constrained")
     for axes, (name, work) in zip(
         figure.subplots(len(data), len(WORK), squeeze=False).flat, itertools.product(data, WORK), strict=True
     ):

@@ -1,23 +1,28 @@
 """Names beside the points of a figure, none over another, over a point or beyond the panel while there is room."""
 
 from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING
 
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.text import Annotation
-from matplotlib.transforms import Bbox
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.text import Annotation
+    from matplotlib.transforms import Bbox
 
 # Points of the page between a point and its name, and from one try to the next.
 _GAP, _STEP, _TRIES = 5.0, 4.0, 60
 
 
-def place_labels(panel: Axes, points: Mapping[str, tuple[float, float, float]]) -> list[Annotation]:
+def place_labels(panel: "Axes", points: Mapping[str, tuple[float, float, float]]) -> "list[Annotation]":
     """Writes each name as near to its point as there is room, with a thin line where that is not beside it.
 
     Args:
       panel: in its figure at last: its size and limits do not change any more.
       points: by name: x, y and half of the bar through it along y, in data.
     """
+    from matplotlib.transforms import Bbox
+
     figure = panel.figure
     figure.canvas.draw()  # Only now the layout is known.
     figure.set_layout_engine("none")
@@ -51,7 +56,7 @@ def place_labels(panel: Axes, points: Mapping[str, tuple[float, float, float]]) 
     return labels
 
 
-def _is_free(own: Bbox, inside: Bbox, taken: list[Bbox]) -> bool:
+def _is_free(own: "Bbox", inside: "Bbox", taken: "list[Bbox]") -> bool:
     within = inside.x0 <= own.x0 and own.x1 <= inside.x1 and inside.y0 <= own.y0 and own.y1 <= inside.y1
     return within and not any(own.overlaps(other) for other in taken)
 
@@ -67,7 +72,9 @@ def _offsets(width: float, height: float, scale: float) -> list[tuple[float, flo
     ]
 
 
-def _elsewhere(inside: Bbox, point: tuple[float, float], width: float, height: float) -> Iterator[tuple[float, float]]:
+def _elsewhere(
+    inside: "Bbox", point: tuple[float, float], width: float, height: float
+) -> Iterator[tuple[float, float]]:
     """Offsets of places all over the panel, from above."""
     for y in np.arange(inside.y1 - height, inside.y0, -height / 2):
         for x in np.arange(inside.x0, inside.x1 - width, width / 4):

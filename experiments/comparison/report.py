@@ -3,17 +3,18 @@
 import pathlib
 import statistics
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-
-from experiments.cli import markdown_table, write_json
+from experiments.cli import markdown_table, note, write_json
 from experiments.comparison.labels import place_labels
 from experiments.comparison.latex import latex
 from experiments.comparison.plan import Plan
+from tim4rec_jax.figures import HINT, can_draw, new_figure
 from tim4rec_jax.files import replacing, write_atomically
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 MARKS = ((0.001, "‡"), (0.05, "†"))
 NOTHING = "–"
@@ -152,7 +153,7 @@ def markdown(numbers: Mapping[str, Any]) -> str:
     return "\n".join(lines + _published(numbers))
 
 
-def _quality_panel(panel: Axes, rows: Sequence[Mapping[str, Any]], metric: str) -> None:
+def _quality_panel(panel: "Axes", rows: Sequence[Mapping[str, Any]], metric: str) -> None:
     for y, row in enumerate(rows):
         spread = row["metrics"][metric]
         if row["trained"]:
@@ -164,7 +165,7 @@ def _quality_panel(panel: Axes, rows: Sequence[Mapping[str, Any]], metric: str) 
     panel.grid(alpha=0.3)
 
 
-def _cost_panel(panel: Axes, rows: Sequence[Mapping[str, Any]], metric: str) -> dict[str, tuple[float, float, float]]:
+def _cost_panel(panel: "Axes", rows: Sequence[Mapping[str, Any]], metric: str) -> dict[str, tuple[float, float, float]]:
     """Draws the panel and returns where each row's point lies, and its deviation."""
     points = {}
     for row in (row for row in rows if row["trained"]):
@@ -178,7 +179,7 @@ def _cost_panel(panel: Axes, rows: Sequence[Mapping[str, Any]], metric: str) -> 
     return points
 
 
-def make_figure(numbers: Mapping[str, Any]) -> Figure:
+def make_figure(numbers: Mapping[str, Any]) -> "Figure":
     """Draws hit, ndcg and mrr of every row with its seeds and their deviation, and quality beside training time.
 
     Args:
@@ -186,8 +187,7 @@ def make_figure(numbers: Mapping[str, Any]) -> Figure:
     """
     rows = numbers["rows"]
     k = numbers["metric"].split("@")[1]
-    figure = Figure(figsize=(18, 1.5 + 0.45 * max(len(rows), 4)), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(18, 1.5 + 0.45 * max(len(rows), 4), layout="constrained")
     panels = figure.subplots(1, 4)
     shown = [name for name in _measured(numbers, k) if name in numbers["best"]]
     shown = list(dict.fromkeys([*shown[:2], numbers["metric"], *shown[2:]]))[:3]
@@ -206,14 +206,22 @@ def make_figure(numbers: Mapping[str, Any]) -> Figure:
 
 
 def write_report(plan: Plan, numbers: Mapping[str, Any]) -> list[pathlib.Path]:
-    """Writes <output>.md, <output>.json, <output>.png and the table for LaTeX, if asked; returns their paths."""
+    """Writes <output>.md, <output>.json, <output>.png and the table for LaTeX, if asked; returns their paths.
+
+    Without matplotlib there is no figure.
+    """
     text, data, figure = (plan.output.with_name(plan.output.name + suffix) for suffix in (".md", ".json", ".png"))
+    written = [text, data]
     write_json(data, numbers)
-    with replacing(figure) as temporary:
-        make_figure(numbers).savefig(temporary, format="png", dpi=100)
+    if can_draw():
+        with replacing(figure) as temporary:
+            make_figure(numbers).savefig(temporary, format="png", dpi=100)
+        written.append(figure)
+    else:
+        note(f"{figure.name} is not drawn: {HINT}")
     write_atomically(text, markdown(numbers).encode())
-    if plan.latex is None:
-        return [text, data, figure]
-    plan.latex.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(plan.latex, latex(numbers).encode())
-    return [text, data, figure, plan.latex]
+    if plan.latex is not None:
+        plan.latex.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(plan.latex, latex(numbers).encode())
+        written.append(plan.latex)
+    return written

@@ -13,7 +13,10 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from tests.evaluation.logs import random_log
 from tests.training.event_records import events_of
+from tim4rec_jax import figures as figures_module
+from tim4rec_jax import fit
 from tim4rec_jax.training import logging as run_logging
 from tim4rec_jax.training.logging import MetricLogger, TrainingProgress, plot_training_curves, read_metrics
 
@@ -162,12 +165,11 @@ def _drawn(monkeypatch, folder, **options):
     """The figure that was drawn, with the path it was written to."""
     figures = []
 
-    class Kept(run_logging.Figure):
-        def __init__(self, *args, **kwargs):
-            super().__init__(*args, **kwargs)
-            figures.append(self)
+    def kept(*sizes):
+        figures.append(figures_module.new_figure(*sizes))
+        return figures[-1]
 
-    monkeypatch.setattr(run_logging, "Figure", Kept)
+    monkeypatch.setattr(run_logging, "new_figure", kept)
     return figures, plot_training_curves(folder, **options)
 
 
@@ -241,3 +243,14 @@ def test_bar_shows_epoch_rate_loss_and_time_left():
     for text in ("epoch 2/3", "40/100", "examples/s", "loss 2.5000", ":"):
         assert text in shown
     assert LINES[0] in out.getvalue()
+
+
+def test_without_matplotlib_runs_are_trained_and_no_figure_is_drawn(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    log = random_log(num_users=20, num_items=12, min_events=5, max_events=8, seed=0)
+    sizes = {"epochs": 1, "d_model": 8, "num_layers": 1, "d_state": 4, "head_dim": 8}
+    run = fit(log, "ssd4rec", run_dir=tmp_path / "run", progress=False, tensorboard=False, **sizes)
+    assert "curves.png is not drawn: matplotlib is not installed" in " ".join(capsys.readouterr().out.split())
+    assert run.metrics["test"] and not (tmp_path / "run" / "curves.png").exists()
+    with pytest.raises(ModuleNotFoundError, match=r"pip install 'tim4rec_jax\[plots\]'"):
+        plot_training_curves(tmp_path / "run")

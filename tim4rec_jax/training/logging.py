@@ -21,11 +21,10 @@ from typing import Any, Literal, get_args
 
 import jax
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from tim4rec_jax.figures import new_figure
 from tim4rec_jax.files import named_in_errors, replacing, write_atomically
 from tim4rec_jax.run_dir import CURVES, METRICS
 
@@ -289,8 +288,7 @@ def plot_training_curves(run_dir: pathlib.Path, *, monitor: str = "ndcg@10") -> 
     measured = [line for line in valid if any("@" in name for name in line)]  # Nothing is, where every event trains.
     if lacking := [line for line in measured if monitor not in line]:
         raise ValueError(f"the valid line of epoch {lacking[0]['epoch']} lacks {monitor}; it has {sorted(lacking[0])}")
-    figure = Figure(figsize=(16, 4))
-    FigureCanvasAgg(figure)
+    figure = new_figure(16, 4)
     # Margins that fit are given, for finding them takes longer than drawing.
     margins = {"left": 0.035, "right": 0.99, "bottom": 0.13, "top": 0.92, "wspace": 0.2}
     loss, *panels = figure.subplots(1, 4, gridspec_kw=margins)

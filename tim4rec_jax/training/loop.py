@@ -21,6 +21,7 @@ from tim4rec_jax.config import ExperimentConfig, flat
 from tim4rec_jax.data.interactions import InteractionLog
 from tim4rec_jax.devices import device_line, require_kernels
 from tim4rec_jax.evaluation.full_sort import FullSortEvaluator
+from tim4rec_jax.figures import HINT, can_draw
 from tim4rec_jax.files import locked
 from tim4rec_jax.models import build_model
 from tim4rec_jax.parallel.processes import (
@@ -32,6 +33,7 @@ from tim4rec_jax.parallel.processes import (
 )
 from tim4rec_jax.run_dir import (
     CHECKPOINTS,
+    CURVES,
     PROFILE,
     create_run,
     discard_run,
@@ -477,9 +479,11 @@ def _validate_epoch(session: Session, state: TrainState, progress: Progress) -> 
     else:
         progress = progress.next_epoch()
     session.checkpoints.save_latest(progress.step, state, progress.to_dict())
-    if is_main() and (progress.finished or time.perf_counter() - session.drawn > SECONDS_BETWEEN_CURVES):
+    if is_main() and can_draw() and (progress.finished or time.perf_counter() - session.drawn > SECONDS_BETWEEN_CURVES):
         plot_training_curves(session.run_dir, monitor=monitor)
         session.drawn = time.perf_counter()
+    if progress.finished and not can_draw():
+        bar.report(f"{CURVES} is not drawn: {HINT}")
     return progress
 
 

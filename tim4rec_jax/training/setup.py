@@ -63,10 +63,10 @@ def split_that_fits(config: ExperimentConfig, log: InteractionLog) -> Split:
     timestamps_for_device(
         log.timestamps[[log.timestamps.argmin(), log.timestamps.argmax()]], config.data.timestamp_precision
     )
-    require_lengths(config.eval, log.num_items)
     if config.train.positions == "all":
         window_histories(np.array([1]), config.model.max_len, config.train.window_context)
     if config.data.holds_out:
+        require_lengths(config.eval, log.num_items)
         for part in (split.valid, split.test):
             examples = measured(log, part, config.eval).examples
         slices(log, examples, config.eval)
