@@ -307,7 +307,7 @@ def run(options: argparse.Namespace, rest: list[str]) -> tuple[dict[str, Any], T
     record |= {
         "server_processors": 1,
         "load_average_before_and_after": load,
-        "nice": os.nice(0),
+        "scheduling": "real-time" if os.sched_getscheduler(0) in (os.SCHED_FIFO, os.SCHED_RR) else f"nice {os.nice(0)}",
         "seconds_to_ready": round(ready, 1),
         "results": results,
     }

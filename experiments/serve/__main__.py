@@ -3,6 +3,7 @@
     python -m experiments.serve --run=runs/ml1m --state=users.state
     python -m experiments.serve --run=runs/ml1m --state=users.state --token_file=tokens.txt --host=0.0.0.0 --port=8000
     python -m experiments.serve --run=runs/ml1m --items=movies.csv --deny_file=sold_out.txt --exclude_seen
+    python -m experiments.serve --run=runs/ml1m_causal --state=users.state --full_history
 
 Endpoints are POST /v1/recommend, /v1/score, /v1/similar (GET too) and /v1/events, GET /v1/users and /v1/history,
 /health, /ready, /metrics (Prometheus) and /openapi.json, which describes them all; a page at / shows a user's history,

@@ -15,6 +15,7 @@ from tim4rec_jax.files import named_in_errors
 
 # Seconds that answers under way may take once the service is asked to stop.
 LONGEST_DRAIN = 30
+_BACKLOG = 2048
 # Between two looks at whether everything that was taken in is answered.
 _POLL = 0.02
 
@@ -39,6 +40,7 @@ def listening_at(host: str, port: int) -> socket.socket:
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             listening.bind(address)
+            listening.listen(_BACKLOG)  # Who comes from now on waits.
         except OSError:
             listening.close()
             raise

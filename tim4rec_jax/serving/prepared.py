@@ -123,8 +123,8 @@ class Ranked(NamedTuple):
 class PreparedRecommender:
     """Ranks as `Recommender` does, in shapes that `warm` has compiled.
 
-    A row alone is computed in the shape, and so with the bits, that `Recommender.top_k` gives it. Several are computed
-    together: as many as the next power of two, in one of two lengths.
+    A row alone, and as many as there can be together, are computed in the shape, and so with the bits, that
+    `Recommender.top_k` gives them; in between as many as the next power of two, in one of two lengths.
 
     Attributes:
       recommender: of a run.
@@ -169,9 +169,9 @@ class PreparedRecommender:
         if self.states is not None:
             return [(1 << i, 1) for i in range(self.rows.bit_length())]
         longest = self.recommender.max_len
-        alone = {self.recommender.static_length(length) for length in range(1, longest + 1)}
-        powers = [1 << i for i in range(1, self.rows.bit_length())]
-        return [(1, length) for length in sorted(alone)] + [(b, length) for b in powers for length in self._lengths]
+        every = sorted({self.recommender.static_length(length) for length in range(1, longest + 1)})
+        powers = [1 << i for i in range(self.rows.bit_length())]
+        return [(b, length) for b in powers for length in (every if b in (1, self.rows) else self._lengths)]
 
     def warm(self) -> None:
         """Compiles every program, and runs each once more so that the first answer finds nothing cold."""
@@ -202,15 +202,17 @@ class PreparedRecommender:
         for first in range(0, len(order), self.rows):
             places = order[first : first + self.rows]
             longest = lengths[places[-1]]
-            if self.states is not None:
-                length = 1
-            elif len(places) == 1:
-                length = self.recommender.static_length(longest)
-            else:
-                length = next(length for length in self._lengths if length >= longest)
+            length = 1 if self.states is not None else self._length(len(places), longest)
             for place, answer in zip(places, self._call([rows[i] for i in places], length), strict=True):
                 ranked[place] = answer
         return [answer for answer in ranked if answer is not None]
+
+    def _length(self, rows: int, longest: int) -> int:
+        """Returns the columns of a call, one of `shapes`."""
+        length = self.recommender.static_length(longest)
+        if next_power_of_two(rows) in (1, self.rows):
+            return length
+        return next(other for other in self._lengths if other >= length)
 
     def _call(self, rows: Sequence[Row], length: int) -> list[Ranked]:
         histories, b = [row.history for row in rows], next_power_of_two(len(rows))
