@@ -127,7 +127,8 @@ class GluonConfig:
       warps: of a program; each has a head of its own, or `columns` of the width of one.
       columns: of a head's width p that a warp handles; 16, 32 or 64.
       segments: programs that share one row, for few long rows.
-      block: positions between the states that are kept for the gradient; a multiple of 16.
+      block: positions between the states that are kept for the gradient; a multiple of 16. Those before each 16
+        positions of a block lie in shared memory.
       forward_registers, backward_registers: of a thread at most, or None for the compiler's choice.
     """
 
@@ -176,4 +177,6 @@ def default_gluon_config(
     segments = 1
     if batch * slots < _ENOUGH_WARPS:
         segments = max(1, min(-(-_ENOUGH_WARPS // (batch * slots)), _MAX_SEGMENTS, length // 256))
-    return GluonConfig(warps=warps, columns=columns, segments=segments)
+    # Of wide states half as many fit. The compiler for 8.0 otherwise leaves their gradient 32 registers.
+    block = 32 if state_width > 64 else 64
+    return GluonConfig(warps=warps, columns=columns, segments=segments, block=block, backward_registers=255)

@@ -45,6 +45,7 @@ from kernels.ssd.gluon_tiles import (
     tile_rows,
     tile_slots,
 )
+from kernels.ssd.gluon_vjp import backward
 from kernels.ssd.tiles import history_numbers, states_before, uncut_segments
 from kernels.triton import DTYPES, tile_precision
 
@@ -115,7 +116,7 @@ def _chunk(
             gl.store(y_row + x_at, y)
 
     added = (B_turned.to(gl.float32) * to_columns(to_end * delta)[:, None, :]).to(x.dtype)
-    decay = decay[:, None, None]
+    decay = same_in_warp(decay)[:, None, None]
     state *= decay
     if PACKED:
         state = gl.where(decay == 0.0, 0.0, state)
@@ -248,13 +249,7 @@ def _ssd_fwd(params: GluonParams, *inputs: Array | None) -> tuple[Outputs, tuple
     return outputs, (*inputs, states)
 
 
-def _ssd_bwd(params: GluonParams, residuals: tuple[Any, ...], cotangents: Outputs) -> tuple[Array | None, ...]:
-    from kernels.ssd.gluon_vjp import backward
-
-    return backward(params, residuals, cotangents)
-
-
-_ssd.defvjp(_ssd_fwd, _ssd_bwd)
+_ssd.defvjp(_ssd_fwd, backward)
 
 
 def _checked_config(x: Array, B: Array, exact: bool, config: GluonConfig | None) -> GluonConfig:

@@ -20,7 +20,6 @@ from kernels.gluon import (
     lane_sums,
     lanes,
     per_warp,
-    same_in_warp,
     softplus,
     to_columns,
     to_rows,
@@ -178,20 +177,36 @@ def load_inside(pointers, inside, MASKED: gl.constexpr):
 
 
 @gluon.jit
+def load_raw_steps(
+    dt_row, first, first_slot,
+    LENGTH: gl.constexpr, HEADS: gl.constexpr, WIDTH: gl.constexpr, COLUMNS: gl.constexpr, W: gl.constexpr,
+    TAIL: gl.constexpr,
+):  # fmt: skip
+    """dt of 16 positions, one per lane; the last one stands in for those behind the row's end if `TAIL`."""
+    position = first + lane_numbers(W)
+    if TAIL:
+        position = gl.minimum(position, LENGTH - 1)
+    head = slot_head(lane_slots(first_slot, W), WIDTH, COLUMNS)
+    return gl.load(dt_row + (position * HEADS + head))
+
+
+@gluon.jit
+def steps_of(raw, bias, row_length, first):
+    """Step sizes of 16 positions and their derivative, one per lane; both are 0 behind the row's end."""
+    delta, slope = softplus(raw + bias)
+    real = first + lane_numbers(raw.shape[0]) < row_length
+    return gl.where(real, delta, 0.0), gl.where(real, slope, 0.0)
+
+
+@gluon.jit
 def load_steps(
     dt_row, bias, row_length, first, first_slot,
     LENGTH: gl.constexpr, HEADS: gl.constexpr, WIDTH: gl.constexpr, COLUMNS: gl.constexpr, W: gl.constexpr,
     TAIL: gl.constexpr,
 ):  # fmt: skip
-    """Step sizes of 16 positions and their derivative, one per lane; both are 0 behind the row's end."""
-    position = first + lane_numbers(W)
-    inside = position
-    if TAIL:
-        inside = gl.minimum(position, LENGTH - 1)
-    head = slot_head(lane_slots(first_slot, W), WIDTH, COLUMNS)
-    delta, slope = softplus(gl.load(dt_row + (inside * HEADS + head)) + bias)
-    real = position < row_length
-    return gl.where(real, delta, 0.0), gl.where(real, slope, 0.0)
+    """Both at once."""
+    raw = load_raw_steps(dt_row, first, first_slot, LENGTH, HEADS, WIDTH, COLUMNS, W, TAIL)
+    return steps_of(raw, bias, row_length, first)
 
 
 @gluon.jit
@@ -223,7 +238,7 @@ def log2_sums(log_decay, number, EXACT: gl.constexpr, PACKED: gl.constexpr):
 
 @gluon.jit
 def edge_decays(coarse, fine, number, first_number, last_number, EXACT: gl.constexpr, PACKED: gl.constexpr):
-    """Decay factors from the chunk's start to a position, from there to the end (per lane), and over all (per warp)."""
+    """Decay factors from the chunk's start to a position, from there to the end, and over all, per lane."""
     total = lane_at(coarse, 15)
     since_start = coarse
     until_end = total - coarse
@@ -239,7 +254,7 @@ def edge_decays(coarse, fine, number, first_number, last_number, EXACT: gl.const
         from_start = gl.where(number == first_number, from_start, 0.0)
         to_end = gl.where(number == last_number, to_end, 0.0)
         throughout = gl.where(first_number == last_number, throughout, 0.0)
-    return from_start, to_end, same_in_warp(throughout)
+    return from_start, to_end, throughout
 
 
 @gluon.jit

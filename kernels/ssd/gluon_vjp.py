@@ -1,12 +1,15 @@
 """State space duality by Gluon kernels: the backward pass.
 
 A warp goes through a row (or a segment of one) from its last block of positions to its first, with the gradient R of
-the state [p, n] of a head and R^T in registers. A block is swept forward once, from its kept state, to have the
-transposed state S^T before each 16 positions; then these are taken from the last to the first. With u = delta x,
+the state [p, n] of a head in registers. A block is swept forward once, from its kept state, to have the transposed
+state S^T before each 16 positions in shared memory; then these are taken from the last to the first. With u = delta x,
 M = L o (C B^T), G = dy x^T, all products are a b^T of fragments (`kernels.gluon`):
 
   du = M^T dy + to_end (B R^T),    dB = (L o G delta)^T C + to_end (u R),    dC = (L o G delta) B + from_start (dy S)
   R' = total R + (from_start dy)^T C
+
+Tiles of x, dy, B and C are copied to shared memory while the step before works on its own, so that nothing waits for
+the device's memory; there they are read both ways round, as R is.
 
 The gradient of a log decay is the sum of all that flows over its position, each flow of which has passed it: nothing is
 subtracted, so that nothing of what passes elsewhere is rounded into a position that nothing passes.
@@ -24,6 +27,7 @@ import jax.numpy as jnp
 from jax import Array
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
 
 import kernels.gluon
 from kernels.gluon import (
@@ -31,6 +35,7 @@ from kernels.gluon import (
     lane_at,
     lane_numbers,
     lane_sums,
+    lanes,
     per_warp,
     product,
     same_in_warp,
@@ -38,31 +43,45 @@ from kernels.gluon import (
     to_rows,
 )
 from kernels.ssd.gluon_tiles import (
-    CHUNK,
     GluonParams,
     edge_decays,
     lane_slots,
     load_histories,
+    load_raw_steps,
     load_steps,
     log2_sums,
     slot_column,
     slot_head,
+    steps_of,
     tile_columns,
     tile_rows,
     tile_slots,
 )
+from kernels.ssd.gluon_vjp_shared import (
+    allocate,
+    ask_first,
+    ask_for,
+    check_shared_memory,
+    staged,
+    staged_turned,
+    warps_joined,
+)
 from kernels.ssd.gluon_vjp_tiles import (
     apply_decay,
+    column_sums,
     decays_back,
     decays_on,
-    from_columns,
-    from_rows,
-    from_warp,
+    dot_parts,
+    lane_total,
     load_maps,
     load_values,
     masked_by,
+    opaque,
+    row_parts,
+    row_sums,
     scaled,
     store_maps,
+    sums_from_rows,
     tile_at,
     zero_behind,
 )
@@ -71,24 +90,17 @@ from kernels.ssd.tiles import states_before, uncut_segments
 
 @gluon.jit
 def _sweep(
-    T, first, x_row, dt_row, B_row, numbers_row, A, bias, row_length, first_slot,
-    LENGTH: gl.constexpr, HEADS: gl.constexpr, GROUPS: gl.constexpr, WIDTH: gl.constexpr, STATE_WIDTH: gl.constexpr,
-    COLUMNS: gl.constexpr, STATES: gl.constexpr, W: gl.constexpr, EXACT: gl.constexpr, PACKED: gl.constexpr,
+    T, x_tile, B_tile, raw, first, numbers_row, A, bias, row_length,
+    W: gl.constexpr, EXACT: gl.constexpr, PACKED: gl.constexpr,
 ):  # fmt: skip
     """The transposed state [W, n, p] after a chunk."""
-    slot = tile_slots(first_slot, W)
-    head = slot_head(slot, WIDTH, COLUMNS)
-    column = slot_column(slot, WIDTH, COLUMNS)
-    across = tile_at(first, True, W, LENGTH)
-    x = load_values(x_row, across, head, column, tile_rows(COLUMNS, W), HEADS, WIDTH, COLUMNS)
-    B = load_maps(B_row, across, tile_rows(STATES, W), head // (HEADS // GROUPS), GROUPS, STATE_WIDTH, STATES)
-    delta, _ = load_steps(
-        dt_row, bias, row_length, first, first_slot, LENGTH, HEADS, WIDTH, COLUMNS, W, LENGTH % 16 != 0
-    )
+    x = staged_turned(x_tile, W)
+    B = staged_turned(B_tile, W)
+    delta, _ = steps_of(raw, bias, row_length, first)
     number, first_number, last_number = load_histories(numbers_row, first, W, PACKED)
     coarse, fine = log2_sums(delta * A, number, EXACT, PACKED)
     _, to_end, total = edge_decays(coarse, fine, number, first_number, last_number, EXACT, PACKED)
-    T = apply_decay(total[:, None, None], T, PACKED)
+    T = apply_decay(same_in_warp(total)[:, None, None], T, PACKED)
     return product(scaled(B, to_columns(to_end * delta)[:, None, :]), x, T, EXACT)
 
 
@@ -107,7 +119,7 @@ def _gradient_of_C(
     factor = to_rows(from_start)[:, :, None]
     dC = product(scaled(dy, factor), T.to(dtype), gl.zeros([W, 16, STATES], gl.float32, acc), EXACT)
     dC = masked_by(factor, dC, PACKED)
-    arriving = gl.sum(dC * C.to(gl.float32), 2)
+    arriving = row_sums(row_parts(dC, C.to(gl.float32)))
     weights = decays_back(coarse, fine, number, first, LENGTH, EXACT, PACKED)
     G = product(dy, x, gl.zeros([W, 16, 16], gl.float32, acc), EXACT)
     d_scores = apply_decay(weights, G * to_columns(delta)[:, None, :], PACKED)
@@ -150,8 +162,8 @@ def _store_steps(
     col = tile_columns(16, W)
     # What flows over each position (column): from the rows before it, and into those from it on.
     over = gl.where(row < col, onward + leaving[:, :, None], arriving[:, :, None])
-    d_log = from_columns(gl.sum(over, 1)) + from_warp(through)
-    d_delta = A * d_log + from_rows(x_du)
+    d_log = column_sums(over) + through
+    d_delta = A * d_log + sums_from_rows(x_du)
     position = first + lane_numbers(W)
     lane_head = slot_head(lane_slots(first_slot, W), WIDTH, COLUMNS)
     gl.store(ddt_row + (position * HEADS + lane_head), d_delta * slope, mask=position < LENGTH)
@@ -177,66 +189,64 @@ def _gradient_of_B(x, B, C_turned, Q, d_scores, to_end_rows, delta_rows, EXACT: 
     factor = to_end_rows * delta_rows
     dB = product(scaled(x, factor), Q.to(dtype), gl.zeros([W, 16, STATES], gl.float32, acc), EXACT)
     dB = masked_by(to_end_rows, dB, PACKED)
-    leaving = gl.sum(dB * B.to(gl.float32), 2)
+    leaving = row_sums(row_parts(dB, B.to(gl.float32)))
     dB = product(d_scores.to(dtype), C_turned, dB, EXACT)
     return dB, leaving
 
 
 @gluon.jit
 def _chunk(
-    R, Q, sum_A, sum_D, T, first, x_row, dt_row, B_row, C_row, dy_row, dx_row, ddt_row, dB_row, dC_row, maps_size,
-    numbers_row, A, bias, skip, row_length, first_slot,
+    R, sum_A, sum_D, kept, flow, x_tile, dy_tile, B_tile, C_tile, raw, first, dx_row, ddt_row, dB_row, dC_row,
+    maps_size, numbers_row, A, bias, skip, row_length, first_slot,
     LENGTH: gl.constexpr, HEADS: gl.constexpr, GROUPS: gl.constexpr, WIDTH: gl.constexpr, STATE_WIDTH: gl.constexpr,
     COLUMNS: gl.constexpr, STATES: gl.constexpr, W: gl.constexpr, EXACT: gl.constexpr, PACKED: gl.constexpr,
     JOIN: gl.constexpr, SLOTS: gl.constexpr,
 ):  # fmt: skip
-    """All gradients of 16 positions; returns R and R^T before them, and what is added up of dA and dD."""
-    dtype: gl.constexpr = x_row.dtype.element_ty
+    """All gradients of 16 positions; returns R before them, and what is added up of dA and dD."""
+    dtype: gl.constexpr = dx_row.dtype.element_ty
     slot = tile_slots(first_slot, W)
-    head = slot_head(slot, WIDTH, COLUMNS)
-    group = head // (HEADS // GROUPS)
     column = slot_column(slot, WIDTH, COLUMNS)
-    p_down = tile_rows(COLUMNS, W)
-    p_across = tile_columns(COLUMNS, W)
-    n_down = tile_rows(STATES, W)
-    n_across = tile_columns(STATES, W)
-    down = tile_at(first, False, W, LENGTH)
-    across = tile_at(first, True, W, LENGTH)
-    delta, slope = load_steps(
-        dt_row, bias, row_length, first, first_slot, LENGTH, HEADS, WIDTH, COLUMNS, W, LENGTH % 16 != 0
-    )
+    p = tile_columns(COLUMNS, W)
+    delta, slope = steps_of(raw, bias, row_length, first)
     number, first_number, last_number = load_histories(numbers_row, first, W, PACKED)
     coarse, fine = log2_sums(delta * A, number, EXACT, PACKED)
     from_start, to_end, total = edge_decays(coarse, fine, number, first_number, last_number, EXACT, PACKED)
     # Behind the row's end nothing reads.
     from_start = zero_behind(from_start, first, LENGTH)
-    tile_total = total[:, None, None]
-    through = apply_decay(total, gl.sum(gl.sum(Q * T, 2), 1), PACKED)
+    tile_total = same_in_warp(total)[:, None, None]
+    # The state before the chunk leaves its place to R, which comes back transposed.
+    T = kept.load(fragment(W))
+    kept.permute((0, 2, 1)).store(R)
+    Q = kept.load(fragment(W))
+    # Put aside where a barrier follows, so that it is added up here: else the compiler keeps both until the end.
+    flow.store(dot_parts(Q, T))
     # From the state before the chunk to its outputs; gradient of C.
-    dy = load_values(dy_row, down, head, column, p_across, HEADS, WIDTH, COLUMNS)
-    C = load_maps(C_row, down, n_across, group, GROUPS, STATE_WIDTH, STATES)
-    x = load_values(x_row, down, head, column, p_across, HEADS, WIDTH, COLUMNS)
-    B_turned = load_maps(B_row, across, n_down, group, GROUPS, STATE_WIDTH, STATES)
+    dy = staged(dy_tile, W)
+    C = staged(C_tile, W)
+    x = staged(x_tile, W)
+    B_turned = staged_turned(B_tile, W)
     dC, arriving = _gradient_of_C(
         x, dy, C, B_turned, T, from_start, delta, coarse, fine, number, first, LENGTH, EXACT, PACKED
     )
     store_maps(dC_row, dC, first, first_slot, maps_size, LENGTH, GROUPS, STATE_WIDTH, STATES, W, JOIN, SLOTS)
+    through = apply_decay(total, lane_total(flow.load(lanes(W))), PACKED)
     delta_rows = to_rows(delta)[:, :, None]
-    B = load_maps(B_row, down, n_across, group, GROUPS, STATE_WIDTH, STATES)
+    B = staged(B_tile, W)
     mixed, d_scores, onward = _inside_chunk(x, dy, B, C, delta_rows, coarse, fine, number, first, LENGTH, EXACT, PACKED)
     # Gradient of the inputs.
     to_end_rows = to_rows(to_end)[:, :, None]
-    dy_turned = load_values(dy_row, across, head, column, p_down, HEADS, WIDTH, COLUMNS)
+    dy_turned = staged_turned(dy_tile, W)
     du = _gradient_of_u(B, R, mixed, dy_turned, to_end_rows, EXACT, PACKED)
     wide_x = x.to(gl.float32)
     wide_dy = dy.to(gl.float32)
-    x_du = gl.sum(wide_x * du, 2)
-    dots = gl.sum(wide_x * wide_dy, 2)
-    dx_at = (down * (HEADS * WIDTH) + (head * WIDTH + column)) + p_across
-    written = (first + tile_rows(16, W) < LENGTH) & (column + p_across < WIDTH)
-    gl.store(dx_row + dx_at, (delta_rows * du + skip * wide_dy).to(dtype), mask=written)
+    x_du = row_parts(wide_x, du)
+    dots = row_parts(wide_x, wide_dy)
+    position = first + tile_rows(16, W)
+    dx_at = dx_row + (position * (HEADS * WIDTH) + (slot_head(slot, WIDTH, COLUMNS) * WIDTH + column)) + p
+    written = (position < LENGTH) & (column + p < WIDTH)
+    gl.store(dx_at, (delta_rows * du + skip * wide_dy).to(dtype), mask=written)
     # From the inputs to the state after the chunk; gradient of B.
-    C_turned = load_maps(C_row, across, n_down, group, GROUPS, STATE_WIDTH, STATES)
+    C_turned = staged_turned(C_tile, W)
     dB, leaving = _gradient_of_B(x, B, C_turned, Q, d_scores, to_end_rows, delta_rows, EXACT, PACKED)
     store_maps(dB_row, dB, first, first_slot, maps_size, LENGTH, GROUPS, STATE_WIDTH, STATES, W, JOIN, SLOTS)
     sum_A += _store_steps(
@@ -249,29 +259,7 @@ def _chunk(
     # Gradient of the state before the chunk.
     factor = to_columns(from_start)[:, None, :]
     R = product(scaled(dy_turned, factor), C_turned, apply_decay(tile_total, R, PACKED), EXACT)
-    Q = product(scaled(C_turned, factor), dy_turned, apply_decay(tile_total, Q, PACKED), EXACT)
-    return R, Q, sum_A, sum_D
-
-
-@gluon.jit
-def _sweep_block(
-    own, own_at, before, turned_at, before_inside, first_chunk, count, x_row, dt_row, B_row, numbers_row, decay_rate,
-    lane_bias, row_length, first_slot,
-    LENGTH: gl.constexpr, HEADS: gl.constexpr, GROUPS: gl.constexpr, WIDTH: gl.constexpr, STATE_WIDTH: gl.constexpr,
-    COLUMNS: gl.constexpr, STATES: gl.constexpr, W: gl.constexpr, EXACT: gl.constexpr, PACKED: gl.constexpr,
-    HAS_STATES: gl.constexpr,
-):  # fmt: skip
-    """Leaves the transposed state before each chunk of a block in the program's own memory."""
-    T = gl.zeros([W, STATES, COLUMNS], gl.float32, fragment(W))
-    if HAS_STATES:
-        T += gl.load(before + turned_at, mask=before_inside, other=0.0)
-    for k in range(0, count - 1):
-        gl.store(own + k * (STATES * COLUMNS) + own_at, T)
-        T = _sweep(
-            T, (first_chunk + k) * 16, x_row, dt_row, B_row, numbers_row, decay_rate, lane_bias, row_length,
-            first_slot, LENGTH, HEADS, GROUPS, WIDTH, STATE_WIDTH, COLUMNS, STATES, W, EXACT, PACKED,
-        )  # fmt: skip
-    gl.store(own + (count - 1) * (STATES * COLUMNS) + own_at, T)
+    return R, sum_A, sum_D
 
 
 @gluon.jit
@@ -283,7 +271,7 @@ def _store_sums(
     slot = first_slot + gl.arange(0, W, per_warp(W))
     at = ((slot % SPLITS * BATCH + row) * SEGMENTS + segment) * HEADS + slot // SPLITS
     gl.store(dA + at, same_in_warp(lane_at(lane_sums(sum_A, lane_numbers(W), False), 15)))
-    gl.store(dD + at, gl.sum(sum_D, 1))
+    gl.store(dD + at, gl.sum(row_sums(sum_D), 1))
 
 
 @gluon.jit
@@ -291,7 +279,7 @@ def _state_tiles(
     first_slot, WIDTH: gl.constexpr, STATE_WIDTH: gl.constexpr, COLUMNS: gl.constexpr, STATES: gl.constexpr,
     W: gl.constexpr,
 ):  # fmt: skip
-    """Offsets [W, p, n] in a state, which of them are inside, and the same turned."""
+    """Offsets [W, p, n] in a state, and which of them are inside."""
     slot = tile_slots(first_slot, W)
     head = slot_head(slot, WIDTH, COLUMNS)
     column = slot_column(slot, WIDTH, COLUMNS)
@@ -299,31 +287,83 @@ def _state_tiles(
     n_across = tile_columns(STATES, W)
     state_at = (head * WIDTH + p_down) * STATE_WIDTH + n_across
     inside = (p_down < WIDTH) & (n_across < STATE_WIDTH)
-    p_across = column + tile_columns(COLUMNS, W)
-    n_down = tile_rows(STATES, W)
-    turned_at = (head * WIDTH + p_across) * STATE_WIDTH + n_down
-    turned_inside = (p_across < WIDTH) & (n_down < STATE_WIDTH)
-    return state_at, inside, turned_at, turned_inside
+    return state_at, inside
 
 
 @gluon.jit
-def _load_after(
-    after, state_at, inside, turned_at, turned_inside,
-    COLUMNS: gl.constexpr, STATES: gl.constexpr, W: gl.constexpr, HAS_AFTER: gl.constexpr,
+def _sweep_block(
+    raw, step, kept, x_tiles, B_tiles, before, before_inside, first_chunk, count, x_row, dt_row, B_row, numbers_row,
+    decay_rate, lane_bias, row_length, first_slot,
+    LENGTH: gl.constexpr, HEADS: gl.constexpr, GROUPS: gl.constexpr, WIDTH: gl.constexpr, STATE_WIDTH: gl.constexpr,
+    COLUMNS: gl.constexpr, STATES: gl.constexpr, W: gl.constexpr, EXACT: gl.constexpr, PACKED: gl.constexpr,
+    HAS_STATES: gl.constexpr,
 ):  # fmt: skip
-    """The gradient R [W, p, n] of the state after a segment, and R^T."""
-    R = gl.zeros([W, COLUMNS, STATES], gl.float32, fragment(W))
-    Q = gl.zeros([W, STATES, COLUMNS], gl.float32, fragment(W))
-    if HAS_AFTER:
-        R += gl.load(after + state_at, mask=inside, other=0.0)
-        Q += gl.load(after + turned_at, mask=turned_inside, other=0.0)
-    return R, Q
+    """Leaves the transposed state before each chunk of a block; returns dt of the last one, and steps taken."""
+    T = gl.zeros([W, STATES, COLUMNS], gl.float32, fragment(W))
+    if HAS_STATES:
+        kept.index(0).permute((0, 2, 1)).store(gl.load(before, mask=before_inside, other=0.0))
+        T += kept.index(0).load(fragment(W))
+    for k in range(0, count - 1):
+        async_copy.wait_group(0)
+        this_raw = raw
+        first = (first_chunk + k) * 16
+        ask_for(
+            x_tiles, B_tiles, (step + 1) & 1, x_row, B_row, first + 16, first_slot,
+            LENGTH, HEADS, GROUPS, WIDTH, STATE_WIDTH, COLUMNS, STATES, W,
+        )  # fmt: skip
+        async_copy.commit_group()
+        raw = load_raw_steps(dt_row, first + 16, first_slot, LENGTH, HEADS, WIDTH, COLUMNS, W, LENGTH % 16 != 0)
+        kept.index(k).store(T)
+        T = _sweep(
+            T, x_tiles.index(step & 1), B_tiles.index(step & 1), this_raw, first, numbers_row, decay_rate,
+            lane_bias, row_length, W, EXACT, PACKED,
+        )  # fmt: skip
+        step += 1
+    kept.index(count - 1).store(T)
+    return raw, step
+
+
+@gluon.jit
+def _chunks_of_block(
+    R, sum_A, sum_D, raw, step, kept, flow, x_tiles, dy_tiles, B_tiles, C_tiles, begin, first_chunk, count, x_row,
+    dt_row, B_row, C_row, dy_row, dx_row, ddt_row, dB_row, dC_row, maps_size, numbers_row, decay_rate, lane_bias, skip,
+    row_length, first_slot,
+    LENGTH: gl.constexpr, HEADS: gl.constexpr, GROUPS: gl.constexpr, WIDTH: gl.constexpr, STATE_WIDTH: gl.constexpr,
+    COLUMNS: gl.constexpr, STATES: gl.constexpr, W: gl.constexpr, EXACT: gl.constexpr, PACKED: gl.constexpr,
+    JOIN: gl.constexpr, SLOTS: gl.constexpr,
+):  # fmt: skip
+    """All gradients of a block, from its last chunk to its first; returns what is carried on."""
+    for i in range(0, count):
+        k = count - 1 - i
+        chunk = opaque(first_chunk + k)
+        async_copy.wait_group(0)
+        this_raw = raw
+        # Before the first chunk there is nothing: it is read once more.
+        first = gl.maximum(gl.where(k > 0, chunk - 1, first_chunk - kept.shape[0]), begin) * 16
+        ask_for(
+            x_tiles, B_tiles, (step + 1) & 1, x_row, B_row, first, first_slot,
+            LENGTH, HEADS, GROUPS, WIDTH, STATE_WIDTH, COLUMNS, STATES, W,
+        )  # fmt: skip
+        ask_for(
+            dy_tiles, C_tiles, (chunk + 1) & 1, dy_row, C_row, gl.maximum(chunk - 1, begin) * 16,
+            first_slot, LENGTH, HEADS, GROUPS, WIDTH, STATE_WIDTH, COLUMNS, STATES, W,
+        )  # fmt: skip
+        async_copy.commit_group()
+        raw = load_raw_steps(dt_row, first, first_slot, LENGTH, HEADS, WIDTH, COLUMNS, W, LENGTH % 16 != 0)
+        R, sum_A, sum_D = _chunk(
+            R, sum_A, sum_D, kept.index(k), flow, x_tiles.index(step & 1), dy_tiles.index(chunk & 1),
+            B_tiles.index(step & 1), C_tiles.index(chunk & 1), this_raw, chunk * 16, dx_row, ddt_row,
+            dB_row, dC_row, maps_size, numbers_row, decay_rate, lane_bias, skip, row_length, first_slot,
+            LENGTH, HEADS, GROUPS, WIDTH, STATE_WIDTH, COLUMNS, STATES, W, EXACT, PACKED, JOIN, SLOTS,
+        )  # fmt: skip
+        step += 1
+    return R, sum_A, sum_D, raw, step
 
 
 @gluon.jit
 def ssd_backward(
     x, dt, A, B, C, D, bias, lengths, states, dy, after, numbers,
-    dx, ddt, dB, dC, dA, dD, d_initial, scratch,
+    dx, ddt, dB, dC, dA, dD, d_initial,
     LENGTH: gl.constexpr, HEADS: gl.constexpr, GROUPS: gl.constexpr, WIDTH: gl.constexpr, STATE_WIDTH: gl.constexpr,
     COLUMNS: gl.constexpr, STATES: gl.constexpr, W: gl.constexpr, SEGMENTS: gl.constexpr, SEGMENT_CHUNKS: gl.constexpr,
     EXACT: gl.constexpr, PACKED: gl.constexpr, BLOCK: gl.constexpr, BATCH: gl.constexpr, JOIN: gl.constexpr,
@@ -347,46 +387,47 @@ def ssd_backward(
     numbers_row = numbers + wide_row * (SEGMENTS * SEGMENT_CHUNKS * 16 + 1)
     lane_slot = lane_slots(first_slot, W) + lane_numbers(W) * 0
     lane_head = slot_head(lane_slot, WIDTH, COLUMNS)
-    lane_split = lane_slot % splits
-    ddt_row = ddt + (lane_split.to(gl.int64) * BATCH + wide_row) * (LENGTH * HEADS)
+    ddt_row = ddt + ((lane_slot % splits).to(gl.int64) * BATCH + wide_row) * (LENGTH * HEADS)
     decay_rate = gl.load(A + lane_head)
     lane_bias = gl.load(bias + lane_head)
     skip = gl.load(D + slot_head(tile_slots(first_slot, W), WIDTH, COLUMNS))
     row_length = gl.minimum(gl.load(lengths + row), LENGTH)
-    state_at, inside, turned_at, turned_inside = _state_tiles(first_slot, WIDTH, STATE_WIDTH, COLUMNS, STATES, W)
+    state_at, inside = _state_tiles(first_slot, WIDTH, STATE_WIDTH, COLUMNS, STATES, W)
     size: gl.constexpr = HEADS * WIDTH * STATE_WIDTH
     states_row = states + wide_row * ((LENGTH + BLOCK - 1) // BLOCK * size)
-    # What a program leaves for itself: each thread reads what it has written.
-    own = scratch + program.to(gl.int64) * (W * per * STATES * COLUMNS)
-    own_at = tile_slots(0, W) * (per * STATES * COLUMNS) + tile_rows(STATES, W) * COLUMNS + tile_columns(COLUMNS, W)
-    R, Q = _load_after(
-        after + (wide_row * SEGMENTS + segment) * size, state_at, inside, turned_at, turned_inside,
-        COLUMNS, STATES, W, HAS_AFTER,
-    )  # fmt: skip
+    x_tiles, dy_tiles, B_tiles, C_tiles, flow, kept = allocate(
+        x.dtype.element_ty, W, 1 if JOIN == W else W, COLUMNS, STATES, per
+    )
+    R = gl.zeros([W, COLUMNS, STATES], gl.float32, fragment(W))
+    if HAS_AFTER:
+        R += gl.load(after + (wide_row * SEGMENTS + segment) * size + state_at, mask=inside, other=0.0)
     sum_A = gl.zeros_like(decay_rate)
     sum_D = gl.zeros([W, 16], gl.float32, gl.SliceLayout(2, fragment(W)))
     begin = segment * SEGMENT_CHUNKS
     end = gl.minimum(begin + SEGMENT_CHUNKS, (LENGTH + 15) // 16)
     blocks = (end - begin + per - 1) // per
+    step = 0
+    raw = ask_first(
+        x_tiles, dy_tiles, B_tiles, C_tiles, (begin + (blocks - 1) * per) * 16, end - 1, x + values, dt_row, B + maps,
+        C + maps, dy + values, first_slot, LENGTH, HEADS, GROUPS, WIDTH, STATE_WIDTH, COLUMNS, STATES, W,
+    )  # fmt: skip
     for back in range(0, blocks):
         block = begin // per + blocks - 1 - back
         first_chunk = block * per
         count = gl.minimum(per, end - first_chunk)
-        _sweep_block(
-            own, own_at, states_row + block.to(gl.int64) * size, turned_at, turned_inside & (HAS_BEFORE | (block > 0)),
-            first_chunk, count, x + values, dt_row, B + maps, numbers_row, decay_rate, lane_bias, row_length,
-            first_slot,
+        before = states_row + block.to(gl.int64) * size + state_at
+        raw, step = _sweep_block(
+            raw, step, kept, x_tiles, B_tiles, before, inside & (HAS_BEFORE | (block > 0)), first_chunk, count,
+            x + values, dt_row, B + maps, numbers_row, decay_rate, lane_bias, row_length, first_slot,
             LENGTH, HEADS, GROUPS, WIDTH, STATE_WIDTH, COLUMNS, STATES, W, EXACT, PACKED, HAS_STATES,
         )  # fmt: skip
-        for i in range(0, count):
-            k = count - 1 - i
-            T = gl.load(own + k * (STATES * COLUMNS) + own_at)
-            R, Q, sum_A, sum_D = _chunk(
-                R, Q, sum_A, sum_D, T, (first_chunk + k) * 16, x + values, dt_row, B + maps, C + maps, dy + values,
-                dx + values, ddt_row,
-                dB + maps, dC + maps, maps_size, numbers_row, decay_rate, lane_bias, skip, row_length, first_slot,
-                LENGTH, HEADS, GROUPS, WIDTH, STATE_WIDTH, COLUMNS, STATES, W, EXACT, PACKED, JOIN, per_group,
-            )  # fmt: skip
+        R, sum_A, sum_D, raw, step = _chunks_of_block(
+            R, sum_A, sum_D, raw, step, kept, flow, x_tiles, dy_tiles, B_tiles, C_tiles, begin, first_chunk, count,
+            x + values, dt_row, B + maps, C + maps, dy + values, dx + values, ddt_row, dB + maps, dC + maps, maps_size,
+            numbers_row, decay_rate, lane_bias, skip, row_length, first_slot,
+            LENGTH, HEADS, GROUPS, WIDTH, STATE_WIDTH, COLUMNS, STATES, W, EXACT, PACKED, JOIN, per_group,
+        )  # fmt: skip
+    async_copy.wait_group(0)
     _store_sums(dA, dD, sum_A, sum_D, row, segment, first_slot, BATCH, SEGMENTS, HEADS, splits, W)
     if WANTS_INITIAL:
         gl.store(d_initial + (wide_row * SEGMENTS + segment) * size + state_at, R, mask=inside)
@@ -439,7 +480,9 @@ def ssd_requests(
         C_turned = load_maps(
             C_row, across, tile_rows(STATES, W), head // (HEADS // GROUPS), GROUPS, STATE_WIDTH, STATES
         )
-        R = product(dy_turned, scaled(C_turned, from_start), apply_decay(total[:, None, None], R, PACKED), EXACT)
+        R = product(
+            dy_turned, scaled(C_turned, from_start), apply_decay(same_in_warp(total)[:, None, None], R, PACKED), EXACT
+        )
         log_total += delta * decay_rate
     state_at = (head * WIDTH + p) * STATE_WIDTH + n
     inside = (p < WIDTH) & (n < STATE_WIDTH)
@@ -451,7 +494,7 @@ def ssd_requests(
 
 
 def _narrowed(params: GluonParams) -> GluonParams:
-    """The same call with as many columns per warp as the registers of a thread hold twice: R and its transpose."""
+    """The same call with as many columns per warp as the registers of a thread hold."""
     config = params.config
     most = 16 if params.states > 32 or params.exact else 32
     columns = min(config.columns, most)
@@ -493,22 +536,24 @@ def backward(
 
     Returns:
       One gradient for each input; None for integers and for what is not there.
+
+    Raises:
+      ValueError: a program would need more shared memory than the GPU has.
     """
     x, dt, A, B, C, D, dt_bias, initial, lengths, numbers, states = residuals
     dy, d_final = cotangents
     dy = dy.astype(x.dtype)
     params = _narrowed(params)
+    check_shared_memory(params, x.dtype.itemsize)
     config, splits = params.config, params.splits
     after = _states_after(params, residuals, dy, d_final)
     # Warps of one group are added up in the kernel, and in here what programs leave.
     per_group = params.heads // params.groups * splits
-    join = math.gcd(config.warps, per_group)
+    join = warps_joined(params)
     maps = ((per_group // join, *B.shape), B.dtype if per_group == join else jnp.float32)
     per_head = ((splits, params.batch, params.segments, params.heads), jnp.float32)
     state_shape = (params.batch, params.segments, params.heads, params.width, params.state_width)
-    chunks = min(config.block, CHUNK * params.num_chunks) // CHUNK
-    scratch = (params.grid, config.warps, chunks, params.states, config.columns)
-    dx, ddt, dB, dC, dA, dD, d_initial, _ = kernels.gluon.launch(
+    dx, ddt, dB, dC, dA, dD, d_initial = kernels.gluon.launch(
         ssd_backward,
         [x, dt, A, B, C, D, dt_bias, lengths, states, dy, after, numbers],
         [
@@ -519,7 +564,6 @@ def backward(
             per_head,
             per_head,
             None if initial is None else (state_shape, jnp.float32),
-            (scratch, jnp.float32),
         ],
         grid=params.grid,
         num_warps=config.warps,

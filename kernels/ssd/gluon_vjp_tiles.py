@@ -7,10 +7,8 @@
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from kernels.gluon import exp2, fragment, lane_numbers, lanes, per_warp, to_columns, to_rows
+from kernels.gluon import exp2, fragment, fragment_rows, lane_numbers, lane_xor, lanes, per_warp, to_columns, to_rows
 from kernels.ssd.gluon_tiles import load_inside, tile_columns, tile_rows
-
-# Numbers of rows and columns, back to one per lane.
 
 
 @gluon.constexpr_function
@@ -31,42 +29,115 @@ def _thread(W: gl.constexpr):
     )
 
 
-@gluon.jit
-def from_rows(x):
-    """[W, 16] from `fragment_rows`, the same in the four lanes of a row, to `lanes`.
+# Sums over rows and columns. Those over lanes come last, so that lanes take over sums from each other where they can.
 
-    Each of the four lanes chooses one of its registers to show; one shuffle hands these out.
-    """
-    W: gl.constexpr = x.shape[0]
-    result: gl.constexpr = gl.distributed_type(x.dtype, [W, 16], lanes(W))
+
+@gluon.constexpr_function
+def _add_products(sums, outputs, inputs):
+    """Adds up products of two inputs in outputs: register i in that of number sums(i)."""
+    begun, lines = set(), []
+    for i, (left, right) in enumerate(zip(*inputs, strict=True)):
+        total = outputs[sums(i)]
+        if total in begun:
+            lines.append(f"fma.rn.f32 {total}, {left}, {right}, {total};")
+        else:
+            lines.append(f"mul.f32 {total}, {left}, {right};")
+        begun.add(total)
+    return "\n".join(lines)
+
+
+@gluon.constexpr_function
+def _row_products(outputs, inputs):
+    # In a fragment bit 1 of a register's number is for a row 8 further down.
+    return _add_products(lambda i: i >> 1 & 1, outputs[0], inputs)
+
+
+@gluon.constexpr_function
+def _all_products(outputs, inputs):
+    return _add_products(lambda i: i & 3, [registers[0] for registers in outputs], inputs)
+
+
+@gluon.jit
+def row_parts(a, b):
+    """[W, 16] in `fragment_rows` of float32 fragments [W, 16, columns]: what each lane has of the sums of a b."""
+    W: gl.constexpr = a.shape[0]
+    result: gl.constexpr = gl.distributed_type(gl.float32, [W, 16], fragment_rows(W))
+    return gl.inline_asm(_row_products, ("=&f", "f", "f"), [a, b], result, is_pure=True)
+
+
+@gluon.jit
+def row_sums(parts):
+    """Sums in all lanes of what the four lanes of a row have."""
+    parts += lane_xor(parts, 1)
+    return parts + lane_xor(parts, 2)
+
+
+@gluon.jit
+def dot_parts(a, b):
+    """[W, 16] in `lanes`: 16 numbers of which the sum is that of a b over all of a fragment."""
+    W: gl.constexpr = a.shape[0]
+    one: gl.constexpr = gl.distributed_type(gl.float32, [W, 16], lanes(W))
+    s, t, u, v = gl.inline_asm(
+        _all_products, ("=&f", "=&f", "=&f", "=&f", "f", "f"), [a, b], (one, one, one, one), is_pure=True
+    )
+    total = (s + t) + (u + v)
+    return total + lane_xor(total, 16)
+
+
+@gluon.jit
+def lane_total(parts):
+    """[W, 16] in `lanes`: the sum over all 16, in each lane."""
+    parts += lane_xor(parts, 1)
+    parts += lane_xor(parts, 2)
+    parts += lane_xor(parts, 4)
+    return parts + lane_xor(parts, 8)
+
+
+@gluon.jit
+def sums_from_rows(parts):
+    """[W, 16] from `fragment_rows`, of which each of the four lanes of a row has a part, to sums in `lanes`."""
+    W: gl.constexpr = parts.shape[0]
+    result: gl.constexpr = gl.distributed_type(parts.dtype, [W, 16], lanes(W))
     lane = lane_numbers(W)
-    near, far = gl.inline_asm(_moves, ("=r", "=r", "r"), [x], (result, result), is_pure=True)
-    shown = gl.where((_thread(W) & 1) != 0, far, near)
+    near, far = gl.inline_asm(_moves, ("=r", "=r", "r"), [parts], (result, result), is_pure=True)
+    # Odd lanes take over the rows 8 further down.
+    odd = (_thread(W) & 1) != 0
+    total = gl.where(odd, far, near) + lane_xor(gl.where(odd, near, far), 1)
+    total += lane_xor(total, 2)
     source = (lane & 7) * 4 + (lane >> 3)
-    return gl.inline_asm(_shuffle, ("=r", "r", "r"), [shown, source], result, is_pure=True)
+    return gl.inline_asm(_shuffle, ("=r", "r", "r"), [total, source], result, is_pure=True)
+
+
+@gluon.constexpr_function
+def _column_pairs(outputs, inputs):
+    """Sums of both rows of a thread, for its four columns."""
+    columns = [registers[0] for registers in outputs]
+    return "\n".join(
+        f"add.f32 {out}, {inputs[0][at]}, {inputs[0][at + 2]};" for out, at in zip(columns, (0, 1, 4, 5), strict=True)
+    )
 
 
 @gluon.jit
-def from_columns(x):
-    """[W, 16] from `fragment_columns`, the same in the eight lanes of a column, to `lanes`."""
+def column_sums(x):
+    """[W, 16] in `lanes` of a fragment [W, 16, 16]: sums over rows."""
     W: gl.constexpr = x.shape[0]
     result: gl.constexpr = gl.distributed_type(x.dtype, [W, 16], lanes(W))
     lane = lane_numbers(W)
     even, odd, far_even, far_odd = gl.inline_asm(
-        _moves, ("=r", "=r", "=r", "=r", "r"), [x], (result, result, result, result), is_pure=True
+        _column_pairs, ("=&f", "=&f", "=&f", "=&f", "f"), [x], (result, result, result, result), is_pure=True
     )
-    choice = _thread(W) >> 2
-    is_odd = (choice & 1) != 0
-    shown = gl.where((choice & 2) != 0, gl.where(is_odd, far_odd, far_even), gl.where(is_odd, odd, even))
-    source = ((lane & 7) >> 1) + ((lane & 1) + (lane >> 3) * 2) * 4
-    return gl.inline_asm(_shuffle, ("=r", "r", "r"), [shown, source], result, is_pure=True)
-
-
-@gluon.jit
-def from_warp(x):
-    """[W] from `per_warp` to all [W, 16] in `lanes`."""
-    W: gl.constexpr = x.shape[0]
-    return gl.inline_asm(_moves, ("=r", "r"), [x], gl.distributed_type(x.dtype, [W, 16], lanes(W)), is_pure=True)
+    # Half of the lanes take over the columns 8 further on, half of these the odd ones.
+    thread = _thread(W)
+    far = (thread & 16) != 0
+    even, far_even = gl.where(far, far_even, even), gl.where(far, even, far_even)
+    odd, far_odd = gl.where(far, far_odd, odd), gl.where(far, odd, far_odd)
+    even += lane_xor(far_even, 16)
+    odd += lane_xor(far_odd, 16)
+    other = (thread & 8) != 0
+    total = gl.where(other, odd, even) + lane_xor(gl.where(other, even, odd), 8)
+    total += lane_xor(total, 4)
+    source = ((lane & 7) >> 1) + (lane & 1) * 8 + (lane >> 3) * 16
+    return gl.inline_asm(_shuffle, ("=r", "r", "r"), [total, source], result, is_pure=True)
 
 
 @gluon.constexpr_function
@@ -109,6 +180,15 @@ def store_maps(
     at = position * (GROUPS * STATE_WIDTH) + slot // SLOTS * STATE_WIDTH
     inside = (position < LENGTH) & (n < STATE_WIDTH) & (slot >= 0)
     gl.store(out + part.to(gl.int64) * size + at + n, summed.to(out.dtype.element_ty), mask=inside)
+
+
+@gluon.jit
+def opaque(number):
+    """A number of which the compiler knows nothing: addresses that are made of it are made where they are used.
+
+    Else it carries an address for each of a loop's arrays, and puts as many other numbers on the stack.
+    """
+    return gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [number], dtype=gl.int32, is_pure=True, pack=1)
 
 
 @gluon.jit

@@ -9,16 +9,18 @@ counts), and
 3. takes the largest of both and of the time of the bytes moved.
 
 What comes out is a prediction: it ranks cuts and finds regressions. It does not know spills that leave the first cache,
-bank conflicts, and what programs share. Where constants have no other source, they are from public microbenchmarks of
-Hopper; those marked "calibrated" were set so that kernels timed on an H100 come out near their times.
+bank conflicts, that warps of a program wait for each other, and what programs share. Where constants have no other
+source, they are from public microbenchmarks of Hopper; those marked "calibrated" were set so that kernels timed on an
+H100 come out near their times.
 """
 
+import itertools
 import pathlib
 import re
 import subprocess
 import tempfile
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -274,35 +276,68 @@ def read_cubin(cubin: bytes, *, shared_bytes: int, num_warps: int) -> Code:
     return parse(sass, **numbers, num_warps=num_warps)
 
 
-def path(code: Code, trips: Sequence[int]) -> list[int]:
-    """Follows the program: a loop inside k others takes trips[k] turns, other jumps are taken unless predicated.
+# Turns of the loops at each depth: a count for all of them; or for each loop there, in the order of their addresses,
+# its turns each time that it is entered.
+Trips = Sequence[int | Sequence[Sequence[int]]]
+
+
+def _loop_turns(code: Code, trips: Trips) -> dict[int, tuple[int, Iterator[int]]]:
+    """Returns for each first instruction of a loop its last one, and its turns each time that it is entered.
+
+    Raises:
+      ValueError: a loop lies deeper than there are trip counts, or has none of its own.
+    """
+    turns: dict[int, tuple[int, Iterator[int]]] = {}
+    siblings: Counter[int] = Counter()
+    for start, end in code.loops:
+        depth = sum(a <= start and end <= b and (a, b) != (start, end) for a, b in code.loops)
+        if depth >= len(trips):
+            raise ValueError(f"a loop lies inside {depth} others, but trips={tuple(trips)} has {len(trips)} counts")
+        count = trips[depth]
+        if not isinstance(count, int):
+            if siblings[depth] >= len(count):
+                raise ValueError(f"more loops inside {depth} others than the {len(count)} of trips={tuple(trips)}")
+            turns[start] = end, iter(count[siblings[depth]])
+        else:
+            turns[start] = end, itertools.repeat(count)
+        siblings[depth] += 1
+    return turns
+
+
+def path(code: Code, trips: Trips) -> list[int]:
+    """Follows the program: loops take their turns, other jumps are taken unless predicated.
 
     Returns:
       Indices of instructions in the order of their execution.
 
     Raises:
-      ValueError: a loop lies deeper than there are trip counts.
+      ValueError: a loop lies deeper than there are trip counts, or the counts are of other loops.
     """
-    turns: dict[int, tuple[int, int]] = {}
-    for start, end in code.loops:
-        depth = sum(a <= start and end <= b and (a, b) != (start, end) for a, b in code.loops)
-        if depth >= len(trips):
-            raise ValueError(f"a loop lies inside {depth} others, but trips={tuple(trips)} has {len(trips)} counts")
-        turns[end] = start, trips[depth]
+    turns = _loop_turns(code, trips)
+    ends = {end: start for start, (end, _) in turns.items()}
     left: dict[int, int] = {}
     here, taken = 0, []
     while here < len(code.instructions):
+        if here in turns and here not in left:
+            end, entries = turns[here]
+            count = next(entries, None)
+            if count is None:
+                raise ValueError(f"a loop is entered more often than trips={tuple(trips)} has counts for it")
+            if count == 0:
+                here = end + 1
+                continue
+            left[here] = count
         one = code.instructions[here]
         taken.append(here)
         if one.opcode.startswith("EXIT") and not one.predicated:
             break
-        if here in turns:
-            start, count = turns[here]
-            left[here] = left.get(here, count) - 1
-            if left[here] > 0:
+        if here in ends:
+            start = ends[here]
+            left[start] -= 1
+            if left[start] > 0:
                 here = start
                 continue
-            del left[here]
+            del left[start]
         elif one.target is not None and not one.predicated and one.target > one.address:
             here = code.index[one.target]
             continue
@@ -326,7 +361,7 @@ def read_before(code: Code, taken: Sequence[int]) -> list[bool]:
             where = (_ADDRESS.findall(one.operands) or [one.operands])[-1]
             key = (where, *(str(version[register]) for register in re.findall(r"U?R\d+", where)))
             # Evicting what was read first is how a kernel marks its second read.
-            again[-1] = key in seen or ".EF" in one.opcode
+            again[-1] = (key in seen or ".EF" in one.opcode) and ".BYPASS" not in one.opcode
             seen.add(key)
         match = _DESTINATION.match(one.operands)
         if match and one.kind not in _NO_RESULT:
@@ -334,6 +369,10 @@ def read_before(code: Code, taken: Sequence[int]) -> list[bool]:
             for number in range(int(match[2]), int(match[2]) + wide):
                 version[f"{match[1]}{number}"] += 1
     return again
+
+
+# All groups of asynchronous copies but the latest few have arrived.
+_WAIT_FOR_COPIES = re.compile(r"SB\d, 0x([0-9a-f]+)")
 
 
 class _Quarter:
@@ -355,6 +394,9 @@ class _Quarter:
         self.ready = [warp * 1.3 * len(self.path) / warps for warp in range(warps)]
         self.place = [0] * warps
         self.barriers = [[0.0] * 6 for _ in range(warps)]
+        # Asynchronous copies: when the latest arrives, and when each group of them does.
+        self.copied = [0.0] * warps
+        self.groups: list[list[float]] = [[] for _ in range(warps)]
         self.free = dict.fromkeys(_COST, 0.0)
         self.free["control"] = self.free["barrier"] = float("-inf")
 
@@ -363,6 +405,9 @@ class _Quarter:
         time = self.ready[warp]
         for barrier in one.waits:
             time = max(time, barriers[barrier])
+        if match := _WAIT_FOR_COPIES.match(one.operands) if one.opcode == "DEPBAR.LE" else None:
+            groups = self.groups[warp]
+            time = max(time, *groups[: len(groups) - int(match[1], 16)], time)
         if one.pipe == "memory":
             return max(time, self.free["memory"] - _MEMORY_QUEUE * _COST["memory"])
         if one.pipe == "imad":
@@ -381,7 +426,11 @@ class _Quarter:
                 self.free["fma"] = max(self.free["fma"], time + 1)
             if one.pipe == "mufu":
                 finish += one.cost
-        if one.write_barrier < 6:
+        if one.opcode.startswith("LDGSTS"):
+            self.copied[warp] = max(self.copied[warp], finish + self.latency[k])
+        elif one.opcode == "LDGDEPBAR":
+            self.groups[warp].append(self.copied[warp])
+        elif one.write_barrier < 6:
             barriers[one.write_barrier] = max(barriers[one.write_barrier], finish + self.latency[k])
         if one.read_barrier < 6:
             barriers[one.read_barrier] = max(barriers[one.read_barrier], finish + 10.0)
@@ -400,6 +449,7 @@ class _Quarter:
             if self.place[warp] == len(self.path):
                 end = max(end, *self.barriers[warp], time)
                 self.place[warp], self.barriers[warp] = 0, [0.0] * 6
+                self.copied[warp], self.groups[warp] = 0.0, []
                 self.ready[warp] = time + _NEXT_PROGRAM
                 left[warp] -= 1
                 if not left[warp]:
@@ -415,7 +465,7 @@ class Launch:
       name: of the kernel.
       code: what `read_cubin` gives.
       grid: programs.
-      trips: turns of the loops, the outermost first; the path of each program is the same.
+      trips: turns of the loops, the outermost first (`path`); the path of each program is the same.
       units: what instructions are counted per, as tokens times heads, over the whole grid.
       bytes_moved: from and to the device's memory.
     """
@@ -423,7 +473,7 @@ class Launch:
     name: str
     code: Code
     grid: int
-    trips: tuple[int, ...]
+    trips: Trips
     units: float
     bytes_moved: float
 

@@ -28,7 +28,7 @@ from kernels.selective_scan import selective_scan
 from kernels.softmax_cross_entropy import softmax_cross_entropy
 from kernels.ssd import SsdConfig, ssd
 from tests.kernels.codegen import Kernel, capture, compile_cubin
-from tests.kernels.issue_model import BYTES_PER_SECOND, Estimate, Launch, estimate, read_cubin
+from tests.kernels.issue_model import BYTES_PER_SECOND, Estimate, Launch, Trips, estimate, read_cubin
 
 TIMES = pathlib.Path(__file__).resolve().parents[2] / "experiments" / "results" / "gpu_h100_ops.json"
 PASSES = ("forward", "forward_backward")
@@ -126,6 +126,16 @@ def launch(case: Case, kernel: Kernel, config: Any) -> Launch:
     return Launch(kernel.name, code, math.prod(kernel.grid), turns, units(case), kernel.array_bytes)
 
 
+def backward_trips(chunks: int, per_block: int) -> Trips:
+    """Returns the turns of the loops of the Gluon backward kernel, which begins with the last block of a row.
+
+    A block of k chunks has a sweep over all but the last one, and k steps back.
+    """
+    counts = [min(per_block, chunks - first) for first in range(0, chunks, per_block)][::-1]
+    inside = (tuple(count - 1 for count in counts), tuple(counts))
+    return (len(counts), inside) if len(counts) > 1 else (inside,)
+
+
 def gluon_launches(case: Case, of: str) -> tuple[list[Launch], float]:
     """Compiles the Gluon kernels of a pass of the SSD; returns them, and the bytes moved to add up their parts."""
     from tests.kernels.gluon_ptx import compiled, interpreted
@@ -148,8 +158,7 @@ def gluon_launches(case: Case, of: str) -> tuple[list[Launch], float]:
             numbers, turns = 2 * values + 2 * maps + steps + kept, (chunks,)
         else:
             numbers = 3 * values + (2 + 2 * parts) * maps + (1 + splits) * steps + kept
-            # A block has a sweep over its chunks, and the steps back over them.
-            turns = (blocks, -(-chunks // blocks)) if blocks > 1 else (chunks,)
+            turns = backward_trips(chunks, constants["BLOCK"] // 16)
             outside += 4 * 2 * (parts + 1) * maps if parts > 1 else 0
         launches.append(Launch(name, code, grid, turns, units(case), 4 * numbers))
     return launches, outside

@@ -327,6 +327,18 @@ def test_copies_that_are_waited_for():
         run(COPY.replace("4, 0, %p1", "4, 4, %p1"), numbers, out=words(32), shared_bytes=256)
 
 
+def test_addresses_of_32_bits_have_no_carry():
+    body = f"""{PLACES}
+      ld.global.b32 %r4, [%rd1]; st.shared.b32 [%r2], %r4;
+      sub.s32 %r5, %r2, 0x7fffff00; sub.s32 %r5, %r5, 0x7fffff00; ld.shared.b32 %r6, [%r5+0xfffffe00];
+      st.global.b32 [%rd2], %r6;
+    """
+    numbers = np.arange(32, dtype=np.int32)
+    np.testing.assert_array_equal(run(body, numbers, out=words(32), shared_bytes=128), numbers)
+    with pytest.raises(Fault, match="of shared memory, which has 128"):
+        run(body.replace("0xfffffe00", "0xfffffdfc"), numbers, out=words(32), shared_bytes=128)
+
+
 def test_lanes_part_and_meet_again():
     """Each lane goes round as often as its number says, then all of them exchange what they have."""
     body = f"""{PLACES}

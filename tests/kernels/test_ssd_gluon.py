@@ -88,6 +88,7 @@ CASES = {
         arrays_of(80),
         {"config": dataclasses.replace(TINY, segments=3, block=16), "ids": ids_of(((3, 37, 30),), 80)},
     ),
+    "rows that begin anywhere": (arrays_of(20, width=7, state=11, initial=True), {}),
     "many small programs": (arrays_of(20, batch=3, heads=3), {}),
 }
 USUAL = ("ragged length", "whole chunks and a kept state", "several histories", "segments of several histories")

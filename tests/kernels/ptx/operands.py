@@ -45,7 +45,7 @@ def source_of(operand: str, dtype: np.dtype, *, low: bool = False) -> Callable[[
 
 
 def address_of(operand: str) -> Callable[[Warp], np.ndarray]:
-    """[register], [register + number] or [symbol + number], as int64 [32]."""
+    """[register], [register + number] or [symbol + number], as int64 [32]; in 32 bits the sum has no carry."""
     match = re.fullmatch(r"\[\s*([%\w]+)\s*(?:\+\s*(-?\w+)\s*)?\]", operand)
     if match is None:
         raise Fault(f"address {operand!r} is unknown")
@@ -53,4 +53,10 @@ def address_of(operand: str) -> Callable[[Warp], np.ndarray]:
     if not name.startswith("%"):
         base = source_of(name, np.dtype(np.int64))
         return lambda warp: base(warp) + offset
-    return lambda warp: warp.bits(name).astype(np.int64) + offset
+
+    def address(warp: Warp) -> np.ndarray:
+        bits = warp.bits(name)
+        total = bits.astype(np.int64) + offset
+        return total & 0xFFFFFFFF if bits.dtype.itemsize == 4 else total
+
+    return address
