@@ -45,7 +45,7 @@ from kernels.ssd.gluon_tiles import (
     tile_rows,
     tile_slots,
 )
-from kernels.ssd.gluon_vjp import backward
+from kernels.ssd.gluon_vjp import backward, that_fits
 from kernels.ssd.tiles import history_numbers, states_before, uncut_segments
 from kernels.triton import DTYPES, tile_precision
 
@@ -316,6 +316,8 @@ def ssd_gluon(
         wants_final=return_final_state,
         packed=segment_ids is not None,
     )
+    if config is None:
+        params = that_fits(params, x.dtype.itemsize)
     zeros = jnp.zeros(x.shape[2], jnp.float32)
     inputs = (
         x,

@@ -62,6 +62,8 @@ from kernels.ssd.gluon_vjp_shared import (
     ask_first,
     ask_for,
     check_shared_memory,
+    shared_bytes,
+    shared_limit,
     staged,
     staged_turned,
     warps_joined,
@@ -493,8 +495,8 @@ def ssd_requests(
     gl.store(logs + (wide_row * SEGMENTS + segment) * HEADS + warp_head, total)
 
 
-def _narrowed(params: GluonParams) -> GluonParams:
-    """The same call with as many columns per warp as the registers of a thread hold."""
+def narrowed(params: GluonParams) -> GluonParams:
+    """Returns the same call with as many columns per warp as the registers of a thread hold."""
     config = params.config
     most = 16 if params.states > 32 or params.exact else 32
     columns = min(config.columns, most)
@@ -502,6 +504,21 @@ def _narrowed(params: GluonParams) -> GluonParams:
     slots = params.heads * -(-params.width // columns)
     warps = math.gcd(config.warps, slots)
     return dataclasses.replace(params, config=dataclasses.replace(config, columns=columns, warps=warps))
+
+
+def that_fits(params: GluonParams, itemsize: int) -> GluonParams:
+    """Returns params whose gradient the GPU at hand can hold: of shorter blocks, then of fewer warps, if need be.
+
+    Args:
+      params: of a division that nobody asked for.
+      itemsize: bytes of a number of x.
+    """
+    _, limit = shared_limit()
+    while shared_bytes(narrowed(params), itemsize) > limit and (params.config.block > 16 or params.config.warps > 1):
+        config = params.config
+        change = {"block": config.block // 32 * 16} if config.block > 16 else {"warps": config.warps // 2}
+        params = dataclasses.replace(params, config=dataclasses.replace(config, **change))
+    return params
 
 
 def _states_after(params: GluonParams, residuals: tuple[Any, ...], dy: Array, d_final: Array | None) -> Array | None:
@@ -543,7 +560,7 @@ def backward(
     x, dt, A, B, C, D, dt_bias, initial, lengths, numbers, states = residuals
     dy, d_final = cotangents
     dy = dy.astype(x.dtype)
-    params = _narrowed(params)
+    params = narrowed(params)
     check_shared_memory(params, x.dtype.itemsize)
     config, splits = params.config, params.splits
     after = _states_after(params, residuals, dy, d_final)

@@ -190,15 +190,20 @@ def shared_bytes(params: GluonParams, itemsize: int) -> int:
     return tiles + kept + joined + 16 * config.warps * 4
 
 
+def shared_limit() -> tuple[tuple[int, int], int]:
+    """Returns the compute capability at hand, or the one with most, and the bytes that a program has there."""
+    capability = gpu_capability() or (9, 0)
+    large = capability in ((8, 0), (8, 7))
+    return capability, 1024 * (163 if large else 99 if capability[0] in (8, 12) else 227)
+
+
 def check_shared_memory(params: GluonParams, itemsize: int) -> None:
     """Refuses what the GPU at hand cannot hold; where there is none, what no GPU can.
 
     Raises:
       ValueError: naming block and warps.
     """
-    capability = gpu_capability() or (9, 0)
-    large = capability in ((8, 0), (8, 7))
-    limit = 1024 * (163 if large else 99 if capability[0] in (8, 12) else 227)
+    capability, limit = shared_limit()
     needed = shared_bytes(params, itemsize)
     if needed > limit:
         raise ValueError(

@@ -1,5 +1,7 @@
 """Gradients of SSD by Gluon kernels: their PTX, instruction by instruction, against the definition; machine code."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,9 +10,10 @@ import pytest
 pytest.importorskip("triton.experimental.gluon", reason="Gluon comes with the triton package")
 
 from kernels.ssd import ssd
-from kernels.ssd.config import GluonConfig
+from kernels.ssd.config import GluonConfig, default_gluon_config
 from kernels.ssd.gluon_tiles import GluonParams
-from kernels.ssd.gluon_vjp_shared import shared_bytes
+from kernels.ssd.gluon_vjp import narrowed, that_fits
+from kernels.ssd.gluon_vjp_shared import check_shared_memory, shared_bytes
 from tests.kernels.codegen import for_gpus
 from tests.kernels.gluon_ptx import interpreted, resources
 from tests.kernels.op_suite import assert_near, ids_of
@@ -216,6 +219,22 @@ def test_too_much_shared_memory_is_refused(monkeypatch, capability, block, limit
     with pytest.raises(ValueError, match=message):
         backward_kernel(arrays, config=GluonConfig(warps=4, columns=32, block=block))
     backward_kernel(arrays, config=GluonConfig(warps=4, columns=32, block=32))
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0)])
+def test_what_nobody_divided_fits_every_gpu(monkeypatch, capability):
+    monkeypatch.setattr("kernels.ssd.gluon_vjp_shared.gpu_capability", lambda: capability)
+    for heads, width, state, dtype in itertools.product((1, 4, 8), (16, 32, 64, 128), (16, 32, 64, 128), ("f4", "bf2")):
+        sizes = {"batch": 64, "length": 200, "heads": heads, "width": width, "state_width": state}
+        config = default_gluon_config(**sizes)
+        params = GluonParams(**sizes, groups=1, config=config, exact=False, has_initial=False)
+        fitted = that_fits(params, int(dtype[-1]))
+        check_shared_memory(narrowed(fitted), int(dtype[-1]))
+        fitted.config.check(heads=heads, width=width)
+        assert fitted.config.block <= config.block
+    arrays = arrays_of(80, heads=4, width=32, state=32)
+    kernel = backward_kernel(arrays)
+    assert dict(kernel.constants)["BLOCK"] == (32 if capability in ((8, 6), (8, 9), (12, 0)) else 64)
 
 
 def test_warps_of_one_group_are_added_up_in_the_kernel():
