@@ -42,50 +42,34 @@ def compilations() -> Compilations:
     return counter
 
 
+class _Asked(NamedTuple):
+    """What is asked of each row: bool [b, v] the items to rank, int [b, m] those to score, and what `score` reads."""
+
+    allowed: Any
+    scored: Any
+    seen: Any
+
+
 @functools.partial(jax.jit, static_argnames=("model", "k"))
 def _rank(
-    params: Any,
-    items: jax.Array,
-    lengths: jax.Array,
-    timestamps: jax.Array,
-    allowed: jax.Array,
-    scored: jax.Array,
-    seen: jax.Array,
-    *,
-    model: nn.Module,
-    k: int,
+    params: Any, items: jax.Array, lengths: jax.Array, timestamps: jax.Array, asked: _Asked, *, model: nn.Module, k: int
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    return _rank_hidden(
-        params, last_hidden(model, variables(params), items, lengths, timestamps), allowed, scored, seen, model, k
-    )
+    return _rank_hidden(params, last_hidden(model, variables(params), items, lengths, timestamps), asked, model, k)
 
 
 @functools.partial(jax.jit, static_argnames=("model", "k"))
 def _rank_states(
-    params: Any,
-    hidden: jax.Array,
-    allowed: jax.Array,
-    scored: jax.Array,
-    seen: jax.Array,
-    *,
-    model: nn.Module,
-    k: int,
+    params: Any, hidden: jax.Array, asked: _Asked, *, model: nn.Module, k: int
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    return _rank_hidden(params, hidden, allowed, scored, seen, model, k)
+    return _rank_hidden(params, hidden, asked, model, k)
 
 
 def _rank_hidden(
-    params: Any,
-    hidden: jax.Array,
-    allowed: jax.Array,
-    scored: jax.Array,
-    seen: jax.Array,
-    model: nn.Module,
-    k: int,
+    params: Any, hidden: jax.Array, asked: _Asked, model: nn.Module, k: int
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    scores = item_scores(model, variables(params), hidden, seen)
-    best, indices, finite = best_columns(scores, jnp.zeros((scores.shape[0], 1), jnp.int32), k, allowed)
-    return best, indices, finite, jnp.take_along_axis(scores, scored, axis=1)
+    scores = item_scores(model, variables(params), hidden, asked.seen)
+    best, indices, finite = best_columns(scores, jnp.zeros((scores.shape[0], 1), jnp.int32), k, asked.allowed)
+    return best, indices, finite, jnp.take_along_axis(scores, asked.scored, axis=1)
 
 
 class Row(NamedTuple):
@@ -226,15 +210,16 @@ class PreparedRecommender:
         if seen.shape == allowed.shape:
             for place, history in enumerate(histories):
                 seen[place, history.items] = True
+        asked = _Asked(allowed, scored, seen)
         model, params = self.recommender.model, self.recommender.params
         if self.states is None:
             lengths = np.array([min(len(history.items), length) for history in histories], np.int32)
             inputs = self.recommender.inputs(histories, lengths, length)
-            found = _rank(params, *inputs, allowed, scored, seen, model=model, k=self.k)
+            found = _rank(params, *inputs, asked, model=model, k=self.k)
         else:
             hidden = self.states.hidden([row.user for row in rows], histories)
             filled = np.concatenate([hidden, np.zeros((b - len(hidden), hidden.shape[1]), hidden.dtype)])
-            found = _rank_states(params, filled, allowed, scored, seen, model=model, k=self.k)
+            found = _rank_states(params, filled, asked, model=model, k=self.k)
         best, indices, finite, of_scored = jax.device_get(found)
         counts = np.count_nonzero(items_left(indices, best), axis=1)
         return [
