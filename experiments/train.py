@@ -32,7 +32,7 @@ from tim4rec_jax.checks import require
 from tim4rec_jax.config import DataConfig, EvalConfig, ExperimentConfig, ParallelConfig, TrainConfig
 from tim4rec_jax.data.interactions import load_log
 from tim4rec_jax.data.splits import split_log
-from tim4rec_jax.devices import require_kernels
+from tim4rec_jax.devices import require_capture, require_kernels
 from tim4rec_jax.evaluation.baselines import popularity_metrics
 from tim4rec_jax.model_config import ModelConfig
 from tim4rec_jax.models import model_class
@@ -94,6 +94,7 @@ def parse_all(argv: Sequence[str]) -> tuple[ExperimentConfig, Arguments]:
     trackers(config.train.trackers)  # Whether they are installed is known before a log is read.
     if not config.parallel.several_processes:  # They meet before any of them asks for its device.
         require_kernels(config.model)
+        require_capture(config.train.capture)
     return config, given
 
 

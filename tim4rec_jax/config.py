@@ -72,6 +72,8 @@ class TrainConfig:
         a size that suits the platform.
       steps_per_dispatch: steps that the device takes in one call, where so many are left before the next log line,
         checkpoint or end; a device that waits for calls takes small steps faster so. Numbers change by rounding alone.
+      capture: XLA records a step's kernels, those of Triton too, into CUDA graphs, each launched as one; for a GPU that
+        waits for launches. What it gains has not been measured.
       log_every: steps between log lines.
       checkpoint_every: steps between checkpoints inside an epoch; None saves at the end of each epoch only.
       progress: show the progress bar.
@@ -104,6 +106,7 @@ class TrainConfig:
     length_groups: int = 6
     microbatch_tokens: int | None = None
     steps_per_dispatch: int = 1
+    capture: bool = False
     log_every: int = 50
     checkpoint_every: int | None = None
     progress: bool = True

@@ -24,6 +24,14 @@ def require_kernels(model: ModelConfig) -> None:
             raise ValueError(f"model.kernels={model.kernels!r}: {error}") from error
 
 
+def require_capture(capture: bool) -> None:
+    """Raises a ValueError, before anything is computed, for `train.capture` where there are no CUDA graphs."""
+    if capture and gpu_capability() is None:
+        raise ValueError(
+            f"train.capture=True needs an NVIDIA GPU, and JAX computes on {jax.default_backend()}; leave it out"
+        )
+
+
 def device_line(names: Mapping[str, set[str]] | None = None) -> str:
     """Returns a line about the device and what computes on it.
 

@@ -1,7 +1,7 @@
 """Figures by matplotlib, which is not installed with the library alone: `pip install 'tim4rec_jax[plots]'`."""
 
 import importlib.util
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -14,7 +14,7 @@ def can_draw() -> bool:
     return importlib.util.find_spec("matplotlib") is not None
 
 
-def new_figure(width: float, height: float, layout: str | None = None) -> "Figure":
+def new_figure(width: float, height: float, layout: Literal["constrained"] | None = None) -> "Figure":
     """Returns an empty figure of so many inches, drawn without a screen.
 
     Raises:

@@ -53,7 +53,7 @@ SHOWN_DIFFERENCES = 3
 # What may change when a run is resumed: none of it alters the steps already taken or the shapes of the checkpoint.
 CHANGEABLE_ON_RESUME = (
     *(f"train.{name}" for name in ("epochs", "max_steps", "patience", "log_every", "checkpoint_every")),
-    *(f"train.{name}" for name in ("progress", "tensorboard", "trackers", "steps_per_dispatch")),
+    *(f"train.{name}" for name in ("progress", "tensorboard", "trackers", "steps_per_dispatch", "capture")),
     *(f"data.{name}" for name in ("path", "item_path", "cache_dir")),
     "eval.batch_size",
     *(f"parallel.{field.name}" for field in dataclasses.fields(ParallelConfig)),

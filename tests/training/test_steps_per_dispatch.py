@@ -1,11 +1,13 @@
 """Several steps in one call to the device are the same steps: losses, log lines, tests, and where a run goes on."""
 
+import jax
 import pytest
 
 from experiments import train
 from tests.experiments.test_run_folder_fuzz import OPTIONS
 from tim4rec_jax.config import TrainConfig
 from tim4rec_jax.run_dir import read_results
+from tim4rec_jax.training import loop, setup
 from tim4rec_jax.training.logging import read_metrics
 
 # 3 does not divide the steps of an epoch, nor those between log lines.
@@ -74,3 +76,30 @@ def test_a_run_goes_on_inside_an_epoch_and_with_another_number(tmp_path):
 def test_none_at_a_time_is_refused():
     with pytest.raises(ValueError, match="steps_per_dispatch=0 must be at least 1"):
         TrainConfig(steps_per_dispatch=0)
+
+
+def test_captured_steps(monkeypatch, tmp_path, capsys):
+    """Refused without a GPU; with one, XLA is told what to record, which it takes on any device."""
+
+    def trained(folder):
+        options = [*WAYS["prefixes on one device"], "--train.epochs=1", "--train.capture"]
+        return train.main([*options, f"--run_dir={tmp_path / folder}"])
+
+    assert trained("run") == 2
+    error = capsys.readouterr().err
+    assert "train.capture=True needs an NVIDIA GPU, and JAX computes on cpu" in error and error.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+    monkeypatch.setattr(loop, "require_capture", lambda _: None)
+    monkeypatch.setattr(train, "require_capture", lambda _: None)
+    told, compile_it = [], jax.stages.Lowered.compile
+
+    def compiled(self, compiler_options=None):
+        told.append(compiler_options)
+        return compile_it(self, compiler_options)
+
+    monkeypatch.setattr(jax.stages.Lowered, "compile", compiled)
+    assert trained("run") == 0
+    assert "CUSTOM_CALL" in told[0]["xla_gpu_enable_command_buffer"]
+    monkeypatch.setattr(setup, "_CAPTURED", "NOTHING_OF_THE_KIND")
+    assert trained("other") == 2
+    assert "this JAX has no command buffers of that kind" in capsys.readouterr().err

@@ -19,7 +19,7 @@ from rich.console import Console
 from kernels.dispatch import recording, runs_interpreted
 from tim4rec_jax.config import ExperimentConfig, flat
 from tim4rec_jax.data.interactions import InteractionLog
-from tim4rec_jax.devices import device_line, require_kernels
+from tim4rec_jax.devices import device_line, require_capture, require_kernels
 from tim4rec_jax.evaluation.full_sort import FullSortEvaluator
 from tim4rec_jax.figures import HINT, can_draw
 from tim4rec_jax.files import locked
@@ -106,6 +106,7 @@ def train(
       ProcessError: another process was lost.
     """
     require_kernels(config.model)
+    require_capture(config.train.capture)
     require_callbacks(callbacks)
     told = [*callbacks, *trackers(config.train.trackers)] if is_main() else []
     given, config = config, with_data(config, log)

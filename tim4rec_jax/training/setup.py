@@ -29,6 +29,8 @@ from tim4rec_jax.training.step import (
 
 # Rows of a sharded item table are filled up to a multiple of this, so that a run may go on with 2, 4, 8 .. shards.
 EQUAL_SHARDS = 64
+# What XLA records into CUDA graphs; kernels of Triton are custom calls.
+_CAPTURED = "FUSION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,CONDITIONAL,WHILE"
 
 
 def with_data(config: ExperimentConfig, log: InteractionLog) -> ExperimentConfig:
@@ -134,4 +136,12 @@ class Setup:
         fixed = self.model, self.optimizer, self.config, self.groups, self.loader
         step = functools.partial(train_step, *fixed, statistics=self.statistics)
         steps = functools.partial(train_steps, step)
-        return self.layout.compile_step(steps).lower(state, self.device_data, batches).compile()
+        lowered = self.layout.compile_step(steps).lower(state, self.device_data, batches)
+        if not self.config.train.capture:
+            return lowered.compile()
+        try:
+            return lowered.compile(compiler_options={"xla_gpu_enable_command_buffer": _CAPTURED})
+        except jax.errors.JaxRuntimeError as error:
+            if "xla_gpu_enable_command_buffer" not in str(error):
+                raise
+            raise ValueError("train.capture=True: this JAX has no command buffers of that kind; leave it out") from None
