@@ -37,7 +37,7 @@ from tim4rec_jax.evaluation.measures import (
 from tim4rec_jax.evaluation.metrics import check_top_k, rank_of_target, self_information
 from tim4rec_jax.evaluation.seen_targets import Measured, measured
 from tim4rec_jax.evaluation.slices import slices
-from tim4rec_jax.models import apply_method, item_scores, last_hidden, variables
+from tim4rec_jax.models import apply_method, item_scores, last_hidden, scores_read_history, variables
 from tim4rec_jax.notebook import html_table, metric_rows
 from tim4rec_jax.parallel.item_table import (
     ITEM_TILE,
@@ -270,7 +270,7 @@ class FullSortEvaluator:
         timestamps = timestamps_for_device(log.timestamps, config.data.timestamp_precision)
         columns = np.asarray(log.items, np.int32), timestamps, np.asarray(log.offsets, np.int32)
         self._log = _DeviceLog(*(_put(column, mesh, P()) for column in columns))
-        reads_seen = config.eval.exclude_seen or model.config.seen_bias
+        reads_seen = config.eval.exclude_seen or scores_read_history(model)
         self._seen_len = int(examples.ends.max()) if reads_seen else 0
         self._top, self._needs = list_length(self._measures), needs(self._measures)
         if self._top and num_shards(mesh) > 1:

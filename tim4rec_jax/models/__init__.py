@@ -19,6 +19,7 @@ from tim4rec_jax.models.recommender import (
     init_params,
     item_scores,
     last_hidden,
+    scores_read_history,
     variables,
 )
 from tim4rec_jax.models.sasrec import SASRec, SASRecConfig
@@ -171,5 +172,6 @@ __all__ = [
     "one_segment",
     "register_model",
     "require_x64",
+    "scores_read_history",
     "variables",
 ]

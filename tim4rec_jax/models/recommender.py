@@ -40,16 +40,21 @@ def variables(params: Any) -> dict[str, Any]:
     }
 
 
+def scores_read_history(model: nn.Module) -> bool:
+    """Returns whether a model's method `score` also reads the items of the history, see `ModelConfig.seen_bias`."""
+    return getattr(getattr(model, "config", None), "seen_bias", False)
+
+
 def item_scores(model: nn.Module, variables: Any, hidden: Array, seen: Array) -> Array:
     """Returns the scores [b, v] of all items.
 
     Args:
-      model: its method `score` reads `seen` where it has `config.seen_bias`.
+      model: see `scores_read_history`.
       variables: of `model.apply`.
       hidden: [b, d].
       seen: int [b, s] items of the history, 0 for none; or bool [b, v].
     """
-    return apply_method(model, variables, "score", hidden, *([seen] if model.config.seen_bias else []))
+    return apply_method(model, variables, "score", hidden, *([seen] if scores_read_history(model) else []))
 
 
 def apply_method(model: nn.Module, variables: Any, method: str, *arguments: Any) -> Array:
