@@ -8,6 +8,7 @@ partial sort (NumPy).
 
 import argparse
 import functools
+import itertools
 import pathlib
 import tempfile
 import time
@@ -85,7 +86,7 @@ def _measure(items: int, options: argparse.Namespace, repeats: int) -> dict[str,
         index = require_usearch().Index.restore(str(file))
         size = file.stat().st_size
     index.expansion_search = report.expansion_search
-    turn = iter(np.tile(np.arange(len(queries)), 1000))
+    turn = itertools.cycle(range(len(queries)))
     forms = {
         "index": Form(lambda: index.search(queries[next(turn)], RECALL_AT), lambda _: None),
         "all": Form(functools.partial(best_of_all, rows, queries[:1], RECALL_AT), lambda _: None),

@@ -251,6 +251,10 @@ def test_damaged_checkpoints(tmp_path, log_file, capsys, change, message):
         ({"a": torch.ones(2, dtype=torch.int64)}, "a is of torch.LongStorage, where float32, float64"),
         ({"a": torch.tensor([1.0, float("nan")])}, "a holds numbers that are not finite"),
         ({"conv.weight": torch.ones(2)}, "looks like none of TiM4Rec, SSD4Rec"),
+        (
+            {"item_emb.weight": torch.ones(2, 2), "attention_layernorms.0.weight": torch.ones(2)},
+            "looks like the SASRec of pmixer/SASRec.pytorch",
+        ),
     ],
 )
 def test_files_that_hold_no_model_of_the_family(tmp_path, log_file, capsys, state, message):

@@ -5,8 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from experiments.configs import load_config
 from tests.models.calls import LENGTHS, program, rows, small, spread
 from tim4rec_jax import build_model
+from tim4rec_jax.config import experiment_from_dict
+from tim4rec_jax.layers.attention import Intervals, shortest_gap
 from tim4rec_jax.layers.rows import Rows
 
 SMALL = small("tisasrec")
@@ -67,3 +70,31 @@ def test_examples_drop_values_of_the_interval_tables():
         np.testing.assert_array_equal(dropped[0], dropped[3])
         assert (kept[-1][0] != kept[-1][1]).mean() == pytest.approx(0.42, abs=0.05)
     assert (kept[0] != kept[1]).mean() == pytest.approx(0.42, abs=0.05)
+
+
+def test_intervals_in_the_shortest_gap_of_the_history():
+    """By the definition, each position with the gaps up to it; all times twice as far apart give the same."""
+    items, timestamps = batch()
+    real = items != 0
+    span = 30
+    positions = np.broadcast_to(np.arange(12), items.shape)
+    keys = jnp.zeros((span + 1, 8))
+    for times in (timestamps, timestamps.astype(np.float32)):
+        unit = shortest_gap(jnp.asarray(times), jnp.asarray(real))
+        found = np.asarray(Intervals(jnp.asarray(times), keys, keys, unit).between(jnp.asarray(positions)))
+        for row, i in np.ndindex(*items.shape):
+            if real[row, i]:
+                own = timestamps[row, : i + 1].astype(np.int64)
+                gaps = np.diff(own)
+                shortest = gaps[gaps > 0].min(initial=np.iinfo(np.int64).max) if (gaps > 0).any() else 1
+                expected = np.minimum((own[-1] - own) // shortest, span)
+                np.testing.assert_array_equal(found[row, i, : i + 1], expected)
+    config = small("tisasrec", interval_unit="shortest")
+    run, params = program(config, "last"), spread(config)
+    before = np.asarray(run(params, items, LENGTHS, timestamps))
+    np.testing.assert_array_equal(run(params, items, LENGTHS, 2 * timestamps), before)
+    assert np.abs(program(SMALL, "last")(params, items, LENGTHS, timestamps) - before).max() > 1e-3
+    stored = load_config("ml100k_tisasrec").to_dict()
+    stored["model"]["interval_unit"] = "day"
+    with pytest.raises(ValueError, match="model.interval_unit='day' must be one of"):
+        experiment_from_dict(stored)

@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import pathlib
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -68,6 +69,11 @@ _LARGEST_SIZE = 2**20
 def _looks_like(path: pathlib.Path, state: Mapping[str, np.ndarray]) -> str:
     found = recognise(state)
     if found is None:
+        require(
+            not any(re.match(r"attention_layernorms\.\d", name) for name in state),
+            f"{shortened(str(path), 60)} looks like the SASRec of pmixer/SASRec.pytorch, which normalises queries "
+            "before attention and adds them back: another model than RecBole's SASRec, and none that is offered here",
+        )
         raise ValueError(
             f"{shortened(str(path), 60)} looks like none of {', '.join(UPSTREAM_NAMES)}; its parameters: "
             f"{listed(list(state), 100, ', ')}"

@@ -24,17 +24,35 @@ class Intervals(NamedTuple):
     Attributes:
       timestamps: [b, L] seconds, float or integer.
       keys, values: [t, d], or [b, t, d] where each example drops values of its own; row t - 1 is for t - 1 or more.
+      unit: [b, L] positive seconds that count as 1 where a position looks back; None for one.
     """
 
     timestamps: Array
     keys: Array
     values: Array
+    unit: Array | None = None
 
     def between(self, positions: Array) -> Array:
-        """Returns min(|time_i - time_j|, t - 1) in whole seconds, int32 [b, m, L], for i in positions [b, m]."""
+        """Returns min(|time_i - time_j| / unit, t - 1), rounded down, int32 [b, m, L], for i in positions [b, m]."""
         own, others = jnp.take_along_axis(self.timestamps, positions, axis=1)[:, :, None], self.timestamps[:, None]
         gaps = jnp.maximum(own, others) - jnp.minimum(own, others)
+        if self.unit is not None:
+            gaps = gaps // jnp.take_along_axis(self.unit, positions, axis=1)[:, :, None]
         return jnp.clip(gaps, 0, self.keys.shape[-2] - 1).astype(jnp.int32)
+
+
+def shortest_gap(timestamps: Array, real: Array) -> Array:
+    """Returns the shortest positive gap between two events up to each position, [b, L]; 1 where there is none.
+
+    Args:
+      timestamps: [b, L] seconds that never fall among real positions.
+      real: bool [b, L].
+    """
+    gaps = timestamps[:, 1:] - timestamps[:, :-1]
+    largest = jnp.iinfo(gaps.dtype).max if jnp.issubdtype(gaps.dtype, jnp.integer) else jnp.inf
+    gaps = jnp.where(real[:, 1:] & real[:, :-1] & (gaps > 0), gaps, largest)
+    shortest = jax.lax.cummin(jnp.pad(gaps, ((0, 0), (1, 0)), constant_values=largest), axis=1)
+    return jnp.where(shortest == largest, 1, shortest)
 
 
 def interval_scores(q: Array, keys: Array, intervals: Array) -> Array:

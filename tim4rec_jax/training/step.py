@@ -19,7 +19,15 @@ from tim4rec_jax.config import BINARY_LOSSES, ExperimentConfig, TrainConfig
 from tim4rec_jax.data.loader import Batch, Loader, PackedBatch
 from tim4rec_jax.data.negatives import Negatives
 from tim4rec_jax.data.packing import LengthGroup
-from tim4rec_jax.models import SequentialModel, apply_method, init_params, item_scores, last_hidden, variables
+from tim4rec_jax.models import (
+    SequentialModel,
+    apply_method,
+    init_params,
+    item_scores,
+    last_hidden,
+    scores_read_history,
+    variables,
+)
 from tim4rec_jax.parallel.item_table import (
     DATA_AXIS,
     ROW_AXES,
@@ -211,7 +219,7 @@ def _packed_value_and_grad(
         hidden = _encode(model, params, rows, example_ids, key, statistics)
         return hidden.reshape(rows.items.size, -1), apply_method(model, variables(params), "item_table")
 
-    if model.config.seen_bias:
+    if scores_read_history(model):
         return _seen_value_and_grad(model, config, params, rows, encode)
     (hidden, table), pull_back = jax.vjp(encode, params)
     given = hidden, table, rows.targets.ravel(), rows.weights.ravel()
