@@ -21,7 +21,7 @@ from tim4rec_jax.notebook import html_table, metric_rows
 from tim4rec_jax.run_dir import read_config
 from tim4rec_jax.serving.history_file import HistoryLine, asked_history, table_of_lists, top_k
 from tim4rec_jax.serving.recommender import Recommender
-from tim4rec_jax.serving.rules import Rules, allowed_items
+from tim4rec_jax.serving.rules import Rules, allowed_by_lists, raw_ids
 from tim4rec_jax.training.callbacks import Callback
 from tim4rec_jax.training.loop import only_writer, train
 from tim4rec_jax.training.stored_run import evaluate_run
@@ -87,15 +87,10 @@ class FittedRun:
         Raises:
           ValueError: for an unknown user or item, rules that leave nothing, or a k over the catalogue.
         """
-        if isinstance(users, str):
-            raise ValueError(f"users={users!r} must be a list of raw user ids; give [{users!r}]")
-        known = self.recommender
-        lists = {"allow": None if allow is None else [map(str, allow)], "deny": [map(str, deny)]}
-        allowed = allowed_items(known.index_of_item, **lists, items=items, where=where)
+        names, known = raw_ids(users), self.recommender
+        allowed = allowed_by_lists(known.index_of_item, allow, deny, items, where)
         rules = Rules(allowed, exclude_seen, popular_users=unknown_users == "popularity")
-        lines = [
-            HistoryLine(number, str(user), asked_history(known, str(user), rules)) for number, user in enumerate(users)
-        ]
+        lines = [HistoryLine(number, user, asked_history(known, user, rules)) for number, user in enumerate(names)]
         found = top_k(known, [line.history for line in lines], k, rules=rules)
         columns = ["rank", "item_id", *(["title"] if known.titles is not None else []), "score", "source"]
         return table_of_lists(known, lines, *found).select(pl.col("user").alias("user_id"), *columns)

@@ -19,9 +19,9 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
-from experiments.cli import OptionParser, parse_settings, table
-from experiments.configs import load_config
-from experiments.train import Arguments
+from experiments.cli import OptionParser, settings_without_folders, table
+from experiments.runs import require_comparable
+from experiments.train import parse
 from tim4rec_jax.checks import require
 from tim4rec_jax.config import ExperimentConfig
 from tim4rec_jax.data.interactions import InteractionLog, load_log
@@ -45,15 +45,9 @@ def _parse(rest: list[str]) -> tuple[argparse.Namespace, ExperimentConfig]:
     options, settings = parser.parse_known_args(rest)
     require(options.days >= 2, f"--days={options.days} must be at least 2: a day before and a day after")
     require(0 < options.share <= 1, f"--share={options.share} must lie in (0, 1]")
-    base = load_config(options.config)
-    given = parse_settings(
-        Arguments,
-        settings,
-        Arguments(base.model, base.data, base.train, base.eval, base.parallel, base.name),
-        prog="experiments.benchmark daily",
-    )
-    config = ExperimentConfig(base.name, given.model, given.data, given.train, given.eval, given.parallel)
+    config, _, _ = parse([f"--config={options.config}", *settings])
     require(config.data.holds_out, "data.split=none holds nothing out to measure; leave it out")
+    require_comparable(config, "experiments.benchmark daily")
     require(config.data.where is None, f"data.where={config.data.where}: the days are cut by it; leave it out")
     return options, config
 
@@ -130,7 +124,7 @@ def run(options: argparse.Namespace, rest: list[str]) -> tuple[dict[str, Any], T
             days.append(found)
     record = {
         "environment": environment(whole.fingerprint, command=sys.orig_argv),
-        "config": config.to_dict() | {"data": {**config.to_dict()["data"], "path": None, "item_path": None}},
+        "config": settings_without_folders(config),
         "share": own.share,
         "rate": own.rate,
         "monitor": monitor,

@@ -3,8 +3,10 @@
 from collections.abc import Mapping
 from typing import Any
 
-# Marks of a difference to the best, by their corrected p-value.
-MARKS = ((0.001, r"\ddagger"), (0.05, r"\dagger"))
+from experiments.comparison.numbers import significance_level
+
+# Marks of a difference to the best, by `significance_level`.
+_MARKS = ("", r"$^{\dagger}$", r"$^{\ddagger}$")
 _SPECIAL = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
 
 
@@ -23,9 +25,7 @@ def _cell(row: Mapping[str, Any], metric: str, best: str | None, second: str | N
     elif row["name"] == second:
         mean = rf"\underline{{{mean}}}"
     deviation = "" if spread["deviation"] is None else rf" $\pm$ {spread['deviation']:.4f}"
-    against = row["against_best"].get(metric)
-    mark = "" if against is None else next((mark for limit, mark in MARKS if against["p_holm"] < limit), "")
-    return f"{mean}{deviation}{mark and f'$^{{{mark}}}$'}"
+    return f"{mean}{deviation}{_MARKS[significance_level(row, metric)]}"
 
 
 def latex(numbers: Mapping[str, Any]) -> str:

@@ -119,6 +119,12 @@ def _against_best(ranks: Mapping[str, np.ndarray], part: Measured, best: str, me
     }
 
 
+def significance_level(row: Mapping[str, Any], metric: str) -> int:
+    """Returns how clearly a row of `collect` lies behind the best: 2 for p < 0.001, 1 for p < 0.05, else 0."""
+    against = row["against_best"].get(metric)
+    return 0 if against is None else sum(against["p_holm"] < limit for limit in (0.05, 0.001))
+
+
 def _about(log: InteractionLog, name: str) -> dict[str, Any]:
     sizes = {"users": log.num_users, "items": log.num_items, "rows": log.num_rows}
     return {"name": name} | sizes | {"fingerprint": log.fingerprint}

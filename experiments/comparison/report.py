@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from experiments.cli import markdown_table, note, write_json
 from experiments.comparison.labels import place_labels
 from experiments.comparison.latex import latex
+from experiments.comparison.numbers import significance_level
 from experiments.comparison.plan import Plan
 from tim4rec_jax.figures import HINT, can_draw, new_figure
 from tim4rec_jax.files import replacing, write_atomically
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-MARKS = ((0.001, "‡"), (0.05, "†"))
+_MARKS = ("", " †", " ‡")
 NOTHING = "–"
 _BUDGET = ("epochs", "max_steps", "patience", "batch_size", "learning_rate", "schedule", "loss")
 
@@ -31,11 +32,10 @@ def _value(row: Mapping[str, Any], metric: str, best: str | None) -> str:
     """One cell: the mean, bold for the best, its deviation over seeds and the mark of its difference to the best."""
     if metric not in row["metrics"]:
         return NOTHING
-    spread, against = row["metrics"][metric], row["against_best"].get(metric)
+    spread = row["metrics"][metric]
     mean = f"**{spread['mean']:.4f}**" if row["name"] == best else f"{spread['mean']:.4f}"
     deviation = "" if spread["deviation"] is None else f" ± {spread['deviation']:.4f}"
-    mark = "" if against is None else next((mark for limit, mark in MARKS if against["p_holm"] < limit), "")
-    return f"{mean}{deviation}{mark and f' {mark}'}"
+    return f"{mean}{deviation}{_MARKS[significance_level(row, metric)]}"
 
 
 def _costs(row: Mapping[str, Any]) -> list[str]:

@@ -196,7 +196,7 @@ def _rank_rows(
                 users, ends = jax.lax.all_gather((users, ends), MODEL_AXIS, tiled=True)
                 seen = gather_windows(*log, users, ends, seen_len, xp=jnp).items
             return sharded_ranks(hidden, targets, params[TABLE]["embedding"], seen, vocab_size=model.config.vocab_size)
-        seen, excluded = targets[:, None], None
+        seen = excluded = None
         if seen_len:
             seen = gather_windows(*log, users, ends, seen_len, xp=jnp).items
         scores = item_scores(model, variables(params), hidden, seen)

@@ -45,14 +45,14 @@ def scores_read_history(model: nn.Module) -> bool:
     return getattr(getattr(model, "config", None), "seen_bias", False)
 
 
-def item_scores(model: nn.Module, variables: Any, hidden: Array, seen: Array) -> Array:
+def item_scores(model: nn.Module, variables: Any, hidden: Array, seen: Array | None = None) -> Array:
     """Returns the scores [b, v] of all items.
 
     Args:
       model: see `scores_read_history`.
       variables: of `model.apply`.
       hidden: [b, d].
-      seen: int [b, s] items of the history, 0 for none; or bool [b, v].
+      seen: int [b, s] items of the history, 0 for none; or bool [b, v]; None where the model does not read them.
     """
     return apply_method(model, variables, "score", hidden, *([seen] if scores_read_history(model) else []))
 

@@ -92,7 +92,7 @@ def _programs(recommender: Recommender, k: int, *, ann: bool) -> dict[str, _Prog
 
     def rank(parameters: Any, hidden: jax.Array, *rules: Any) -> tuple[jax.Array, jax.Array]:
         *seen, excluded, allowed = rules
-        scores = item_scores(model, collections(parameters), hidden, *(seen or [excluded]))
+        scores = item_scores(model, collections(parameters), hidden, *seen)
         best, indices, _ = best_columns(scores, excluded, k, allowed)
         return jnp.where(best > -jnp.inf, indices, 0).astype(jnp.int32), best
 

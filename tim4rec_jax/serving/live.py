@@ -9,7 +9,7 @@ import polars as pl
 from tim4rec_jax.checks import require
 from tim4rec_jax.notebook import html_table
 from tim4rec_jax.serving.recommender import Recommender
-from tim4rec_jax.serving.rules import allowed_items
+from tim4rec_jax.serving.rules import allowed_by_lists, raw_ids
 from tim4rec_jax.serving.streaming import load_streamable
 from tim4rec_jax.serving.user_table import Event, UserTable
 
@@ -84,11 +84,8 @@ class Stream:
         Raises:
           ValueError: for a user without events, an unknown item, rules that leave nothing, or a k over the catalogue.
         """
-        if isinstance(users, str):
-            raise ValueError(f"users={users!r} must be a list of raw user ids; give [{users!r}]")
-        known, names = self.table.recommender, [str(user) for user in users]
-        lists = {"allow": None if allow is None else [map(str, allow)], "deny": [map(str, deny)]}
-        allowed = allowed_items(known.index_of_item, **lists, items=items, where=where)
+        known, names = self.table.recommender, raw_ids(users)
+        allowed = allowed_by_lists(known.index_of_item, allow, deny, items, where)
         listed = known.named(*self.table.top_k(names, k, exclude_seen=exclude_seen, allowed=allowed))
         rows = [
             (user, rank, item.item_id, item.title, item.score)

@@ -43,7 +43,7 @@ def compilations() -> Compilations:
 
 
 class _Asked(NamedTuple):
-    """What is asked of each row: bool [b, v] the items to rank, int [b, m] those to score, and what `score` reads."""
+    """What is asked of each row: bool [b, v] items to rank, int [b, m] items to score, bool [b, v] items seen."""
 
     allowed: Any
     scored: Any
@@ -206,8 +206,9 @@ class PreparedRecommender:
             allowed[place] = self._everything if row.allowed is None else row.allowed
             scored[place, : len(row.scored)] = row.scored
         allowed[len(rows) :] = True
-        seen = np.zeros(allowed.shape if self.recommender.config.model.seen_bias else (len(allowed), 1), bool)
-        if seen.shape == allowed.shape:
+        seen = None
+        if self.recommender.config.model.seen_bias:
+            seen = np.zeros(allowed.shape, bool)
             for place, history in enumerate(histories):
                 seen[place, history.items] = True
         asked = _Asked(allowed, scored, seen)

@@ -92,7 +92,7 @@ def _top_k(
     items: jax.Array,
     lengths: jax.Array,
     timestamps: jax.Array,
-    seen: jax.Array,
+    seen: jax.Array | None,
     excluded: jax.Array,
     allowed: jax.Array | None,
     *,
@@ -116,7 +116,7 @@ def _scores_of(
     items: jax.Array,
     lengths: jax.Array,
     timestamps: jax.Array,
-    seen: jax.Array,
+    seen: jax.Array | None,
     columns: jax.Array,
     *,
     model: nn.Module,
@@ -508,13 +508,11 @@ class Recommender:
         best = np.argsort(-counts, kind="stable")[:k]
         return items_left(best, counts[best]).astype(np.int32), counts[best]
 
-    def seen(self, histories: Sequence[History], rows: Sequence[int] | np.ndarray, b: int) -> np.ndarray:
-        """Returns what scores read of the items in some whole histories, int32 [b, s], filled with 0.
-
-        Models without `seen_bias` read nothing of it.
-        """
-        known = self.config.model.seen_bias
-        return padded_lists([np.unique(histories[i].items) if known else () for i in rows], b)
+    def seen(self, histories: Sequence[History], rows: Sequence[int] | np.ndarray, b: int) -> np.ndarray | None:
+        """Returns the items of whole histories, int32 [b, s], filled with 0; None where scores do not read them."""
+        if not self.config.model.seen_bias:
+            return None
+        return padded_lists([np.unique(histories[i].items) for i in rows], b)
 
     def _batches(self, histories: Sequence[History]) -> Iterator[tuple[np.ndarray, tuple[np.ndarray, ...]]]:
         """Yields batches of few static shapes: places in `histories` [n], and items, lengths and times of b >= n."""

@@ -127,6 +127,29 @@ def rules_from_options(
     return Rules(allowed, options.exclude_seen, skip, popular)
 
 
+def raw_ids(users: Sequence[Any]) -> list[str]:
+    """Returns users as texts.
+
+    Raises:
+      ValueError: it is one text, and no list of them.
+    """
+    if isinstance(users, str):
+        raise ValueError(f"users={users!r} must be a list of raw user ids; give [{users!r}]")
+    return [str(user) for user in users]
+
+
+def allowed_by_lists(
+    indices: Mapping[str, int],
+    allow: Iterable[Any] | None,
+    deny: Iterable[Any],
+    items: pl.DataFrame | pathlib.Path | None,
+    where: Sequence[str],
+) -> np.ndarray | None:
+    """Does what `allowed_items` does with one list each of ids, which may be numbers."""
+    lists = None if allow is None else [map(str, allow)]
+    return allowed_items(indices, allow=lists, deny=[map(str, deny)], items=items, where=where)
+
+
 def allowed_items(
     indices: Mapping[str, int],
     *,

@@ -141,7 +141,7 @@ def extend_rows(
 def _top_k(
     params: Any,
     hidden: jax.Array,
-    seen: jax.Array,
+    seen: jax.Array | None,
     excluded: jax.Array,
     allowed: jax.Array | None,
     *,
@@ -152,7 +152,9 @@ def _top_k(
 
 
 @functools.partial(jax.jit, static_argnames="model")
-def _scores_of(params: Any, hidden: jax.Array, seen: jax.Array, columns: jax.Array, *, model: nn.Module) -> jax.Array:
+def _scores_of(
+    params: Any, hidden: jax.Array, seen: jax.Array | None, columns: jax.Array, *, model: nn.Module
+) -> jax.Array:
     return jnp.take_along_axis(item_scores(model, variables(params), hidden, seen), columns, axis=1)
 
 
@@ -292,14 +294,18 @@ class Streamer:
           FloatingPointError: where scores are not finite.
         """
         check_top_k((k,), self.num_items)
-        had = self._seen(seen, len(hidden))
+        self._require_seen(seen)
         excluded = [np.unique(row) for row in exclude] if exclude is not None else [np.zeros(0, np.int32)] * len(hidden)
         tile = score_rows(self.num_items + 1)
         # Cut and filled on the host: on the device every number of rows would be another program.
         rows = np.asarray(hidden)
         parts = [
             self._top_k_tile(
-                rows[first : first + tile], k, had[first : first + tile], excluded[first : first + tile], allowed
+                rows[first : first + tile],
+                k,
+                None if seen is None else seen[first : first + tile],
+                excluded[first : first + tile],
+                allowed,
             )
             for first in range(0, len(rows), tile)
         ]
@@ -311,20 +317,23 @@ class Streamer:
             )
         return indices, scores
 
-    def _seen(self, seen: Sequence[np.ndarray] | None, rows: int) -> list[np.ndarray]:
-        """Returns what scores read of the items of each row's history, each once."""
-        if not self.model.config.seen_bias:
-            return [np.zeros(0, np.int32)] * rows
-        if seen is None:
+    def _require_seen(self, seen: Sequence[np.ndarray] | None) -> None:
+        if self.model.config.seen_bias and seen is None:
             raise ValueError("the model has seen_bias: its scores depend on the items of the history; give `seen`")
-        return [np.unique(row) for row in seen]
+
+    def _padded_seen(self, seen: Sequence[np.ndarray] | None, rows: int) -> np.ndarray | None:
+        """Returns the items of each row's history, filled with 0; None where scores do not read them."""
+        if seen is None or not self.model.config.seen_bias:
+            return None
+        return padded_lists([np.unique(row) for row in seen], rows)
 
     def item_scores(
         self, hidden: jax.Array, items: Sequence[np.ndarray], seen: Sequence[np.ndarray] | None = None
     ) -> list[np.ndarray]:
         """Returns the scores that `top_k` would give certain items: of each row those of its item indices, float32."""
-        had, rows = self._seen(seen, len(hidden)), _filled(np.asarray(hidden))
-        columns = padded_lists(had, len(rows)), padded_lists(items, len(rows))
+        self._require_seen(seen)
+        rows = _filled(np.asarray(hidden))
+        columns = self._padded_seen(seen, len(rows)), padded_lists(items, len(rows))
         scores = np.asarray(_scores_of(self.params, rows, *columns, model=self.model))
         for row, ids in enumerate(items):
             if not np.isfinite(scores[row, : len(ids)]).all():
@@ -335,13 +344,13 @@ class Streamer:
         self,
         hidden: np.ndarray,
         k: int,
-        seen: list[np.ndarray],
+        seen: Sequence[np.ndarray] | None,
         excluded: list[np.ndarray],
         allowed: np.ndarray | None,
     ) -> tuple[np.ndarray, ...]:
         """One device call; sizes are rounded up to powers of two, so that later calls find a compiled program."""
         n, hidden = len(hidden), _filled(hidden)
-        columns = padded_lists(seen, len(hidden)), padded_lists(excluded, len(hidden))
+        columns = self._padded_seen(seen, len(hidden)), padded_lists(excluded, len(hidden))
         width = min(next_power_of_two(k), self.num_items)
         best, indices, finite = jax.device_get(
             _top_k(self.params, hidden, *columns, allowed, model=self.model, k=width)

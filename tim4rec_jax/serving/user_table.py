@@ -64,7 +64,8 @@ class UserTable:
         Raises:
           ValueError: for a model that cannot go on from a state, or whose scores read the items, which are not kept.
         """
-        if recommender.config.model.seen_bias and not keep_items:
+        self._reads_items = recommender.config.model.seen_bias
+        if self._reads_items and not keep_items:
             raise ValueError("the model has seen_bias: its scores read every user's items; keep them (keep_items)")
         self.recommender, self.keeps_items = recommender, keep_items
         self.streamer = Streamer(recommender.model, recommender.params)
@@ -218,7 +219,7 @@ class UserTable:
         rows[:n] = [self._rows[user] for user in users]
         labels = [f"user {user!r}" for user in users] + ["no user"] * (len(rows) - n)
         had = None
-        if self.keeps_items:  # by filling rows nothing: their results are dropped
+        if exclude_seen or self._reads_items:  # by filling rows nothing: their results are dropped
             had = [np.array(self._items[row] if i < n else [], np.int32) for i, row in enumerate(rows)]
         excluded = had if exclude_seen else None
         indices, scores = self.streamer.top_k(self.hidden[rows], k, excluded, labels, allowed, had)
@@ -234,7 +235,7 @@ class UserTable:
         self._require_events([user])
         self.flush()
         row = self._rows[user]
-        had = [np.array(self._items[row], np.int32)] if self.keeps_items else None
+        had = [np.array(self._items[row], np.int32)] if self._reads_items else None
         [scores] = self.streamer.item_scores(self.hidden[np.array([row])], [items], had)
         return scores
 

@@ -4,7 +4,6 @@ A callback that raises does not end the run: it is left out from there on, and t
 metrics.jsonl name it. In `on_start` nothing is lost yet, so there its error refuses the run.
 """
 
-import json
 import math
 import os
 import pathlib
@@ -12,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from tim4rec_jax.checks import require, shortened
-from tim4rec_jax.files import write_atomically
+from tim4rec_jax.json_files import read_object, write_object
 from tim4rec_jax.run_dir import TRACKERS
 
 
@@ -111,17 +110,14 @@ def _imported(name: str) -> Any:
         ) from error
 
 
-def _stored_id(run_dir: pathlib.Path, name: str) -> str | None:
-    """Returns the id that a run has with a tracker."""
+def _stored_ids(run_dir: pathlib.Path) -> dict[str, Any]:
+    """Returns the ids that a run has with trackers."""
     file = run_dir / TRACKERS
-    ids = json.loads(file.read_bytes()) if file.is_file() else {}
-    return ids.get(name) if isinstance(ids, dict) else None
+    return read_object(file) if file.is_file() else {}
 
 
 def _store_id(run_dir: pathlib.Path, name: str, value: str) -> None:
-    file = run_dir / TRACKERS
-    ids = json.loads(file.read_bytes()) if file.is_file() else {}
-    write_atomically(file, (json.dumps(ids | {name: value}) + "\n").encode())
+    write_object(run_dir / TRACKERS, _stored_ids(run_dir) | {name: value})
 
 
 def _finite(values: Mapping[str, Any], prefix: str) -> dict[str, float]:
@@ -148,7 +144,7 @@ class MLflow(Callback):
 
     def on_start(self, run_dir: pathlib.Path, settings: Mapping[str, Any], step: int) -> None:
         self._client = self._mlflow.MlflowClient()
-        known = _stored_id(run_dir, "mlflow") if step else None
+        known = _stored_ids(run_dir).get("mlflow") if step else None
         if known is not None:
             self._run = known
             self._client.update_run(known, status="RUNNING")
@@ -189,7 +185,7 @@ class WeightsAndBiases(Callback):
         self._wandb, self._run = _imported("wandb"), None
 
     def on_start(self, run_dir: pathlib.Path, settings: Mapping[str, Any], step: int) -> None:
-        known = _stored_id(run_dir, "wandb") if step else None
+        known = _stored_ids(run_dir).get("wandb") if step else None
         self._run = self._wandb.init(
             project=os.environ.get("WANDB_PROJECT", "tim4rec_jax"),
             dir=str(run_dir),

@@ -62,9 +62,7 @@ from tim4rec_jax.training.profiling import StepProfile
 from tim4rec_jax.training.progress import EarlyStop, Progress
 from tim4rec_jax.training.setup import Setup, with_data
 from tim4rec_jax.training.signals import Interrupted, StopRequests
-from tim4rec_jax.training.step import (
-    TrainState,
-)
+from tim4rec_jax.training.step import TrainState
 from tim4rec_jax.training.warm_start import WarmStart, require_fits, warm_params
 
 # Drawing takes as long as an epoch of a small log.
@@ -518,13 +516,13 @@ def _test(session: Session, state: TrainState, progress: Progress) -> dict[str, 
         results |= ranked.measured.report()
         if ranked.parts:
             results["test_parts"] = ranked.parts
-    begun_from = [line["init_from"] for line in read_metrics(run_dir) if "init_from" in line] if is_main() else []
-    if begun_from:
-        results["init_from"] = begun_from[-1]
     if setup.split.report:
         results["split"] = dataclasses.asdict(setup.split.report)
     if is_main():
-        results |= _costs(run_dir)
+        lines = read_metrics(run_dir)
+        if begun := [line["init_from"] for line in lines if "init_from" in line]:
+            results["init_from"] = begun[-1]
+        results |= _costs(lines)
         results["wall_seconds_of_this_process"] = time.perf_counter() - session.started
         if ranked is not None:
             write_test_ranks(run_dir, setup.log.user_ids[ranked.measured.examples.users], ranked.ranks)
@@ -533,9 +531,9 @@ def _test(session: Session, state: TrainState, progress: Progress) -> dict[str, 
     return results
 
 
-def _costs(run_dir: pathlib.Path) -> dict[str, Any]:
-    """Time and memory of the whole run, of the processes before this one too if it was resumed."""
-    epochs = [line for line in read_metrics(run_dir) if line["kind"] == "valid"]
+def _costs(lines: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Time and memory of the whole run from its metrics, of the processes before this one too if it was resumed."""
+    epochs = [line for line in lines if line["kind"] == "valid"]
     peaks = [line.get("peak_resident_bytes", 0) for line in epochs]
     return {
         "seconds_per_epoch": statistics.median(line["train_seconds"] for line in epochs if "train_seconds" in line),

@@ -209,7 +209,7 @@ def seen_log_sums(
     if segment_ids is not None:
         read &= segment_ids[:, :, None] == segment_ids[:, None, :]
     repeats = jnp.any(read & (items[:, :, None] == items[:, None, :]) & ~jnp.eye(items.shape[1], dtype=bool), axis=2)
-    counted = (read & ~repeats[:, None, :]) | jnp.where(items == 0, True, False)[:, :, None]
+    counted = (read & ~repeats[:, None, :]) | (items == 0)[:, :, None]
     log_sums = jax.nn.logsumexp(jnp.where(counted, scores, -jnp.inf), axis=2)
     return log_sums, jnp.any(read & (items[:, None, :] == targets[:, :, None]), axis=2)
 

@@ -12,15 +12,15 @@ import polars as pl
 
 from tim4rec_jax.data.interactions import InteractionLog
 from tim4rec_jax.data.splits import Examples, Split, split_log
-from tim4rec_jax.models import STATISTICS, SequentialModel
-from tim4rec_jax.run_dir import read_config
+from tim4rec_jax.evaluation.baselines import in_training
+from tim4rec_jax.models import SequentialModel
+from tim4rec_jax.run_dir import SHOWN_DIFFERENCES, read_config
 from tim4rec_jax.training.checkpoint import named_leaves
 from tim4rec_jax.training.stored_run import load_log, load_model
 
 PyTree = Any
 # Settings in which the two may differ; where the shape of a parameter depends on one, the shapes are compared.
 _FREE = {"vocab_size", "vocab_multiple", "kernels", "max_len", "module"}
-_SHOWN_DIFFERENCES = 3
 
 
 @dataclass(frozen=True)
@@ -81,9 +81,9 @@ def require_fits(run: pathlib.Path, model: SequentialModel) -> None:
         if there.get(name) != here.get(name)
     ]
     if differences:
-        more = f" and {len(differences) - _SHOWN_DIFFERENCES} more" if len(differences) > _SHOWN_DIFFERENCES else ""
+        more = f" and {len(differences) - SHOWN_DIFFERENCES} more" if len(differences) > SHOWN_DIFFERENCES else ""
         raise ValueError(
-            f"train.init_from={run} has other settings: {', '.join(differences[:_SHOWN_DIFFERENCES])}{more}; give "
+            f"train.init_from={run} has other settings: {', '.join(differences[:SHOWN_DIFFERENCES])}{more}; give "
             "those of that run, or train from initial values"
         )
 
@@ -120,7 +120,7 @@ def warm_params(
     """
     require_fits(run, model)
     stored, before = load_model(run, report=report), load_log(run)
-    old = {name: np.asarray(leaf) for name, leaf in named_leaves(_without_statistics(stored.params)).items()}
+    old = {name: np.asarray(leaf) for name, leaf in named_leaves(stored.variables["params"]).items()}
     new = {name: np.asarray(leaf) for name, leaf in named_leaves(fresh).items()}
     index = _indices_there(log.item_ids, before.item_ids)
     mapped = {}
@@ -140,10 +140,6 @@ def warm_params(
         str(run), stored.step, known, log.num_items - known, before.num_items - known, trained[0], trained[1]
     )
     return jax.tree.unflatten(jax.tree.structure(fresh), leaves), about
-
-
-def _without_statistics(params: PyTree) -> PyTree:
-    return {name: part for name, part in params.items() if name != STATISTICS}
 
 
 def _shown(shape: tuple[int, ...] | None) -> str:
@@ -171,15 +167,12 @@ def _trained_targets(
     before: InteractionLog, split_before: Split, log: InteractionLog, parts: tuple[Examples, ...]
 ) -> list[int]:
     """Counts the targets of each part that are events, by user, item and time, on which an earlier run was trained."""
-    ends = np.zeros(before.num_users, np.int64)
-    ends[split_before.first_held_out.users] = split_before.first_held_out.ends
+    rows = np.flatnonzero(in_training(before, split_before.first_held_out))
     users = np.repeat(np.arange(before.num_users), np.diff(before.offsets))
-    positions = np.arange(before.num_rows) - before.offsets[users]
-    rows = np.flatnonzero(positions < ends[users])
     trained = _events(before, users[rows], rows)
     counts = []
     for part in parts:
-        held_out = _events(log, part.users, log.offsets[part.users] + part.ends)
+        held_out = _events(log, part.users, part.target_rows(log))
         counts.append(len(held_out.join(trained, on=held_out.columns, how="semi")))
     return counts
 
