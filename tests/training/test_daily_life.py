@@ -108,6 +108,19 @@ def test_rows_follow_their_raw_ids(days, yesterday):
     assert (about.known_items, about.new_items, about.gone_items) == (19, len(unknown), 1)
 
 
+def test_rows_that_fill_a_table_up_are_no_items(tmp_path):
+    """As of a run whose item table lay in shards: they count for nothing in the mean."""
+    config, log = make_config("ssd4rec", vocab_multiple=64), make_log()
+    stored = make_run(tmp_path / "run", log, config)["item_embedding"]["embedding"]
+    renamed = dataclasses.replace(log, item_ids=log.item_ids.replace({log.item_ids[4]: "new"}))
+    model, fresh = fresh_of(config, renamed)
+    params, about = warm_params(tmp_path / "run", model, renamed, split_log(renamed, config.data), fresh)
+    assert stored.shape[0] == 64 and (about.known_items, about.new_items, about.gone_items) == (29, 1, 1)
+    noise = fresh["item_embedding"]["embedding"][5]
+    wanted = np.asarray(stored[1:31]).mean(0) + noise
+    np.testing.assert_allclose(params["item_embedding"]["embedding"][5], wanted, atol=1e-6)
+
+
 def test_day_two(days, yesterday, tmp_path, capsys):
     """The update is said, written down, and knows new users and items; yesterday's run is as it was."""
     before = {file: file.read_bytes() for file in yesterday.rglob("*") if file.is_file()}

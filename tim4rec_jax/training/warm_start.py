@@ -132,7 +132,11 @@ def warm_params(
                 f"train.init_from={run}: {name} is {_shown(there)} there and {_shown(here)} here; give the settings of "
                 "that run, or train from initial values"
             )
-        mapped[name] = _rows_of_items(old[name], new[name], index) if by_item else old[name].astype(new[name].dtype)
+        mapped[name] = (
+            _rows_of_items(old[name], before.num_items, new[name], index)
+            if by_item
+            else old[name].astype(new[name].dtype)
+        )
     leaves = [mapped[name] for name in named_leaves(fresh)]
     known = int(np.count_nonzero(index))
     trained = _trained_targets(before, split_log(before, stored.config.data), log, (split.valid, split.test))
@@ -153,11 +157,11 @@ def _indices_there(item_ids: pl.Series, known: pl.Series) -> np.ndarray:
     return here.join(there, on="id", how="left", maintain_order="left")["index"].fill_null(0).to_numpy()
 
 
-def _rows_of_items(old: np.ndarray, fresh: np.ndarray, index: np.ndarray) -> np.ndarray:
-    """Returns rows [v, ..] for this numbering: padding, then one per item; what fills the table up stays as it is."""
+def _rows_of_items(old: np.ndarray, items_there: int, fresh: np.ndarray, index: np.ndarray) -> np.ndarray:
+    """Returns rows [v, ..] for this numbering: padding, then one per item; what fills a table up is no item's."""
     rows, items = fresh.copy(), slice(1, 1 + len(index))
     rows[0] = old[0]
-    mean = old[1:].mean(axis=0, dtype=np.float64) if len(old) > 1 else 0.0
+    mean = old[1 : 1 + items_there].mean(axis=0, dtype=np.float64)
     is_known = (index > 0).reshape(-1, *[1] * (old.ndim - 1))
     rows[items] = np.where(is_known, old[index], mean + fresh[items])
     return rows
