@@ -73,3 +73,11 @@ def x64():
     """JAX's 64-bit mode for the length of a test."""
     with jax.enable_x64(True):
         yield
+
+
+@pytest.fixture(scope="session")
+def log():
+    """The small log of `tests.serving.tiny_run`; a file may have one of its own."""
+    from tests.serving.tiny_run import make_log
+
+    return make_log()

@@ -51,8 +51,8 @@ def test_hit_ndcg_mrr_by_hand():
     assert metrics.hit(ranks, 3).dtype == metrics.ndcg(ranks, 3).dtype == metrics.mrr(ranks, 3).dtype == np.float64
 
 
-def test_summarise_by_hand():
-    result = metrics.summarise(np.array([1, 3, 11, 4], np.int32), (1, 10))
+def test_means_by_hand():
+    result = measures.metrics_of_ranks(np.array([1, 3, 11, 4], np.int32), measures.names((1, 10)))
     assert list(result) == ["hit@1", "ndcg@1", "mrr@1", "hit@10", "ndcg@10", "mrr@10"]
     assert result["hit@1"] == result["ndcg@1"] == result["mrr@1"] == 0.25
     assert result["hit@10"] == 0.75
@@ -60,9 +60,11 @@ def test_summarise_by_hand():
     assert result["mrr@10"] == pytest.approx((1 + 1 / 3 + 1 / 4) / 4, rel=1e-15)
 
 
-def test_summarise_is_float64_over_many_rows():
+def test_means_are_float64_over_many_rows():
     ranks = np.full(3_000_001, 2, np.int32)
-    assert metrics.summarise(ranks, (10,))["ndcg@10"] == pytest.approx(1 / np.log2(3), rel=1e-12)
+    assert measures.metrics_of_ranks(ranks, measures.names((10,)))["ndcg@10"] == pytest.approx(
+        1 / np.log2(3), rel=1e-12
+    )
 
 
 def test_standard_error_by_hand():
@@ -77,7 +79,7 @@ def test_standard_error_by_hand():
 )
 def test_bad_ranks(ranks, message):
     with pytest.raises(ValueError, match=message):
-        metrics.summarise(np.array(ranks, np.int32), (10,))
+        measures.metrics_of_ranks(np.array(ranks, np.int32), measures.names((10,)))
 
 
 def test_one_rank_has_no_standard_error():

@@ -24,8 +24,8 @@ from tests.edited_runs import reseal
 from tim4rec_jax.data.interactions import load_log
 from tim4rec_jax.data.splits import leave_one_out, split_log
 from tim4rec_jax.evaluation.baselines import markov_ranks, popularity_counts, popularity_ranks, transition_counts
-from tim4rec_jax.evaluation.measures import metrics_of_ranks
-from tim4rec_jax.evaluation.metrics import hit, summarise
+from tim4rec_jax.evaluation.measures import metrics_of_ranks, names
+from tim4rec_jax.evaluation.metrics import hit
 from tim4rec_jax.evaluation.significance import by_user
 from tim4rec_jax.run_dir import create_run, read_config, read_results, read_test_ranks, write_results, write_test_ranks
 from tim4rec_jax.training.logging import MetricLogger, read_metrics
@@ -108,7 +108,7 @@ def test_numbers_are_those_of_the_runs(tmp_path, log, finished):
         assert [run["train_seconds"] for run in rows[model]["runs"]] == [9.0, 9.0]
     split = leave_one_out(log)
     counts, transitions = popularity_counts(log, split.valid), transition_counts(log, split.valid)
-    expected = summarise(markov_ranks(log, transitions, counts, split.test), (1, 5, 10))
+    expected = metrics_of_ranks(markov_ranks(log, transitions, counts, split.test), names((1, 5, 10)))
     assert {m: spread["mean"] for m, spread in rows["Markov"]["metrics"].items()} == pytest.approx(expected)
     against = rows["ssd4rec"]["against_best"]["ndcg@10"]
     assert against["p_holm"] < 0.01 and 0 < against["interval_95"][0] < against["behind_by"] < against["interval_95"][1]
@@ -131,7 +131,7 @@ def test_runs_of_a_temporal_split_with_every_event_a_target(tmp_path, log):
     assert "temporal split (shares 0.1 and 0.1; every event of a user and period), seen items not excluded" in text
     rows = {row["name"]: row for row in numbers["rows"]}
     counts = popularity_counts(log, split.first_held_out)
-    expected = summarise(popularity_ranks(log, counts, split.test), (1, 5, 10))
+    expected = metrics_of_ranks(popularity_ranks(log, counts, split.test), names((1, 5, 10)))
     assert {m: spread["mean"] for m, spread in rows["popularity"]["metrics"].items()} == pytest.approx(expected)
     behind = rows["ssd4rec"]["against_best"]["ndcg@10"]["behind_by"]
     means = [rows[model]["metrics"]["ndcg@10"]["mean"] for model in ("sasrec", "ssd4rec")]
@@ -349,7 +349,7 @@ def test_a_comparison_for_real(tmp_path, monkeypatch, capfd, log):
     assert {row["name"]: row["seeds"] for row in trained} == {"sasrec": [2020, 2021], "ssd4rec": [2020, 2021]}
     ranks, results = read_test_ranks(first), read_results(first)
     assert ranks.schema == {"user_id": pl.String, "rank": pl.Int32} and ranks["user_id"].equals(log.user_ids)
-    assert summarise(ranks["rank"].to_numpy(), (1, 5, 10)) == results["test"]
+    assert metrics_of_ranks(ranks["rank"].to_numpy(), names((1, 5, 10))) == results["test"]
     epochs = [line for line in read_metrics(first) if line["kind"] == "valid"]
     assert results["seconds_per_epoch"] == statistics.median(line["train_seconds"] for line in epochs)
     assert 50 * 2**20 < results["peak_resident_bytes"] < 2**34 and results["peak_device_bytes"] is None

@@ -8,7 +8,7 @@ import numpy as np
 import polars as pl
 import pytest
 
-from tests.serving.tiny_run import make_causal_config, make_config, make_log, make_run
+from tests.serving.tiny_run import make_causal_config, make_config, make_run
 from tim4rec_jax import fit, load_log
 from tim4rec_jax.config import ExperimentConfig, ParallelConfig, TrainConfig
 from tim4rec_jax.data.loader import Batch, PackedBatch
@@ -129,11 +129,6 @@ def test_last_positions_have_the_loss_of_the_definition(rows):
         one = np.broadcast_to(hidden[b : b + 1], (1, lengths[b], hidden.shape[-1]))
         expected += by_definition(one, table, row, np.ones_like(row), np.full_like(row, last[b]), 2.0)[0, -1]
     np.testing.assert_allclose(found, expected, rtol=1e-4)
-
-
-@pytest.fixture(scope="module")
-def log():
-    return make_log()
 
 
 @pytest.fixture(scope="module")

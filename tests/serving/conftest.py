@@ -2,13 +2,8 @@
 
 import pytest
 
-from tests.serving.tiny_run import make_causal_config, make_config, make_log, make_run
+from tests.serving.tiny_run import make_causal_config, make_config, make_run
 from tim4rec_jax.serving.recommender import Recommender
-
-
-@pytest.fixture(scope="session")
-def log():
-    return make_log()
 
 
 @pytest.fixture(scope="session")

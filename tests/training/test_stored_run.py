@@ -8,14 +8,9 @@ import jax
 import numpy as np
 import pytest
 
-from tests.serving.tiny_run import make_config, make_log, make_run
+from tests.serving.tiny_run import make_config, make_run
 from tim4rec_jax.run_dir import CHECKPOINTS
 from tim4rec_jax.training.stored_run import load_log, load_model
-
-
-@pytest.fixture(scope="module")
-def log():
-    return make_log()
 
 
 @pytest.fixture(scope="module")

@@ -199,24 +199,3 @@ def checked_ranks(ranks: np.ndarray) -> np.ndarray:
     if ranks.min() < 1:
         raise ValueError(f"rank {ranks.min()} must be at least 1")
     return ranks
-
-
-_ALWAYS = {"hit": hit, "ndcg": ndcg, "mrr": mrr}
-
-
-def summarise(ranks: np.ndarray, top_k: Sequence[int], lists: np.ndarray | None = None) -> dict[str, float]:
-    """Averages hit, ndcg and mrr over lists, in float64.
-
-    Args:
-      ranks: [n] ranks from 1, whole or in halves.
-      top_k: list lengths k.
-      lists: as of `hit`.
-
-    Returns:
-      {"hit@10": ..., "ndcg@10": ..., "mrr@10": ..., ...} for every k in the order given.
-
-    Raises:
-      ValueError: without ranks, or for a rank under 1.
-    """
-    ranks = checked_ranks(ranks)
-    return {f"{name}@{k}": float(metric(ranks, k, lists).mean()) for k in top_k for name, metric in _ALWAYS.items()}
