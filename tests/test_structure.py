@@ -12,7 +12,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 PACKAGES = ("kernels", "tim4rec_jax", "experiments")
 # What each room of the library may import of the others.
 # Ground-floor files that import nothing of the library, or only each other, are everyone's.
-GROUND = {"checks", "figures", "files", "json_files", "notebook", "outside"}
+GROUND = {"checks", "figures", "files", "json_files", "memory", "notebook", "outside"}
 RUN = {"run_dir", "run_environment", "run_manifest"}
 ROOMS = {
     "data": {"config", "data_config"},

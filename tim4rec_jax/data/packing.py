@@ -8,6 +8,8 @@ import numpy as np
 
 # A microbatch of this many positions keeps its activations in a CPU's caches; accelerators want the whole batch.
 _CPU_TOKENS = 2048
+# Rows that are all of one length: a whole batch in one piece spares the loop over microbatches.
+_CPU_PACKED_TOKENS = 4096
 _CPU_SCORE_BYTES = 16 * 2**20
 # A further static length must save this share of a batch's padded positions to be worth compiling for.
 _WORTHWHILE_SHARE = 0.01
@@ -345,5 +347,5 @@ def plan_packed_rows(
       One group.
     """
     if microbatch_tokens is None:
-        microbatch_tokens = _CPU_TOKENS if platform == "cpu" else batch_size * max_len
+        microbatch_tokens = _CPU_PACKED_TOKENS if platform == "cpu" else batch_size * max_len
     return (LengthGroup(max_len, int(np.clip(microbatch_tokens // max_len, 1, batch_size))),)

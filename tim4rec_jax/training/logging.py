@@ -1,25 +1,21 @@
-"""What a run says while it trains: metrics.jsonl, TensorBoard events, curves, the progress bar, memory it holds.
+"""What a run says while it trains: metrics.jsonl, TensorBoard events, curves, the progress bar.
 
 A line of metrics.jsonl is one strict JSON object with "kind" first. A number that is not finite is written as the
 string "NaN", "Infinity" or "-Infinity", which `read_metrics` turns back into the number.
 """
 
 import contextlib
-import ctypes
 import errno
 import json
 import math
 import os
 import pathlib
-import resource
 import secrets
-import sys
 import time
 from collections.abc import Mapping
 from io import FileIO
 from typing import Any, Literal, get_args
 
-import jax
 import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -391,37 +387,3 @@ class TrainingProgress:
     def report(self, message: str) -> None:
         """Prints a line above the bar."""
         self._console.print(message, markup=False, highlight=False, soft_wrap=True)
-
-
-def return_freed_memory() -> None:
-    """Gives memory that compilation used and freed back to the system; glibc keeps gigabytes of it otherwise."""
-    if sys.platform == "linux":
-        try:
-            ctypes.CDLL("libc.so.6").malloc_trim(0)
-        except (OSError, AttributeError):  # another C library: nothing to return by this name
-            return
-
-
-def resident_mb() -> float | None:
-    """Memory this process holds now, in MiB; None where the system does not say."""
-    try:
-        pages = int(pathlib.Path("/proc/self/statm").read_text().split()[1])
-    except OSError:
-        return None
-    return pages * resource.getpagesize() / 2**20
-
-
-def peak_resident_bytes() -> int:
-    """The most memory this process has held, in bytes."""
-    try:
-        # getrusage would do, but on Linux it starts from the peak of the process that started this one.
-        status = pathlib.Path("/proc/self/status").read_text()
-        return int(status.partition("VmHWM:")[2].split()[0]) * 1024
-    except (OSError, IndexError):
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return peak if sys.platform == "darwin" else peak * 1024
-
-
-def peak_device_bytes() -> int | None:
-    """The most memory held on the first device; None where it keeps no count, as the CPU."""
-    return (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")

@@ -23,6 +23,13 @@ from tim4rec_jax.devices import device_line, require_capture, require_kernels
 from tim4rec_jax.evaluation.full_sort import FullSortEvaluator
 from tim4rec_jax.figures import HINT, can_draw
 from tim4rec_jax.files import locked
+from tim4rec_jax.memory import (
+    keep_freed_memory,
+    peak_device_bytes,
+    peak_resident_bytes,
+    resident_mb,
+    return_freed_memory,
+)
 from tim4rec_jax.models import build_model
 from tim4rec_jax.parallel.processes import (
     is_main,
@@ -51,12 +58,8 @@ from tim4rec_jax.training.checkpoint import Checkpointer, leaves_on_host
 from tim4rec_jax.training.logging import (
     MetricLogger,
     TrainingProgress,
-    peak_device_bytes,
-    peak_resident_bytes,
     plot_training_curves,
     read_metrics,
-    resident_mb,
-    return_freed_memory,
 )
 from tim4rec_jax.training.profiling import StepProfile
 from tim4rec_jax.training.progress import EarlyStop, Progress
@@ -103,6 +106,7 @@ def train(
       CheckpointError: a save failed; the checkpoint before it is kept.
       ProcessError: another process was lost.
     """
+    keep_freed_memory()
     require_kernels(config.model)
     require_capture(config.train.capture)
     require_callbacks(callbacks)
