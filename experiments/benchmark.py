@@ -14,7 +14,8 @@
     python -m experiments.benchmark catalogue --items=1e6,1e7 --shards=1,8 --output=catalogue.json
     python -m experiments.benchmark sampled --items=1e4,1e5,1e6 --output=sampled.json
 
-`train_step` takes the same real batches through our training step in three forms and through a plain PyTorch model.
+`train_step` takes the same real batches through our training step in three forms and through a plain PyTorch model;
+of a config that trains at every position, on one device, on all devices, and in PyTorch.
 `ops` compares the plain-JAX operators with other forms of them, forward and backward. Both need PyTorch.
 `models` runs training steps and evaluation of the six models at the paper's shapes, in turns, with their memory.
 `serving` goes on from a causal model's state, one event at a time, against reading histories again.

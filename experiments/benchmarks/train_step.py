@@ -6,6 +6,8 @@ read_positions  the last layer only where it is read
 grouped         that, and rows of like length together (what training runs)
 pytorch         the PyTorch twin, padded, Adam, the same arithmetic dtype
 
+A config that trains at every position is measured in the forms of `packed_step`.
+
 `time_kernels` (a part of `experiments.benchmark gpu`) switches kernels on and off at the paper's settings, in several
 precisions and groups. Both frameworks find their batches on the device and wait for the loss of every step.
 
@@ -41,6 +43,7 @@ import jax.numpy as jnp
 import numpy as np
 from rich.table import Table
 
+from experiments.benchmarks import packed_step
 from experiments.benchmarks.operators import PRECISIONS, matmul_precision
 from experiments.benchmarks.opponents import require_torch, torch_step, torch_step_forms
 from experiments.benchmarks.timing import Form, Part, Settings, build_all, over, step_form, time_in_turns
@@ -202,6 +205,8 @@ def run(options: argparse.Namespace, rest: list[str]) -> tuple[dict[str, Any], T
     config, _, _ = parse_experiment(rest)
     require_torch()
     log = load_log(config.data)
+    if config.train.positions == "all":
+        return packed_step.measure(config, log, options.repeats)
     config = dataclasses.replace(config, data=with_precision(config.data, log))
     result = compare_savings(config, log, options.repeats)
     return {"environment": environment(log.fingerprint), **result}, report_savings(result)

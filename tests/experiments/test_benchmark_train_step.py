@@ -42,6 +42,19 @@ def test_savings_and_pytorch_on_real_batches(tmp_path, capsys):
     assert record["environment"]["data_fingerprint"] and "read_positions" in capsys.readouterr().out
 
 
+def test_every_position_beside_pytorch(tmp_path):
+    output = tmp_path / "step.json"
+    argv = ["train_step", "--config=quickstart_tim4rec_causal", "--data.synthetic.num_users=40"]
+    argv += ["--data.synthetic.num_items=24", "--model.max_len=6", "--model.d_model=8", "--model.head_dim=16"]
+    assert benchmark.main([*argv, "--train.batch_size=8", "--repeats=2", f"--output={output}"]) == 0
+    record = json.loads(output.read_text())
+    # Test sessions have several devices.
+    assert list(record["median_seconds"]) == ["one_device", "all_devices", "pytorch"]
+    for name, median in record["median_seconds"].items():
+        assert record["epoch_seconds"][name] == pytest.approx(median * record["steps_per_epoch"])
+        assert record["pytorch_over"][name] == pytest.approx(record["median_seconds"]["pytorch"] / median)
+
+
 @pytest.mark.exhaustive
 def test_padded_rows_have_the_loss_of_grouped_ones():
     """All forms of the step compute the same."""

@@ -182,6 +182,13 @@ class TiM4Rec(nn.Module):
         time = self.layer_norm_time(self.dropout(diff))
         return time[:, None].expand(-1, self.config.num_heads, -1)
 
+    def hidden(self, item_seq, time=None):
+        """Returns the hidden states [b,l,d] of item_seq i64[b,l]; time as of `time_channel`."""
+        hidden = self.in_layer_norm(self.dropout(self.item_embedding(item_seq)))
+        for layer in self.ssd_layers:
+            hidden, time = layer(hidden, time)
+        return hidden
+
     def forward(self, item_seq, lengths, timestamps=None):
         """Returns the hidden state [b,d] at each row's last item.
 
@@ -190,10 +197,8 @@ class TiM4Rec(nn.Module):
           lengths: i64[b], items in each row, at least 1.
           timestamps: [b,l] seconds, padded with 0; not needed with the settings of SSD4Rec.
         """
-        hidden = self.in_layer_norm(self.dropout(self.item_embedding(item_seq)))
         time = self.time_channel(timestamps, lengths) if isinstance(self.config, TiM4RecConfig) else None
-        for layer in self.ssd_layers:
-            hidden, time = layer(hidden, time)
+        hidden = self.hidden(item_seq, time)
         return hidden[torch.arange(len(lengths), device=lengths.device), lengths - 1]
 
     def logits(self, seq_output):
