@@ -155,7 +155,7 @@ def test_kernels_are_switched():
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--models=sasrec,gru4rec"], "--models=gru4rec: expected some of tim4rec,tim4rec_causal"),
+        (["--models=sasrec,rnn4rec"], "--models=rnn4rec: expected some of tim4rec,tim4rec_causal"),
         (["--data=steam"], "--data=steam: expected some of ml-1m,beauty"),
         (["--rows=short"], "--rows=short: expected some of full,real"),
         (["--tokens=100"], "--tokens=100 must be at least 200"),
