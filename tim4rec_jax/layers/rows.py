@@ -57,7 +57,7 @@ class Rows(NamedTuple):
         return {"deterministic": self.deterministic, "positions": self.positions}
 
     def behind(self, before: Array, states: Array) -> Array:
-        """Returns the state [b, w] behind the last real position, from the one `before` the rows and those [b, l, w]."""
+        """Returns the state [b, w] behind the last real position: of `states` [b, l, w], or the one `before` them."""
         return take_at(jnp.concatenate([before[:, None], states], axis=1), self.lengths[:, None])[:, 0]
 
     def at(self, x: Array) -> Array:

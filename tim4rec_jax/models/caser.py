@@ -6,7 +6,7 @@ from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
-from flax import linen as nn
+import numpy as np
 
 from tim4rec_jax.checks import require
 from tim4rec_jax.layers.attention import first_positions
@@ -47,10 +47,10 @@ class Caser(SequentialModel[CaserConfig]):
       X = E[last L items], [L, d], 0 before the first;    o_v = concat_k(sum_j V_jk X_j)
       o_h = concat_h(max_j relu(<F_h, X_{j..j+h-1}> + b_h));    score = E relu(W Dropout([o_v, o_h]) + b)
 
-    Filters F_h have every height h from 1 to L, and V has n_v columns. A position reads the L items up to it and nothing
-    else, so every position is computed from a window of its own. The paper's user embedding is left out, because
-    recommendations must exist for users who were not in training; the paper measures its model without it, too. Scores
-    are by the item embedding, as in RecBole's form, not by a table of their own.
+    Filters F_h, n_h of them, have every height h from 1 to L; V has n_v columns. A position reads the L items up to it
+    and nothing else, so every position is computed from a window of its own. The paper's user embedding is left out,
+    because recommendations must exist for users who were not in training; the paper measures its model without it, too.
+    Scores are by the item embedding, as in RecBole's form, not by a table of their own.
     """
 
     Config = CaserConfig
@@ -108,17 +108,18 @@ class Caser(SequentialModel[CaserConfig]):
 
     def _horizontal(self, windows: Array) -> Array:
         """Returns o_h, [b, m, L * n_h]: filters at all their places in the window are one matrix."""
-        L, found = self.config.window, []
-        placed = [
-            jnp.pad(kernel, ((j, L - h - j), (0, 0), (0, 0)))
-            for h, (kernel, _) in enumerate(self.horizontal, start=1)
-            for j in range(L - h + 1)
-        ]
-        products = jnp.einsum("bmjd,jdpk->bmpk", windows, jnp.stack(placed, axis=2))
-        for h, (_, bias) in enumerate(self.horizontal, start=1):
-            own, products = jnp.split(products, [L - h + 1], axis=2)
-            found.append(jax.nn.relu(jnp.max(own, axis=2) + bias))
-        return jnp.concatenate(found, axis=-1)
+        placed = [self._placed(kernel) for kernel, _ in self.horizontal]
+        products = jnp.einsum("bmjd,jpdk->bmpk", windows, jnp.concatenate(placed, axis=1))
+        by_height = jnp.split(products, np.cumsum([kernel.shape[1] for kernel in placed])[:-1], axis=2)
+        found = [jnp.max(one, axis=2) + bias for one, (_, bias) in zip(by_height, self.horizontal, strict=True)]
+        return jax.nn.relu(jnp.concatenate(found, axis=-1))
+
+    def _placed(self, kernel: Array) -> Array:
+        """Returns filters [h, d, n_h] over the whole window at each of their places, [L, L - h + 1, d, n_h]."""
+        L, h = self.config.window, kernel.shape[0]
+        row = jnp.arange(L)[:, None] - jnp.arange(L - h + 1)
+        inside = (row >= 0) & (row < h)
+        return jnp.where(inside[..., None, None], kernel[jnp.where(inside, row, 0)], 0)
 
     def init_cache(self, batch: int) -> Cache:
         """Returns the cache before the first event of `batch` histories: no items."""

@@ -44,7 +44,8 @@ class LRURecConfig(ModelConfig):
 class LRURec(StateSpaceModel[LRURecConfig]):
     """Linear recurrent units for sequential recommendation (Yue et al. 2023, arXiv 2310.02367).
 
-      x_0 = LayerNorm(Dropout(E[items])),    x_i = FFN_i(LayerNorm(Dropout(LRU_i(x_{i-1})) + x_{i-1})),    score = E x_last
+      x_0 = LayerNorm(Dropout(E[items])),    h_i = LayerNorm(Dropout(LRU_i(x_{i-1})) + x_{i-1})
+      x_i = FFN_i(h_i),    score = E x_last
 
     See `layers.linear_recurrence` for the LRU. The feed-forward part has the exact GELU. Scores have no bias per item,
     which the authors' program adds, so that the item table is all that ranking reads.
