@@ -108,18 +108,18 @@ class Caser(SequentialModel[CaserConfig]):
 
     def _horizontal(self, windows: Array) -> Array:
         """Returns o_h, [b, m, L * n_h]: filters at all their places in the window are one matrix."""
-        placed = [self._placed(kernel) for kernel, _ in self.horizontal]
-        products = jnp.einsum("bmjd,jpdk->bmpk", windows, jnp.concatenate(placed, axis=1))
-        by_height = jnp.split(products, np.cumsum([kernel.shape[1] for kernel in placed])[:-1], axis=2)
+        (b, m, L, d), n_h = windows.shape, self.config.n_h
+        matrix = jnp.concatenate([self._placed(kernel) for kernel, _ in self.horizontal], axis=2)
+        products = (windows.reshape(b, m, L * d) @ matrix.reshape(L * d, -1)).reshape(b, m, -1, n_h)
+        by_height = jnp.split(products, np.cumsum(np.arange(L, 1, -1)), axis=2)
         found = [jnp.max(one, axis=2) + bias for one, (_, bias) in zip(by_height, self.horizontal, strict=True)]
         return jax.nn.relu(jnp.concatenate(found, axis=-1))
 
     def _placed(self, kernel: Array) -> Array:
-        """Returns filters [h, d, n_h] over the whole window at each of their places, [L, L - h + 1, d, n_h]."""
-        L, h = self.config.window, kernel.shape[0]
-        row = jnp.arange(L)[:, None] - jnp.arange(L - h + 1)
-        inside = (row >= 0) & (row < h)
-        return jnp.where(inside[..., None, None], kernel[jnp.where(inside, row, 0)], 0)
+        """Returns filters [h, d, n_h] over the whole window at each of their places, [L, d, L - h + 1, n_h]."""
+        rest = self.config.window - kernel.shape[0]
+        places = [jnp.pad(kernel, ((j, rest - j), (0, 0), (0, 0))) for j in range(rest + 1)]
+        return jnp.stack(places, axis=2)
 
     def init_cache(self, batch: int) -> Cache:
         """Returns the cache before the first event of `batch` histories: no items."""
