@@ -56,6 +56,8 @@ def _options(settings: Any, prefix: str = "--") -> Iterator[tuple[str, Any]]:
     hints = typing.get_type_hints(type(settings))
     for field in dataclasses.fields(settings):
         value = getattr(settings, field.name)
+        if field.name in getattr(settings, "UNREAD", ()):
+            continue
         if dataclasses.is_dataclass(value):
             yield from _options(value, f"{prefix}{field.name}.")
         else:
@@ -192,6 +194,8 @@ def _with_values(settings: Any, found: Mapping[str, Any], prefix: str = "--") ->
     changes = {}
     for field in dataclasses.fields(settings):
         path, value = f"{prefix}{field.name}", getattr(settings, field.name)
+        if field.name in getattr(settings, "UNREAD", ()):
+            continue
         if dataclasses.is_dataclass(value):
             changes[field.name] = _with_values(value, found, f"{path}.")
         else:

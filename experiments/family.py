@@ -6,8 +6,9 @@ settings are said once, here.
 Mamba4Rec: arXiv 2403.03900 (two layers, the stronger form of its authors' rerun). EchoMamba4Rec: arXiv 2406.02638.
 SASRec: arXiv 1808.09781 in RecBole's form with two heads. TiSASRec: Li et al. 2020 with four heads, batches of 256 and
 a time span of 256 seconds, as in the comparison of TiM4Rec (arXiv 2409.16182). SSD4Rec: TiM4Rec with time off. The
-causal TiM4Rec is not from a paper: it trains on every position of packed rows, so that every target is used once per
-epoch and a few epochs suffice, and the rate falls to 0 over them.
+causal TiM4Rec is not from a paper. GRU4Rec: arXiv 1511.06939 in RecBole's form, one layer. LRURec: arXiv 2310.02367.
+Caser: arXiv 1809.07426 without its user embedding. These four train on every position of packed rows, so that every
+target is used once per epoch and a few epochs suffice, and the rate falls to 0 over them.
 """
 
 import dataclasses
@@ -31,22 +32,28 @@ DATA_NAMES: tuple[str, ...] = tuple(_BASES)
 MODEL_NAMES: tuple[str, ...] = tuple(MODELS)
 
 _SHAPE = ("vocab_size", "vocab_multiple", "max_len", "d_model", "num_layers", "d_state", "dropout", "dtype", "kernels")
+# Training on every position, by data set: batches count rows.
 _EVERY_POSITION = {"positions": "all", "schedule": "cosine", "warmup_steps": 40, "learning_rate": 1e-3}
+_PACKED: dict[str, dict[str, Any]] = {
+    "quickstart": _EVERY_POSITION | {"batch_size": 32},
+    "ml-100k": _EVERY_POSITION | {"max_len": 200, "batch_size": 8, "epochs": 20},
+    "ml-1m": _EVERY_POSITION | {"batch_size": 16, "epochs": 30},
+    "beauty": _EVERY_POSITION | {"batch_size": 32, "epochs": 10},
+    "videogames": _EVERY_POSITION | {"batch_size": 32, "epochs": 10},
+}
 _ECHO = {"patience": 10, "dropout": 0.2}
 # What the papers give for a model on published logs. On ml-100k, which has no published setting, EchoMamba4Rec has one
 # block, and with it two Mamba mixers like Mamba4Rec's two layers; n blocks would have 2 n^2.
-# Batches of the causal TiM4Rec count rows. Validation chose its rate: on MovieLens-100K of 1e-3, 2e-3 and 4e-3 the
-# first (experiments/results/sweep_ml100k_tim4rec_causal), on Amazon Beauty of 2e-3 and 3e-3 the first, and less
-# dropout than the paper's (sweep_beauty_tim4rec_causal and sweep_beauty_tim4rec_causal_dropout); elsewhere nothing was
-# searched.
+# Validation chose the rate of the causal TiM4Rec: on MovieLens-100K of 1e-3, 2e-3 and 4e-3 the first
+# (experiments/results/sweep_ml100k_tim4rec_causal), on Amazon Beauty of 2e-3 and 3e-3 the first, and less dropout than
+# the paper's (sweep_beauty_tim4rec_causal and sweep_beauty_tim4rec_causal_dropout). Of 1e-3, 4e-3 and 1e-2 for GRU4Rec
+# on MovieLens-100K it chose the last (sweep_ml100k_gru4rec): no norm comes before the units, whose inputs begin small.
+# Caser has none either, and is given 4e-3. Elsewhere, and for LRURec and Caser, nothing was searched.
 _OWN: dict[str, dict[str, dict[str, Any]]] = {
-    "tim4rec_causal": {
-        "quickstart": _EVERY_POSITION | {"batch_size": 32},
-        "ml-100k": _EVERY_POSITION | {"max_len": 200, "batch_size": 8, "epochs": 20},
-        "ml-1m": _EVERY_POSITION | {"batch_size": 16, "epochs": 30},
-        "beauty": _EVERY_POSITION | {"batch_size": 32, "epochs": 10, "learning_rate": 2e-3, "dropout": 0.3},
-        "videogames": _EVERY_POSITION | {"batch_size": 32, "epochs": 10},
-    },
+    "tim4rec_causal": _PACKED | {"beauty": _PACKED["beauty"] | {"learning_rate": 2e-3, "dropout": 0.3}},
+    "gru4rec": {name: recipe | {"num_layers": 1, "learning_rate": 1e-2} for name, recipe in _PACKED.items()},
+    "lrurec": _PACKED,
+    "caser": {name: recipe | {"learning_rate": 4e-3} for name, recipe in _PACKED.items()},
     "echomamba4rec": {
         "ml-100k": {"num_layers": 1},
         "ml-1m": {"patience": 10},
@@ -56,7 +63,10 @@ _OWN: dict[str, dict[str, dict[str, Any]]] = {
     "tisasrec": {name: {"batch_size": 256} for name in ("ml-1m", "beauty", "videogames")},
 }
 # Training settings that belong to a model: in a comparison they may differ from those of the others.
-RECIPES = {"tim4rec_causal": {f"train.{name}" for name in (*_EVERY_POSITION, "batch_size", "epochs")}}
+RECIPES = {
+    name: {f"train.{setting}" for setting in (*_EVERY_POSITION, "batch_size", "epochs")}
+    for name in ("tim4rec_causal", "gru4rec", "lrurec", "caser")
+}
 
 
 def of_model(base: ModelConfig, name: str) -> ModelConfig:
@@ -74,7 +84,7 @@ def of_model(base: ModelConfig, name: str) -> ModelConfig:
         given = {field: getattr(base, field) for field in _SHAPE if hasattr(base, field)}
         given |= {"attention_dropout": base.dropout, "inner_size": 4 * base.d_model, "kaiming_init": False}
         given |= {"attention_heads": 4} if name == "tisasrec" else {}
-    read = {field.name for field in dataclasses.fields(kind)} - {"name", "module"}
+    read = kind.reads() - {"name", "module"}
     return kind(**{field: value for field, value in given.items() if field in read})
 
 

@@ -12,6 +12,7 @@ from tim4rec_jax.checks import require
 Dtype = Literal["float32", "bfloat16", "float64"]
 # What no machine trains, or compiles; other whole numbers need only fit into 32 bits.
 LARGEST = {"num_layers": 200, "d_model": 2**16, "expand": 2**10, "d_conv": 2**10, "max_len": 2**20, "inner_size": 2**20}
+LARGEST |= {"hidden_size": 2**16, "window": 2**8, "n_h": 2**16, "n_v": 2**16}
 
 
 def require_sizes(settings: Any) -> None:
@@ -61,6 +62,13 @@ class ModelConfig:
 
     # Packages of `kernels` that the model and its loss are computed with.
     OPERATORS: ClassVar[tuple[ModuleType, ...]] = (softmax_cross_entropy,)
+    # Settings of the above that this model does not read; they are no options of it.
+    UNREAD: ClassVar[tuple[str, ...]] = ()
+
+    @classmethod
+    def reads(cls) -> set[str]:
+        """Returns the names of the settings that the model reads."""
+        return {field.name for field in dataclasses.fields(cls)} - {*cls.UNREAD}
 
     def __post_init__(self) -> None:
         require_sizes(self)
@@ -70,6 +78,10 @@ class ModelConfig:
                 require(value >= 1, f"{field.name}={value} must be at least 1")
             if field.name.endswith("dropout"):
                 require(0.0 <= value < 1.0, f"{field.name}={value} must lie in [0, 1); use 0 to switch dropout off")
+            require(
+                field.name not in self.UNREAD or value == field.default,
+                f"{field.name}={value} is not read by model.name={self.name!r}; leave it out",
+            )
         require(self.vocab_size >= 0, f"vocab_size={self.vocab_size} must be at least 0 (0: taken from the data)")
         require(self.norm_eps > 0, f"norm_eps={self.norm_eps} must be positive")
         require(self.dtype in get_args(Dtype), f"dtype={self.dtype!r} must be one of {get_args(Dtype)}")

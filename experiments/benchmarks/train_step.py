@@ -235,7 +235,7 @@ def sized(name: str, about: tuple[int, float], tokens: int, **sizes: Any) -> Sha
       sizes: of the model.
     """
     config = load_config(name)
-    read = {name: size for name, size in sizes.items() if hasattr(config.model, name)}
+    read = {name: size for name, size in sizes.items() if name in config.model.reads()}
     model = dataclasses.replace(config.model, vocab_size=about[0], **read)
     train = dataclasses.replace(config.train, batch_size=tokens // model.max_len)
     return Shape(dataclasses.replace(config, model=model, train=train), about[1])

@@ -53,7 +53,7 @@ class Arguments:
     Attributes:
       model, data, train, eval, parallel: settings for every model that reads them, each an option by its path.
       data_set: the data, one of `DATA_NAMES`.
-      models: names, separated by commas; my_models:GRU4Rec names one that the module my_models registers.
+      models: names, separated by commas; my_models:RNN4Rec names one that the module my_models registers.
       seeds: how many, counted up from 2020, or the seeds themselves, separated by commas ("7," is seed 7 alone).
       epochs: short for --train.epochs.
       metric: decides which model is best; None is eval.monitor.
@@ -151,7 +151,7 @@ def _require_known(kind: str, name: str, names: Sequence[str]) -> None:
 
 
 def parse_models(text: str) -> tuple[str, ...]:
-    """Reads "tim4rec,sasrec,my_models:GRU4Rec"; the last is imported, and stands for the name it is registered by.
+    """Reads "tim4rec,sasrec,my_models:RNN4Rec"; the last is imported, and stands for the name it is registered by.
 
     Raises:
       ValueError: for an unknown name (the nearest are shown), a repeated one, or none.

@@ -270,6 +270,18 @@ def test_runs_go_seed_by_seed():
     assert str(plan.folder("sasrec", 5)) == "runs/compare/quickstart/sasrec/seed_5"
 
 
+def test_an_option_is_for_the_models_that_read_it():
+    layers = ["--data=ml-100k", "--own-settings", "--model.num_layers=3"]
+    _, plan = parse([*layers, "--models=sasrec,caser,gru4rec"])
+    assert {name: config.model.num_layers for name, config in plan.configs.items()} == {
+        "sasrec": 3,
+        "caser": 1,
+        "gru4rec": 3,
+    }
+    with pytest.raises(ValueError, match="unknown option --model.num_layers"):
+        parse([*layers, "--models=caser"])
+
+
 @pytest.mark.parametrize("data", DATA_NAMES)
 def test_a_training_gets_exactly_these_settings(data):
     """`options` reads its own result back and raises if a setting is lost."""

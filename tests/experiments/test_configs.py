@@ -79,28 +79,36 @@ FAMILY = {
 }
 
 
-# Columns: length, rows per batch, epochs, dropout, learning rate.
-CAUSAL = {
-    "ml1m_tim4rec_causal": (200, 16, 30, 0.2, 1e-3),
-    "ml100k_tim4rec_causal": (200, 8, 20, 0.2, 1e-3),
-    "beauty_tim4rec_causal": (50, 32, 10, 0.3, 2e-3),
+# Columns: length, rows per batch, epochs, dropout, learning rate, layers.
+EVERY_POSITION = {
+    "ml1m_tim4rec_causal": (200, 16, 30, 0.2, 1e-3, 2),
+    "ml100k_tim4rec_causal": (200, 8, 20, 0.2, 1e-3, 2),
+    "beauty_tim4rec_causal": (50, 32, 10, 0.3, 2e-3, 2),
+    "ml1m_gru4rec": (200, 16, 30, 0.2, 1e-2, 1),
+    "ml100k_gru4rec": (200, 8, 20, 0.2, 1e-2, 1),
+    "beauty_lrurec": (50, 32, 10, 0.4, 1e-3, 2),
+    "ml100k_lrurec": (200, 8, 20, 0.2, 1e-3, 2),
+    "videogames_caser": (50, 32, 10, 0.4, 4e-3, 1),
+    "ml100k_caser": (200, 8, 20, 0.2, 4e-3, 1),
 }
 
 
-@pytest.mark.parametrize("name", CAUSAL)
-def test_values_of_the_causal_experiments(name):
+@pytest.mark.parametrize("name", EVERY_POSITION)
+def test_values_of_the_experiments_on_every_position(name):
     config = load_config(name)
-    train = config.train
-    assert CAUSAL[name] == (
-        config.model.max_len,
+    model, train = config.model, config.train
+    assert EVERY_POSITION[name] == (
+        model.max_len,
         train.batch_size,
         train.epochs,
-        config.model.dropout,
+        model.dropout,
         train.learning_rate,
+        model.num_layers,
     )
     assert (train.schedule, train.warmup_steps) == ("cosine", 40)
-    assert (config.name, config.model.name, config.train.positions) == (name, "tim4rec_causal", "all")
-    base = load_config(name.removesuffix("_causal"))
+    data, _, own = name.partition("_")
+    assert (config.name, model.name, train.positions, model.d_model) == (name, own, "all", 64)
+    base = load_config(f"{data}_tim4rec")
     assert config.data == dataclasses.replace(base.data, timestamp_precision="int64")
 
 

@@ -13,7 +13,7 @@ from tim4rec_jax.run_dir import read_items
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 OPTIONS = [
     "--config=quickstart",
-    "--model.module=my_models:GRU4Rec",
+    "--model.module=my_models:RNN4Rec",
     "--data.synthetic.num_users=60",
     "--data.synthetic.num_items=30",
     "--model.max_len=8",
@@ -38,7 +38,7 @@ def start(program: str, *options: str, path: pathlib.Path | None) -> subprocess.
 def run(tmp_path_factory):
     """The run folder, and the folder of the file."""
     folder = tmp_path_factory.mktemp("outside")
-    shutil.copy(ROOT / "tests" / "models" / "gru4rec.py", folder / "my_models.py")
+    shutil.copy(ROOT / "tests" / "models" / "rnn4rec.py", folder / "my_models.py")
     done = start("train", *OPTIONS, f"--run_dir={folder / 'run'}", path=folder)
     assert done.returncode == 0, done.stderr
     return folder / "run", folder
@@ -63,7 +63,7 @@ def test_a_module_that_is_not_there_is_one_line(run):
 def test_it_stands_in_a_comparison(run, tmp_path):
     options = [option for option in OPTIONS[2:] if "baselines" not in option]
     where = ["--data=quickstart", f"--runs={tmp_path / 'runs'}", f"--output={tmp_path / 'table'}", "--seeds=1"]
-    models = "--models=ssd4rec,my_models:GRU4Rec"
+    models = "--models=ssd4rec,my_models:RNN4Rec"
     done = start("compare", models, "--model.d_state=4", "--model.head_dim=4", *where, *options, path=run[1])
     assert done.returncode == 0, done.stderr
-    assert "gru4rec" in (tmp_path / "table.md").read_text()
+    assert "rnn4rec" in (tmp_path / "table.md").read_text()

@@ -25,7 +25,7 @@ def settings_of(name: str | None = None, /, **values: Any) -> ModelConfig:
     """Returns the settings of a model; what it does not read is left out."""
     name = name or values["name"]
     kind = model_class(name).Config
-    read = {field.name for field in dataclasses.fields(kind)}
+    read = kind.reads()
     return kind(**{key: value for key, value in values.items() if key in read} | {"name": name})
 
 

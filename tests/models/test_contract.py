@@ -29,26 +29,32 @@ from tim4rec_jax.models import MODELS, STATISTICS, SequentialModel, one_segment,
 
 TIMES = {"gap_mean": 8.0, "gap_std": 3.0, "first_second": 1_000, "last_second": 40_000_000}
 ONE_LAYER = {"num_layers": 1, "use_ffn": False, "date_knots": 0}
-FORMS = {name: {"name": name} for name in (*(name for name in MODELS if name != "gru4rec"), "gru4rec")}
+FORMS = {name: {"name": name} for name in (*(name for name in MODELS if name != "rnn4rec"), "rnn4rec")}
 STATES = {
     f"{name}, {label}": {"name": name, "dtype": "float64", **changes}
-    for name in ("tim4rec_causal", "ssd4rec", "mamba4rec")
+    for name in ("tim4rec_causal", "ssd4rec", "mamba4rec", "gru4rec", "lrurec")
     for label, changes in (("float64", {}), ("float64, one layer", ONE_LAYER))
 }
-EXACT = STATES | {
-    "sasrec, float64": {"name": "sasrec", "dtype": "float64"},
-    "sasrec, float64, one layer": {"name": "sasrec", "dtype": "float64", "num_layers": 1},
-}
+# Streamable like those, and blind to what is further back than their window.
+WINDOWS = {"caser, float64": {"name": "caser", "dtype": "float64"}}
+EXACT = (
+    STATES
+    | WINDOWS
+    | {
+        "sasrec, float64": {"name": "sasrec", "dtype": "float64"},
+        "sasrec, float64, one layer": {"name": "sasrec", "dtype": "float64", "num_layers": 1},
+    }
+)
 # Three rows of several histories or one, and one that ends in padding.
 HISTORIES = ((5, 4, 2), (12,), (1, 1, 9), (2, 4))
 
 
 @pytest.fixture(autouse=True, scope="module")
 def one_from_outside():
-    from tests.models import gru4rec
+    from tests.models import rnn4rec
 
     yield
-    MODELS.pop(gru4rec.GRU4RecConfig.name, None)
+    MODELS.pop(rnn4rec.RNN4RecConfig.name, None)
 
 
 @functools.cache
@@ -157,8 +163,9 @@ def test_a_causal_model_reads_nothing_later(form):
         np.testing.assert_array_equal(form.all(items, LENGTHS, times), before)
 
 
-@over(STATES)
+@over(STATES | WINDOWS)
 def test_every_later_position_reads_an_event(form):
+    """All later positions, or those in whose window it lies."""
     items, times = rows(lengths=[L] * 4)
     before = np.asarray(form.all(items, [L] * 4, times))
     for position in (1, 5, 8):
@@ -166,8 +173,10 @@ def test_every_later_position_reads_an_event(form):
         changed[:, position] = other(changed[:, position])
         later[:, position:] += 777
         after = np.asarray(form.all(changed, [L] * 4, later))
+        end = position + getattr(form.config, "window", L)
         np.testing.assert_array_equal(after[:, :position], before[:, :position])
-        assert np.abs(after - before)[:, position:].max(axis=(0, 2)).min() > 1e-6
+        assert np.abs(after - before)[:, position:end].max(axis=(0, 2)).min() > 1e-6
+        np.testing.assert_array_equal(after[:, end:], before[:, end:])
 
 
 @over(FORMS)
@@ -232,7 +241,7 @@ def test_nothing_of_a_packed_neighbour_has_a_gradient(form):
         assert np.flatnonzero(moved).tolist() == sorted(items[row, first:end])
 
 
-@over(FORMS | STATES)
+@over(FORMS | STATES | WINDOWS)
 def test_pieces_of_any_size_give_what_one_pass_gives(form):
     if not form.model.streamable:
         with pytest.raises(ValueError, match="is not streamable"):
@@ -257,7 +266,7 @@ def test_pieces_of_any_size_give_what_one_pass_gives(form):
     np.testing.assert_array_equal(final.events, lengths)
 
 
-@over(STATES)
+@over(STATES | WINDOWS)
 def test_ragged_pieces_leave_what_is_padded_alone(form):
     items, times = (column[:, :8] for column in rows(lengths=[8] * 4))
     empty = form.init_cache(4)
@@ -348,7 +357,7 @@ def test_initial_values(name):
     assert float(jnp.abs(params["item_embedding"]["embedding"][0]).min()) > 0
 
 
-@pytest.mark.parametrize("name", [name for name in MODELS if name not in ("gru4rec", "tim4rec_causal", "ssd4rec")])
+@pytest.mark.parametrize("name", [name for name in MODELS if name not in ("rnn4rec", "tim4rec_causal", "ssd4rec")])
 def test_bfloat16_is_close_and_keeps_sensitive_parts_in_float32(name):
     """Parameters, softmax, decays and norms stay in float32, and the result is close."""
     config = small(name, **({"num_layers": 1} if name == "echomamba4rec" else {}))
@@ -368,7 +377,9 @@ def test_bfloat16_is_close_and_keeps_sensitive_parts_in_float32(name):
     if name.endswith("sasrec"):  # Two softmaxes and five norms, in each of two calls.
         assert [found.count((kind, "float32")) for kind in ("exp", "rsqrt")] == [2 * 2, 2 * 5]
     else:
-        assert {("exp", "float32"), ("log1p", "float32"), ("rsqrt", "float32")} <= {*found}
+        kept = {"gru4rec": {"logistic", "tanh"}, "lrurec": {"exp", "rsqrt"}, "caser": set()}
+        assert {(kind, "float32") for kind in kept.get(name, {"exp", "log1p", "rsqrt"})} <= {*found}
+        assert not {(kind, "bfloat16") for kind in kept.get(name, ())} & {*found}
     hidden, scores, full = traced.lower().compile()(params)
     assert (hidden.dtype, full.dtype, scores.dtype) == (jnp.bfloat16, jnp.bfloat16, jnp.float32)
     expected = np.asarray(program(config, "all")(params, items, LENGTHS, times))

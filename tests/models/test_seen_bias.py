@@ -73,14 +73,13 @@ def test_the_loss_by_definition(w, rows):
 
 
 @pytest.mark.parametrize("in_tiles", [False, True])
-@pytest.mark.parametrize("name", ["tim4rec_causal", "sasrec"])
+@pytest.mark.parametrize("name", ["tim4rec_causal", "sasrec", "gru4rec"])
 def test_every_position_has_the_gradient_of_the_definition(name, in_tiles, rows):
     """Against all scores with a dense mask, differentiated by JAX; also of w and of what fills the batch."""
     items, segments, targets = rows
     config = make_config(name, dropout=0.0, **WITH)
-    config = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=V))
-    other = {"attention_dropout": 0.0} if name == "sasrec" else {"time_dropout": 0.0}
-    config = dataclasses.replace(config, model=dataclasses.replace(config.model, **other))
+    other = {rate: 0.0 for rate in ("attention_dropout", "time_dropout") if hasattr(config.model, rate)}
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=V, **other))
     model = build_model(config.model)
     params = with_bias(jax.tree.map(lambda x: 10 * x, init_params(model, jax.random.key(0))), -1.5)
     train = TrainConfig(positions="all", loss_in_tiles=in_tiles)

@@ -31,8 +31,11 @@ CONFIGS = {
     "echomamba4rec": make_config("echomamba4rec", **SMALL),
     "sasrec": make_config("sasrec", **SMALL),
     "tisasrec": make_config("tisasrec", **SMALL),
+    "gru4rec": make_config("gru4rec"),
+    "lrurec": make_config("lrurec", norm_eps=1e-6),
+    "caser": make_config("caser"),
 }
-STREAMABLE = ("causal", "ssd4rec", "mamba4rec")
+STREAMABLE = ("causal", "ssd4rec", "mamba4rec", "gru4rec", "lrurec", "caser")
 TIMES = {"faithful": np.float32, "seconds": np.int32, "causal": np.int32, "tisasrec": np.int32}
 
 # Runs with JAX and NumPy only: our packages cannot be imported.

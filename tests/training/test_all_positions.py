@@ -39,6 +39,9 @@ FAMILY = (
     {"name": "sasrec"},
     {"name": "mamba4rec"},
     {"name": "tim4rec_causal", "head_dim": 8, "time_dropout": 0.0},
+    {"name": "gru4rec", "hidden_size": 24},
+    {"name": "lrurec"},
+    {"name": "caser"},
 )
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from tests.evaluation.logs import random_log
-from tests.models.settings import SMALL_SASREC
+from tests.models.settings import SMALL_SASREC, sibling
 from tim4rec_jax import DataConfig, ExperimentConfig, TrainConfig, build_model
 from tim4rec_jax.config import ParallelConfig
 from tim4rec_jax.data.loader import make_loader
@@ -198,6 +198,20 @@ def test_several_devices_train_as_one(way, x64):
         np.testing.assert_allclose(actual[: len(expected)], expected, rtol=0, atol=1e-8)
     embedding = other.params["item_embedding"]["embedding"]
     assert {part.data.shape for part in embedding.addressable_shards} == {(len(embedding) // shards, 8)}
+
+
+@pytest.mark.parametrize("name", ["gru4rec", "lrurec", "caser"])
+def test_other_models_train_in_parts_as_on_one_device(name, x64):
+    """Every position, sampled loss, lazy Adam: what goes by the name of the item embedding."""
+    one, many = (
+        Training("all", strategy, sibling(SMALL_SASREC, name, vocab_multiple=8), shards=shards)
+        for strategy, shards in (("single", 1), ("sharded", 2))
+    )
+    (state, losses), (other, found) = (training.go_on(training.start(), 0, 3) for training in (one, many))
+    assert len(set(losses)) == 3
+    np.testing.assert_allclose(found, losses, rtol=0, atol=1e-10)
+    for actual, expected in zip(everywhere(other), everywhere(state), strict=True):
+        np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-8)
 
 
 def everywhere(state):

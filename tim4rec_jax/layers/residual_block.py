@@ -16,19 +16,21 @@ Settings = TypeVar("Settings", bound=ModelConfig)
 
 
 class ResidualBlock(nn.Module, Generic[Settings]):
-    """h = LayerNorm(Dropout(mixer(u)) + u), then the feed-forward part; no "+ u" in a model of one block.
+    """h = LayerNorm(Dropout(mixer(u)) + u), then the feed-forward part.
 
     Attributes:
       config: the model's settings.
       mixer_type: makes the mixer from them; it is called as this block is.
       activation: of the feed-forward part.
       use_ffn: there is one.
+      residual: "+ u" is there; None leaves it out of a model of one block, as TiM4Rec and Mamba4Rec have it.
     """
 
     config: Settings
     mixer_type: Callable[[Settings], nn.Module]
     activation: Callable[[Array], Array]
     use_ffn: bool
+    residual: bool | None = None
 
     def setup(self) -> None:
         config = self.config
@@ -54,7 +56,8 @@ class ResidualBlock(nn.Module, Generic[Settings]):
         """
         mixed, channel, cache = self.mixer(u, channel, rows, cache)
         h = self.dropout(mixed, rows.example_ids, **rows.drop)
-        h = self.norm(h if self.config.num_layers == 1 else h + rows.at(u))
+        residual = self.config.num_layers > 1 if self.residual is None else self.residual
+        h = self.norm(h + rows.at(u) if residual else h)
         return (self.ffn(h, rows) if self.use_ffn else h), channel, cache
 
     def init_cache(self, batch: int) -> Any:

@@ -56,6 +56,10 @@ class Rows(NamedTuple):
         """Arguments of `Dropout` for values at `positions`."""
         return {"deterministic": self.deterministic, "positions": self.positions}
 
+    def behind(self, before: Array, states: Array) -> Array:
+        """Returns the state [b, w] behind the last real position: of `states` [b, l, w], or the one `before` them."""
+        return take_at(jnp.concatenate([before[:, None], states], axis=1), self.lengths[:, None])[:, 0]
+
     def at(self, x: Array) -> Array:
         """Returns x [b, l, d] where outputs are wanted."""
         return x if self.positions is None else take_at(x, self.positions)

@@ -8,7 +8,10 @@ import jax
 
 from tim4rec_jax.layers.rows import one_segment
 from tim4rec_jax.model_config import ModelConfig
+from tim4rec_jax.models.caser import Caser, CaserConfig
 from tim4rec_jax.models.echomamba4rec import EchoMamba4Rec, EchoMamba4RecConfig
+from tim4rec_jax.models.gru4rec import GRU4Rec, GRU4RecConfig
+from tim4rec_jax.models.lrurec import LRURec, LRURecConfig
 from tim4rec_jax.models.mamba4rec import Mamba4Rec, Mamba4RecConfig
 from tim4rec_jax.models.recommender import (
     STATISTICS,
@@ -37,6 +40,9 @@ MODELS: dict[str, type[SequentialModel]] = {
     "echomamba4rec": EchoMamba4Rec,
     "sasrec": SASRec,
     "tisasrec": TiSASRec,
+    "gru4rec": GRU4Rec,
+    "lrurec": LRURec,
+    "caser": Caser,
 }
 
 
@@ -89,7 +95,7 @@ def import_model_module(module: str) -> str | None:
     """Imports a module that registers a model.
 
     Args:
-      module: its name, as in an import statement; `my_models:GRU4Rec` says which of its models is meant.
+      module: its name, as in an import statement; `my_models:RNN4Rec` says which of its models is meant.
 
     Returns:
       The name under which the class behind the colon is registered, or the only one of the module; else None.
@@ -117,7 +123,8 @@ def full_config(config: ModelConfig) -> ModelConfig:
     """
     model = model_class(config.name)
     if type(config) is ModelConfig and model.Config is not ModelConfig:
-        config = model.Config(**{field.name: getattr(config, field.name) for field in dataclasses.fields(config)})
+        values = {field.name: (getattr(config, field.name), field.default) for field in dataclasses.fields(config)}
+        config = model.Config(**{name: value for name, (value, default) in values.items() if value != default})
     if not isinstance(config, model.Config):
         raise ValueError(
             f"model.name={config.name!r} with {type(config).__name__}: give {model.Config.__name__}, the settings of "
@@ -151,8 +158,11 @@ __all__ = [
     "MODELS",
     "STATISTICS",
     "Cache",
+    "CaserConfig",
     "CausalTiM4RecConfig",
     "EchoMamba4RecConfig",
+    "GRU4RecConfig",
+    "LRURecConfig",
     "Mamba4RecConfig",
     "ModelConfig",
     "SASRecConfig",

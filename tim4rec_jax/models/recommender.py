@@ -12,7 +12,6 @@ from jax.core import Tracer
 from tim4rec_jax.layers.dense import layer_norm, wide
 from tim4rec_jax.layers.dropout import Dropout
 from tim4rec_jax.layers.item_embedding import item_embedding, table_rows, tied_scores
-from tim4rec_jax.layers.residual_block import ResidualBlock
 from tim4rec_jax.layers.rows import Rows, one_segment, rows_of
 from tim4rec_jax.model_config import ModelConfig
 from tim4rec_jax.typing import Array, Float, Hidden, Int, Items, Lengths, Params, Timestamps
@@ -246,8 +245,8 @@ class StateSpaceModel(SequentialModel[Settings]):
         self.embedding_norm = layer_norm(config.norm_eps, config.dtype)
         self.layers = [self.block() for _ in range(config.num_layers)]
 
-    def block(self) -> ResidualBlock:
-        """Returns a new block; it is called as `layers.residual_block.ResidualBlock` is."""
+    def block(self) -> nn.Module:
+        """Returns a new block; it is called as `layers.residual_block.ResidualBlock` is, and has its `init_cache`."""
         raise NotImplementedError(f"{type(self).__name__} has no block: return a module there")
 
     def time_channel(self, timestamps: Array | None, rows: Rows, cache: Cache | None) -> Array | None:

@@ -1,4 +1,4 @@
-"""GRU4Rec, as somebody adds it from outside: a config, a block, and one call that registers them."""
+"""A plain recurrent network, as somebody adds it from outside: a config, a block, and one call that registers them."""
 
 from dataclasses import dataclass
 
@@ -9,8 +9,8 @@ from tim4rec_jax import ModelConfig, StateSpaceModel, register_model
 
 
 @dataclass(frozen=True)
-class GRU4RecConfig(ModelConfig):
-    name: str = "gru4rec"
+class RNN4RecConfig(ModelConfig):
+    name: str = "rnn4rec"
 
 
 class Recurrent(nn.Module):
@@ -18,7 +18,7 @@ class Recurrent(nn.Module):
 
     @nn.compact
     def __call__(self, u, channel, rows, cache=None):
-        cell, starts = nn.GRUCell(self.width), jnp.zeros_like(rows.real) if rows.starts is None else rows.starts
+        cell, starts = nn.SimpleCell(self.width), jnp.zeros_like(rows.real) if rows.starts is None else rows.starts
         h, outputs = jnp.zeros((u.shape[0], self.width), u.dtype) if cache is None else cache, []
         for t in range(u.shape[1]):
             h = jnp.where(rows.real[:, t, None], cell(jnp.where(starts[:, t, None], 0, h), u[:, t])[0], h)
@@ -29,11 +29,11 @@ class Recurrent(nn.Module):
         return jnp.zeros((batch, self.width))
 
 
-class GRU4Rec(StateSpaceModel):
+class RNN4Rec(StateSpaceModel):
     causal = packable = streamable = True
 
     def block(self):
         return Recurrent(self.config.d_model)
 
 
-register_model("gru4rec", GRU4RecConfig, GRU4Rec)
+register_model("rnn4rec", RNN4RecConfig, RNN4Rec)
