@@ -212,7 +212,8 @@ def _free_folder(name: str) -> pathlib.Path:
 
 def _default_config(log: InteractionLog, model: str, begun: ModelConfig | None) -> ExperimentConfig:
     """Returns settings that suit a model and a log, and a run of that model that is begun with."""
-    settings, packable = model_class(model).Config(), model_class(model).packable
+    kind = model_class(model)
+    settings, packable = kind.Config(), kind.packable and (kind.causal or kind.cloze)
     lengths = np.diff(log.offsets)
     longest = int(np.clip(lengths.max() - 1, 2, LONGEST if packable else settings.max_len))
     if begun is not None and begun.name == model:
@@ -220,7 +221,9 @@ def _default_config(log: InteractionLog, model: str, begun: ModelConfig | None) 
     examples = int(np.maximum(lengths - 3, 0).sum()) if not packable else int(lengths.sum()) // longest
     batch_size = int(np.clip(examples // STEPS_PER_EPOCH, 1 if packable else 32, LARGEST_BATCH))
     schedule: dict[str, Any] = (
-        {"positions": "all", "epochs": 20, "schedule": "cosine", "warmup_steps": 40} if packable else {}
+        {"positions": "all" if kind.causal else "masked", "epochs": 20, "schedule": "cosine", "warmup_steps": 40}
+        if packable
+        else {}
     )
     top_k = tuple(k for k in EvalConfig().top_k if k <= log.num_items) or (log.num_items,)
     return ExperimentConfig(

@@ -8,6 +8,8 @@ import jax
 
 from tim4rec_jax.layers.rows import one_segment
 from tim4rec_jax.model_config import ModelConfig
+from tim4rec_jax.models.bert4rec import BERT4Rec, BERT4RecConfig
+from tim4rec_jax.models.cloze import MASK, draw_masks
 from tim4rec_jax.models.echomamba4rec import EchoMamba4Rec, EchoMamba4RecConfig
 from tim4rec_jax.models.mamba4rec import Mamba4Rec, Mamba4RecConfig
 from tim4rec_jax.models.recommender import (
@@ -37,6 +39,7 @@ MODELS: dict[str, type[SequentialModel]] = {
     "echomamba4rec": EchoMamba4Rec,
     "sasrec": SASRec,
     "tisasrec": TiSASRec,
+    "bert4rec": BERT4Rec,
 }
 
 
@@ -148,8 +151,10 @@ def require_x64(config: ModelConfig) -> None:
 
 
 __all__ = [
+    "MASK",
     "MODELS",
     "STATISTICS",
+    "BERT4RecConfig",
     "Cache",
     "CausalTiM4RecConfig",
     "EchoMamba4RecConfig",
@@ -163,6 +168,7 @@ __all__ = [
     "TiSASRecConfig",
     "apply_method",
     "build_model",
+    "draw_masks",
     "full_config",
     "import_model_module",
     "init_params",
