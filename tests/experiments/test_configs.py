@@ -79,6 +79,23 @@ FAMILY = {
 }
 
 
+# Columns: length, rows per batch, epochs, dropout, share of events that are masked.
+MASKED = {
+    "quickstart_bert4rec": (20, 32, 60, 0.0, 0.2),
+    "ml100k_bert4rec": (200, 8, 100, 0.2, 0.2),
+    "ml1m_bert4rec": (200, 16, 150, 0.2, 0.2),
+    "beauty_bert4rec": (50, 32, 100, 0.4, 0.6),
+}
+
+
+@pytest.mark.parametrize("name", MASKED)
+def test_values_of_the_masked_experiments(name):
+    config = load_config(name)
+    train, model = config.train, config.model
+    assert (train.positions, train.loss, train.masking[1]) == ("masked", "ce", 1 / 11)
+    assert MASKED[name] == (model.max_len, train.batch_size, train.epochs, model.dropout, train.masking[0])
+
+
 # Columns: length, rows per batch, epochs, dropout, learning rate.
 CAUSAL = {
     "ml1m_tim4rec_causal": (200, 16, 30, 0.2, 1e-3),

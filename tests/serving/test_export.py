@@ -31,6 +31,7 @@ CONFIGS = {
     "echomamba4rec": make_config("echomamba4rec", **SMALL),
     "sasrec": make_config("sasrec", **SMALL),
     "tisasrec": make_config("tisasrec", **SMALL),
+    "bert4rec": make_config("bert4rec", **SMALL),
 }
 STREAMABLE = ("causal", "ssd4rec", "mamba4rec")
 TIMES = {"faithful": np.float32, "seconds": np.int32, "causal": np.int32, "tisasrec": np.int32}

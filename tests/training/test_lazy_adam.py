@@ -238,8 +238,9 @@ def test_what_parts_trained_goes_on_on_one_device_and_elsewhere(tmp_path, x64):
         np.testing.assert_allclose(rest, losses[3:], rtol=0, atol=1e-10)
 
 
-def test_a_checkpoint_goes_on_bit_for_bit(tmp_path):
-    training = Training("all", model=dataclasses.replace(SMALL_SASREC, dtype="float32"))
+@pytest.mark.parametrize("positions", ["all", "masked"])
+def test_a_checkpoint_goes_on_bit_for_bit(positions, tmp_path):
+    training = Training(positions, model=dataclasses.replace(MODELS[positions], dtype="float32"))
     whole, losses = training.go_on(training.start(), 0, 6)
     half, _ = training.go_on(training.start(), 0, 3)
     with Checkpointer(tmp_path) as checkpoints:
