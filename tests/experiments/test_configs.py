@@ -211,7 +211,7 @@ def test_every_config_builds_and_survives_json(name):
     model = build_model(dataclasses.replace(config.model, vocab_size=50))
     items = jnp.ones((2, config.model.max_len), jnp.int32)
     shapes = jax.eval_shape(lambda key: model.init_with_output(key, items, items)[0][0], jax.random.key(0))
-    assert shapes.shape == (2, config.model.max_len, config.model.d_model)
+    assert shapes.shape == (2, config.model.max_len, config.model.table_width)
 
 
 def test_unknown_config_shows_the_nearest():

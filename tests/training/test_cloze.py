@@ -129,7 +129,9 @@ def test_every_step_draws_anew_and_the_same_again():
     config = masked_config(STILL)
     loader = loader_of(config)
     payload, state, step = only_batch(loader), state_of(STILL), step_of(config, 40, loader)
-    losses = [float(step(state.replace(step=jnp.int32(n)), loader.resident, payload)[1]) for n in (0, 1, 2, 0)]
+    losses = [
+        float(step(dataclasses.replace(state, step=jnp.int32(n)), loader.resident, payload)[1]) for n in (0, 1, 2, 0)
+    ]
     assert len(set(losses)) == 3 and losses[0] == losses[3]
 
 
@@ -140,13 +142,13 @@ def test_an_item_that_is_masked_is_not_read():
     payload, step = only_batch(loader), step_of(config, 40, loader)
     encoder = state.params["encoder"]
     alike = jax.tree.map(jnp.zeros_like, encoder["position_embedding"])
-    state = state.replace(params=state.params | {"encoder": encoder | {"position_embedding": alike}})
+    state = dataclasses.replace(state, params=state.params | {"encoder": encoder | {"position_embedding": alike}})
     (items, times), proposal = loader.resident
     read, mixed = np.unique(payload.rows[payload.rows >= 0]), np.array(items)
     mixed[read] = np.random.default_rng(0).permutation(mixed[read])
     losses = [float(step(state, ((column, times), proposal), payload)[1]) for column in (items, jnp.asarray(mixed))]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
-    state = state.replace(params=state.params | {"encoder": encoder})
+    state = dataclasses.replace(state, params=state.params | {"encoder": encoder})
     losses = [float(step(state, ((column, times), proposal), payload)[1]) for column in (items, jnp.asarray(mixed))]
     assert losses[0] != pytest.approx(losses[1], rel=1e-4)
 
@@ -192,6 +194,7 @@ def test_fit_masks_events_unless_told_otherwise(tmp_path, monkeypatch):
     run = fit(small_log(), "bert4rec", **small)
     train = read_config(run.run_dir).train
     assert train.positions == "masked" and train.masking == (0.2, 1 / 11)
+    assert read_config(run.run_dir).model.max_len == np.diff(small_log().offsets).max()
     [listed] = run.recommender.recommend([run.recommender.history_of_user(run.recommender.users[0])], 4)
     assert len(listed) == 4
     prefixes = fit(small_log(), "bert4rec", positions="last", **small)

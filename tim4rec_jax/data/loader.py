@@ -314,8 +314,14 @@ def make_loader(
     if train.positions == "last":
         sampler = PrefixSampler(log, examples, batch_indices=batch_indices, **options)
     else:
-        options |= {"context": train.window_context, "cloze": train.positions == "masked"}
-        sampler = PackedSampler(log, examples, batch_indices=batch_indices, **options)
+        sampler = PackedSampler(
+            log,
+            examples,
+            context=train.window_context,
+            cloze=train.positions == "masked",
+            batch_indices=batch_indices,
+            **options,
+        )
     drawing = {}
     if train.loss == "sampled_ce":
         rows = log.offsets[examples.users] + examples.ends
