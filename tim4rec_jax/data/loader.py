@@ -205,7 +205,7 @@ class PackedSampler:
         return self._rows.positions(drawn, first + self._given.start, len(self._given), stop=first + self._batch_size)
 
     def examples_before(self, epoch: int, batch: int) -> int:
-        """Returns how many positions the batches of an epoch before `batch` train on."""
+        """Returns how many positions the batches of an epoch before `batch` train on, or may mask."""
         before = self.draw(epoch).targets_before
         return int(before[min(batch * self._batch_size, len(before) - 1)])
 

@@ -1,5 +1,7 @@
 """The cloze: a model reads MASK in place of some events and tells from the others which items stood there."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax import Array
@@ -62,12 +64,10 @@ def draw_masks(
     changes = segment_ids[:, 1:] != segment_ids[:, :-1]
     last = jnp.pad(changes, ((0, 0), (0, 1)), constant_values=True) & (segment_ids != 0)
     firsts = first_positions(jnp.pad(changes, ((0, 0), (1, 0)), constant_values=True))
-    # Of each position: the last of its history.
     ends = jax.lax.cummin(jnp.where(last, index, length - 1), axis=1, reverse=True)
+    at_end = functools.partial(jnp.take_along_axis, indices=ends, axis=1)  # Of each position's history.
     of_events, of_last = jax.random.split(key)
     masked = candidates & drawn(of_events, rate)
     latest = jax.lax.cummax(jnp.where(masked, index, -1), axis=1)
-    alone = (jnp.take_along_axis(latest, ends, axis=1) < firsts) | jnp.take_along_axis(
-        drawn(of_last, last_share), ends, axis=1
-    )
+    alone = (at_end(latest) < firsts) | at_end(drawn(of_last, last_share))
     return jnp.where(alone, last, masked)
