@@ -13,7 +13,7 @@ from tim4rec_jax.config import ExperimentConfig
 from tim4rec_jax.run_dir import CONFIG, FORMAT_VERSION, read_config
 
 RUNS, LINES = 3_500, 500
-NAMES = ["quickstart", "ml1m_tim4rec", "beauty_tim4rec_causal", "ml100k_tisasrec"]
+NAMES = ["quickstart", "ml1m_tim4rec", "beauty_tim4rec_causal", "ml100k_tisasrec", "beauty_bert4rec"]
 VALUES = st.one_of(
     st.none(),
     st.booleans(),

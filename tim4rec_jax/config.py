@@ -24,7 +24,7 @@ from tim4rec_jax.model_config import ModelConfig, require_sizes
 from tim4rec_jax.models import MODELS, full_config, import_model_module, init_params, model_class, require_x64
 from tim4rec_jax.parallel_config import ParallelConfig
 
-Positions = Literal["last", "all"]
+Positions = Literal["last", "all", "masked"]
 Loss = Literal["ce", "bpr", "bce", "gbce", "sampled_ce"]
 BINARY_LOSSES = ("bce", "gbce")
 TableOptimizer = Literal["adam", "lazy_adam"]
@@ -38,7 +38,7 @@ class TrainConfig:
     Attributes:
       epochs: most passes over the training examples.
       max_steps: most optimiser steps; None for no limit.
-      batch_size: examples per step; with `positions="all"` rows of max_len positions.
+      batch_size: examples per step; with `positions="all"` and "masked" rows of max_len positions.
       learning_rate: peak rate of Adam.
       adam_b1, adam_b2, adam_eps: Adam's constants.
       weight_decay: decoupled (AdamW); 0 is Adam.
@@ -59,7 +59,11 @@ class TrainConfig:
         `kernels.softmax_cross_entropy` in the backend of `model.kernels`; else it does (with `positions="all"` those of
         some of its positions, and in tiles where the catalogue is large).
       positions: "last" trains on the last position of every prefix, as the papers do; "all" on every position of a
-        window at once, with short histories packed into one row, which needs a causal model.
+        window at once, with short histories packed into one row, which needs a causal model; "masked" on events of
+        such rows that a model of the cloze is to tell from the others, drawn anew in every step.
+      mask_rate: share of events that "masked" hides, in (0, 1]; None is 0.2, BERT4Rec's on MovieLens.
+      mask_last_share: share of histories in which the last event alone is hidden, as where the model is asked for the
+        next item; so it is wherever none was drawn. None is 1/11, that of BERT4Rec's authors' program.
       window_context: positions of a later window of a long history that are read and not trained on again, so that
         every target has at least this much before it; None is half of max_len.
       init_from: run folder whose best parameters are begun with, in place of initial values: of the same model and
@@ -99,6 +103,8 @@ class TrainConfig:
     table_optimizer: TableOptimizer = "adam"
     loss_in_tiles: bool = False
     positions: Positions = "last"
+    mask_rate: float | None = None
+    mask_last_share: float | None = None
     window_context: int | None = None
     init_from: str | None = None
     seed: int = 2020
@@ -129,8 +135,9 @@ class TrainConfig:
         )
         require(
             self.positions == "last" or self.loss != "bpr",
-            f"positions='all' trains with every loss but {self.loss!r}; use positions='last' for it",
+            f"positions={self.positions!r} trains with every loss but {self.loss!r}; use positions='last' for it",
         )
+        self._require_masking()
         for name in self.trackers:
             require(name in get_args(Tracker), f"trackers={name!r} must be of {get_args(Tracker)}")
         for name in ("patience", "warmup_steps", "weight_decay", "seed"):
@@ -142,6 +149,17 @@ class TrainConfig:
         self._require_sampling()
         require(self.learning_rate > 0, f"learning_rate={self.learning_rate} must be positive")
         require(self.clip_norm is None or self.clip_norm > 0, f"clip_norm={self.clip_norm} must be positive, or None")
+
+    def _require_masking(self) -> None:
+        rate, last = self.mask_rate, self.mask_last_share
+        require(rate is None or 0 < rate <= 1, f"mask_rate={rate} must be over 0 and at most 1, or None for 0.2")
+        require(last is None or 0 <= last <= 1, f"mask_last_share={last} must lie between 0 and 1, or None for 1/11")
+        for name in ("mask_rate", "mask_last_share"):
+            require(
+                getattr(self, name) is None or self.positions == "masked",
+                f"{name}={getattr(self, name)} is for positions='masked'; with positions={self.positions!r} leave it "
+                "out",
+            )
 
     def _require_sampling(self) -> None:
         require(self.loss in get_args(Loss), f"loss={self.loss!r} must be one of {get_args(Loss)}")
@@ -184,6 +202,12 @@ class TrainConfig:
         """t of "gbce"."""
         return 0.75 if self.gbce_t is None else self.gbce_t
 
+    @property
+    def masking(self) -> tuple[float, float]:
+        """`mask_rate` and `mask_last_share` of "masked"."""
+        rate, last = self.mask_rate, self.mask_last_share
+        return 0.2 if rate is None else rate, 1 / 11 if last is None else last
+
 
 @dataclass(frozen=True)
 class ExperimentConfig:
@@ -213,10 +237,17 @@ class ExperimentConfig:
         """Refuses what the model cannot be trained on, or measured by."""
         model, kind = self.model, model_class(self.model.name)
         require(
-            self.train.positions == "last" or kind.packable,
+            self.train.positions != "all" or (kind.causal and kind.packable),
             "train.positions='all' needs a causal model that can start anew inside a row, which "
             f"model.name={model.name!r} is not: take one of "
-            f"{', '.join(name for name, known in MODELS.items() if known.packable)}, or train.positions='last'",
+            f"{', '.join(name for name, known in MODELS.items() if known.causal and known.packable)}, or "
+            f"train.positions={'masked' if kind.cloze else 'last'!r}",
+        )
+        require(
+            self.train.positions != "masked" or (kind.cloze and kind.packable),
+            f"train.positions='masked' needs a model that reads masked events, which model.name={model.name!r} does "
+            f"not: take one of {', '.join(name for name, known in MODELS.items() if known.cloze and known.packable)}, "
+            "or another train.positions",
         )
         require(
             not kind.whole_seconds or self.data.timestamp_precision != "float32",
@@ -303,7 +334,7 @@ def _require_offered(config: ModelConfig, loss_in_tiles: bool) -> None:
     try:
         jax.eval_shape(partial(init_params, model_class(config.name)(config)), jax.random.key(0))
         if loss_in_tiles:
-            rows = jax.ShapeDtypeStruct((2, config.d_model), config.dtype)
+            rows = jax.ShapeDtypeStruct((2, config.table_width), config.dtype)
             loss = partial(softmax_cross_entropy, implementation=config.backend("softmax_cross_entropy"))
             jax.eval_shape(loss, rows, rows, jax.ShapeDtypeStruct((2,), jnp.int32))
     except ValueError as error:

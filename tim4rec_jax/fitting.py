@@ -123,9 +123,9 @@ def fit(
 ) -> FittedRun:
     """Trains a model on a log, tests its best epoch and leaves a run folder.
 
-    Without settings, a model that can be trained on every position of packed rows is, over 20 epochs; others are on
-    every prefix, until validation does not improve. Rows are as long as the longest history, up to 200 (50) events, and
-    batches so small that an epoch has 50 steps.
+    Without settings, a model that can be trained on every position of packed rows is, over 20 epochs, and one of the
+    cloze on masked events, over 100; others are on every prefix, until validation does not improve. Rows are as long as
+    the longest history, up to 200 (50) events, and batches so small that an epoch has 50 steps.
 
     Args:
       log: from `load_log`; or all settings of an experiment, whose log is then read.
@@ -212,16 +212,19 @@ def _free_folder(name: str) -> pathlib.Path:
 
 def _default_config(log: InteractionLog, model: str, begun: ModelConfig | None) -> ExperimentConfig:
     """Returns settings that suit a model and a log, and a run of that model that is begun with."""
-    settings, packable = model_class(model).Config(), model_class(model).packable
+    kind = model_class(model)
+    settings, packable = kind.Config(), kind.packable and (kind.causal or kind.cloze)
     lengths = np.diff(log.offsets)
-    longest = int(np.clip(lengths.max() - 1, 2, LONGEST if packable else settings.max_len))
+    # A model of the cloze reads the mask behind the history, too.
+    longest = int(np.clip(lengths.max() - 1 + kind.cloze, 2, LONGEST if packable else settings.max_len))
     if begun is not None and begun.name == model:
         settings, longest = begun, begun.max_len
     examples = int(np.maximum(lengths - 3, 0).sum()) if not packable else int(lengths.sum()) // longest
     batch_size = int(np.clip(examples // STEPS_PER_EPOCH, 1 if packable else 32, LARGEST_BATCH))
-    schedule: dict[str, Any] = (
-        {"positions": "all", "epochs": 20, "schedule": "cosine", "warmup_steps": 40} if packable else {}
-    )
+    schedule: dict[str, Any] = {}
+    if packable:
+        schedule = {"positions": "all", "epochs": 20} if kind.causal else {"positions": "masked", "epochs": 100}
+        schedule |= {"schedule": "cosine", "warmup_steps": 40}
     top_k = tuple(k for k in EvalConfig().top_k if k <= log.num_items) or (log.num_items,)
     return ExperimentConfig(
         model,

@@ -97,6 +97,11 @@ class ModelConfig:
         room = next((room for room in self.OPERATORS if room.__name__ == f"kernels.{operator}"), None)
         return self.kernels if room is not None and self.kernels in room.IMPLEMENTATIONS else None
 
+    @property
+    def table_width(self) -> int:
+        """Columns of the item embedding: d, and any that scores alone read."""
+        return self.d_model
+
     @cached_property
     def embedding_rows(self) -> int:
         """Rows of the item embedding: v, and those beyond it that fill the last multiple."""

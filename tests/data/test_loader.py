@@ -14,7 +14,7 @@ from tim4rec_jax.data.splits import gather_windows, leave_one_out
 pytestmark = pytest.mark.quick
 
 MAX_LEN = 6
-BATCH_SIZE = {"last": 16, "all": 5}
+BATCH_SIZE = {"last": 16, "all": 5, "masked": 5}
 LOADERS = ("device", "grain")
 each_loader = pytest.mark.parametrize("name", LOADERS)
 each_kind = pytest.mark.parametrize("positions", BATCH_SIZE)
@@ -37,7 +37,8 @@ def loader_of(name, log, positions, *, seed=0, precision="float32", context=None
         positions=positions, batch_size=batch_size or BATCH_SIZE[positions], seed=seed, window_context=context
     )
     data = DataConfig(loader=name, timestamp_precision=precision)
-    config = ExperimentConfig("test", ModelConfig(name="sasrec", max_len=MAX_LEN), data, train)
+    model = ModelConfig(name="bert4rec" if positions == "masked" else "sasrec", max_len=MAX_LEN)
+    config = ExperimentConfig("test", model, data, train)
     return make_loader(config, log, leave_one_out(log).train)
 
 
@@ -133,6 +134,26 @@ def test_every_target_is_trained_on_once_after_the_items_before_it(log, name):
 
 
 @each_loader
+def test_every_event_of_the_training_part_may_be_masked_once(log, name):
+    """Those of users with one training event, who have nothing to tell it from, are left out, as everywhere."""
+    ends = np.diff(log.offsets) - 2
+    assert (ends == 1).any() and (ends > MAX_LEN).any()
+    loader = loader_of(name, log, "masked", context=2)
+    expected = [
+        (int(log.items[first + i]), *log.items[first : first + i][-2:])
+        for first, end in zip(log.offsets, ends, strict=False)
+        for i in range(end if end > 1 else 0)
+    ]
+    for epoch in (1, 2):
+        found = []
+        for batch in epoch_of(loader, epoch):
+            np.testing.assert_array_equal(batch.targets, batch.items)
+            for items, _, _, weights in histories(batch):
+                found += [(int(items[i]), *items[max(i - 2, 0) : i]) for i in np.flatnonzero(weights)]
+        assert sorted(found) == sorted(expected)
+
+
+@each_loader
 def test_rows_that_only_fill_the_last_batch_come_last_without_weight(log, name):
     loader = loader_of(name, log, "all")
     batches = epoch_of(loader, 1)
@@ -167,12 +188,13 @@ def test_epochs_and_seeds_differ_in_equally_many_batches(log, name, positions):
 @each_kind
 @each_loader
 def test_examples_before_a_batch_are_the_targets_trained_on(log, examples, name, positions):
-    loader = loader_of(name, log, positions, context=1 if positions == "all" else None)
+    loader = loader_of(name, log, positions, context=None if positions == "last" else 1)
     for epoch in (2, 1):
         targets = [int(batch.weights.sum()) for batch in epoch_of(loader, epoch)]
         before = [loader.examples_before(epoch, batch) for batch in range(loader.num_batches + 1)]
         assert before == [0, *np.cumsum(targets)]
-        assert before[-1] == len(examples)
+        # The first event of each user is one more that may be masked.
+        assert before[-1] == len(examples) + (positions == "masked") * len(np.unique(examples.users))
 
 
 def test_a_context_that_leaves_nothing_to_train_on_is_refused(log):

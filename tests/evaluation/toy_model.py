@@ -15,7 +15,7 @@ class ToyModel(nn.Module):
 
     vocab_size: int
     d_model: int = 8
-    packable = streamable = False
+    cloze = packable = streamable = False
 
     def setup(self) -> None:
         self.item_embedding = self.param("item_embedding", nn.initializers.normal(1.0), (self.vocab_size, self.d_model))

@@ -79,6 +79,23 @@ FAMILY = {
 }
 
 
+# Columns: length, rows per batch, epochs, dropout, share of events that are masked.
+MASKED = {
+    "quickstart_bert4rec": (20, 32, 60, 0.0, 0.2),
+    "ml100k_bert4rec": (200, 8, 100, 0.2, 0.2),
+    "ml1m_bert4rec": (200, 16, 150, 0.2, 0.2),
+    "beauty_bert4rec": (50, 32, 100, 0.4, 0.6),
+}
+
+
+@pytest.mark.parametrize("name", MASKED)
+def test_values_of_the_masked_experiments(name):
+    config = load_config(name)
+    train, model = config.train, config.model
+    assert (train.positions, train.loss, train.masking[1]) == ("masked", "ce", 1 / 11)
+    assert MASKED[name] == (model.max_len, train.batch_size, train.epochs, model.dropout, train.masking[0])
+
+
 # Columns: length, rows per batch, epochs, dropout, learning rate, layers.
 EVERY_POSITION = {
     "ml1m_tim4rec_causal": (200, 16, 30, 0.2, 1e-3, 2),
@@ -202,7 +219,7 @@ def test_every_config_builds_and_survives_json(name):
     model = build_model(dataclasses.replace(config.model, vocab_size=50))
     items = jnp.ones((2, config.model.max_len), jnp.int32)
     shapes = jax.eval_shape(lambda key: model.init_with_output(key, items, items)[0][0], jax.random.key(0))
-    assert shapes.shape == (2, config.model.max_len, config.model.d_model)
+    assert shapes.shape == (2, config.model.max_len, config.model.table_width)
 
 
 def test_unknown_config_shows_the_nearest():

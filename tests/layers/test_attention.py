@@ -9,8 +9,8 @@ import pytest
 
 from tim4rec_jax.layers.attention import (
     AttentionEncoder,
-    CausalAttention,
     Intervals,
+    SelfAttention,
     first_positions,
     interval_scores,
     interval_values,
@@ -122,7 +122,7 @@ def test_intervals_are_clipped_whole_seconds_either_way():
 
 def test_weights_are_dropped_by_example_head_and_pair():
     config = SASRecConfig(max_len=40, d_model=16, attention_heads=4, attention_dropout=0.3)
-    attention = CausalAttention(config)
+    attention = SelfAttention(config)
 
     @functools.partial(jax.jit, static_argnums=2)
     def drop(positions, ids, length):
@@ -158,7 +158,7 @@ def test_what_attends_to_what():
     params = {"query": zero, "key": zero, "value": same, "out": same}
     real = np.arange(length) < np.array([[4], [16]])
     rows = Rows(jnp.asarray(real), None, jnp.arange(2), deterministic=True)
-    weights = CausalAttention(config).apply({"params": params}, x, rows, None)
+    weights = SelfAttention(config).apply({"params": params}, x, rows, None)
     seen = np.tril(np.ones((length, length))) * real[:, None]
     np.testing.assert_allclose(weights, seen / seen.sum(-1, keepdims=True), rtol=1e-6)
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from tests.models.settings import settings_of
-from tim4rec_jax.models import build_model, init_params, last_hidden, one_segment, variables
+from tim4rec_jax.models import MASK, build_model, init_params, last_hidden, model_class, one_segment, variables
 
 L, V, D = 12, 100, 16
 SHAPE = {
@@ -42,6 +42,15 @@ def rows(columns=L, lengths=LENGTHS):
     items = (1 + rng.permutation(V - 1)[: inside.size].reshape(inside.shape)) * inside
     gaps = rng.choice([0, 1, 5, 20, 400, 90_000, 3_000_000], inside.shape)
     return items.astype(np.int32), ((5_000 + np.cumsum(gaps, axis=1)) * inside).astype(np.int32)
+
+
+def asked(name, items, lengths):
+    """Rows and lengths at whose last position a model scores the next item: these, or with a mask behind the events."""
+    if not model_class(name).cloze:
+        return items, lengths
+    events = [[*row[:n][-(L - 1) :], MASK] for row, n in zip(items.tolist(), lengths, strict=True)]
+    filled = [row + [0] * (L - len(row)) for row in events]
+    return np.array(filled, np.int32), np.array([len(row) for row in events])
 
 
 def call(model, params, items, lengths, timestamps, where="all", **options):

@@ -15,6 +15,7 @@ from tests.models.calls import (
     D,
     L,
     V,
+    asked,
     call,
     initial,
     primitives,
@@ -25,6 +26,7 @@ from tests.models.calls import (
     spread,
 )
 from tim4rec_jax import build_model
+from tim4rec_jax.model_config import AttentionConfig
 from tim4rec_jax.models import MODELS, STATISTICS, SequentialModel, one_segment, variables
 
 TIMES = {"gap_mean": 8.0, "gap_std": 3.0, "first_second": 1_000, "last_second": 40_000_000}
@@ -43,6 +45,7 @@ EXACT = (
     | {
         "sasrec, float64": {"name": "sasrec", "dtype": "float64"},
         "sasrec, float64, one layer": {"name": "sasrec", "dtype": "float64", "num_layers": 1},
+        "bert4rec, float64": {"name": "bert4rec", "dtype": "float64"},
     }
 )
 # Three rows of several histories or one, and one that ends in padding.
@@ -115,10 +118,12 @@ def test_shapes_and_scores(form):
     assert isinstance(form.model, SequentialModel)
     assert form.model.uses_time == (form.config.name in ("tim4rec", "tim4rec_causal", "tisasrec"))
     hidden = form.all(rows()[0], LENGTHS, rows()[1])
-    assert hidden.shape == (4, L, D) and np.isfinite(hidden).all()
+    width = form.config.table_width
+    assert width == D + (form.config.name == "bert4rec")
+    assert hidden.shape == (4, L, width) and np.isfinite(hidden).all()
     assert jax.eval_shape(form.call, *rows())[1] is None
     table = form.model.apply(variables(form.params), method="item_table")
-    assert table.shape == (V, D)
+    assert table.shape == (V, width)
     scores = form.model.apply(variables(form.params), hidden, method="score")
     assert scores.shape == (4, L, V)
     form.near(scores, hidden @ table.T, 1e-4)
@@ -128,7 +133,8 @@ def test_shapes_and_scores(form):
 def test_single_positions_are_those_of_all(form):
     items, times = rows()
     full = np.asarray(form.all(items, LENGTHS, times))
-    form.near(form.last(items, LENGTHS, times), full[np.arange(4), LENGTHS - 1])
+    read, lengths = asked(form.config.name, items, LENGTHS)
+    form.near(form.last(items, LENGTHS, times), np.asarray(form.all(read, lengths, times))[np.arange(4), lengths - 1])
     positions = np.stack([LENGTHS - 1, LENGTHS // 2], axis=1)
     some, _ = form.call(items, times, positions=positions)
     form.near(some, np.take_along_axis(full, positions[..., None], axis=1))
@@ -186,7 +192,7 @@ def test_padding_and_batch_do_not_matter(form):
     before = np.asarray(form.last(items, LENGTHS, times))
     padded = np.arange(L) >= LENGTHS[:, None]
     junk = np.where(padded, 9, items), LENGTHS, np.where(padded & form.model.causal, 1003, times)
-    if form.model.causal or form.config.name == "tim4rec":
+    if form.model.causal or form.config.name in ("tim4rec", "bert4rec"):
         np.testing.assert_array_equal(form.last(*junk), before)
     order = np.array([3, 1, 2])
     cut = items[order, :8], LENGTHS[order], times[order]
@@ -225,7 +231,7 @@ def test_packed_histories_are_as_if_alone(form):
 
 @over(EXACT)
 def test_nothing_of_a_packed_neighbour_has_a_gradient(form):
-    assert form.model.packable and form.model.causal
+    assert form.model.packable
     items, times, segment_ids, places = packed()
 
     @jax.jit
@@ -295,8 +301,9 @@ def test_dropout_follows_the_example_and_not_the_batch(form):
     np.testing.assert_array_equal(run(items, LENGTHS, times, ids), before)
     assert (np.abs(run(items, LENGTHS, times, ids + 4) - before).max(axis=1) > 1e-2).all()
     assert (np.abs(run(items, LENGTHS, times, ids, 1) - before).max(axis=1) > 1e-2).all()
-    full = np.asarray(program(form.config, "all", deterministic=False)(form.params, items, LENGTHS, times))
-    near(full[ids, LENGTHS - 1], before)
+    read, lengths = asked(form.config.name, items, LENGTHS)
+    full = np.asarray(program(form.config, "all", deterministic=False)(form.params, read, lengths, times))
+    near(full[ids, lengths - 1], before)
 
 
 @over(FORMS)
@@ -374,8 +381,8 @@ def test_bfloat16_is_close_and_keeps_sensitive_parts_in_float32(name):
     assert ("dot_general", "bfloat16") in found
     kinds = ("exp", "log1p", "rsqrt", "cumsum", "reduce_sum")
     assert not [one for one in found if one[0] in kinds and one[1] == "bfloat16"]
-    if name.endswith("sasrec"):  # Two softmaxes and five norms, in each of two calls.
-        assert [found.count((kind, "float32")) for kind in ("exp", "rsqrt")] == [2 * 2, 2 * 5]
+    if isinstance(config, AttentionConfig):  # Two softmaxes and five norms or one more, in each of two calls.
+        assert [found.count((kind, "float32")) for kind in ("exp", "rsqrt")] == [2 * 2, 2 * (5 + (name == "bert4rec"))]
     else:
         kept = {"gru4rec": {"logistic", "tanh"}, "lrurec": {"exp", "rsqrt"}, "caser": set()}
         assert {(kind, "float32") for kind in kept.get(name, {"exp", "log1p", "rsqrt"})} <= {*found}
@@ -383,7 +390,8 @@ def test_bfloat16_is_close_and_keeps_sensitive_parts_in_float32(name):
     hidden, scores, full = traced.lower().compile()(params)
     assert (hidden.dtype, full.dtype, scores.dtype) == (jnp.bfloat16, jnp.bfloat16, jnp.float32)
     expected = np.asarray(program(config, "all")(params, items, LENGTHS, times))
-    last = expected[np.arange(4), LENGTHS - 1]
+    read, lengths = asked(name, items, LENGTHS)
+    last = np.asarray(program(config, "all")(params, read, lengths, times))[np.arange(4), lengths - 1]
     np.testing.assert_allclose(np.asarray(full, np.float32), expected, rtol=0, atol=0.1)
     np.testing.assert_allclose(np.asarray(hidden, np.float32), last, rtol=0, atol=0.1)
     np.testing.assert_allclose(scores, last @ params["item_embedding"]["embedding"].T, rtol=0, atol=0.02)
@@ -391,7 +399,7 @@ def test_bfloat16_is_close_and_keeps_sensitive_parts_in_float32(name):
 
 @pytest.mark.parametrize(
     ("name", "operation", "width"),
-    [("sasrec", "erf", 24), ("mamba4rec", "erf", 4 * D), ("echomamba4rec", "logistic", D)],
+    [("sasrec", "erf", 24), ("bert4rec", "erf", 24), ("mamba4rec", "erf", 4 * D), ("echomamba4rec", "logistic", D)],
 )
 def test_the_last_layer_is_computed_where_it_is_read(name, operation, width):
     """Its feed-forward, or the gated unit of the last block, runs at one position per row."""

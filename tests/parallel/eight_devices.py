@@ -16,7 +16,7 @@ import jax
 import numpy as np
 
 from tests.evaluation.logs import random_log
-from tests.models.settings import SMALL_SASREC
+from tests.models.settings import SMALL_SASREC, sibling
 from tim4rec_jax import DataConfig, ExperimentConfig, ModelConfig, TrainConfig, build_model
 from tim4rec_jax.config import EvalConfig, ParallelConfig
 from tim4rec_jax.data.loader import make_loader
@@ -30,11 +30,12 @@ from tim4rec_jax.training.step import init_state, make_optimizer, train_step
 
 STEPS, HALF, SEED = 50, 25, 3
 # Neither is a multiple of 8.
-BATCH = {"last": 21, "all": 5}
+BATCH = {"last": 21, "all": 5, "masked": 5}
 # None is one device; the others are (strategy, loader).
 WAYS = {
     "last": (None, ("sharded", "device"), ("pmap", "grain")),
     "all": (None, ("sharded", "grain"), ("pmap", "device")),
+    "masked": (None, ("sharded", "device"), ("pmap", "grain")),
 }
 
 
@@ -47,6 +48,8 @@ class Training:
     """One model with its devices and its compiled step."""
 
     def __init__(self, positions: str, strategy: str, loader: str, model: ModelConfig = SMALL_SASREC) -> None:
+        if positions == "masked":
+            model = sibling(model, "bert4rec")
         train = TrainConfig(positions=positions, batch_size=BATCH[positions], learning_rate=1e-2, clip_norm=0.5)
         self.config = ExperimentConfig(
             "test",

@@ -36,10 +36,12 @@ VOCAB, MULTIPLE = 45, 16
 MODELS = {
     "last": {"name": "sasrec", "attention_heads": 2, "inner_size": 8, "attention_dropout": 0.2},
     "all": {"name": "ssd4rec", "head_dim": 8, "d_state": 8},
+    "masked": {"name": "bert4rec", "attention_heads": 2, "inner_size": 8, "attention_dropout": 0.2},
 }
 # Neither is a multiple of 8.
-BATCH = {"last": 21, "all": 5}
+BATCH = {"last": 21, "all": 5, "masked": 5}
 LAYOUTS = (1, 2, 8)
+RANKED = ("last", "masked")
 
 
 @functools.cache
@@ -149,7 +151,7 @@ def trainings(positions: str) -> dict:
         # The same parameters everywhere, or ranks could differ by rounding.
         measured = measured or jax.device_get(state.params)
         params = training.layout.shard(measured)
-        if positions == "last":
+        if positions in RANKED:
             record["ranks"] = [training.ranks(params, exclude) for exclude in (False, True)]
             record["best"] = training.best(params)
         record["table_bytes"] = state.params["item_embedding"]["embedding"].nbytes

@@ -41,7 +41,7 @@ def on_eight(tmp_path_factory):
     return run
 
 
-@pytest.mark.parametrize("positions", ["last", "all"])
+@pytest.mark.parametrize("positions", ["last", "all", "masked"])
 def test_many_devices_train_evaluate_and_resume_as_one(on_eight, positions):
     record = on_eight("everything")
     assert record["devices"] == 8

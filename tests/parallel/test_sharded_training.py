@@ -15,6 +15,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from tests.parallel.fake_devices import ROOT, environment
+from tests.parallel.sharded_catalogue import RANKED
 from tim4rec_jax import ExperimentConfig, ModelConfig, TrainConfig, build_model
 from tim4rec_jax.config import ParallelConfig
 from tim4rec_jax.models import SASRecConfig, init_params
@@ -35,7 +36,7 @@ def on_eight(tmp_path_factory):
     return json.loads(output.read_text())
 
 
-by_positions = pytest.mark.parametrize("positions", ["last", "all"])
+by_positions = pytest.mark.parametrize("positions", ["last", "all", "masked"])
 
 
 @pytest.mark.exhaustive
@@ -52,11 +53,12 @@ def test_parts_train_evaluate_and_resume_as_the_whole(on_eight, positions):
 
 
 @pytest.mark.exhaustive
-def test_ranks_and_best_items_of_parts_are_those_of_the_whole(on_eight):
-    alone = on_eight["last"]["1"]
+@pytest.mark.parametrize("positions", RANKED)
+def test_ranks_and_best_items_of_parts_are_those_of_the_whole(on_eight, positions):
+    alone = on_eight[positions]["1"]
     ranks, without_seen = alone["ranks"]
     assert ranks != without_seen
-    for shards, found in on_eight["last"].items():
+    for shards, found in on_eight[positions].items():
         assert found["ranks"] == alone["ranks"], shards
         scores, ids, finite = found["best"]
         np.testing.assert_allclose(scores, alone["best"][0], rtol=0, atol=1e-12)

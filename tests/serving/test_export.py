@@ -34,6 +34,7 @@ CONFIGS = {
     "gru4rec": make_config("gru4rec"),
     "lrurec": make_config("lrurec", norm_eps=1e-6),
     "caser": make_config("caser"),
+    "bert4rec": make_config("bert4rec", **SMALL),
 }
 STREAMABLE = ("causal", "ssd4rec", "mamba4rec", "gru4rec", "lrurec", "caser")
 TIMES = {"faithful": np.float32, "seconds": np.int32, "causal": np.int32, "tisasrec": np.int32}

@@ -24,7 +24,9 @@ from tim4rec_jax.training.losses import cross_entropy, sampled_cross_entropy
 from tim4rec_jax.training.step import init_state, make_optimizer, train_step
 
 STEPS = 20
-BATCH = {"last": 6, "all": 3}
+BATCH = {"last": 6, "all": 3, "masked": 3}
+MODELS = {"last": SMALL_SASREC, "all": SMALL_SASREC, "masked": sibling(SMALL_SASREC, "bert4rec")}
+by_positions = pytest.mark.parametrize("positions", BATCH)
 
 
 @functools.cache
@@ -35,10 +37,11 @@ def log():
 class Training:
     """A model with its loader and its compiled step."""
 
-    def __init__(self, positions="last", strategy="single", model=SMALL_SASREC, vocab_size=None, shards=1, **train):
+    def __init__(self, positions="last", strategy="single", model=None, vocab_size=None, shards=1, **train):
         options = {"loss": "sampled_ce", "num_negatives": 7, "negatives_power": 0.75, "clip_norm": 0.5}
         options |= {"table_optimizer": "lazy_adam", "learning_rate": 1e-2, "batch_size": BATCH[positions]}
         settings = TrainConfig(positions=positions, **options | train)
+        model = model or MODELS[positions]
         model = dataclasses.replace(model, vocab_size=vocab_size or model.vocab_size)
         config = ExperimentConfig("test", model, DataConfig(), settings, parallel=ParallelConfig(strategy, shards))
         self.layout = make_layout(config.parallel)
@@ -123,7 +126,7 @@ def test_more_negatives_come_closer_to_the_softmax_and_only_with_log_q(x64):
 
 
 @pytest.mark.exhaustive
-@pytest.mark.parametrize("positions", ["last", "all"])
+@by_positions
 def test_where_every_row_is_touched_it_is_adam(positions, x64):
     options = {"num_negatives": 400, "negatives_power": 0.0}
     (lazy, lazy_losses), (dense, dense_losses) = (
@@ -135,11 +138,10 @@ def test_where_every_row_is_touched_it_is_adam(positions, x64):
         np.testing.assert_allclose(leaf, wanted, rtol=0, atol=1e-12, err_msg=jax.tree_util.keystr(path))
 
 
-@pytest.mark.parametrize("positions", ["last", "all"])
+@by_positions
 def test_other_rows_and_their_moments_keep_every_bit(positions):
-    training = Training(
-        positions, model=dataclasses.replace(SMALL_SASREC, dtype="float32"), vocab_size=400, negatives_power=0.0
-    )
+    model = dataclasses.replace(MODELS[positions], dtype="float32")
+    training = Training(positions, model=model, vocab_size=400, negatives_power=0.0)
     state, _ = training.go_on(training.start(), 0, 1)
     before = [table(state.params).copy(), *(m.copy() for m in moments(state))]
     payload = training.payload(1)
@@ -154,9 +156,7 @@ def test_other_rows_and_their_moments_keep_every_bit(positions):
     for old, new in zip(before, (table(after.params), *moments(after)), strict=True):
         np.testing.assert_array_equal(new[others], old[others])
     # Adam, for comparison, moves rows on by their moments alone.
-    dense = Training(
-        positions, model=dataclasses.replace(SMALL_SASREC, dtype="float32"), vocab_size=400, table_optimizer="adam"
-    )
+    dense = Training(positions, model=model, vocab_size=400, table_optimizer="adam")
     first, _ = dense.go_on(dense.start(), 0, 1)
     old = table(first.params).copy()
     second, _ = dense.go_on(first, 1, 2)
@@ -172,6 +172,8 @@ MANY = {
     "all, 2 parts": ("all", "sharded", 2, "lazy_adam"),
     "last, 2 parts, dense": ("last", "sharded", 2, "adam"),
     "all, 4 parts, dense": ("all", "sharded", 4, "adam"),
+    "masked, whole": ("masked", "sharded", 1, "lazy_adam"),
+    "masked, 2 parts": ("masked", "sharded", 2, "lazy_adam"),
 }
 
 
@@ -189,7 +191,7 @@ def test_several_devices_train_as_one(way, x64):
     positions, strategy, shards, table_optimizer = MANY[way]
     assert jax.device_count() == 4
     state, losses = on_one_device(positions, table_optimizer)
-    model = dataclasses.replace(SMALL_SASREC, vocab_multiple=8 if shards > 1 else 1)
+    model = dataclasses.replace(MODELS[positions], vocab_multiple=8 if shards > 1 else 1)
     many = Training(positions, strategy, model, shards=shards, table_optimizer=table_optimizer)
     other, found = many.go_on(many.start(), 0, STEPS)
     assert len(set(losses)) == STEPS
@@ -197,7 +199,7 @@ def test_several_devices_train_as_one(way, x64):
     for actual, expected in zip(everywhere(other), everywhere(state), strict=True):
         np.testing.assert_allclose(actual[: len(expected)], expected, rtol=0, atol=1e-8)
     embedding = other.params["item_embedding"]["embedding"]
-    assert {part.data.shape for part in embedding.addressable_shards} == {(len(embedding) // shards, 8)}
+    assert {part.data.shape for part in embedding.addressable_shards} == {(len(embedding) // shards, model.table_width)}
 
 
 @pytest.mark.parametrize("name", ["gru4rec", "lrurec", "caser"])
@@ -250,8 +252,9 @@ def test_what_parts_trained_goes_on_on_one_device_and_elsewhere(tmp_path, x64):
         np.testing.assert_allclose(rest, losses[3:], rtol=0, atol=1e-10)
 
 
-def test_a_checkpoint_goes_on_bit_for_bit(tmp_path):
-    training = Training("all", model=dataclasses.replace(SMALL_SASREC, dtype="float32"))
+@pytest.mark.parametrize("positions", ["all", "masked"])
+def test_a_checkpoint_goes_on_bit_for_bit(positions, tmp_path):
+    training = Training(positions, model=dataclasses.replace(MODELS[positions], dtype="float32"))
     whole, losses = training.go_on(training.start(), 0, 6)
     half, _ = training.go_on(training.start(), 0, 3)
     with Checkpointer(tmp_path) as checkpoints:

@@ -1,7 +1,7 @@
 """Batches of training examples: gathered inside the step from a log that lies on the device, or by Grain on the host.
 
 For a seed both give the same batches in the same order, and both start at any batch of any epoch. A sampler says which
-rows of the log a batch holds: prefixes with one target each, or packed rows that train on every position. Of each batch
+rows of the log a batch holds: prefixes with one target each, or packed rows that train on many positions. Of each batch
 it gives the indices that it is asked for, all by default; those from the batch size on hold rows of weight 0.
 """
 
@@ -49,7 +49,7 @@ class PackedBatch:
       items: int32 [b, l], padded on the right with 0.
       segment_ids: int32 [b, l], 1, 2, ... by the history of its row that a position belongs to, 0 in the padding.
       timestamps: float32 or int32 [b, l] seconds, padded with 0.
-      targets: int32 [b, l], the item after each position's, 0 in the padding.
+      targets: int32 [b, l], the item after each position's, or for the cloze the position's own; 0 in the padding.
       weights: float32 [b, l]; 0 marks padding and what is read only as context. Rows without any weight come last.
     """
 
@@ -152,7 +152,10 @@ class PrefixSampler:
 
 
 class PackedSampler:
-    """Rows of several histories that train on every position, told by an index and two marks per position.
+    """Rows of several histories that train on many positions, told by an index and two marks per position.
+
+    Every event before the training part's last of a user is read, and trained on with the event after it as its target.
+    For the cloze the last one is read, too, and each event is its own target, to be masked there.
 
     Args:
       log, seed, batch_indices: as of `PrefixSampler`.
@@ -160,6 +163,7 @@ class PackedSampler:
       max_len: l, positions of a row.
       context: see `packing.window_histories`.
       batch_size: rows of a step.
+      cloze: see above.
     """
 
     def __init__(
@@ -169,6 +173,7 @@ class PackedSampler:
         *,
         max_len: int,
         context: int | None,
+        cloze: bool = False,
         batch_size: int,
         seed: int,
         batch_indices: range | None = None,
@@ -178,7 +183,9 @@ class PackedSampler:
                 f"the log has {log.num_rows} rows, more than the {np.iinfo(np.int32).max} of int32 indices"
             )
         self.columns = log.items, log.timestamps
-        windows = window_histories(np.bincount(examples.users, minlength=log.num_users), max_len, context)
+        targets = np.bincount(examples.users, minlength=log.num_users)
+        windows = window_histories(targets + (cloze & (targets > 0)), max_len, context)
+        self._cloze = cloze
         first_rows = (log.offsets[windows.users] + windows.firsts).astype(np.int32)
         self._rows = PackedRows(windows, first_rows, pack_lengths(windows.ends - windows.firsts, max_len), seed)
         self.fill_share = self._rows.pattern.fill_share
@@ -198,7 +205,7 @@ class PackedSampler:
         return self._rows.positions(drawn, first + self._given.start, len(self._given), stop=first + self._batch_size)
 
     def examples_before(self, epoch: int, batch: int) -> int:
-        """Returns how many positions the batches of an epoch before `batch` train on."""
+        """Returns how many positions the batches of an epoch before `batch` train on, or may mask."""
         before = self.draw(epoch).targets_before
         return int(before[min(batch * self._batch_size, len(before) - 1)])
 
@@ -211,7 +218,7 @@ class PackedSampler:
             items=xp.where(real, items[rows], 0),
             segment_ids=xp.where(real, xp.cumsum(indices.starts, axis=1, dtype=np.int32), 0),
             timestamps=xp.where(real, timestamps[rows], 0),
-            targets=xp.where(real, items[rows + real], 0),
+            targets=xp.where(real, items[rows if self._cloze else rows + real], 0),
             weights=xp.asarray(indices.trained, np.float32),
         )
 
@@ -307,10 +314,20 @@ def make_loader(
     if train.positions == "last":
         sampler = PrefixSampler(log, examples, batch_indices=batch_indices, **options)
     else:
-        sampler = PackedSampler(log, examples, context=train.window_context, batch_indices=batch_indices, **options)
+        sampler = PackedSampler(
+            log,
+            examples,
+            context=train.window_context,
+            cloze=train.positions == "masked",
+            batch_indices=batch_indices,
+            **options,
+        )
     drawing = {}
     if train.loss == "sampled_ce":
-        counts = np.bincount(log.items[log.offsets[examples.users] + examples.ends], minlength=model.vocab_size)
+        rows = log.offsets[examples.users] + examples.ends
+        if train.positions == "masked":
+            rows = np.concatenate([log.offsets[np.unique(examples.users)], rows])
+        counts = np.bincount(log.items[rows], minlength=model.vocab_size)
         proposal = make_proposal(counts, train.negatives_power)
         drawing = {"proposal": proposal, "num_negatives": train.num_negatives}
     return Loader(

@@ -1,4 +1,4 @@
-"""Causal self-attention in post-norm layers, with or without embeddings of the time between two events."""
+"""Self-attention in post-norm layers, causal or not, with or without embeddings of the time between two events."""
 
 import math
 from typing import NamedTuple
@@ -107,21 +107,23 @@ def first_positions(starts: Array) -> Array:
     return jax.lax.cummax(marked, axis=1)
 
 
-class CausalAttention(nn.Module):
-    """Multi-head attention of each position to itself and to the real positions before it (arXiv 1808.09781).
+class SelfAttention(nn.Module):
+    """Multi-head attention of each position to the real positions of its history, or to those up to itself alone.
 
       s_ij = q_i . (k_j + K[interval_ij]) / sqrt(p) + mask_ij,    w = Dropout(softmax_j(s))
       out_i = (sum_j w_ij (v_j + V[interval_ij])) Wo + bo
 
-    mask is 0 where j <= i, both are of one history, and item j is no padding, else MASKED_SCORE. K and V are there only
-    with intervals (Li et al. 2020, "Time Interval Aware Self-Attention for Sequential Recommendation"). Softmax in
-    float32 or wider.
+    mask is 0 where both are of one history, item j is no padding and, where attention is causal (arXiv 1808.09781),
+    j <= i; else it is MASKED_SCORE. K and V are there only with intervals (Li et al. 2020, "Time Interval Aware
+    Self-Attention for Sequential Recommendation"). Softmax in float32 or wider.
 
     Attributes:
       config: the model's settings.
+      causal: attend to nothing later.
     """
 
     config: AttentionConfig
+    causal: bool = True
 
     def setup(self) -> None:
         config = self.config
@@ -153,10 +155,12 @@ class CausalAttention(nn.Module):
         between = None if intervals is None else intervals.between(positions)
         if intervals is not None and between is not None:
             scores += interval_scores(q, intervals.keys, between)
-        seen = (jnp.arange(length) <= positions[:, :, None]) & rows.real[:, None]
+        seen = rows.real[:, None]
+        if self.causal:
+            seen &= jnp.arange(length) <= positions[:, :, None]
         if firsts is not None:
             own = jnp.take_along_axis(firsts, positions, axis=1)
-            seen &= jnp.arange(length) >= own[:, :, None]
+            seen &= firsts[:, None] == own[:, :, None]
         mask = jnp.where(seen, jnp.zeros((), dtype), jnp.asarray(MASKED_SCORE, dtype))
         weights = jax.nn.softmax(scores / math.sqrt(q.shape[-1]) + mask[:, None], axis=-1)
         weights = self._dropped(weights, positions, rows)
@@ -181,13 +185,15 @@ class AttentionLayer(nn.Module):
 
     Attributes:
       config: the model's settings.
+      causal: see `SelfAttention`.
     """
 
     config: AttentionConfig
+    causal: bool = True
 
     def setup(self) -> None:
         config = self.config
-        self.attention = CausalAttention(config)
+        self.attention = SelfAttention(config, self.causal)
         self.attention_dropout = Dropout(config.dropout)
         self.attention_norm = layer_norm(config.norm_eps, config.dtype)
         self.fc1 = Linear(config.inner_size, config.dtype)
@@ -196,7 +202,7 @@ class AttentionLayer(nn.Module):
         self.ffn_norm = layer_norm(config.norm_eps, config.dtype)
 
     def __call__(self, x: Array, rows: Rows, intervals: Intervals | None, firsts: Array | None = None) -> Array:
-        """Returns the layer's output at `rows.positions`; see `CausalAttention` for the arguments."""
+        """Returns the layer's output at `rows.positions`; see `SelfAttention` for the arguments."""
         mixed = self.attention(x, rows, intervals, firsts)
         h = self.attention_norm(self.attention_dropout(mixed, rows.example_ids, **rows.drop) + rows.at(x))
         inner = nn.gelu(self.fc1(h), approximate=False)
@@ -208,16 +214,18 @@ class AttentionEncoder(nn.Module):
 
     Attributes:
       config: the model's settings.
+      causal: see `SelfAttention`.
     """
 
     config: AttentionConfig
+    causal: bool = True
 
     def setup(self) -> None:
         config = self.config
         self.position_embedding = embedding_table(config.max_len, config)
         self.norm = layer_norm(config.norm_eps, config.dtype)
         self.dropout = Dropout(config.dropout)
-        self.layers = [AttentionLayer(config) for _ in range(config.num_layers)]
+        self.layers = [AttentionLayer(config, self.causal) for _ in range(config.num_layers)]
 
     def __call__(self, embedded: Array, rows: Rows, intervals: Intervals | None) -> Array:
         """Returns the hidden states at `rows.positions`, without computing what is not read.

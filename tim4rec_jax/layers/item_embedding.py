@@ -30,13 +30,18 @@ class ItemEmbedding(nn.Embed):
 
 
 def item_embedding(config: ModelConfig) -> ItemEmbedding:
-    """Returns the item embedding, initial values as `embedding_table`, of `config.embedding_rows` rows."""
+    """Returns the item embedding [rows, width]: N(0, 0.02) as `embedding_table`, and 0 in the columns from d on."""
+
+    def initial(key: Array, shape: tuple[int, int], dtype: jnp.dtype) -> Array:
+        vectors = nn.initializers.normal(INIT_STD)(key, (shape[0], config.d_model), dtype)
+        return jnp.pad(vectors, ((0, 0), (0, shape[1] - config.d_model)))
+
     return ItemEmbedding(
         config.embedding_rows,
-        config.d_model,
+        config.table_width,
         dtype=jnp.dtype(config.dtype),
         param_dtype=wide(config.dtype),
-        embedding_init=nn.initializers.normal(INIT_STD),
+        embedding_init=initial,
         vocab_size=config.vocab_size,
     )
 

@@ -8,7 +8,9 @@ import jax
 
 from tim4rec_jax.layers.rows import one_segment
 from tim4rec_jax.model_config import ModelConfig
+from tim4rec_jax.models.bert4rec import BERT4Rec, BERT4RecConfig
 from tim4rec_jax.models.caser import Caser, CaserConfig
+from tim4rec_jax.models.cloze import MASK, draw_masks
 from tim4rec_jax.models.echomamba4rec import EchoMamba4Rec, EchoMamba4RecConfig
 from tim4rec_jax.models.gru4rec import GRU4Rec, GRU4RecConfig
 from tim4rec_jax.models.lrurec import LRURec, LRURecConfig
@@ -43,6 +45,7 @@ MODELS: dict[str, type[SequentialModel]] = {
     "gru4rec": GRU4Rec,
     "lrurec": LRURec,
     "caser": Caser,
+    "bert4rec": BERT4Rec,
 }
 
 
@@ -155,8 +158,10 @@ def require_x64(config: ModelConfig) -> None:
 
 
 __all__ = [
+    "MASK",
     "MODELS",
     "STATISTICS",
+    "BERT4RecConfig",
     "Cache",
     "CaserConfig",
     "CausalTiM4RecConfig",
@@ -173,6 +178,7 @@ __all__ = [
     "TiSASRecConfig",
     "apply_method",
     "build_model",
+    "draw_masks",
     "full_config",
     "import_model_module",
     "init_params",

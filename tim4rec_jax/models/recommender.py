@@ -14,6 +14,7 @@ from tim4rec_jax.layers.dropout import Dropout
 from tim4rec_jax.layers.item_embedding import item_embedding, table_rows, tied_scores
 from tim4rec_jax.layers.rows import Rows, one_segment, rows_of
 from tim4rec_jax.model_config import ModelConfig
+from tim4rec_jax.models.cloze import with_mask_behind
 from tim4rec_jax.typing import Array, Float, Hidden, Int, Items, Lengths, Params, Timestamps
 
 # w is so many times its parameter: optimisers that take steps of one size reach -10 as soon as others reach -1.
@@ -86,6 +87,8 @@ class SequentialModel(nn.Module, Generic[Settings]):
     Attributes:
       config: settings the module was built from.
       causal: output i depends on inputs up to i only; such a model may be trained on all positions at once.
+      cloze: reads MASK for events that it is to tell from the others, see `models.cloze`; it is trained by that, and
+        asked for the next item by a MASK behind the history, which `last_hidden` puts there.
       packable: a row may hold several histories, told apart by `segment_ids`.
       streamable: `cache` is offered, no parameter depends on the length, and rows of any length are read.
       uses_time: timestamps change the output.
@@ -100,6 +103,7 @@ class SequentialModel(nn.Module, Generic[Settings]):
     Config: ClassVar[type[ModelConfig]] = ModelConfig
 
     causal: ClassVar[bool] = False
+    cloze: ClassVar[bool] = False
     packable: ClassVar[bool] = False
     streamable: ClassVar[bool] = False
     uses_time: ClassVar[bool] = False
@@ -126,7 +130,7 @@ class SequentialModel(nn.Module, Generic[Settings]):
         """Returns hidden states, and the cache behind these items: pieces of any size give what one pass gives.
 
         Args:
-          items: int [b, l], padded on the right with 0.
+          items: int [b, l], padded on the right with 0; MASK, too, where the model is `cloze`.
           timestamps: [b, l or more] seconds, padded with 0; the paper's time branch and TiSASRec want max_len columns
             whatever l is, the causal time branch whole seconds. May be None where the model reads none.
           segment_ids: int [b, l], which history a position belongs to, 0 for padding; with a cache, or in a model that
@@ -138,7 +142,8 @@ class SequentialModel(nn.Module, Generic[Settings]):
           example_ids: int [b] names of the rows for their dropout masks; None counts from 0.
 
         Returns:
-          Hidden states [b, l, d], or [b, m, d] at `positions`; the next cache, or None where none was given.
+          Hidden states [b, l, d], or [b, m, d] at `positions`, d being `config.table_width`; the next cache, or None
+          where none was given.
 
         Raises:
           ValueError: for shapes or dtypes that do not fit, several histories in a row of a model that is not packable,
@@ -321,7 +326,10 @@ def last_hidden(
     timestamps: Timestamps | None,
     **options: Any,
 ) -> Float[Array, "b d"]:
-    """Returns the hidden state [b, d] at each row's last real position, without computing what is not read.
+    """Returns the hidden state [b, d] that scores each row's next item, without computing what is not read.
+
+    It is that of the last real position; in a `cloze` model of the MASK behind it, and then of rows of max_len events
+    all but the first are read.
 
     Args:
       model: a `SequentialModel`, or what is called like one.
@@ -331,7 +339,10 @@ def last_hidden(
       timestamps: as the model wants them.
       options: of the call, and `rngs` of `model.apply`.
     """
-    positions = jnp.asarray(lengths)[:, None] - 1
-    if not model.packable:  # What lies behind the last position may matter to them.
+    lengths = jnp.asarray(lengths)
+    if model.cloze:
+        items, lengths = with_mask_behind(jnp.asarray(items), lengths, model.config.max_len)
+    positions = lengths[:, None] - 1
+    if not model.packable or not model.causal:  # What lies behind the last position may matter to them.
         options["segment_ids"] = one_segment(lengths, items.shape[1])
     return model.apply(variables, items, timestamps, positions=positions, **options)[0][:, 0]

@@ -85,11 +85,11 @@ def with_rows(model: Model, params: PyTree, rows: Array) -> tuple[Model, PyTree]
 def ids_read(items: Array) -> tuple[Array, Array]:
     """Returns the ids [1 + b l] that a batch reads, and its items [b, l] as indices among them.
 
-    Padding stays item 0, for models tell it by that.
+    Padding and MASK stay what they are, for models tell them by that.
     """
     ids = jnp.concatenate([jnp.zeros(1, items.dtype), items.ravel()])
     index = 1 + jnp.arange(items.size, dtype=items.dtype).reshape(items.shape)
-    return ids, jnp.where(items == 0, jnp.zeros_like(items), index)
+    return ids, jnp.where(items <= 0, items, index)
 
 
 def sharded_last_hidden(model: nn.Module, params: PyTree, items: Array, *inputs: Array) -> Array:

@@ -58,7 +58,7 @@ def in_gathered_rows(
 ) -> tuple[Array, Batch | PackedBatch, Negatives]:
     """Returns the rows that a step touches, and what it reads in numbers of those rows.
 
-    Row 0, the padding, is always the first of them. What has no weight has no target.
+    Row 0, the padding, is always the first of them; MASK reads none. What has no weight has no target.
 
     Args:
       batch: of b rows.
@@ -70,15 +70,14 @@ def in_gathered_rows(
       and the negatives.
     """
     targets = jnp.where(batch.weights > 0, batch.targets, 0)
-    parts = (jnp.zeros(1, jnp.int32), batch.items.ravel(), targets.ravel(), negatives.items)
+    parts = (jnp.zeros(1, jnp.int32), jnp.maximum(batch.items, 0).ravel(), targets.ravel(), negatives.items)
     touched = jnp.concatenate(parts)
     size = min(touched.size, vocab_size)
     ids, index = jnp.unique(touched, return_inverse=True, size=size, fill_value=vocab_size)
     ends = [1, 1 + batch.items.size, 1 + batch.items.size + targets.size]
     _, items, targets_in, drawn = jnp.split(index.astype(jnp.int32), ends)
-    batch = dataclasses.replace(
-        batch, items=items.reshape(batch.items.shape), targets=targets_in.reshape(targets.shape)
-    )
+    items = jnp.where(batch.items < 0, batch.items, items.reshape(batch.items.shape))
+    batch = dataclasses.replace(batch, items=items, targets=targets_in.reshape(targets.shape))
     return spread_behind(ids, vocab_size), batch, dataclasses.replace(negatives, items=drawn)
 
 

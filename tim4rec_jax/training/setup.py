@@ -65,7 +65,7 @@ def split_that_fits(config: ExperimentConfig, log: InteractionLog) -> Split:
     timestamps_for_device(
         log.timestamps[[log.timestamps.argmin(), log.timestamps.argmax()]], config.data.timestamp_precision
     )
-    if config.train.positions == "all":
+    if config.train.positions != "last":
         window_histories(np.array([1]), config.model.max_len, config.train.window_context)
     if config.data.holds_out:
         require_lengths(config.eval, log.num_items)
@@ -114,7 +114,7 @@ class Setup:
             "microbatch_tokens": train.microbatch_tokens,
             "platform": jax.default_backend(),
         }
-        if train.positions == "all":
+        if train.positions != "last":
             return plan_packed_rows(max_len, **options)
         lengths = np.minimum(self.split.train.ends, max_len)
         vocab_size = self.config.model.vocab_size

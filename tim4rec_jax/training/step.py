@@ -20,8 +20,10 @@ from tim4rec_jax.data.loader import Batch, Loader, PackedBatch
 from tim4rec_jax.data.negatives import Negatives
 from tim4rec_jax.data.packing import LengthGroup
 from tim4rec_jax.models import (
+    MASK,
     SequentialModel,
     apply_method,
+    draw_masks,
     init_params,
     item_scores,
     last_hidden,
@@ -62,6 +64,8 @@ Carry = TypeVar("Carry")
 Statistics = Mapping[str, Any]
 # Folded into a step's key for its negatives, which are the same for all rows and on all devices.
 _NEGATIVES = 0x6E656761
+# The same for what is masked, which a row draws under its id.
+_MASKS = 0x6D61736B
 
 
 @flax.struct.dataclass
@@ -241,6 +245,15 @@ def _packed_value_and_grad(
     return total, pull_back(gradients)[0]
 
 
+def _masked(config: TrainConfig, rows: PackedBatch, first_id: Array | int, key: Array) -> PackedBatch:
+    """Draws events of packed rows and puts MASK in their place; they alone keep their weight."""
+    example_ids = first_id + jnp.arange(rows.items.shape[0])
+    masked = draw_masks(key, example_ids, rows.segment_ids, rows.weights > 0, *config.masking)
+    return dataclasses.replace(
+        rows, items=jnp.where(masked, MASK, rows.items), weights=jnp.where(masked, rows.weights, 0)
+    )
+
+
 def _in_one_piece(batch: Rows, groups: tuple[LengthGroup, ...]) -> bool:
     return len(groups) == 1 and groups[0].rows >= batch.items.shape[0]
 
@@ -306,7 +319,7 @@ def value_and_grad(
     """Returns the weighted sum of a batch's losses and its gradient, computed in microbatches.
 
     Args:
-      model: causal and packable, if the batch is packed.
+      model: packable, if the batch is packed; and causal, or its events are masked.
       config: names the loss.
       params: parameter tree.
       batch: rows of one device.
@@ -412,6 +425,8 @@ def _gradient(
     # A row is named by its index in the whole batch, so that its dropout does not depend on the device.
     first_id = 0 if axis is None else jax.lax.axis_index(axis) * batch.weights.shape[0]
     key = jax.random.fold_in(jax.random.wrap_key_data(key, impl="threefry2x32"), step)
+    if config.train.positions == "masked":
+        batch = _masked(config.train, batch, first_id, jax.random.fold_in(key, _MASKS))
     sampled, lazy = config.train.loss == "sampled_ce", config.train.table_optimizer == "lazy_adam"
     ids, num_rows = None, model.config.embedding_rows
     if sharded and not sampled:
