@@ -26,7 +26,7 @@ from tim4rec_jax.data.splits import require_held_out, split_log
 from tim4rec_jax.evaluation.baselines import baseline_ranks
 from tim4rec_jax.evaluation.measures import metrics_of_ranks
 from tim4rec_jax.evaluation.metrics import check_top_k
-from tim4rec_jax.evaluation.seen_targets import measured
+from tim4rec_jax.evaluation.seen_targets import ALL_ITEMS, PROTOCOLS, TITLES, Measured, main_protocol, measured
 from tim4rec_jax.run_dir import environment
 
 
@@ -54,16 +54,23 @@ def _evidence(config: ExperimentConfig) -> dict[str, Any]:
     check_top_k(config.eval.top_k, log.num_items, "eval.top_k")
     config = dataclasses.replace(config, data=with_precision(config.data, log))
     split = split_log(log, config.data)
-    part = measured(log, split.test, config.eval)
-    ranks = baseline_ranks(log, split.first_held_out, part.examples, exclude_seen=config.eval.exclude_seen)
+    parts = measured(log, split.test, config.eval)
+    ranks = baseline_ranks(log, split.first_held_out, parts[ALL_ITEMS].examples)
+
+    def of_protocol(part: Measured) -> dict[str, Any]:
+        names, kept, lists = config.eval.measures, part.kept, part.lists
+        found = {name: metrics_of_ranks(own[part.protocol_name][kept], names, lists) for name, own in ranks.items()}
+        how = part.protocol(config) + "; the rank of a target among equal scores is the mean over their orders"
+        return {"protocol": how, "targets": len(part.examples), "metrics": found}
+
+    main, *others = parts.values()
     return {
         "environment": environment(log.fingerprint, command=command_without_folders(sys.orig_argv)),
         "data": settings_without_folders(config)["data"],
         "log": {"users": log.num_users, "items": log.num_items, "rows": log.num_rows},
-        "protocol": part.protocol(config) + "; the rank of a target among equal scores is the mean over their orders",
-        **part.report(),
-        "targets": len(part.examples.users),
-        "metrics": {name: metrics_of_ranks(of_one, config.eval.measures, part.lists) for name, of_one in ranks.items()},
+        **main.report(),
+        **of_protocol(main),
+        **{part.protocol_name: of_protocol(part) for part in others},
     }
 
 
@@ -97,7 +104,10 @@ def measure(argv: Sequence[str]) -> Table:
     record = _evidence(dataclasses.replace(base, data=arguments.data, eval=arguments.eval))
     if arguments.output is not None:
         _write(arguments.output, arguments.data.name, record)
-    metrics = record["metrics"]
-    rows = [(one, *(f"{of[one]:.4f}" for of in metrics.values())) for one in next(iter(metrics.values()))]
-    title = f"{arguments.data.name}: {record['targets']:,} targets"
-    return table(("metric", *metrics), rows, title=title, caption=record["protocol"])
+    both = {main_protocol(arguments.eval): record} | {name: record[name] for name in PROTOCOLS if name in record}
+    both = {name: both[name] for name in PROTOCOLS if name in both}
+    columns = {f"{one}, {TITLES[name]}": own for name, found in both.items() for one, own in found["metrics"].items()}
+    rows = [(one, *(f"{of[one]:.4f}" for of in columns.values())) for one in next(iter(columns.values()))]
+    title = f"{arguments.data.name}: {next(iter(both.values()))['targets']:,} targets"
+    caption = "\n".join(f"{TITLES[name]}: {found['protocol']}" for name, found in both.items())
+    return table(("metric", *columns), rows, title=title, caption=caption)

@@ -11,6 +11,7 @@ from tim4rec_jax.evaluation.baselines import (
     popularity_ranks,
     transition_counts,
 )
+from tim4rec_jax.evaluation.seen_targets import ALL_ITEMS, PROTOCOLS
 
 pytestmark = pytest.mark.quick
 
@@ -51,17 +52,17 @@ def test_ranks_equal_brute_force(log, exclude_seen):
         if exclude_seen:
             rivals -= set(log.items[start : start + end].tolist())
         expected.append(1 + sum((counts[j] > counts[target]) + (counts[j] == counts[target]) / 2 for j in rivals))
-    ranks = popularity_ranks(log, counts, split.test, exclude_seen=exclude_seen)
+    ranks = popularity_ranks(log, counts, split.test)[PROTOCOLS[exclude_seen]]
     np.testing.assert_array_equal(ranks, expected)
     assert any(rank % 1 for rank in ranks)
 
 
 def test_equal_counts_give_the_mean_rank_over_their_orders(log):
     # Fifteen items alike: the target is as likely first as last.
-    ranks = popularity_ranks(log, np.ones(16, np.int64), leave_one_out(log).test)
+    ranks = popularity_ranks(log, np.ones(16, np.int64), leave_one_out(log).test)[ALL_ITEMS]
     assert (ranks == 8).all()
     first = np.array([0, 9, 9, *[1] * 13])
-    of_two = popularity_ranks(log, first, leave_one_out(log).test)
+    of_two = popularity_ranks(log, first, leave_one_out(log).test)[ALL_ITEMS]
     targets = log.items[log.offsets[1:] - 1]
     np.testing.assert_array_equal(of_two, np.where(targets <= 2, 1.5, 3 + 12 / 2))
 
@@ -101,7 +102,7 @@ def test_markov_ranks_equal_brute_force(seed, part, exclude_seen):
         rivals = set(range(1, 16)) - {target} - (set(history) if exclude_seen else set())
         expected.append(1 + sum((scores[j] > scores[target]) + (scores[j] == scores[target]) / 2 for j in rivals))
     transitions = transition_counts(log, split.valid)
-    ranks = markov_ranks(log, transitions, popularity, examples, exclude_seen=exclude_seen)
+    ranks = markov_ranks(log, transitions, popularity, examples)[PROTOCOLS[exclude_seen]]
     np.testing.assert_array_equal(ranks, expected)
 
 
@@ -110,6 +111,9 @@ def test_markov_without_a_known_pair_is_popularity(log):
     popularity = popularity_counts(log, split.valid)
     nothing = transition_counts(log, Examples(split.test.users, np.zeros(log.num_users, np.int32)))
     assert len(nothing.items) == 0
-    np.testing.assert_array_equal(
-        markov_ranks(log, nothing, popularity, split.test), popularity_ranks(log, popularity, split.test)
+    of_pairs, of_counts = (
+        markov_ranks(log, nothing, popularity, split.test),
+        popularity_ranks(log, popularity, split.test),
     )
+    for protocol in PROTOCOLS:
+        np.testing.assert_array_equal(of_pairs[protocol], of_counts[protocol])

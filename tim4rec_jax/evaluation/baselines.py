@@ -11,7 +11,10 @@ from tim4rec_jax.config import ExperimentConfig
 from tim4rec_jax.data.interactions import InteractionLog
 from tim4rec_jax.data.splits import Examples, split_log
 from tim4rec_jax.evaluation.measures import metrics_of_ranks
-from tim4rec_jax.evaluation.seen_targets import measured
+from tim4rec_jax.evaluation.seen_targets import ALL_ITEMS, SEEN_EXCLUDED, Protocol, measured
+
+# Ranks [n] float64 of the targets, in the order of the examples, under either protocol.
+Ranks = dict[Protocol, np.ndarray]
 
 
 def popularity_counts(log: InteractionLog, first_held_out: Examples) -> np.ndarray:
@@ -42,9 +45,7 @@ def in_training(log: InteractionLog, first_held_out: Examples) -> np.ndarray:
     return position < np.repeat(events, np.diff(log.offsets))
 
 
-def popularity_ranks(
-    log: InteractionLog, counts: np.ndarray, examples: Examples, *, exclude_seen: bool = False
-) -> np.ndarray:
+def popularity_ranks(log: InteractionLog, counts: np.ndarray, examples: Examples) -> Ranks:
     """Ranks each example's target by popularity: rank = 1 + #{greater count} + #{other items of equal count} / 2.
 
     Counts tie often, and nothing says which of the equals comes first: this is the mean rank over all their orders, a
@@ -55,22 +56,21 @@ def popularity_ranks(
       log: the cleaned log.
       counts: [v] int, from `popularity_counts`.
       examples: what to predict.
-      exclude_seen: leave the items of the user's events before the target out of the ranking, the target excepted.
 
     Returns:
-      [n] float64 in the order of `examples`.
+      Ranks among all items, and without those of the user's events before the target, the target excepted.
     """
     targets = examples.targets(log)
     ascending = np.sort(counts[1:])
     # Greater ones count once, equals half, and the target itself, which is one of the equals, is taken off.
     less, not_greater = (np.searchsorted(ascending, counts[targets], side=side) for side in ("left", "right"))
     ranks = 1 + len(ascending) - (less + not_greater + 1) / 2
-    if exclude_seen:
-        for row, (user, end) in enumerate(zip(examples.users, examples.ends, strict=True)):
-            start, target = log.offsets[user], targets[row]
-            seen = np.setdiff1d(log.items[start : start + end], [target])
-            ranks[row] -= _ahead(counts[seen], int(counts[target]))
-    return ranks
+    unseen = ranks.copy()
+    for row, (user, end) in enumerate(zip(examples.users, examples.ends, strict=True)):
+        start, target = log.offsets[user], targets[row]
+        seen = np.setdiff1d(log.items[start : start + end], [target])
+        unseen[row] -= _ahead(counts[seen], int(counts[target]))
+    return {ALL_ITEMS: ranks, SEEN_EXCLUDED: unseen}
 
 
 def _ahead(scores: np.ndarray, target_score: int) -> float:
@@ -106,7 +106,7 @@ class Transitions(NamedTuple):
         return self.items[row], self.counts[row]
 
 
-def popularity_metrics(log: InteractionLog, config: ExperimentConfig) -> dict[str, float]:
+def popularity_metrics(log: InteractionLog, config: ExperimentConfig) -> dict[Protocol, dict[str, float]]:
     """Returns the test metrics of ranking by popularity in the training part, those that follow from ranks.
 
     Args:
@@ -114,9 +114,11 @@ def popularity_metrics(log: InteractionLog, config: ExperimentConfig) -> dict[st
       config: reads data.split and eval.
     """
     split = split_log(log, config.data)
-    counts, part = popularity_counts(log, split.first_held_out), measured(log, split.test, config.eval)
-    ranks = popularity_ranks(log, counts, part.examples, exclude_seen=config.eval.exclude_seen)
-    return metrics_of_ranks(ranks, config.eval.measures, part.lists)
+    parts = measured(log, split.test, config.eval)
+    ranks = popularity_ranks(log, popularity_counts(log, split.first_held_out), parts[ALL_ITEMS].examples)
+    return {
+        name: metrics_of_ranks(ranks[name][part.kept], config.eval.measures, part.lists) for name, part in parts.items()
+    }
 
 
 def transition_counts(log: InteractionLog, first_held_out: Examples) -> Transitions:
@@ -139,14 +141,7 @@ def transition_counts(log: InteractionLog, first_held_out: Examples) -> Transiti
     return Transitions(offsets, (pairs % v).astype(np.int32), counts)
 
 
-def markov_ranks(
-    log: InteractionLog,
-    transitions: Transitions,
-    popularity: np.ndarray,
-    examples: Examples,
-    *,
-    exclude_seen: bool = False,
-) -> np.ndarray:
+def markov_ranks(log: InteractionLog, transitions: Transitions, popularity: np.ndarray, examples: Examples) -> Ranks:
     """Ranks each example's target by a first-order Markov chain over items that backs off to popularity.
 
     With c_ij how often j directly follows i, n_j how often j occurs, N = max_j n_j, and i the item before the target,
@@ -158,13 +153,13 @@ def markov_ranks(
       transitions: from `transition_counts`.
       popularity: [v] int, from `popularity_counts`.
       examples: what to predict.
-      exclude_seen: leave the items of the user's events before the target out of the ranking, the target excepted.
 
     Returns:
-      [n] float64 in the order of `examples`.
+      Ranks under either protocol, as of `popularity_ranks`.
     """
     targets = examples.targets(log)
-    ranks = popularity_ranks(log, popularity, examples)
+    ranks = popularity_ranks(log, popularity, examples)[ALL_ITEMS]
+    unseen = ranks.copy()
     # The equation times 1 + N, so that scores are whole numbers and ties are exact.
     scale = np.int64(1 + popularity.max())
     for row, (user, end, target) in enumerate(zip(examples.users, examples.ends, targets, strict=True)):
@@ -180,28 +175,24 @@ def markov_ranks(
             target_score = int(popularity[target])
             # All followers are ahead; as far as popularity puts them ahead they are in its rank already.
             ranks[row] += len(followers) - _ahead(popularity[followers], target_score)
-        if exclude_seen:
-            seen = np.setdiff1d(history, [target])
-            seen_scores = popularity[seen].astype(np.int64)
-            known = np.isin(seen, followers, assume_unique=True)
-            seen_scores[known] = scores[np.searchsorted(followers, seen[known])]
-            ranks[row] -= _ahead(seen_scores, target_score)
-    return ranks
+        seen = np.setdiff1d(history, [target])
+        seen_scores = popularity[seen].astype(np.int64)
+        known = np.isin(seen, followers, assume_unique=True)
+        seen_scores[known] = scores[np.searchsorted(followers, seen[known])]
+        unseen[row] = ranks[row] - _ahead(seen_scores, target_score)
+    return {ALL_ITEMS: ranks, SEEN_EXCLUDED: unseen}
 
 
-def baseline_ranks(
-    log: InteractionLog, first_held_out: Examples, examples: Examples, *, exclude_seen: bool = False
-) -> dict[str, np.ndarray]:
+def baseline_ranks(log: InteractionLog, first_held_out: Examples, examples: Examples) -> dict[str, Ranks]:
     """Ranks each example's target by either baseline, from counts of the training part.
 
     Args:
       log: the cleaned log.
       first_held_out: one example a user, the earliest that is not trained on, as for `popularity_counts`.
       examples: what to predict.
-      exclude_seen: as in `popularity_ranks`.
 
     Returns:
-      {"Markov": [n] float64, "popularity": [n] float64} in the order of `examples`.
+      {"Markov": ranks under either protocol, "popularity": ...}.
 
     Raises:
       ValueError: for a user with two first held-out examples.
@@ -209,6 +200,6 @@ def baseline_ranks(
     popularity = popularity_counts(log, first_held_out)
     transitions = transition_counts(log, first_held_out)
     return {
-        "Markov": markov_ranks(log, transitions, popularity, examples, exclude_seen=exclude_seen),
-        "popularity": popularity_ranks(log, popularity, examples, exclude_seen=exclude_seen),
+        "Markov": markov_ranks(log, transitions, popularity, examples),
+        "popularity": popularity_ranks(log, popularity, examples),
     }
