@@ -160,8 +160,8 @@ def main(argv: Sequence[str]) -> int:
     require(not missing, f"give {', '.join(missing)}")
     default = Arguments(base.data, base.eval, base.name, "rectools_sasrec", pathlib.Path(), pathlib.Path())
     arguments = cli.parse_settings(Arguments, argv, default, prog="experiments.benchmarks.outside_anchors")
-    known = read_object(arguments.output) if arguments.output.exists() else {}
     record = evidence(arguments)
+    known = read_object(arguments.output) if arguments.output.exists() else {}
     cli.write_json(arguments.output, known | {arguments.anchor: record})
     both = {TITLES[ALL_ITEMS]: record["test"], TITLES[SEEN_EXCLUDED]: record["test_seen_excluded"]}
     rows = [(metric, *(f"{of[metric]:.4f}" for of in both.values())) for metric in record["test"]]
