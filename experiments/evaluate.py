@@ -7,7 +7,7 @@
 
 Ranked are all items, and beside that those that the user's history lacks. The numbers of the test part equal those that
 training wrote at its end (results.json), which stand beside them. With
---baselines nothing trained is measured: popularity and a Markov chain on an experiment's log, in the same way.
+--baselines nothing trained is measured: popularity, a Markov chain and item-kNN on an experiment's log, alike.
 """
 
 import contextlib

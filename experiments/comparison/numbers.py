@@ -212,7 +212,7 @@ def collect(plan: Plan, note: str) -> dict[str, Any]:
     parts = measured(log, split.test, evaluation)
     folders = {m: [plan.folder(m, seed) for seed in seeds] for m, seeds in finished.items()}
     runs = {m: [_run(folder) for folder in of_model] for m, of_model in folders.items()}
-    counted = baseline_ranks(log, split.first_held_out, parts[ALL_ITEMS].examples)
+    counted, knn = baseline_ranks(log, split, parts[ALL_ITEMS].examples, evaluation)
     metrics = [name for name in evaluation.measures if not list_length([name])]
     main, other = main_protocol(evaluation), other_protocol(evaluation)
     # Runs of earlier versions were measured under one protocol.
@@ -262,6 +262,7 @@ def collect(plan: Plan, note: str) -> dict[str, Any]:
             for row in order
         ],
         "main_protocol": main,
+        **knn.report(),
         "measured_under_one_protocol": with_one,
         # The same rows under the other protocol, if all were measured under it.
         **{

@@ -66,6 +66,11 @@ def _budget(numbers: Mapping[str, Any]) -> list[str]:
     return lines
 
 
+def _of_knn(numbers: Mapping[str, Any]) -> str:
+    found = numbers.get("item_knn")  # Earlier comparisons have none.
+    return f", k {found['k']} and shrinkage {found['shrinkage']:g} chosen on validation." if found else "."
+
+
 def _footnotes(numbers: Mapping[str, Any]) -> list[str]:
     runs = [run for row in numbers["rows"] for run in row["runs"]]
     machines = sorted({f"{run['device_kind']}, {run['cpus_allowed']} of {run['cpu_count']} processors" for run in runs})
@@ -76,7 +81,7 @@ def _footnotes(numbers: Mapping[str, Any]) -> list[str]:
         "and p < 0.001: two-sided paired sign-flip test over users, a user's metric averaged over seeds, "
         "Holm-corrected for the rows of the column; p alone is at least 1 / 10,000. The test speaks of other users, "
         "not of other seeds; the best is picked on the same users. Markov: what most often directly followed the last "
-        "item, then popularity.",
+        "item, then popularity. Item-kNN: the sum of shrunk cosines to the items of the history" + _of_knn(numbers),
         "",
         "Seconds per epoch: median over epochs of training alone, without validation; in all: of a whole run, the "
         "median over seeds. Peak memory: of the "

@@ -103,7 +103,7 @@ def _report(tmp_path: pathlib.Path, *more: str) -> tuple[str, dict]:
 def test_numbers_are_those_of_the_runs(tmp_path, log, finished):
     _, numbers = _report(tmp_path, "--note=Made by hand.")
     rows = {row["name"]: row for row in numbers["rows"]}
-    assert list(rows)[0] == "sasrec" and set(rows) == {"sasrec", "ssd4rec", "Markov", "popularity"}
+    assert list(rows)[0] == "sasrec" and set(rows) == {"sasrec", "ssd4rec", "Markov", "item-kNN", "popularity"}
     assert numbers["best"]["ndcg@10"] == "sasrec" and numbers["missing"] == []
     for model in ("sasrec", "ssd4rec"):
         per_seed = [hit(finished[model, seed], 5).mean() for seed in (2020, 2021)]
