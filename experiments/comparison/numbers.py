@@ -188,12 +188,11 @@ def _settings(plan: Plan) -> dict[str, Any]:
     return {"given": overrides, "differ_by_model": plan.own, "by_model": settings}
 
 
-def collect(plan: Plan, note: str) -> dict[str, Any]:
-    """Gathers all numbers of the finished runs, ready for JSON; rows are ordered by the plan's metric, best first.
+def _finished(plan: Plan) -> tuple[dict[str, list[int]], list[dict[str, Any]]]:
+    """Returns the seeds of each model that are trained, and the runs that are not.
 
     Raises:
-      FileNotFoundError: no run is finished.
-      ValueError: a run's files do not belong together.
+      FileNotFoundError: none is.
     """
     finished: dict[str, list[int]] = {}
     missing = []
@@ -204,13 +203,23 @@ def collect(plan: Plan, note: str) -> dict[str, Any]:
             missing.append({"model": m, "seed": s})
     if not finished:
         raise FileNotFoundError(f"no run of this comparison is finished in {plan.runs}; leave out --report-only")
+    return finished, missing
+
+
+def collect(plan: Plan, note: str) -> dict[str, Any]:
+    """Gathers all numbers of the finished runs, ready for JSON; rows are ordered by the plan's metric, best first.
+
+    Raises:
+      FileNotFoundError: no run is finished.
+      ValueError: a run's files do not belong together.
+    """
+    finished, missing = _finished(plan)
     first = next(iter(plan.configs.values()))
     evaluation, data = first.eval, first.data
-    model, seeds = next(iter(finished.items()))
-    log = load_log(plan.folder(model, seeds[0]))
+    folders = {m: [plan.folder(m, seed) for seed in seeds] for m, seeds in finished.items()}
+    log = load_log(next(iter(folders.values()))[0])
     split = split_log(log, data)
     parts = measured(log, split.test, evaluation)
-    folders = {m: [plan.folder(m, seed) for seed in seeds] for m, seeds in finished.items()}
     runs = {m: [_run(folder) for folder in of_model] for m, of_model in folders.items()}
     counted, knn = baseline_ranks(log, split, parts[ALL_ITEMS].examples, evaluation)
     metrics = [name for name in evaluation.measures if not list_length([name])]
@@ -227,14 +236,9 @@ def collect(plan: Plan, note: str) -> dict[str, Any]:
             for m, of_model in folders.items()
         } | {row: own[name][part.kept][None] for row, own in counted.items()}
         # What reads lists is of the runs' own results: the baselines have ranks alone, and no test is made of it.
-        others = {
-            m: {
-                metric: [by_protocol(run, "test", evaluation)[name][metric] for run in of_model]
-                for metric in evaluation.measures
-                if metric not in metrics
-            }
-            for m, of_model in runs.items()
-        }
+        tested = {m: [by_protocol(run, "test", evaluation)[name] for run in of_model] for m, of_model in runs.items()}
+        asked = [metric for metric in evaluation.measures if metric not in metrics]
+        others = {m: {metric: [one[metric] for one in of_model] for metric in asked} for m, of_model in tested.items()}
         found[name] = _of_protocol(ranks, part, metrics, others)
     # Equals stay in the order of the plan.
     rows = found[main]["rows"]

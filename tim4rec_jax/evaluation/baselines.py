@@ -286,9 +286,10 @@ def knn_ranks(log: InteractionLog, neighbours: Neighbours, examples: Examples, *
         near, weights = neighbours.items[history, :k].ravel(), neighbours.similarities[history, :k].ravel()
         scores = np.bincount(near, weights, minlength=v)
         scores[np.abs(scores - scores[target]) <= 1e-12 * scores[target]] = scores[target]
+        target_score = float(scores[target])
         # The target is one of its equals, and the padding is no item.
-        ranks[row] = 1 / 2 + _ahead(scores[1:], scores[target])
-        unseen[row] = ranks[row] - _ahead(scores[history[history != target]], scores[target])
+        ranks[row] = 1 / 2 + _ahead(scores[1:], target_score)
+        unseen[row] = ranks[row] - _ahead(scores[history[history != target]], target_score)
     return {ALL_ITEMS: ranks, SEEN_EXCLUDED: unseen}
 
 
