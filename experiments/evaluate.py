@@ -1,12 +1,13 @@
 """Measures the best model of a run by full ranking, from the run folder alone.
 
     python -m experiments.evaluate --run=runs/quickstart
-    python -m experiments.evaluate --run=runs/quickstart --split=valid --eval.exclude_seen
+    python -m experiments.evaluate --run=runs/quickstart --split=valid
     python -m experiments.evaluate --run=runs/ml1m_tim4rec_causal --eval.max_len=1000 --output=longer.json
     python -m experiments.evaluate --baselines --config=ml100k_sasrec --output=experiments/results/baselines.json
 
-The numbers of the test part equal those that training printed at its end (results.json), which stand beside them. With
---baselines nothing trained is measured: popularity and a Markov chain on an experiment's log, in the same way.
+Ranked are all items, and beside that those that the user's history lacks. The numbers of the test part equal those that
+training wrote at its end (results.json), which stand beside them. With
+--baselines nothing trained is measured: popularity, a Markov chain and item-kNN on an experiment's log, alike.
 """
 
 import contextlib
@@ -22,6 +23,8 @@ from rich.table import Table
 
 from experiments import cli, evaluate_baselines
 from tim4rec_jax.config import EvalConfig, ParallelConfig
+from tim4rec_jax.evaluation.full_sort import EvaluationResult
+from tim4rec_jax.evaluation.seen_targets import TITLES, Protocol, by_protocol
 from tim4rec_jax.run_dir import environment, read_config, read_environment, read_results, require_no_run_file
 from tim4rec_jax.training.stored_run import evaluate_run
 
@@ -39,8 +42,9 @@ class EvalOptions:
       users: table with a column user_id and others, for `groups`.
       groups: column of that table; users are also measured by its values.
       time_buckets: day, week, month or quantiles:4; targets are also measured by their time.
-      exclude_seen: leave items of the user's own history out of the ranking (never compare such numbers with others).
-      seen_targets: with exclude_seen, "leave_out" the targets that their user has had before, or "rank" them as if new.
+      exclude_seen: what the output file calls "metrics" is the ranking without items of the user's own history; either
+        way the other stands beside it.
+      seen_targets: seen items excluded, "leave_out" targets that their user has had before, or "rank" them as if new.
       max_len: events of a history that are read; None is the model's max_len. More than that needs a causal
         state-space model.
     """
@@ -88,14 +92,12 @@ def parse(argv: list[str]) -> Arguments:
     return cli.parse_settings(Arguments, argv, default, prog="experiments.evaluate")
 
 
-def recorded_metrics(arguments: Arguments) -> dict[str, float]:
-    """The numbers training wrote for the same measurement; empty where there are none to compare with."""
+def recorded_metrics(arguments: Arguments) -> dict[Protocol, dict[str, float]]:
+    """The numbers training wrote for the same measurements; empty where there are none to compare with."""
     stored, asked = read_config(arguments.run).eval, arguments.eval
-    alike = all(
-        getattr(asked, name) == getattr(stored, name) for name in ("lists", "exclude_seen", "seen_targets", "max_len")
-    )
+    alike = all(getattr(asked, name) == getattr(stored, name) for name in ("lists", "seen_targets", "max_len"))
     with contextlib.suppress(FileNotFoundError):
-        return read_results(arguments.run).get("test", {}) if alike and arguments.split == "test" else {}
+        return by_protocol(read_results(arguments.run), "test", stored) if alike and arguments.split == "test" else {}
     return {}
 
 
@@ -108,6 +110,13 @@ def evidence(arguments: Arguments) -> dict[str, Any]:
     asked = dataclasses.asdict(arguments.eval)
     asked |= {"users": asked["users"] and cli.without_folders(asked["users"])}
     return {"environment": about, "run": run, "split": arguments.split, "eval": asked}
+
+
+def record(result: EvaluationResult) -> dict[str, Any]:
+    """What the output file says of one protocol."""
+    numbers = {"users": len(result.ranks), **result.measured.report(), "metrics": result.metrics}
+    numbers |= {"standard_errors": result.standard_errors or None}
+    return numbers | ({"parts": result.parts} if result.parts else {})
 
 
 def parts_table(name: str, parts: dict[str, dict[str, float]]) -> Table:
@@ -131,21 +140,25 @@ def main(argv: list[str]) -> int:
     asked = arguments.eval
     settings = EvalConfig(**dataclasses.asdict(asked), monitor=f"ndcg@{asked.top_k[0]}")
     result = evaluate_run(arguments.run, settings, split=arguments.split, report=cli.note)
-    errors = result.standard_errors or None
     if arguments.output is not None:
-        numbers = {"metrics": result.metrics, "standard_errors": errors, "seconds": result.seconds}
-        numbers |= {"parts": result.parts} if result.parts else {}
-        measured = {"users": len(result.ranks), **result.measured.report()}
-        cli.write_json(arguments.output, evidence(arguments) | measured | numbers)
+        numbers = record(result)
+        if result.other is not None:
+            numbers |= {result.other.measured.protocol_name: record(result.other)}
+        cli.write_json(arguments.output, evidence(arguments) | numbers | {"seconds": result.seconds})
     config = dataclasses.replace(read_config(arguments.run), eval=settings, parallel=ParallelConfig())
-    columns = (result.metrics, errors or {}, recorded_metrics(arguments))
-    rows = [(name, *(f"{of[name]:.4f}" if name in of else "–" for of in columns)) for name in result.metrics]
-    title = f"{arguments.run} · {arguments.split} · {len(result.ranks):,} targets · {result.seconds:.1f} s"
-    caption = f"{result.measured.protocol(config, arguments.split)}; padding excluded; ties in the target's favour"
-    header = ("metric", "value", "standard error", "results.json")
-    Console().print(cli.table(header, rows, title=title, caption=caption))
-    for name, parts in result.parts.items():
-        Console().print(parts_table(name, parts))
+    recorded, both, rows = recorded_metrics(arguments), result.by_protocol, []
+    for name in result.metrics:
+        for protocol, one in both.items():
+            columns = one.metrics, one.standard_errors, recorded.get(protocol, {})
+            rows.append((name, TITLES[protocol], *(f"{of[name]:.4f}" if name in of else "–" for of in columns)))
+    captions = [f"{TITLES[p]}: {one.measured.protocol(config, arguments.split)}" for p, one in both.items()]
+    title = f"{arguments.run} · {arguments.split} · {result.measured.total:,} targets · {result.seconds:.1f} s"
+    caption = f"{'; '.join(captions)}; padding excluded; ties in the target's favour"
+    header = ("metric", "ranked", "value", "standard error", "results.json")
+    Console().print(cli.table(header, rows, title=title, caption=caption, left=(0, 1)))
+    for protocol, one in both.items():
+        for name, parts in one.parts.items():
+            Console().print(parts_table(f"{name}, {TITLES[protocol]}", parts))
     return 0
 
 

@@ -1,4 +1,4 @@
-"""What needs no training, popularity and a first-order Markov chain over items, on the log of a named experiment."""
+"""What needs no training on the log of a named experiment: popularity, a first-order Markov chain and item-kNN."""
 
 import dataclasses
 import json
@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from rich.console import Group
 from rich.table import Table
 
 from experiments.cli import (
@@ -26,13 +27,13 @@ from tim4rec_jax.data.splits import require_held_out, split_log
 from tim4rec_jax.evaluation.baselines import baseline_ranks
 from tim4rec_jax.evaluation.measures import metrics_of_ranks
 from tim4rec_jax.evaluation.metrics import check_top_k
-from tim4rec_jax.evaluation.seen_targets import measured
+from tim4rec_jax.evaluation.seen_targets import ALL_ITEMS, PROTOCOLS, TITLES, Measured, main_protocol, measured
 from tim4rec_jax.run_dir import environment
 
 
 @dataclass(frozen=True)
 class Arguments:
-    """Measures popularity and a Markov chain by full ranking; `data` and `eval` start from the named experiment.
+    """Measures popularity, a Markov chain and item-kNN by full ranking; `data`, `eval` start from the named experiment.
 
     Attributes:
       data, eval: settings, each an option by its path.
@@ -54,16 +55,24 @@ def _evidence(config: ExperimentConfig) -> dict[str, Any]:
     check_top_k(config.eval.top_k, log.num_items, "eval.top_k")
     config = dataclasses.replace(config, data=with_precision(config.data, log))
     split = split_log(log, config.data)
-    part = measured(log, split.test, config.eval)
-    ranks = baseline_ranks(log, split.first_held_out, part.examples, exclude_seen=config.eval.exclude_seen)
+    parts = measured(log, split.test, config.eval)
+    ranks, knn = baseline_ranks(log, split, parts[ALL_ITEMS].examples, config.eval)
+
+    def of_protocol(part: Measured) -> dict[str, Any]:
+        names, kept, lists = config.eval.measures, part.kept, part.lists
+        found = {name: metrics_of_ranks(own[part.protocol_name][kept], names, lists) for name, own in ranks.items()}
+        how = part.protocol(config) + "; the rank of a target among equal scores is the mean over their orders"
+        return {"protocol": how, "targets": len(part.examples), "metrics": found}
+
+    main, *others = parts.values()
     return {
         "environment": environment(log.fingerprint, command=command_without_folders(sys.orig_argv)),
         "data": settings_without_folders(config)["data"],
         "log": {"users": log.num_users, "items": log.num_items, "rows": log.num_rows},
-        "protocol": part.protocol(config) + "; the rank of a target among equal scores is the mean over their orders",
-        **part.report(),
-        "targets": len(part.examples.users),
-        "metrics": {name: metrics_of_ranks(of_one, config.eval.measures, part.lists) for name, of_one in ranks.items()},
+        **main.report(),
+        **knn.report(),
+        **of_protocol(main),
+        **{part.protocol_name: of_protocol(part) for part in others},
     }
 
 
@@ -80,8 +89,17 @@ def _write(output: pathlib.Path, name: str, record: dict[str, Any]) -> None:
     write_json(output, records | {name: record})
 
 
-def measure(argv: Sequence[str]) -> Table:
-    """Measures as the command line asks; returns a row of metrics per baseline.
+def _grid(record: dict[str, Any], name: str) -> Table:
+    """Returns what item-kNN was chosen from."""
+    found = record["item_knn"]
+    metric = next(key for key in found["valid"][0] if "@" in key)
+    rows = [(f"{one['k']}", f"{one['shrinkage']:g}", f"{one[metric]:.4f}") for one in found["valid"]]
+    caption = f"chosen: k {found['k']}, shrinkage {found['shrinkage']:g}"
+    return table(("k", "shrinkage", metric), rows, title=f"{name}: item-kNN on the validation part", caption=caption)
+
+
+def measure(argv: Sequence[str]) -> Group:
+    """Measures as the command line asks; returns the grid of item-kNN, and the metrics of every baseline.
 
     Raises:
       FileNotFoundError, ValueError: the log cannot be read, or the options do not fit.
@@ -97,7 +115,14 @@ def measure(argv: Sequence[str]) -> Table:
     record = _evidence(dataclasses.replace(base, data=arguments.data, eval=arguments.eval))
     if arguments.output is not None:
         _write(arguments.output, arguments.data.name, record)
-    metrics = record["metrics"]
-    rows = [(one, *(f"{of[one]:.4f}" for of in metrics.values())) for one in next(iter(metrics.values()))]
-    title = f"{arguments.data.name}: {record['targets']:,} targets"
-    return table(("metric", *metrics), rows, title=title, caption=record["protocol"])
+    both = {main_protocol(arguments.eval): record} | {name: record[name] for name in PROTOCOLS if name in record}
+    both = {name: both[name] for name in PROTOCOLS if name in both}
+    rows = [
+        (metric, TITLES[name], *(f"{of[metric]:.4f}" for of in found["metrics"].values()))
+        for metric in record["metrics"]["popularity"]
+        for name, found in both.items()
+    ]
+    title = f"{arguments.data.name}: {next(iter(both.values()))['targets']:,} targets"
+    caption = "\n".join(f"{TITLES[name]}: {found['protocol']}" for name, found in both.items())
+    found = table(("metric", "ranked", *record["metrics"]), rows, title=title, caption=caption, left=(0, 1))
+    return Group(_grid(record, arguments.data.name), found)

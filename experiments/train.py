@@ -34,6 +34,7 @@ from tim4rec_jax.data.interactions import load_log
 from tim4rec_jax.data.splits import split_log
 from tim4rec_jax.devices import require_capture, require_kernels
 from tim4rec_jax.evaluation.baselines import popularity_metrics
+from tim4rec_jax.evaluation.seen_targets import TITLES, by_protocol, main_protocol, other_protocol
 from tim4rec_jax.model_config import ModelConfig
 from tim4rec_jax.models import model_class
 from tim4rec_jax.parallel.processes import ProcessError, initialize, is_main, quiet_unless_main
@@ -115,7 +116,8 @@ def run(
 
     def trained(name: str, config: ExperimentConfig, folder: pathlib.Path, profile: int | None = None) -> dict:
         results = train(config, log, folder, resume=resume, stop_requests=stops, profile=profile)
-        rows.append((name, results["test"], f"this run, best epoch {results['best_epoch']} of {results['epochs']}"))
+        found = by_protocol(results, "test", config.eval)
+        rows.append((name, found, f"this run, best epoch {results['best_epoch']} of {results['epochs']}"))
         return results
 
     rows, name = [], config.model.name
@@ -136,9 +138,14 @@ def run(
     if "popularity" in config.eval.baselines:
         rows.append(("popularity", popularity_metrics(log, config), "this log, counts of the training part"))
     if is_main():
-        write_results(run_dir, results | {"baselines": {name: metrics for name, metrics, _ in rows[1:]}})
-    console.print(*final_tables(config, rows, results.get("seen_target_share")))
-    console.print(*(parts_table(name, parts) for name, parts in results.get("test_parts", {}).items()))
+        others = {name: found for name, found, _ in rows[1:]}
+        main, other = (protocol(config.eval) for protocol in (main_protocol, other_protocol))
+        results |= {"baselines": {name: found[main] for name, found in others.items()}}
+        results |= {f"baselines_{other}": {name: found[other] for name, found in others.items() if other in found}}
+        write_results(run_dir, results)
+    console.print(*final_tables(config, rows, results["seen_target_share"]))
+    for protocol, of_protocol in by_protocol(results, "test_parts", config.eval).items():
+        console.print(*(parts_table(f"{name}, {TITLES[protocol]}", parts) for name, parts in of_protocol.items()))
     console.print(f"run folder: {run_dir}", soft_wrap=True)
 
 

@@ -33,8 +33,9 @@ class EvalConfig:
       groups: column of that table; the test part is then also measured by its values.
       time_buckets: "day", "week", "month" or "quantiles:4": the test part is then also measured by the time of its
         targets.
-      exclude_seen: leave items of the user's own history out of the ranking (the paper: no).
-      seen_targets: what becomes of targets that the user has had before, with exclude_seen: "leave_out" of what is
+      exclude_seen: which of the two rankings, that of all items (the paper's) or that without those of the user's own
+        history, validation stops and chooses by and "valid" and "test" name; the other is measured beside it.
+      seen_targets: what becomes of targets that the user has had before, seen items excluded: "leave_out" of what is
         measured, as a recommender that leaves out what was seen can never name them; or "rank" among the unseen items.
       baselines: what is measured beside the model: "popularity" of the training part, and "time_off", the same model
         trained without its time branch.

@@ -8,7 +8,8 @@
                         before_valid and before_test, how many of them train, and train or validate
     bad_rows.csv        file, line, reason, text of rows that were left out of the log; only where there are any
     trackers.json       ids of the run with MLflow and Weights & Biases; only where it was told to them
-    test_ranks.parquet  user_id, rank: where each test target stood, the best item at 1; written with results.json
+    test_ranks.parquet  user_id, rank, rank_seen_excluded (or rank_all_items, where eval.exclude_seen is on): where each
+                        test target stood, the best item at 1, null where it was left out; written with results.json
     profile/            traces of steps; only where they were asked for
     metrics.jsonl  results.json  curves.png  checkpoints/
 
@@ -308,22 +309,40 @@ def withdraw_results(path: pathlib.Path) -> None:
         (path / name).unlink(missing_ok=True)
 
 
-def write_test_ranks(path: pathlib.Path, user_ids: pl.Series, ranks: np.ndarray) -> None:
+def write_test_ranks(
+    path: pathlib.Path, user_ids: pl.Series, ranks: np.ndarray, others: Mapping[str, np.ndarray] | None = None
+) -> None:
     """Writes test_ranks.parquet.
 
     Args:
       path: the run folder.
       user_ids: [n] raw ids of the tested users, one a target.
-      ranks: [n] int, ranks from 1 of their test items.
+      ranks: [n] int, ranks from 1 of their test items, 0 where one was left out.
+      others: the same under other protocols, by their names.
     """
-    frame = pl.DataFrame({"user_id": user_ids.cast(pl.String), "rank": pl.Series(ranks, dtype=pl.Int32)})
+    columns = {"rank": ranks} | {f"rank_{name}": of_one for name, of_one in (others or {}).items()}
+    series = {name: pl.Series(np.asarray(column), dtype=pl.Int32) for name, column in columns.items()}
+    frame = pl.DataFrame({"user_id": user_ids.cast(pl.String)} | series)
+    frame = frame.with_columns(pl.when(pl.col(name) > 0).then(pl.col(name)) for name in columns)
     with replacing(path / TEST_RANKS) as temporary:
         frame.write_parquet(temporary)
 
 
-def read_test_ranks(path: pathlib.Path) -> pl.DataFrame:
-    """Returns user_id (String) and rank (Int32, from 1) of every tested user; FileNotFoundError while unfinished."""
-    return _read_table(path, TEST_RANKS)
+def read_test_ranks(path: pathlib.Path, protocol: str | None = None) -> pl.DataFrame:
+    """Returns user_id (String) and rank (Int32, from 1) of every target that was measured.
+
+    Args:
+      path: the run folder.
+      protocol: "seen_excluded" or "all_items", whichever is not that of the run's eval.exclude_seen; None is that one.
+
+    Raises:
+      FileNotFoundError: the run is unfinished.
+      ValueError: it is of a version that ranked under one protocol.
+    """
+    frame, column = _read_table(path, TEST_RANKS), "rank" if protocol is None else f"rank_{protocol}"
+    if column not in frame.columns:
+        raise ValueError(f"{path} has no {column}: it is of an earlier version; give it to experiments.evaluate")
+    return frame.select("user_id", rank=column).drop_nulls("rank")
 
 
 def read_items(path: pathlib.Path) -> pl.DataFrame:
@@ -380,6 +399,8 @@ _SCHEMAS = {
     TEST_RANKS: {"user_id": pl.String, "rank": pl.Int32},
 }
 _MAY_BE_NULL = ("title",)
+# Only where seen items are excluded are targets left out.
+_OTHER_RANKS = ("rank_seen_excluded", "rank_all_items")
 
 
 def _not_a_run(path: pathlib.Path, name: str, reason: str) -> ValueError:
@@ -403,10 +424,14 @@ def _read_table(path: pathlib.Path, name: str) -> pl.DataFrame:
         ) from error
     if name == HISTORIES and "before_valid" in table.columns:
         schema |= _SCHEMAS[_PARTS]
+    may_be_null = _MAY_BE_NULL
+    if name == TEST_RANKS and (others := [column for column in _OTHER_RANKS if column in table.columns][:1]):
+        schema |= {others[0]: pl.Int32}
+        may_be_null += ("rank" if others == ["rank_all_items"] else "rank_seen_excluded",)
     if table.schema != schema:
         wanted = ", ".join(f"{column} {kind}" for column, kind in schema.items())
         raise _not_a_run(path, name, f"it does not have the columns {wanted}")
-    if nulls := [column for column in schema if column not in _MAY_BE_NULL and table[column].null_count()]:
+    if nulls := [column for column in schema if column not in may_be_null and table[column].null_count()]:
         raise _not_a_run(path, name, f"a value of {nulls[0]} is missing")
     return table
 

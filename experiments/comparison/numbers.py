@@ -12,8 +12,9 @@ from experiments.cli import command_without_folders, settings_without_folders, w
 from experiments.comparison.plan import Plan
 from experiments.comparison.published import PUBLISHED
 from experiments.runs import is_finished
+from tim4rec_jax.config import EvalConfig
 from tim4rec_jax.data.interactions import InteractionLog
-from tim4rec_jax.data.splits import Examples, Split, split_log
+from tim4rec_jax.data.splits import split_log
 from tim4rec_jax.evaluation.baselines import baseline_ranks
 from tim4rec_jax.evaluation.measures import (
     RankedLists,
@@ -21,7 +22,17 @@ from tim4rec_jax.evaluation.measures import (
     metrics_of_ranks,
     values_per_list,
 )
-from tim4rec_jax.evaluation.seen_targets import Measured, measured
+from tim4rec_jax.evaluation.seen_targets import (
+    ALL_ITEMS,
+    PROTOCOLS,
+    SEEN_EXCLUDED,
+    Measured,
+    Protocol,
+    by_protocol,
+    main_protocol,
+    measured,
+    other_protocol,
+)
 from tim4rec_jax.evaluation.significance import by_user, compare_with_best
 from tim4rec_jax.run_dir import read_environment, read_results, read_test_ranks
 from tim4rec_jax.training.logging import read_metrics
@@ -41,6 +52,7 @@ _RUN_RESULTS = (
     "seed",
     "test",
     "valid",
+    *(f"{part}_{protocol}" for part in ("test", "valid") for protocol in PROTOCOLS),
     "best_epoch",
     "epochs",
     "steps",
@@ -57,7 +69,7 @@ def _run(folder: pathlib.Path) -> dict[str, Any]:
     results, environment = read_results(folder), read_environment(folder)
     epochs = [line for line in read_metrics(folder) if line["kind"] == "valid"]
     return (
-        {name: results[name] for name in _RUN_RESULTS}
+        {name: results[name] for name in _RUN_RESULTS if name in results}
         | {f"{part}_seconds": sum(epoch[f"{part}_seconds"] for epoch in epochs) for part in ("train", "valid")}
         | {name: environment.get(name) for name in _RUN_FACTS}
         | {"versions": {name: environment.get(name) for name in _VERSIONS}}
@@ -65,17 +77,20 @@ def _run(folder: pathlib.Path) -> dict[str, Any]:
     )
 
 
-def _ranks(folder: pathlib.Path, log: InteractionLog, part: Measured, of_ranks: Sequence[str]) -> np.ndarray:
-    """Reads the test ranks [targets] of a run in the order of the log.
+def _ranks(
+    folder: pathlib.Path, log: InteractionLog, part: Measured, evaluation: EvalConfig, of_ranks: Sequence[str]
+) -> np.ndarray:
+    """Reads the test ranks [targets] of a run under a part's protocol in the order of the log.
 
     Raises:
       ValueError: they are of other users, or do not give the metrics that the run recorded.
     """
-    frame = read_test_ranks(folder)
+    name = part.protocol_name
+    frame = read_test_ranks(folder, None if name == main_protocol(evaluation) else name)
     if not frame["user_id"].equals(log.user_ids[part.examples.users]):
         raise ValueError(f"{folder}: the test ranks are not of the log's users; remove the run and train it again")
     ranks = frame["rank"].to_numpy()
-    recorded = read_results(folder)["test"]
+    recorded = by_protocol(read_results(folder), "test", evaluation)[name]
     for name, value in metrics_of_ranks(ranks, of_ranks, part.lists).items():
         if abs(recorded[name] - value) > 1e-9:
             raise ValueError(
@@ -83,12 +98,6 @@ def _ranks(folder: pathlib.Path, log: InteractionLog, part: Measured, of_ranks: 
                 "remove the run and train it again"
             )
     return ranks
-
-
-def _baselines(log: InteractionLog, split: Split, test: Examples, exclude_seen: bool) -> dict[str, np.ndarray]:
-    """Test ranks [1, targets] of what needs no training."""
-    ranks = baseline_ranks(log, split.first_held_out, test, exclude_seen=exclude_seen)
-    return {name: of_one[None] for name, of_one in ranks.items()}
 
 
 def _spread(values: Sequence[float]) -> dict[str, Any]:
@@ -119,6 +128,46 @@ def _against_best(ranks: Mapping[str, np.ndarray], part: Measured, best: str, me
     }
 
 
+def _of_protocol(
+    ranks: Mapping[str, np.ndarray],
+    part: Measured,
+    metrics: Sequence[str],
+    others: Mapping[str, Mapping[str, Sequence[float]]],
+) -> dict[str, Any]:
+    """What one protocol found: the best row of each metric, and of each row its spreads and distances to the best.
+
+    Args:
+      ranks: [seeds, targets] of each row.
+      part: what was ranked.
+      metrics: names of those that follow from ranks.
+      others: further metrics of rows, one value per seed.
+    """
+    per_seed = {row: [metrics_of_ranks(one, metrics, part.lists) for one in values] for row, values in ranks.items()}
+    spreads = {row: {m: _spread([one[m] for one in values]) for m in metrics} for row, values in per_seed.items()}
+    best = {metric: max(spreads, key=lambda row: spreads[row][metric]["mean"]) for metric in metrics}
+    against = {metric: _against_best(ranks, part, best[metric], metric) for metric in metrics}
+    rows = {
+        row: {
+            "name": row,
+            "metrics": spreads[row] | {m: _spread(values) for m, values in others.get(row, {}).items()},
+            "against_best": {metric: against[metric].get(row) for metric in metrics},
+        }
+        for row in ranks
+    }
+    return {"best": best, "rows": rows}
+
+
+def both_protocols(numbers: Mapping[str, Any]) -> dict[Protocol, Mapping[str, Any]]:
+    """Returns protocol, best and rows of `collect` under either protocol, all items first; what is there of them."""
+    main = numbers.get("main_protocol", SEEN_EXCLUDED if "seen items excluded" in numbers["protocol"] else ALL_ITEMS)
+    return {name: numbers if name == main else numbers[name] for name in PROTOCOLS if name == main or name in numbers}
+
+
+def protocols_told(numbers: Mapping[str, Any]) -> str:
+    """Says how the lists were ranked that a table of `collect` shows."""
+    return "; beside that, ".join(found["protocol"] for found in both_protocols(numbers).values())
+
+
 def significance_level(row: Mapping[str, Any], metric: str) -> int:
     """Returns how clearly a row of `collect` lies behind the best: 2 for p < 0.001, 1 for p < 0.05, else 0."""
     against = row["against_best"].get(metric)
@@ -139,12 +188,11 @@ def _settings(plan: Plan) -> dict[str, Any]:
     return {"given": overrides, "differ_by_model": plan.own, "by_model": settings}
 
 
-def collect(plan: Plan, note: str) -> dict[str, Any]:
-    """Gathers all numbers of the finished runs, ready for JSON; rows are ordered by the plan's metric, best first.
+def _finished(plan: Plan) -> tuple[dict[str, list[int]], list[dict[str, Any]]]:
+    """Returns the seeds of each model that are trained, and the runs that are not.
 
     Raises:
-      FileNotFoundError: no run is finished.
-      ValueError: a run's files do not belong together.
+      FileNotFoundError: none is.
     """
     finished: dict[str, list[int]] = {}
     missing = []
@@ -155,36 +203,54 @@ def collect(plan: Plan, note: str) -> dict[str, Any]:
             missing.append({"model": m, "seed": s})
     if not finished:
         raise FileNotFoundError(f"no run of this comparison is finished in {plan.runs}; leave out --report-only")
+    return finished, missing
+
+
+def collect(plan: Plan, note: str) -> dict[str, Any]:
+    """Gathers all numbers of the finished runs, ready for JSON; rows are ordered by the plan's metric, best first.
+
+    Raises:
+      FileNotFoundError: no run is finished.
+      ValueError: a run's files do not belong together.
+    """
+    finished, missing = _finished(plan)
     first = next(iter(plan.configs.values()))
     evaluation, data = first.eval, first.data
-    model, seeds = next(iter(finished.items()))
-    log = load_log(plan.folder(model, seeds[0]))
+    folders = {m: [plan.folder(m, seed) for seed in seeds] for m, seeds in finished.items()}
+    log = load_log(next(iter(folders.values()))[0])
     split = split_log(log, data)
-    part = measured(log, split.test, evaluation)
+    parts = measured(log, split.test, evaluation)
+    runs = {m: [_run(folder) for folder in of_model] for m, of_model in folders.items()}
+    counted, knn = baseline_ranks(log, split, parts[ALL_ITEMS].examples, evaluation)
     metrics = [name for name in evaluation.measures if not list_length([name])]
-    runs = {m: [_run(plan.folder(m, seed)) for seed in seeds] for m, seeds in finished.items()}
-    ranks = {
-        m: np.stack([_ranks(plan.folder(m, s), log, part, metrics) for s in seeds]) for m, seeds in finished.items()
-    } | _baselines(log, split, part.examples, evaluation.exclude_seen)
-    per_seed = {row: [metrics_of_ranks(one, metrics, part.lists) for one in values] for row, values in ranks.items()}
-    spreads = {row: {m: _spread([one[m] for one in values]) for m in metrics} for row, values in per_seed.items()}
-    # What reads lists is of the runs' own results: what needs no training has ranks alone, and no test is made of it.
-    for row, of_row in runs.items():
-        spreads[row] |= {
-            m: _spread([run["test"][m] for run in of_row]) for m in evaluation.measures if m not in metrics
-        }
+    main, other = main_protocol(evaluation), other_protocol(evaluation)
+    # Runs of earlier versions were measured under one protocol.
+    with_one = sorted(
+        m for m, of_model in runs.items() if any(other not in by_protocol(run, "test", evaluation) for run in of_model)
+    )
+    found = {}
+    for name in [main] if with_one or other not in parts else [main, other]:
+        part = parts[name]
+        ranks = {
+            m: np.stack([_ranks(folder, log, part, evaluation, metrics) for folder in of_model])
+            for m, of_model in folders.items()
+        } | {row: own[name][part.kept][None] for row, own in counted.items()}
+        # What reads lists is of the runs' own results: the baselines have ranks alone, and no test is made of it.
+        tested = {m: [by_protocol(run, "test", evaluation)[name] for run in of_model] for m, of_model in runs.items()}
+        asked = [metric for metric in evaluation.measures if metric not in metrics]
+        others = {m: {metric: [one[metric] for one in of_model] for metric in asked} for m, of_model in tested.items()}
+        found[name] = _of_protocol(ranks, part, metrics, others)
     # Equals stay in the order of the plan.
-    order = sorted(spreads, key=lambda row: -spreads[row][plan.metric]["mean"])
-    best = {metric: max(spreads, key=lambda row: spreads[row][metric]["mean"]) for metric in metrics}
-    against = {metric: _against_best(ranks, part, best[metric], metric) for metric in metrics}
+    rows = found[main]["rows"]
+    order = sorted(rows, key=lambda row: -rows[row]["metrics"][plan.metric]["mean"])
     published = PUBLISHED.get(data.name, []) if data.split == "leave_one_out" else []
     every = [run for of_model in runs.values() for run in of_model]
     return {
         "note": note,
         "command": command_without_folders(sys.orig_argv),
         "data": _about(log, data.name),
-        "protocol": part.protocol(first),
-        **part.report(),
+        "protocol": parts[main].protocol(first),
+        **parts[main].report(),
         "metric": plan.metric,
         "seeds": list(plan.seeds),
         "missing": missing,
@@ -192,17 +258,21 @@ def collect(plan: Plan, note: str) -> dict[str, Any]:
         "git_dirty": any(run["git_dirty"] for run in every),
         "wall_seconds": sum(run["train_seconds"] + run["valid_seconds"] for run in every),
         "settings": _settings(plan),
-        "best": best,
+        "best": found[main]["best"],
         "rows": [
-            {
-                "name": row,
-                "trained": row in runs,
-                "seeds": finished.get(row, []),
-                "metrics": spreads[row],
-                "against_best": {metric: against[metric].get(row) for metric in metrics},
-                "runs": runs.get(row, []),
-            }
+            {"name": row, "trained": row in runs, "seeds": finished.get(row, [])}
+            | rows[row]
+            | {"runs": runs.get(row, [])}
             for row in order
         ],
+        "main_protocol": main,
+        **knn.report(),
+        "measured_under_one_protocol": with_one,
+        # The same rows under the other protocol, if all were measured under it.
+        **{
+            name: {"protocol": parts[name].protocol(first), **of_one, "rows": [of_one["rows"][row] for row in order]}
+            for name, of_one in found.items()
+            if name != main
+        },
         "published": [{"model": row.model, "metrics": row.metrics, "source": row.source} for row in published],
     }

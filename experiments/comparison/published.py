@@ -8,7 +8,7 @@ from rich.table import Table
 
 from tim4rec_jax.config import ExperimentConfig
 from tim4rec_jax.data.splits import describe
-from tim4rec_jax.evaluation.seen_targets import describe_seen
+from tim4rec_jax.evaluation.seen_targets import ALL_ITEMS, SEEN_EXCLUDED, TITLES, Protocol, describe_seen
 
 
 @dataclass(frozen=True)
@@ -69,24 +69,37 @@ PUBLISHED: dict[str, list[Published]] = {
 
 
 def final_tables(
-    config: ExperimentConfig, rows: Sequence[tuple[str, Mapping[str, float], str]], seen_target_share: float | None
+    config: ExperimentConfig,
+    rows: Sequence[tuple[str, Mapping[Protocol, Mapping[str, float]], str]],
+    seen_target_share: float | None,
 ) -> list[Table]:
-    """Returns our numbers and published ones side by side, a table for each list length."""
+    """Returns our numbers and published ones, a row for each protocol, a table for each list length.
+
+    Args:
+      config: settings of the run.
+      rows: name, metrics by protocol, and source of each.
+      seen_target_share: of the targets that their user had had before.
+    """
     if config.data.split == "leave_one_out":  # What is published here belongs to that protocol.
-        rows = [*rows, *((row.model, row.metrics, row.source) for row in PUBLISHED.get(config.data.name, []))]
-    seen = describe_seen(config.eval, seen_target_share)
+        published = PUBLISHED.get(config.data.name, [])
+        rows = [*rows, *((row.model, {ALL_ITEMS: row.metrics}, row.source) for row in published)]
+    seen = describe_seen(config.eval, SEEN_EXCLUDED, seen_target_share)
+    protocols = {one for _, found, _ in rows for one in found}
     protocol = f"{describe(config.data)}, " if config.data.split != "leave_one_out" else ""
     tables = []
     for k in dict.fromkeys(name.partition("@")[2] for name in config.eval.measures):
         columns = [name for name in config.eval.measures if name.endswith(f"@{k}")]
-        title = f"{config.name}: test, {protocol}full ranking, seen items {seen}"
-        table = Table(title=title, box=box.SIMPLE_HEAD)
+        beside = f"; seen items {seen}" if SEEN_EXCLUDED in protocols else ""
+        table = Table(title=f"{config.name}: test, {protocol}full ranking{beside}", box=box.SIMPLE_HEAD)
         table.add_column("model")
+        table.add_column("ranked")
         for column in columns:
             table.add_column(column, justify="right", no_wrap=True)
         table.add_column("source")
-        for name, metrics, source in rows:
-            if any(column in metrics for column in columns):
-                table.add_row(name, *(f"{metrics[c]:.4f}" if c in metrics else "–" for c in columns), source)
+        for name, found, source in rows:
+            for one, metrics in found.items():
+                if any(column in metrics for column in columns):
+                    cells = (f"{metrics[c]:.4f}" if c in metrics else "–" for c in columns)
+                    table.add_row(name, TITLES[one], *cells, source)
         tables.append(table)
     return tables

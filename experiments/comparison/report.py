@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 from experiments.cli import markdown_table, note, write_json
 from experiments.comparison.labels import place_labels
 from experiments.comparison.latex import latex
-from experiments.comparison.numbers import significance_level
+from experiments.comparison.numbers import both_protocols, protocols_told, significance_level
 from experiments.comparison.plan import Plan
+from tim4rec_jax.evaluation.seen_targets import ALL_ITEMS, TITLES
 from tim4rec_jax.figures import HINT, can_draw, new_figure
 from tim4rec_jax.files import replacing, write_atomically
 
@@ -65,6 +66,11 @@ def _budget(numbers: Mapping[str, Any]) -> list[str]:
     return lines
 
 
+def _of_knn(numbers: Mapping[str, Any]) -> str:
+    found = numbers.get("item_knn")  # Earlier comparisons have none.
+    return f", k {found['k']} and shrinkage {found['shrinkage']:g} chosen on validation." if found else "."
+
+
 def _footnotes(numbers: Mapping[str, Any]) -> list[str]:
     runs = [run for row in numbers["rows"] for run in row["runs"]]
     machines = sorted({f"{run['device_kind']}, {run['cpus_allowed']} of {run['cpu_count']} processors" for run in runs})
@@ -75,7 +81,7 @@ def _footnotes(numbers: Mapping[str, Any]) -> list[str]:
         "and p < 0.001: two-sided paired sign-flip test over users, a user's metric averaged over seeds, "
         "Holm-corrected for the rows of the column; p alone is at least 1 / 10,000. The test speaks of other users, "
         "not of other seeds; the best is picked on the same users. Markov: what most often directly followed the last "
-        "item, then popularity.",
+        "item, then popularity. Item-kNN: the sum of shrunk cosines to the items of the history" + _of_knn(numbers),
         "",
         "Seconds per epoch: median over epochs of training alone, without validation; in all: of a whole run, the "
         "median over seeds. Peak memory: of the "
@@ -87,6 +93,9 @@ def _footnotes(numbers: Mapping[str, Any]) -> list[str]:
         lines += ["The runs are from different machines: their seconds and memory are not comparable.", ""]
     if len(numbers["commits"]) > 1:
         lines += ["The runs are from different commits.", ""]
+    if numbers.get("measured_under_one_protocol"):
+        names = ", ".join(numbers["measured_under_one_protocol"])
+        lines += [f"Runs of an earlier version were measured under one protocol, so this is the only one: {names}.", ""]
     if numbers["missing"]:
         runs_missing = ", ".join(f"{run['model']} seed {run['seed']}" for run in numbers["missing"])
         lines += [f"**Not finished, and not in these numbers**: {runs_missing}.", ""]
@@ -113,43 +122,48 @@ def markdown(numbers: Mapping[str, Any]) -> str:
     Args:
       numbers: from `numbers.collect`.
     """
-    data, best, rows = numbers["data"], numbers["best"], numbers["rows"]
+    data, rows = numbers["data"], numbers["rows"]
     first_k = numbers["metric"].split("@")[1]
     measured = {name for row in rows for name in row["metrics"]}
     lists = sorted({name.split("@")[1] for name in measured}, key=lambda k: (k != first_k, int(k)))
     lines = [
         f"# Models on {data['name']}",
         "",
-        f"{data['users']:,} users, {data['items']:,} items, {data['rows']:,} interactions; {numbers['protocol']}; "
+        f"{data['users']:,} users, {data['items']:,} items, {data['rows']:,} interactions; {protocols_told(numbers)}; "
         f"seeds {', '.join(map(str, numbers['seeds']))}. {numbers['note']}".rstrip(),
         "",
         *_budget(numbers),
     ]
+    both = both_protocols(numbers)
     for k in lists:
         columns = _measured(numbers, k)
+        heads = [column if name == ALL_ITEMS else f"{column}, {TITLES[name]}" for name in both for column in columns]
         costs = ["seeds", "parameters", "s per epoch", "s in all", "peak MiB", "best epoch"] if k == first_k else []
         cells = [
-            [row["name"], *(_value(row, column, best.get(column)) for column in columns)]
+            [row["name"]]
+            + [_value(of["rows"][i], column, of["best"].get(column)) for of in both.values() for column in columns]
             + ([str(len(row["seeds"])) if row["trained"] else NOTHING, *_costs(row)] if costs else [])
-            for row in rows
+            for i, row in enumerate(rows)
         ]
-        lines += markdown_table(["model", *columns, *costs], cells)
+        lines += markdown_table(["model", *heads, *costs], cells)
     lines += _footnotes(numbers)
     metric = numbers["metric"]
-    against = [(row["name"], row["against_best"][metric]) for row in rows if row["against_best"][metric]]
-    if against:
-        lines += [f"## Behind {best[metric]} in {metric}", ""]
-        cells = [
-            [
-                name,
-                f"{a['behind_by']:.4f}",
-                "{:.4f} to {:.4f}".format(*a["interval_95"]),
-                f"{a['p']:.4f}",
-                f"{a['p_holm']:.4f}",
+    for name, found in both.items():
+        against = [(row["name"], row["against_best"][metric]) for row in found["rows"] if row["against_best"][metric]]
+        if against:
+            beside = "" if name == ALL_ITEMS else f", {TITLES[name]}"
+            lines += [f"## Behind {found['best'][metric]} in {metric}{beside}", ""]
+            cells = [
+                [
+                    row,
+                    f"{a['behind_by']:.4f}",
+                    "{:.4f} to {:.4f}".format(*a["interval_95"]),
+                    f"{a['p']:.4f}",
+                    f"{a['p_holm']:.4f}",
+                ]
+                for row, a in against
             ]
-            for name, a in against
-        ]
-        lines += markdown_table(["model", "by", "95 % interval (bootstrap over users)", "p", "p, Holm"], cells)
+            lines += markdown_table(["model", "by", "95 % interval (bootstrap over users)", "p", "p, Holm"], cells)
     return "\n".join(lines + _published(numbers))
 
 

@@ -31,10 +31,8 @@ def facts(log, split):
         examples = getattr(split, part)
         targets = items[log.items[log.offsets[examples.users] + examples.ends]]
         ranks = (
-            popularity_ranks(log, counts, examples),
-            popularity_ranks(log, counts, examples, exclude_seen=True),
-            markov_ranks(log, transitions, counts, examples),
-            markov_ranks(log, transitions, counts, examples, exclude_seen=True),
+            *popularity_ranks(log, counts, examples).values(),
+            *markov_ranks(log, transitions, counts, examples).values(),
         )
         names = [users[user] for user in examples.users]
         found[part] = sorted(zip(names, examples.ends, targets, *ranks, strict=True))

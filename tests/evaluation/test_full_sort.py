@@ -2,9 +2,11 @@
 
 import dataclasses
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import polars as pl
 import pytest
 
 from tests.evaluation.logs import random_log
@@ -12,7 +14,8 @@ from tests.evaluation.toy_model import ToyModel, init_toy
 from tests.models.settings import settings_of
 from tim4rec_jax import build_model
 from tim4rec_jax.config import DataConfig, EvalConfig, ExperimentConfig, ModelConfig
-from tim4rec_jax.data.splits import Examples
+from tim4rec_jax.data.interactions import clean
+from tim4rec_jax.data.splits import Examples, leave_one_out
 from tim4rec_jax.evaluation import full_sort
 from tim4rec_jax.evaluation.full_sort import FullSortEvaluator, _rank_batch, evaluate
 from tim4rec_jax.models import TiM4RecConfig, init_params, last_hidden
@@ -21,6 +24,26 @@ MAX_LEN, NUM_ITEMS = 20, 37
 CONFIG = ExperimentConfig("toy", ModelConfig(max_len=MAX_LEN), eval=EvalConfig(batch_size=16, top_k=(10, 20)))
 EXCLUDING = dataclasses.replace(CONFIG, eval=dataclasses.replace(CONFIG.eval, exclude_seen=True, seen_targets="rank"))
 LEAVING_OUT = dataclasses.replace(CONFIG, eval=dataclasses.replace(CONFIG.eval, exclude_seen=True))
+
+
+def both_of(config):
+    """The same with seen items in the ranking."""
+    return dataclasses.replace(config, eval=dataclasses.replace(config.eval, exclude_seen=False))
+
+
+class FixedScores(nn.Module):
+    """Scores every history alike."""
+
+    packable = streamable = False
+
+    def setup(self):
+        self.scores = self.param("score", nn.initializers.zeros, (5,))
+
+    def __call__(self, items, timestamps, *, segment_ids=None, positions=None):
+        return jnp.zeros((len(items), 1, 1)), None
+
+    def score(self, hidden):
+        return jnp.broadcast_to(self.scores, (len(hidden), 5))
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +87,8 @@ def small_limits(monkeypatch):
     monkeypatch.setattr(full_sort, "GROUP_PENALTY_TOKENS", {"cpu": 1})
     monkeypatch.setattr(full_sort, "ENCODE_TOKENS", {"cpu": 150})
     monkeypatch.setattr(full_sort, "ENCODE_TOKENS_ACCELERATOR", 150)
+    monkeypatch.setattr(full_sort, "SEEN_AT_ONCE", 7)
+    _rank_batch.clear_cache()  # What was compiled took other turns.
 
 
 @pytest.mark.parametrize("config", [CONFIG, EXCLUDING], ids=["all items", "exclude_seen"])
@@ -93,10 +118,55 @@ def test_targets_that_were_seen_are_left_out_and_counted(log, examples):
     np.testing.assert_array_equal(result.measured.examples.users, examples.users[new])
     np.testing.assert_array_equal(result.ranks, evaluate(model, params, log, examples, EXCLUDING).ranks[new])
     assert result.measured.report() == {"seen_target_share": pytest.approx(1 - new.mean())}
-    assert evaluate(model, params, log, examples, CONFIG).measured.report() == {}
+    assert evaluate(model, params, log, examples, CONFIG).measured.report() == result.measured.report()
     repeats = Examples(examples.users[~new], examples.ends[~new])
     with pytest.raises(ValueError, match=f"all {len(repeats.users)} targets were seen before .* none is left to rank"):
         evaluate(model, params, log, repeats, LEAVING_OUT)
+    alone = evaluate(model, params, log, repeats, CONFIG)
+    assert alone.other is None and list(alone.by_protocol) == ["all_items"]
+
+
+def test_either_protocol_beside_the_other_is_that_of_an_evaluation_of_its_own(log, examples, small_limits):
+    """To the bit, whichever of the two the settings name, and however many turns a history takes."""
+    model, params = init_toy(NUM_ITEMS + 1)
+    for asked in (EXCLUDING, LEAVING_OUT):
+        excluded, whole = (evaluate(model, params, log, examples, config) for config in (asked, both_of(asked)))
+        assert list(excluded.by_protocol) == list(whole.by_protocol) == ["all_items", "seen_excluded"]
+        assert excluded.measured.protocol_name == "seen_excluded" and whole.measured.protocol_name == "all_items"
+        for mine, other in ((excluded, whole.other), (excluded.other, whole)):
+            assert mine.metrics == other.metrics and mine.standard_errors == other.standard_errors
+            np.testing.assert_array_equal(mine.ranks, other.ranks)
+            np.testing.assert_array_equal(mine.measured.examples.ends, other.measured.examples.ends)
+        assert (excluded.ranks < excluded.other.ranks[excluded.measured.kept]).any()
+
+
+def test_both_protocols_by_hand():
+    """Scores are fixed: item 4 before 3 before 2 before 1; the histories repeat items, and one target was seen."""
+    frame = pl.DataFrame(
+        {
+            "user": list("aaaabbbbccc"),
+            "item": ["i4", "i4", "i3", "i2", "i1", "i4", "i1", "i4", "i2", "i3", "i1"],
+            "timestamp": range(11),
+        }
+    )
+    by_id = clean(frame, k_core=0, timestamp_precision="int64")
+    index = {name: place + 1 for place, name in enumerate(by_id.item_ids)}
+    score = jnp.zeros(5).at[jnp.array([index[f"i{n}"] for n in (1, 2, 3, 4)])].set(jnp.array([1.0, 2.0, 3.0, 4.0]))
+    config = dataclasses.replace(CONFIG, eval=EvalConfig(top_k=(1, 2), monitor="hit@1", metrics=("coverage@2",)))
+    found = evaluate(FixedScores(), {"score": score}, by_id, leave_one_out(by_id).test, config)
+    # a: i2 after i4, i4, i3: third of all, first of the unseen. b: i4 after i1, i4, i1: first, and seen before.
+    # c: i1 after i2, i3: last of four, then second behind i4 alone.
+    assert found.ranks.tolist() == [3, 1, 4] and found.metrics["hit@1"] == pytest.approx(1 / 3)
+    assert found.metrics["coverage@2"] == 2 / 4  # i4 and i3 in every list.
+    unseen = found.other
+    assert unseen.ranks.tolist() == [1, 2] and unseen.measured.kept.tolist() == [True, False, True]
+    assert unseen.metrics["hit@1"] == 1 / 2 and unseen.metrics["ndcg@2"] == pytest.approx((1 + 1 / np.log2(3)) / 2)
+    assert unseen.metrics["coverage@2"] == 3 / 4  # a: i2, i1; c: i4, i1.
+    assert found.measured.report() == unseen.measured.report() == {"seen_target_share": 1 / 3}
+    ranked = dataclasses.replace(config, eval=dataclasses.replace(config.eval, seen_targets="rank"))
+    found = evaluate(FixedScores(), {"score": score}, by_id, leave_one_out(by_id).test, ranked)
+    assert found.other.ranks.tolist() == [1, 1, 2]  # A target stays among its rivals, seen or not.
+    assert found.record("test") == {"test": found.metrics, "test_seen_excluded": found.other.metrics}
 
 
 def test_short_rows_of_a_time_aware_model_are_cut_exactly(log, examples, monkeypatch):

@@ -9,9 +9,11 @@ from tim4rec_jax.evaluation import measures, metrics
 pytestmark = pytest.mark.quick
 
 
-def _ranks(scores, targets, excluded=None):
-    excluded = None if excluded is None else jnp.asarray(excluded)
-    ranks = metrics.rank_of_target(jnp.asarray(scores, jnp.float32), jnp.asarray(targets), excluded=excluded)
+def _ranks(scores, targets, seen=None):
+    scores, targets = jnp.asarray(scores, jnp.float32), jnp.asarray(targets)
+    ranks = metrics.rank_of_target(scores, targets)
+    if seen is not None:
+        ranks -= metrics.ahead_among(scores, targets, jnp.asarray(seen))
     assert ranks.dtype == jnp.int32
     return ranks.tolist()
 
@@ -34,9 +36,11 @@ def test_padding_column_never_counts():
 
 def test_excluded_items_leave_the_ranking_and_the_target_stays():
     scores = [[0.0, 4.0, 3.0, 2.0, 1.0]]
-    assert _ranks(scores, [3], [[False, True, False, False, False]]) == [2]
-    assert _ranks(scores, [3], [[False, True, True, False, False]]) == [1]
-    assert _ranks(scores, [2], [[False, False, True, False, False]]) == [2]
+    assert _ranks(scores, [3], [[1, 0]]) == [2]
+    assert _ranks(scores, [3], [[2, 1]]) == [1]
+    assert _ranks(scores, [3], [[0, 4]]) == [3]
+    assert _ranks(scores, [2], [[2, 0]]) == [2]
+    assert _ranks([[9.0, 1.0, 2.0]], [2], [[0, 0]]) == [1], "the padding is no item that was ahead"
 
 
 def test_nan_target_ranks_behind_the_last_item():

@@ -25,8 +25,9 @@ from tim4rec_jax.data.interactions import load_log
 from tim4rec_jax.data.splits import leave_one_out, split_log
 from tim4rec_jax.evaluation.baselines import markov_ranks, popularity_counts, popularity_ranks, transition_counts
 from tim4rec_jax.evaluation.measures import metrics_of_ranks, names
-from tim4rec_jax.evaluation.metrics import hit
-from tim4rec_jax.evaluation.significance import by_user
+from tim4rec_jax.evaluation.metrics import hit, ndcg
+from tim4rec_jax.evaluation.seen_targets import were_seen
+from tim4rec_jax.evaluation.significance import by_user, compare_with_best
 from tim4rec_jax.run_dir import create_run, read_config, read_results, read_test_ranks, write_results, write_test_ranks
 from tim4rec_jax.training.logging import MetricLogger, read_metrics
 
@@ -52,8 +53,10 @@ def _arguments(tmp_path: pathlib.Path, *more: str) -> list[str]:
     return [*TINY, "--seeds=2", f"--runs={tmp_path / 'runs'}", f"--output={tmp_path / 'out' / 'table'}", *more]
 
 
-def finish(plan, model: str, seed: int, log, ranks: np.ndarray, user_ids: pl.Series | None = None) -> None:
-    """Makes the folder of a finished run without training."""
+def finish(
+    plan, model: str, seed: int, log, ranks: np.ndarray, user_ids: pl.Series | None = None, without_seen=None
+) -> None:
+    """Makes the folder of a finished run without training; `without_seen` are ranks, 0 for targets left out."""
     config, folder = plan.config(model, seed), plan.folder(model, seed)
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=log.num_items + 1))
     create_run(folder, config, log, command=["/somewhere/python", "-m", "experiments.train", f"--run_dir={folder}"])
@@ -62,10 +65,13 @@ def finish(plan, model: str, seed: int, log, ranks: np.ndarray, user_ids: pl.Ser
         for epoch in (1, 2):
             logger.log("valid", step=epoch, epoch=epoch, train_seconds=3.0 * epoch, valid_seconds=1.0, **test)
         logger.log("test", step=2, **test)
-    write_test_ranks(folder, log.user_ids if user_ids is None else user_ids, ranks)
+    others = {} if without_seen is None else {"seen_excluded": without_seen}
+    write_test_ranks(folder, log.user_ids if user_ids is None else user_ids, ranks, others)
+    measures = config.eval.measures
+    both = {f"test_{name}": metrics_of_ranks(of[of > 0], measures) for name, of in others.items()}
     results = {"seed": seed, "test": test, "valid": test, "best_epoch": 2, "epochs": 2, "steps": 2, "parameters": 1234}
     costs = {"seconds_per_epoch": 4.5, "peak_resident_bytes": 300 * 2**20, "peak_device_bytes": None}
-    write_results(folder, results | costs)
+    write_results(folder, both | results | costs)
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +103,7 @@ def _report(tmp_path: pathlib.Path, *more: str) -> tuple[str, dict]:
 def test_numbers_are_those_of_the_runs(tmp_path, log, finished):
     _, numbers = _report(tmp_path, "--note=Made by hand.")
     rows = {row["name"]: row for row in numbers["rows"]}
-    assert list(rows)[0] == "sasrec" and set(rows) == {"sasrec", "ssd4rec", "Markov", "popularity"}
+    assert list(rows)[0] == "sasrec" and set(rows) == {"sasrec", "ssd4rec", "Markov", "item-kNN", "popularity"}
     assert numbers["best"]["ndcg@10"] == "sasrec" and numbers["missing"] == []
     for model in ("sasrec", "ssd4rec"):
         per_seed = [hit(finished[model, seed], 5).mean() for seed in (2020, 2021)]
@@ -108,7 +114,8 @@ def test_numbers_are_those_of_the_runs(tmp_path, log, finished):
         assert [run["train_seconds"] for run in rows[model]["runs"]] == [9.0, 9.0]
     split = leave_one_out(log)
     counts, transitions = popularity_counts(log, split.valid), transition_counts(log, split.valid)
-    expected = metrics_of_ranks(markov_ranks(log, transitions, counts, split.test), names((1, 5, 10)))
+    of_pairs = markov_ranks(log, transitions, counts, split.test)
+    expected = metrics_of_ranks(of_pairs["all_items"], names((1, 5, 10)))
     assert {m: spread["mean"] for m, spread in rows["Markov"]["metrics"].items()} == pytest.approx(expected)
     against = rows["ssd4rec"]["against_best"]["ndcg@10"]
     assert against["p_holm"] < 0.01 and 0 < against["interval_95"][0] < against["behind_by"] < against["interval_95"][1]
@@ -131,11 +138,49 @@ def test_runs_of_a_temporal_split_with_every_event_a_target(tmp_path, log):
     assert "temporal split (shares 0.1 and 0.1; every event of a user and period), seen items not excluded" in text
     rows = {row["name"]: row for row in numbers["rows"]}
     counts = popularity_counts(log, split.first_held_out)
-    expected = metrics_of_ranks(popularity_ranks(log, counts, split.test), names((1, 5, 10)))
+    expected = metrics_of_ranks(popularity_ranks(log, counts, split.test)["all_items"], names((1, 5, 10)))
     assert {m: spread["mean"] for m, spread in rows["popularity"]["metrics"].items()} == pytest.approx(expected)
     behind = rows["ssd4rec"]["against_best"]["ndcg@10"]["behind_by"]
     means = [rows[model]["metrics"]["ndcg@10"]["mean"] for model in ("sasrec", "ssd4rec")]
     assert behind == pytest.approx(means[0] - means[1])
+
+
+def test_both_protocols_side_by_side(tmp_path, log):
+    """Some targets were seen before: there are fewer ranks without the seen, and the other row is the best."""
+    _, plan = parse(_arguments(tmp_path))
+    seen = were_seen(log, leave_one_out(log).test)
+    assert 0 < seen.sum() < len(seen)
+    ranks, unseen = {}, {}
+    for model, seed in plan.runs_in_order():
+        chances = {"sasrec": (0.8, 0.1), "ssd4rec": (0.1, 0.99)}[model]
+        draws = [np.random.default_rng(seed).geometric(chance, log.num_users) for chance in chances]
+        ranks[model, seed], unseen[model, seed] = np.minimum(draws, log.num_items).astype(np.int32)
+        finish(plan, model, seed, log, ranks[model, seed], without_seen=np.where(seen, 0, unseen[model, seed]))
+    text, numbers = _report(tmp_path, f"--latex={tmp_path / 'table.tex'}")
+    other = numbers["seen_excluded"]
+    rows = {row["name"]: row for row in other["rows"]}
+    assert numbers["best"]["ndcg@10"] == "sasrec" and other["best"]["ndcg@10"] == "ssd4rec"
+    assert [row["name"] for row in other["rows"]] == [row["name"] for row in numbers["rows"]]
+    for model in ("sasrec", "ssd4rec"):
+        expected = [hit(unseen[model, seed][~seen], 10).mean() for seed in (2020, 2021)]
+        assert rows[model]["metrics"]["hit@10"]["per_seed"] == pytest.approx(expected, abs=1e-12)
+    values = [np.mean([ndcg(unseen[m, s][~seen], 10) for s in (2020, 2021)], axis=0) for m in ("ssd4rec", "sasrec")]
+    against = rows["sasrec"]["against_best"]["ndcg@10"]
+    assert against["behind_by"] == pytest.approx((values[0] - values[1]).mean())
+    assert against["p"] == compare_with_best(np.stack(values)).p[1]
+    counts = popularity_counts(log, leave_one_out(log).valid)
+    counted = popularity_ranks(log, counts, leave_one_out(log).test)["seen_excluded"][~seen]
+    assert rows["popularity"]["metrics"]["hit@5"]["mean"] == pytest.approx(hit(counted, 5).mean())
+    head = "| model | hit@10 | ndcg@10 | mrr@10 | hit@10, seen excluded | ndcg@10, seen excluded |"
+    assert head in text and f"seen targets ({seen.mean():.1%} of all) left out" in text
+    assert "## Behind sasrec in ndcg@10\n" in text and "## Behind ssd4rec in ndcg@10, seen excluded" in text
+    assert "seen excluded" in (tmp_path / "table.tex").read_text()
+
+
+def test_runs_of_an_earlier_version_are_compared_under_the_one_protocol_they_have(tmp_path, finished):
+    text, numbers = _report(tmp_path)
+    assert "seen_excluded" not in numbers and numbers["measured_under_one_protocol"] == ["sasrec", "ssd4rec"]
+    assert "under one protocol, so this is the only one: sasrec, ssd4rec" in text
 
 
 def test_targets_of_a_user_are_one_value():

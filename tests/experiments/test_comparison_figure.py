@@ -96,8 +96,23 @@ def test_latex_by_hand():
     )
     assert table.count(r"\textbf") == table.count(r"\underline") == 3
     assert lines["popularity"].endswith(r"& -- \\")
+    lines.pop("")
     assert all(len(line.split(" & ")) == 5 for line in lines.values()) and r"\begin{tabular}{lrrrr}" in table
-    assert [rule for rule in re.findall(r"\\(\w+)rule", table)] == ["top", "mid", "mid", "bottom"]
+    assert [rule for rule in re.findall(r"\\(\w+)rule", table)] == ["top", "cmid", "mid", "mid", "bottom"]
+
+
+def test_latex_shows_both_protocols():
+    numbers = _numbers([0.0614, 0.0601], [1.0] * 2, NAMES[:2])
+    other = _numbers([0.09, 0.1], [1.0] * 2, NAMES[:2])
+    numbers |= {"main_protocol": "all_items"}
+    best = dict.fromkeys(numbers["best"], NAMES[1])
+    numbers |= {"seen_excluded": {"protocol": "seen items excluded", "best": best, "rows": other["rows"]}}
+    table = latex(numbers)
+    assert r" & \multicolumn{3}{c}{all items} & \multicolumn{3}{c}{seen excluded} \\" in table
+    assert r"\cmidrule(lr){2-4} \cmidrule(lr){5-7}" in table and r"\begin{tabular}{lrrrrrr}" in table
+    line = next(line for line in table.splitlines() if line.startswith("tim4rec &"))
+    cells = line.split(" & ")
+    assert cells[1].startswith(r"\textbf{0.0614}") and cells[4].startswith(r"\underline{0.0900}")
     opened, closed = (re.findall(rf"\\{word}{{(\w+)}}", table) for word in ("begin", "end"))
     assert opened == closed[::-1] and table.count("{") - table.count(r"\{") == table.count("}") - table.count(r"\}")
     assert r"100\% of items" in table

@@ -1,6 +1,7 @@
 """experiments.evaluate --baselines: the numbers of an own count, recorded by data, other data left in place."""
 
 import json
+import math
 from collections import Counter
 
 import pytest
@@ -24,12 +25,19 @@ def _own_count():
     counts = Counter("".join(training.values()))
     pairs = Counter(pair for items in training.values() for pair in zip(items, items[1:], strict=False))
     total = 1 + max(counts.values())
-    ranks = {"popularity": [], "Markov": []}
+    holders = {item: {user for user, items in training.items() if item in items} for item in "abcd"}
+
+    def cosine(i, j):
+        norm = math.sqrt(len(holders[i]) * len(holders[j]))
+        return len(holders[i] & holders[j]) / norm if norm and i != j else 0
+
+    ranks = {"popularity": [], "Markov": [], "item-kNN": []}
     for items in ROWS.values():
         *_, before, target = items
         for name, score in {
             "popularity": lambda j: counts[j],
             "Markov": lambda j, before=before: pairs[before, j] * total + counts[j],
+            "item-kNN": lambda j, had=items[:-1]: round(sum(cosine(i, j) for i in set(had)), 12),
         }.items():
             others = [score(j) for j in "abcd" if j != target]
             ranks[name].append(1 + sum((s > score(target)) + (s == score(target)) / 2 for s in others))
@@ -56,7 +64,12 @@ def test_own_count_and_record(tmp_path, capsys):
     output = tmp_path / "results" / "baselines.json"
     assert _main(tmp_path, f"--output={output}") == 0
     record = json.loads(output.read_text())["custom"]
-    assert {name: metrics[f"hit@{K}"] for name, metrics in record["metrics"].items()} == _own_count()
+    counted = {name: metrics[f"hit@{K}"] for name, metrics in record["metrics"].items()}
+    assert counted == _own_count()
+    grid, shown = record["item_knn"]["valid"], " ".join(capsys.readouterr().out.split())
+    assert len(grid) == 12 and max(one["ndcg@2"] for one in grid) == grid[0]["ndcg@2"]  # Few items: k decides nothing.
+    assert "item-kNN on the validation part" in shown and "chosen: k 10, shrinkage 0" in shown
+    assert "seen_excluded" not in record  # Every target was seen.
     assert record["targets"] == 4 and record["log"] == {"users": 4, "items": 4, "rows": 20}
     assert record["environment"]["data_fingerprint"]
     assert str(tmp_path) not in output.read_text() and record["data"]["timestamp_precision"] == "int64"

@@ -20,6 +20,7 @@ from tests.quick_flags import quick_flags
 from tests.training.ctrl_c import ctrl_c_at
 from tim4rec_jax.data.splits import split_log
 from tim4rec_jax.evaluation.baselines import popularity_metrics
+from tim4rec_jax.evaluation.measures import metrics_of_ranks
 from tim4rec_jax.run_dir import (
     CHECKPOINTS,
     read_config,
@@ -109,7 +110,18 @@ def test_evaluate_repeats_the_test_numbers(finished, capsys):
     shown = capsys.readouterr().out
     for value in read_results(finished)["test"].values():
         assert f"{value:.4f}" in shown
-    assert evaluate_run(finished).metrics == pytest.approx(read_results(finished)["test"], abs=1e-12)
+    again, results = evaluate_run(finished), read_results(finished)
+    assert again.metrics == pytest.approx(results["test"], abs=1e-12)
+    assert again.other is not None and again.other.metrics == pytest.approx(results["test_seen_excluded"], abs=1e-12)
+    best = evaluate_run(finished, split="valid")
+    assert best.other is not None and best.metrics == pytest.approx(results["valid"], abs=1e-12)
+    assert best.other.metrics == pytest.approx(results["valid_seen_excluded"], abs=1e-12)
+    assert results["baselines_seen_excluded"].keys() == results["baselines"].keys()
+    ranks = read_test_ranks(finished, "seen_excluded")
+    assert metrics_of_ranks(ranks["rank"].to_numpy(), list(results["test"])) == results["test_seen_excluded"]
+    assert len(ranks) == len(again.other.ranks) <= len(read_test_ranks(finished))
+    with pytest.raises(ValueError, match="has no rank_all_items: it is of an earlier version"):
+        read_test_ranks(finished, "all_items")
 
 
 @pytest.mark.quick
@@ -128,7 +140,7 @@ def test_a_temporal_split_from_training_to_recommendations(tmp_path, capsys):
     config, log = read_config(folder), stored_run.load_log(folder)
     split = split_log(log, config.data)
     assert results["split"] == dataclasses.asdict(split.report) and split.report.test == len(read_test_ranks(folder))
-    assert results["baselines"]["popularity"] == popularity_metrics(log, config)
+    assert results["baselines"]["popularity"] == popularity_metrics(log, config)["all_items"]
     assert evaluate_run(folder).metrics == pytest.approx(results["test"], abs=1e-12)
     # Histories are whole: what tests is read when the next item is recommended.
     assert recommend.main([f"--run={folder}", f"--user={log.user_ids[0]}", "--k=5"]) == 0

@@ -5,7 +5,6 @@
 It is a process of its own because the number of devices is fixed when JAX starts.
 """
 
-import dataclasses
 import functools
 import json
 import pathlib
@@ -23,6 +22,7 @@ from tim4rec_jax.data.loader import make_loader
 from tim4rec_jax.data.packing import LengthGroup
 from tim4rec_jax.data.splits import leave_one_out
 from tim4rec_jax.evaluation.full_sort import FullSortEvaluator
+from tim4rec_jax.evaluation.seen_targets import PROTOCOLS
 from tim4rec_jax.models import last_hidden
 from tim4rec_jax.parallel.item_table import sharded_top_k
 from tim4rec_jax.parallel.mesh import make_layout
@@ -95,10 +95,9 @@ class Training:
         return state, losses
 
     def ranks(self, params, exclude_seen: bool) -> list[int]:
-        settings = dataclasses.replace(self.config.eval, exclude_seen=exclude_seen)
-        config = dataclasses.replace(self.config, eval=settings)
         split = leave_one_out(log()).test
-        return FullSortEvaluator(self.model, log(), split, config, mesh=self.layout.mesh)(params).ranks.tolist()
+        result = FullSortEvaluator(self.model, log(), split, self.config, mesh=self.layout.mesh)(params)
+        return result.by_protocol[PROTOCOLS[exclude_seen]].ranks.tolist()
 
     def best(self, params) -> list:
         """Scores and ids of the best items after 5 histories, all items of a history left out."""

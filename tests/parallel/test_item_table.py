@@ -33,6 +33,13 @@ def inputs(seed=0):
     return hidden, table, targets, rng.integers(0, ITEMS, (HISTORIES, 5)).astype(np.int32)
 
 
+def once(items):
+    """Each item of a row at its first place only, 0 at others."""
+    return np.array(
+        [[0 if item in row[:i] else item for i, item in enumerate(row)] for row in items.tolist()], np.int32
+    )
+
+
 @functools.cache
 def on_parts(what):
     """Jitted (hidden, table, targets, excluded) -> what a function for the part of one device finds."""
@@ -41,24 +48,23 @@ def on_parts(what):
     def body(hidden, shard, targets, excluded):
         if what == "best":
             return local_top_k(hidden, shard, excluded, 9, vocab_size=ITEMS, tile=TILE)
-        seen = jax.lax.all_gather(excluded, MODEL_AXIS, tiled=True) if what == "rank, seen excluded" else None
+        seen = jax.lax.all_gather(excluded, MODEL_AXIS, tiled=True)
         return sharded_ranks(hidden, targets, shard, seen, vocab_size=ITEMS, tile=TILE)
 
     specs = (rows, P(MODEL_AXIS), rows, rows)
     return jax.jit(jax.shard_map(body, mesh=mesh(), in_specs=specs, out_specs=rows, check_vma=False))
 
 
-@pytest.mark.parametrize("what", ["rank", "rank, seen excluded"])
-def test_ranks(what):
+def test_ranks():
     hidden, table, targets, excluded = inputs()
     scores = hidden @ table[:ITEMS].T
-    mask = np.zeros(scores.shape, bool)
-    if what != "rank":
-        mask[np.arange(HISTORIES)[:, None], excluded] = True
-    expected = rank_of_target(jnp.asarray(scores), jnp.asarray(targets), excluded=jnp.asarray(mask))
-    ranks, finite = on_parts(what)(hidden, table, targets, excluded)
-    np.testing.assert_array_equal(ranks, expected)
-    assert finite.all() and len(set(np.asarray(ranks).tolist())) > 5
+    ranks, unseen, finite = on_parts("rank")(hidden, table, targets, once(excluded))
+    np.testing.assert_array_equal(ranks, rank_of_target(jnp.asarray(scores), jnp.asarray(targets)))
+    left = np.ones(scores.shape, bool)
+    left[np.arange(HISTORIES)[:, None], excluded] = left[:, 0] = False
+    better = (scores > scores[np.arange(HISTORIES), targets][:, None]) & left
+    np.testing.assert_array_equal(unseen, 1 + better.sum(axis=1))
+    assert finite.all() and len(set(np.asarray(ranks).tolist())) > 5 and (unseen < ranks).any()
 
 
 def test_best_items():

@@ -36,9 +36,11 @@ def finished(tmp_path_factory, log):
 
 
 def _rows(text):
-    """metric -> the other cells of its row."""
+    """metric -> value, error and recorded of all items, then of the unseen."""
     rows = [[cell.strip() for cell in re.split("[│┃]", line)[1:-1]] for line in text.splitlines()]
-    return {row[0]: row[1:] for row in rows if row and "@" in row[0]}
+    rows = [row for row in rows if row and "@" in row[0]]
+    assert [row[1] for row in rows] == ["all items", "seen excluded"] * (len(rows) // 2)
+    return {row[0]: [*row[2:], *other[2:]] for row, other in zip(rows[::2], rows[1::2], strict=True)}
 
 
 def _main(capsys, *argv):
@@ -53,10 +55,12 @@ def test_equals_the_library_and_stands_beside_results(finished, capsys):
     assert (code, err) == (0, "")
     rows = _rows(out)
     assert list(rows) == ["hit@5", "ndcg@5", "mrr@5", "hit@10", "ndcg@10", "mrr@10"]
-    for name, (value, error, recorded) in rows.items():
+    for name, (value, error, recorded, unseen, unseen_error, unseen_recorded) in rows.items():
         assert value == recorded == f"{expected['test'][name]:.4f}"
-        assert float(error) > 0
-    assert "not excluded" in " ".join(out.split())
+        assert unseen == f"{expected['excluding'][name]:.4f}" and unseen_recorded == "–", "an earlier run has one"
+        assert float(error) > 0 and float(unseen_error) > 0
+    shown = " ".join(out.split())
+    assert "all items:" in shown and "seen excluded:" in shown
 
 
 def test_validation_part_has_nothing_beside_it(finished, capsys):
@@ -68,13 +72,19 @@ def test_validation_part_has_nothing_beside_it(finished, capsys):
 
 
 @pytest.mark.parametrize("flag", ["--eval.exclude_seen", "--eval.exclude-seen"])
-def test_excluding_seen_is_never_compared(finished, capsys, flag):
+def test_either_protocol_stands_beside_what_was_recorded_of_it(finished, tmp_path, capsys, flag):
     path, expected = finished
-    _, out, _ = _main(capsys, f"--run={path}", flag)
-    rows = _rows(out)
-    assert {name: row[0] for name, row in rows.items()} == {k: f"{v:.4f}" for k, v in expected["excluding"].items()}
+    run = shutil.copytree(path, tmp_path / "run")
+    write_results(run, {"test": expected["test"], "test_seen_excluded": expected["excluding"]})
+    output = tmp_path / "out.json"
+    _, out, _ = _main(capsys, f"--run={run}", flag, f"--output={output}")
+    for name, (value, _, recorded, unseen, _, unseen_recorded) in _rows(out).items():
+        assert value == recorded == f"{expected['test'][name]:.4f}"
+        assert unseen == unseen_recorded == f"{expected['excluding'][name]:.4f}"
     assert expected["excluding"] != expected["test"]
-    assert {row[2] for row in rows.values()} == {"–"}
+    written = json.loads(output.read_text())
+    assert written["metrics"] == expected["excluding"] and written["all_items"]["metrics"] == expected["test"]
+    assert written["users"] < written["all_items"]["users"] and written["standard_errors"]
 
 
 def test_other_list_lengths(finished, capsys):

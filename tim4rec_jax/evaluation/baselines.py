@@ -1,17 +1,23 @@
-"""Popularity and item-to-item transitions as recommenders, ranked by the same rule as the models.
+"""Popularity, item-to-item transitions and item neighbourhoods as recommenders, ranked by the same rule as the models.
 
 They have nothing to train: the floor that any model must clear.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from tim4rec_jax.config import ExperimentConfig
+from tim4rec_jax.config import EvalConfig, ExperimentConfig
 from tim4rec_jax.data.interactions import InteractionLog
-from tim4rec_jax.data.splits import Examples, split_log
-from tim4rec_jax.evaluation.measures import metrics_of_ranks
-from tim4rec_jax.evaluation.seen_targets import measured
+from tim4rec_jax.data.splits import Examples, Split, split_log
+from tim4rec_jax.evaluation.measures import list_length, metrics_of_ranks
+from tim4rec_jax.evaluation.seen_targets import ALL_ITEMS, SEEN_EXCLUDED, Protocol, main_protocol, measured
+
+# What item-kNN is chosen from.
+KNN_NEIGHBOURS = (10, 50, 200)
+KNN_SHRINKAGES = (0.0, 10.0, 100.0, 1000.0)
+# Ranks [n] float64 of the targets, in the order of the examples, under either protocol.
+Ranks = dict[Protocol, np.ndarray]
 
 
 def popularity_counts(log: InteractionLog, first_held_out: Examples) -> np.ndarray:
@@ -42,9 +48,7 @@ def in_training(log: InteractionLog, first_held_out: Examples) -> np.ndarray:
     return position < np.repeat(events, np.diff(log.offsets))
 
 
-def popularity_ranks(
-    log: InteractionLog, counts: np.ndarray, examples: Examples, *, exclude_seen: bool = False
-) -> np.ndarray:
+def popularity_ranks(log: InteractionLog, counts: np.ndarray, examples: Examples) -> Ranks:
     """Ranks each example's target by popularity: rank = 1 + #{greater count} + #{other items of equal count} / 2.
 
     Counts tie often, and nothing says which of the equals comes first: this is the mean rank over all their orders, a
@@ -55,25 +59,24 @@ def popularity_ranks(
       log: the cleaned log.
       counts: [v] int, from `popularity_counts`.
       examples: what to predict.
-      exclude_seen: leave the items of the user's events before the target out of the ranking, the target excepted.
 
     Returns:
-      [n] float64 in the order of `examples`.
+      Ranks among all items, and without those of the user's events before the target, the target excepted.
     """
     targets = examples.targets(log)
     ascending = np.sort(counts[1:])
     # Greater ones count once, equals half, and the target itself, which is one of the equals, is taken off.
     less, not_greater = (np.searchsorted(ascending, counts[targets], side=side) for side in ("left", "right"))
     ranks = 1 + len(ascending) - (less + not_greater + 1) / 2
-    if exclude_seen:
-        for row, (user, end) in enumerate(zip(examples.users, examples.ends, strict=True)):
-            start, target = log.offsets[user], targets[row]
-            seen = np.setdiff1d(log.items[start : start + end], [target])
-            ranks[row] -= _ahead(counts[seen], int(counts[target]))
-    return ranks
+    unseen = ranks.copy()
+    for row, (user, end) in enumerate(zip(examples.users, examples.ends, strict=True)):
+        start, target = log.offsets[user], targets[row]
+        seen = np.setdiff1d(log.items[start : start + end], [target])
+        unseen[row] -= _ahead(counts[seen], int(counts[target]))
+    return {ALL_ITEMS: ranks, SEEN_EXCLUDED: unseen}
 
 
-def _ahead(scores: np.ndarray, target_score: int) -> float:
+def _ahead(scores: np.ndarray, target_score: float) -> float:
     """Counts the items ahead of a target: those with a greater score, and half of those with an equal one."""
     return np.count_nonzero(scores > target_score) + np.count_nonzero(scores == target_score) / 2
 
@@ -87,12 +90,12 @@ def users_of_items(log: InteractionLog, first_held_out: Examples) -> tuple[np.nd
     return counts, len(np.unique(users))
 
 
-class Transitions(NamedTuple):
-    """How often one item directly follows another, as sparse rows; row i holds what followed item i.
+class PairCounts(NamedTuple):
+    """How often one item goes with another, as sparse rows.
 
     Attributes:
       offsets: [v + 1] int64; row i is offsets[i] : offsets[i + 1].
-      items: [pairs] int32, the following items, ascending within a row.
+      items: [pairs] int32, the other items, ascending within a row.
       counts: [pairs] int64, at least 1.
     """
 
@@ -101,12 +104,12 @@ class Transitions(NamedTuple):
     counts: np.ndarray
 
     def row(self, item: int) -> tuple[np.ndarray, np.ndarray]:
-        """Returns the items that followed `item` and how often."""
+        """Returns the items that go with `item` and how often."""
         row = slice(self.offsets[item], self.offsets[item + 1])
         return self.items[row], self.counts[row]
 
 
-def popularity_metrics(log: InteractionLog, config: ExperimentConfig) -> dict[str, float]:
+def popularity_metrics(log: InteractionLog, config: ExperimentConfig) -> dict[Protocol, dict[str, float]]:
     """Returns the test metrics of ranking by popularity in the training part, those that follow from ranks.
 
     Args:
@@ -114,13 +117,15 @@ def popularity_metrics(log: InteractionLog, config: ExperimentConfig) -> dict[st
       config: reads data.split and eval.
     """
     split = split_log(log, config.data)
-    counts, part = popularity_counts(log, split.first_held_out), measured(log, split.test, config.eval)
-    ranks = popularity_ranks(log, counts, part.examples, exclude_seen=config.eval.exclude_seen)
-    return metrics_of_ranks(ranks, config.eval.measures, part.lists)
+    parts = measured(log, split.test, config.eval)
+    ranks = popularity_ranks(log, popularity_counts(log, split.first_held_out), parts[ALL_ITEMS].examples)
+    return {
+        name: metrics_of_ranks(ranks[name][part.kept], config.eval.measures, part.lists) for name, part in parts.items()
+    }
 
 
-def transition_counts(log: InteractionLog, first_held_out: Examples) -> Transitions:
-    """Counts pairs of consecutive events of a user in the training part; memory grows with the pairs, not with v^2.
+def transition_counts(log: InteractionLog, first_held_out: Examples) -> PairCounts:
+    """Counts what directly follows an item with a user in the training part; memory grows with the pairs, not with v^2.
 
     Args:
       log: the cleaned log.
@@ -136,17 +141,10 @@ def transition_counts(log: InteractionLog, first_held_out: Examples) -> Transiti
     v = log.num_items + 1
     pairs, counts = np.unique(log.items[:-1][follows] * np.int64(v) + log.items[1:][follows], return_counts=True)
     offsets = np.searchsorted(pairs, np.arange(v + 1) * np.int64(v))
-    return Transitions(offsets, (pairs % v).astype(np.int32), counts)
+    return PairCounts(offsets, (pairs % v).astype(np.int32), counts)
 
 
-def markov_ranks(
-    log: InteractionLog,
-    transitions: Transitions,
-    popularity: np.ndarray,
-    examples: Examples,
-    *,
-    exclude_seen: bool = False,
-) -> np.ndarray:
+def markov_ranks(log: InteractionLog, transitions: PairCounts, popularity: np.ndarray, examples: Examples) -> Ranks:
     """Ranks each example's target by a first-order Markov chain over items that backs off to popularity.
 
     With c_ij how often j directly follows i, n_j how often j occurs, N = max_j n_j, and i the item before the target,
@@ -158,13 +156,13 @@ def markov_ranks(
       transitions: from `transition_counts`.
       popularity: [v] int, from `popularity_counts`.
       examples: what to predict.
-      exclude_seen: leave the items of the user's events before the target out of the ranking, the target excepted.
 
     Returns:
-      [n] float64 in the order of `examples`.
+      Ranks under either protocol, as of `popularity_ranks`.
     """
     targets = examples.targets(log)
-    ranks = popularity_ranks(log, popularity, examples)
+    ranks = popularity_ranks(log, popularity, examples)[ALL_ITEMS]
+    unseen = ranks.copy()
     # The equation times 1 + N, so that scores are whole numbers and ties are exact.
     scale = np.int64(1 + popularity.max())
     for row, (user, end, target) in enumerate(zip(examples.users, examples.ends, targets, strict=True)):
@@ -180,35 +178,187 @@ def markov_ranks(
             target_score = int(popularity[target])
             # All followers are ahead; as far as popularity puts them ahead they are in its rank already.
             ranks[row] += len(followers) - _ahead(popularity[followers], target_score)
-        if exclude_seen:
-            seen = np.setdiff1d(history, [target])
-            seen_scores = popularity[seen].astype(np.int64)
-            known = np.isin(seen, followers, assume_unique=True)
-            seen_scores[known] = scores[np.searchsorted(followers, seen[known])]
-            ranks[row] -= _ahead(seen_scores, target_score)
-    return ranks
+        seen = np.setdiff1d(history, [target])
+        seen_scores = popularity[seen].astype(np.int64)
+        known = np.isin(seen, followers, assume_unique=True)
+        seen_scores[known] = scores[np.searchsorted(followers, seen[known])]
+        unseen[row] = ranks[row] - _ahead(seen_scores, target_score)
+    return {ALL_ITEMS: ranks, SEEN_EXCLUDED: unseen}
 
 
-def baseline_ranks(
-    log: InteractionLog, first_held_out: Examples, examples: Examples, *, exclude_seen: bool = False
-) -> dict[str, np.ndarray]:
-    """Ranks each example's target by either baseline, from counts of the training part.
+def co_occurrences(log: InteractionLog, first_held_out: Examples) -> PairCounts:
+    """Counts the users that have two different items in the training part; c_ij = c_ji.
 
     Args:
       log: the cleaned log.
       first_held_out: one example a user, the earliest that is not trained on, as for `popularity_counts`.
+
+    Raises:
+      ValueError: for a user with two examples.
+    """
+    v, trained = log.num_items + 1, in_training(log, first_held_out)
+    users = np.repeat(np.arange(log.num_users, dtype=np.int64), np.diff(log.offsets))[trained]
+    pairs = np.unique(users * v + log.items[trained])  # Each item of a user once.
+    users, items = pairs // v, pairs % v
+    starts = np.searchsorted(users, np.arange(log.num_users + 1)).tolist()
+    by_item = users[np.argsort(items, kind="stable")].tolist()
+    first = np.searchsorted(np.sort(items), np.arange(v + 1))
+    others, counts = [np.zeros(0, np.int32)], [np.zeros(0, np.int64)]
+    for item in range(1, v):
+        holders = by_item[first[item] : first[item + 1]]
+        had = [items[starts[user] : starts[user + 1]] for user in holders]
+        found = np.bincount(np.concatenate(had), minlength=v) if had else np.zeros(v, np.int64)
+        found[item] = 0
+        others.append(np.flatnonzero(found).astype(np.int32))
+        counts.append(found[others[-1]])
+    # Item 0, the padding, goes with nothing.
+    return PairCounts(np.cumsum([0, *map(len, others)]), np.concatenate(others), np.concatenate(counts))
+
+
+class Neighbours(NamedTuple):
+    """The items most similar to each, the nearest first; rows are filled up with item 0 at similarity 0.
+
+    Attributes:
+      items: [v, k] int32.
+      similarities: [v, k] float64.
+    """
+
+    items: np.ndarray
+    similarities: np.ndarray
+
+
+def item_neighbours(pairs: PairCounts, users_of_item: np.ndarray, *, k: int, shrinkage: float) -> Neighbours:
+    """Finds the k nearest items of each by the cosine between columns of the user-item matrix, with shrinkage.
+
+      s_ij = c_ij / (sqrt(n_i n_j) + h),    c_ij users that have both, n_i users that have i, h the shrinkage
+
+    Args:
+      pairs: from `co_occurrences`.
+      users_of_item: [v] int, from `users_of_items`.
+      k: neighbours per item; of equals those of smaller id.
+      shrinkage: h >= 0; the more, the less do items of few users count.
+
+    Raises:
+      ValueError: for a k under 1 or a negative shrinkage.
+
+    Source: Sarwar et al., "Item-based collaborative filtering recommendation algorithms", WWW 2001; Deshpande and
+    Karypis, "Item-based top-N recommendation algorithms", ACM TOIS 2004; the shrinkage as in Ferrari Dacrema et al.,
+    "Are we really making much progress?", RecSys 2019.
+    """
+    if k < 1 or shrinkage < 0:
+        raise ValueError(f"k={k} must be at least 1 and shrinkage={shrinkage} at least 0")
+    v = len(users_of_item)
+    found = Neighbours(np.zeros((v, k), np.int32), np.zeros((v, k)))
+    for item in range(1, v):
+        others, counts = pairs.row(item)
+        similarities = counts / (np.sqrt(users_of_item[item] * users_of_item[others]) + shrinkage)
+        if len(others) > k:  # Sorted are only those that are no less similar than the last.
+            near = similarities >= np.partition(similarities, -k)[-k]
+            others, similarities = others[near], similarities[near]
+        nearest = np.argsort(-similarities, kind="stable")[:k]
+        found.items[item, : len(nearest)] = others[nearest]
+        found.similarities[item, : len(nearest)] = similarities[nearest]
+    return found
+
+
+def knn_ranks(log: InteractionLog, neighbours: Neighbours, examples: Examples, *, k: int | None = None) -> Ranks:
+    """Ranks each example's target by its similarity to all that the user has had.
+
+    score(j | history) = sum over the different items i of the history, j among the k nearest of i, of s_ij. The rank is
+    1 + #{greater score} + #{other items of equal score} / 2, as in `popularity_ranks`; sums that differ by less than
+    1e-12 of themselves are equal.
+
+    Args:
+      log: the cleaned log.
+      neighbours: from `item_neighbours`.
       examples: what to predict.
-      exclude_seen: as in `popularity_ranks`.
+      k: neighbours of each item that count; None is all that `neighbours` has.
 
     Returns:
-      {"Markov": [n] float64, "popularity": [n] float64} in the order of `examples`.
+      Ranks under either protocol, as of `popularity_ranks`.
+
+    Source: Deshpande and Karypis, ACM TOIS 2004, section 4.
+    """
+    targets, v = examples.targets(log), log.num_items + 1
+    ranks, unseen = np.zeros(len(targets)), np.zeros(len(targets))
+    for row, (user, end, target) in enumerate(zip(examples.users, examples.ends, targets, strict=True)):
+        history = np.unique(log.items[log.offsets[user] : log.offsets[user] + end])
+        near, weights = neighbours.items[history, :k].ravel(), neighbours.similarities[history, :k].ravel()
+        scores = np.bincount(near, weights, minlength=v)
+        scores[np.abs(scores - scores[target]) <= 1e-12 * scores[target]] = scores[target]
+        target_score = float(scores[target])
+        # The target is one of its equals, and the padding is no item.
+        ranks[row] = 1 / 2 + _ahead(scores[1:], target_score)
+        unseen[row] = ranks[row] - _ahead(scores[history[history != target]], target_score)
+    return {ALL_ITEMS: ranks, SEEN_EXCLUDED: unseen}
+
+
+class KnnChoice(NamedTuple):
+    """Item-kNN with the settings that validation chose.
+
+    Attributes:
+      k, shrinkage: of `item_neighbours`.
+      grid: of every pair that was tried {"k": .., "shrinkage": .., metric: ..} on the validation part.
+      neighbours: the chosen ones.
+    """
+
+    k: int
+    shrinkage: float
+    grid: list[dict[str, float]]
+    neighbours: Neighbours
+
+    def report(self) -> dict[str, Any]:
+        """What a record says of the choice."""
+        return {"item_knn": {"k": self.k, "shrinkage": self.shrinkage, "valid": self.grid}}
+
+
+def choose_knn(log: InteractionLog, split: Split, evaluation: EvalConfig) -> KnnChoice:
+    """Chooses the number of neighbours and the shrinkage of item-kNN on the validation part, of equals the first tried.
+
+    Args:
+      log: the cleaned log.
+      split: the test part is not read.
+      evaluation: eval.monitor decides, under the protocol of eval.exclude_seen; ndcg at the first k where that metric
+        reads lists.
+    """
+    metric = evaluation.monitor if not list_length([evaluation.monitor]) else f"ndcg@{evaluation.top_k[0]}"
+    parts = measured(log, split.valid, evaluation)
+    part, pairs = parts[main_protocol(evaluation)], co_occurrences(log, split.first_held_out)
+    users_of_item, _ = users_of_items(log, split.first_held_out)
+    grid, chosen = [], None
+    for shrinkage in KNN_SHRINKAGES:
+        neighbours = item_neighbours(pairs, users_of_item, k=max(KNN_NEIGHBOURS), shrinkage=shrinkage)
+        for k in KNN_NEIGHBOURS:
+            ranks = knn_ranks(log, neighbours, part.examples, k=k)[part.protocol_name]
+            grid.append({"k": k, "shrinkage": shrinkage, metric: metrics_of_ranks(ranks, [metric], part.lists)[metric]})
+            if all(grid[-1][metric] > one[metric] for one in grid[:-1]):
+                near = Neighbours(neighbours.items[:, :k], neighbours.similarities[:, :k])
+                chosen = KnnChoice(k, shrinkage, grid, near)
+    assert chosen is not None  # The first is better than none.
+    return chosen
+
+
+def baseline_ranks(
+    log: InteractionLog, split: Split, examples: Examples, evaluation: EvalConfig
+) -> tuple[dict[str, Ranks], KnnChoice]:
+    """Ranks each example's target by each baseline, from counts of the training part.
+
+    Args:
+      log: the cleaned log.
+      split: of the log.
+      examples: what to predict.
+      evaluation: by which item-kNN is chosen, see `choose_knn`.
+
+    Returns:
+      {"Markov": ranks under either protocol, "item-kNN": .., "popularity": ..}, and the choice.
 
     Raises:
       ValueError: for a user with two first held-out examples.
     """
-    popularity = popularity_counts(log, first_held_out)
-    transitions = transition_counts(log, first_held_out)
+    popularity = popularity_counts(log, split.first_held_out)
+    transitions, chosen = transition_counts(log, split.first_held_out), choose_knn(log, split, evaluation)
     return {
-        "Markov": markov_ranks(log, transitions, popularity, examples, exclude_seen=exclude_seen),
-        "popularity": popularity_ranks(log, popularity, examples, exclude_seen=exclude_seen),
-    }
+        "Markov": markov_ranks(log, transitions, popularity, examples),
+        "item-kNN": knn_ranks(log, chosen.neighbours, examples),
+        "popularity": popularity_ranks(log, popularity, examples),
+    }, chosen

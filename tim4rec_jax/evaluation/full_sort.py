@@ -1,9 +1,10 @@
 """Full ranking: every evaluated user's target is ranked against the whole catalogue (RecBole 1.2 protocol).
 
 No [users, v] matrix exists: users are encoded in batches and scored in tiles, of which only ranks leave the device, and
-the items at the top where a metric reads them. Rows are sorted by length once and worked
-through in a few static lengths, so a short history is not computed at max_len. Given a mesh, its devices share the
-users of every batch, and only ranks are exchanged; where the item table is sharded over them, see
+the items at the top where a metric reads them. Either protocol of `seen_targets` is measured from the same scores: the
+rank among unseen items is that among all, less the seen items ahead of the target. Rows are sorted by length once and
+worked through in a few static lengths, so a short history is not computed at max_len. Given a mesh, its devices share
+the users of every batch, and only ranks are exchanged; where the item table is sharded over them, see
 `parallel.item_table`.
 """
 
@@ -34,8 +35,17 @@ from tim4rec_jax.evaluation.measures import (
     parse_name,
     values_per_list,
 )
-from tim4rec_jax.evaluation.metrics import check_top_k, rank_of_target, self_information
-from tim4rec_jax.evaluation.seen_targets import Measured, measured
+from tim4rec_jax.evaluation.metrics import ahead_among, check_top_k, rank_of_target, self_information
+from tim4rec_jax.evaluation.seen_targets import (
+    ALL_ITEMS,
+    PROTOCOLS,
+    SEEN_EXCLUDED,
+    TITLES,
+    Measured,
+    Protocol,
+    first_rows,
+    measured,
+)
 from tim4rec_jax.evaluation.slices import slices
 from tim4rec_jax.models import apply_method, item_scores, last_hidden, scores_read_history, variables
 from tim4rec_jax.notebook import html_table, metric_rows
@@ -58,12 +68,14 @@ ENCODE_TOKENS_ACCELERATOR = 2**18
 GROUP_PENALTY_TOKENS = {"cpu": 2**16}
 GROUP_PENALTY_TOKENS_ACCELERATOR = 2**23
 LENGTH_STEP = 8
+# Events of a history whose items are looked up at once, in as many turns as the longest of a tile needs.
+SEEN_AT_ONCE = 128
 MAX_GROUPS = 8
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class EvaluationResult:
-    """What one evaluation found.
+    """What one evaluation found under one protocol.
 
     Attributes:
       metrics: {"hit@10": ...}, means over the lists in float64.
@@ -72,7 +84,9 @@ class EvaluationResult:
         by eval.groups and eval.time_buckets.
       ranks: [n] int32 from 1, in the order of the examples that were measured.
       measured: which these are.
-      seconds: wall time.
+      seconds: wall time, of both protocols together.
+      other: the same evaluation under the other protocol; None in that one itself, and where every target was seen and
+        none is left of it.
     """
 
     metrics: dict[str, float]
@@ -81,14 +95,44 @@ class EvaluationResult:
     ranks: np.ndarray
     measured: Measured
     seconds: float
+    other: "EvaluationResult | None" = None
+
+    @property
+    def by_protocol(self) -> dict[Protocol, "EvaluationResult"]:
+        """Either result by the name of its protocol, all items first."""
+        both = {one.measured.protocol_name: one for one in (self, self.other) if one is not None}
+        return {protocol: both[protocol] for protocol in PROTOCOLS if protocol in both}
+
+    @property
+    def ranks_of_part(self) -> np.ndarray:
+        """Ranks of all targets of the part, int32 [total], 0 where one is left out."""
+        ranks = np.zeros(self.measured.total, np.int32)
+        ranks[self.measured.kept] = self.ranks
+        return ranks
+
+    def record(self, part: str) -> dict[str, Any]:
+        """What a run's results say of a part: metrics as "test" and "test_seen_excluded", "test_parts" .. if any."""
+        found = {}
+        for one in (self, self.other):
+            if one is not None:
+                suffix = "" if one is self else f"_{one.measured.protocol_name}"
+                found[f"{part}{suffix}"] = one.metrics
+                found |= {f"{part}_parts{suffix}": one.parts} if one.parts else {}
+        return found
 
     def __repr__(self) -> str:
-        shown = ", ".join(f"{name} {value:.4f}" for name, value in self.metrics.items())
-        return f"EvaluationResult: {len(self.ranks):,} targets, {shown}"
+        lines = []
+        for protocol, one in self.by_protocol.items():
+            shown = ", ".join(f"{name} {value:.4f}" for name, value in one.metrics.items())
+            lines.append(f"{TITLES[protocol]}: {len(one.ranks):,} targets, {shown}")
+        return "EvaluationResult: " + "\n  ".join(lines)
 
     def _repr_html_(self) -> str:
-        columns = [self.metrics, self.standard_errors]
-        tables = [html_table(f"{len(self.ranks):,} targets", ("metric", "value", "error"), metric_rows(columns))]
+        both = self.by_protocol
+        columns = [column for one in both.values() for column in (one.metrics, one.standard_errors)]
+        header = ["metric", *(name for protocol in both for name in (TITLES[protocol], "error"))]
+        targets = ", ".join(f"{TITLES[protocol]}: {len(one.ranks):,} targets" for protocol, one in both.items())
+        tables = [html_table(targets, header, metric_rows(columns))]
         for name, parts in self.parts.items():
             lists = [f"{part} ({own['lists']:,.0f})" for part, own in parts.items()]
             own = [{metric: value for metric, value in part.items() if metric != "lists"} for part in parts.values()]
@@ -97,11 +141,15 @@ class EvaluationResult:
 
 
 class _DeviceLog(NamedTuple):
-    """The log's columns on the device: items [rows], timestamps [rows], offsets [users + 1]."""
+    """The log's columns on the device: items [rows], timestamps [rows], offsets [users + 1].
+
+    `new_items` [rows] are the items at a user's first event with each, 0 where one is repeated.
+    """
 
     items: jax.Array
     timestamps: jax.Array
     offsets: jax.Array
+    new_items: jax.Array
 
 
 class _Batch(NamedTuple):
@@ -131,7 +179,7 @@ def _put(array: np.ndarray, mesh: Mesh | None, spec: P) -> jax.Array:
 
 
 @functools.partial(
-    jax.jit, static_argnames=("mesh", "model", "max_len", "time_len", "length", "tile", "seen_len", "excludes", "top")
+    jax.jit, static_argnames=("mesh", "model", "max_len", "time_len", "length", "tile", "seen_len", "top")
 )
 def _rank_batch(
     params: Any,
@@ -172,17 +220,18 @@ def _rank_rows(
     length: int,
     tile: int,
     seen_len: int,
-    excludes: bool,
     top: int,
     sharded: bool,
 ) -> tuple[jax.Array, ...]:
     """Ranks the rows' targets.
 
     Returns:
-      Ranks [b] int32, whether all scores of a row are finite [b] bool, and the first `top` items of each list
-      [b, top] int32, 0 where fewer are left; nothing of the kind for top 0.
+      Ranks [b] int32 among all items and among the unseen, whether all scores of a row are finite [b] bool, and the
+      first `top` items of each list [b, top] int32 of the one and of the other, 0 where fewer are left; nothing of the
+      kind for top 0.
     """
-    windows = gather_windows(*log, users, ends, max_len, xp=jnp)
+    columns = log.items, log.timestamps, log.offsets
+    windows = gather_windows(*columns, users, ends, max_len, xp=jnp)
     # Models of fixed length ask for all their timestamps, also where fewer events are read.
     timestamps = jnp.pad(windows.timestamps, ((0, 0), (0, time_len - max_len)))
     inputs = windows.items[:, :length], windows.lengths, timestamps
@@ -191,28 +240,41 @@ def _rank_rows(
     def rank_tile(rows: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         hidden, targets, users, ends = rows
         if sharded:
-            seen = None
-            if seen_len:
-                users, ends = jax.lax.all_gather((users, ends), MODEL_AXIS, tiled=True)
-                seen = gather_windows(*log, users, ends, seen_len, xp=jnp).items
+            users, ends = jax.lax.all_gather((users, ends), MODEL_AXIS, tiled=True)
+            seen = gather_windows(log.new_items, *columns[1:], users, ends, seen_len, xp=jnp).items
             return sharded_ranks(hidden, targets, params[TABLE]["embedding"], seen, vocab_size=model.config.vocab_size)
-        seen = excluded = None
-        if seen_len:
-            seen = gather_windows(*log, users, ends, seen_len, xp=jnp).items
+        seen = gather_windows(*columns, users, ends, seen_len, xp=jnp).items if seen_len else None
         scores = item_scores(model, variables(params), hidden, seen)
-        if excludes:
-            excluded = jnp.zeros(scores.shape, bool).at[jnp.arange(tile)[:, None], seen].set(True)
-        found = rank_of_target(scores, targets, excluded=excluded), jnp.isfinite(scores).all(axis=1)
-        return (*found, _first_items(scores, excluded, top)) if top else found
+        ahead, unseen = _seen_ahead(scores, targets, log, users, ends, bool(top))
+        ranks = rank_of_target(scores, targets)
+        found = ranks, ranks - ahead, jnp.isfinite(scores).all(axis=1)
+        return found if unseen is None else (*found, _first_items(scores, top), _first_items(unseen, top))
 
     tiles = jax.tree.map(lambda x: x.reshape(-1, tile, *x.shape[1:]), (hidden, targets, users, ends))
     return tuple(found.reshape(-1, *found.shape[2:]) for found in jax.lax.map(rank_tile, tiles))
 
 
-def _first_items(scores: jax.Array, excluded: jax.Array | None, k: int) -> jax.Array:
-    """Returns the k best items of every row but those excluded, equals in order of id; 0 where none is left."""
-    left = scores.at[:, 0].set(-jnp.inf)
-    best, items = jax.lax.top_k(left if excluded is None else jnp.where(excluded, -jnp.inf, left), k)
+def _seen_ahead(
+    scores: jax.Array, targets: jax.Array, log: _DeviceLog, users: jax.Array, ends: jax.Array, listed: bool
+) -> tuple[jax.Array, jax.Array | None]:
+    """Counts the seen items ahead of the targets, int32 [b]; and the scores without the seen, where they are listed."""
+    steps, rows = jnp.arange(SEEN_AT_ONCE), jnp.arange(len(users))[:, None]
+
+    def add(turn: jax.Array, found: tuple[jax.Array, jax.Array | None]) -> tuple[jax.Array, jax.Array | None]:
+        place = turn * SEEN_AT_ONCE + steps
+        inside = place < ends[:, None]
+        items = jnp.where(inside, log.new_items[jnp.where(inside, log.offsets[users][:, None] + place, 0)], 0)
+        ahead, unseen = found
+        unseen = None if unseen is None else unseen.at[rows, items].set(-jnp.inf)
+        return ahead + ahead_among(scores, targets, items), unseen
+
+    nothing = jnp.zeros(len(users), jnp.int32), scores if listed else None
+    return jax.lax.fori_loop(0, -(-ends.max() // SEEN_AT_ONCE), add, nothing)
+
+
+def _first_items(scores: jax.Array, k: int) -> jax.Array:
+    """Returns the k best items of every row but those at -inf, equals in order of id; 0 where none is left."""
+    best, items = jax.lax.top_k(scores.at[:, 0].set(-jnp.inf), k)
     return jnp.where(best == -jnp.inf, 0, items)
 
 
@@ -264,13 +326,16 @@ class FullSortEvaluator:
         self._measures = config.eval.measures
         self._max_len = positions_read(config)
         self.model, self.config, self._mesh = model, config, mesh
-        self.measured = measured(log, examples, config.eval)
-        examples = self.measured.examples
+        first = first_rows(log)
+        self.measured = measured(log, examples, config.eval, first)
+        examples = self.measured[ALL_ITEMS].examples
         self.num_examples = len(examples.users)
         timestamps = timestamps_for_device(log.timestamps, config.data.timestamp_precision)
-        columns = np.asarray(log.items, np.int32), timestamps, np.asarray(log.offsets, np.int32)
+        new_items = np.where(first == np.arange(len(first)), log.items, 0)
+        items, offsets, new_items = (np.asarray(column, np.int32) for column in (log.items, log.offsets, new_items))
+        columns = items, timestamps, offsets, new_items
         self._log = _DeviceLog(*(_put(column, mesh, P()) for column in columns))
-        reads_seen = config.eval.exclude_seen or scores_read_history(model)
+        reads_seen = num_shards(mesh) > 1 or scores_read_history(model)
         self._seen_len = int(examples.ends.max()) if reads_seen else 0
         self._top, self._needs = list_length(self._measures), needs(self._measures)
         if self._top and num_shards(mesh) > 1:
@@ -285,7 +350,8 @@ class FullSortEvaluator:
     def _lay_out(self, examples: Examples, v: int) -> list[_Batch]:
         max_len = self._max_len
         lengths = np.minimum(examples.ends, max_len)
-        order = np.argsort(lengths, kind="stable")
+        # By whole histories, so that those of a tile are looked up in like numbers of turns.
+        order = np.argsort(examples.ends, kind="stable")
         backend = jax.default_backend()
         tokens = ENCODE_TOKENS.get(backend, ENCODE_TOKENS_ACCELERATOR)
         penalty = GROUP_PENALTY_TOKENS.get(backend, GROUP_PENALTY_TOKENS_ACCELERATOR)
@@ -334,31 +400,35 @@ class FullSortEvaluator:
                 length=batch.length,
                 tile=batch.tile,
                 seen_len=self._seen_len,
-                excludes=self.config.eval.exclude_seen,
                 top=self._top,
             )
             for batch in self._batches
         ]
-        ranks = np.zeros(self.num_examples, np.int32)
-        items = np.zeros((self.num_examples, self._top), np.int32)
+        ranks = {protocol: np.zeros(self.num_examples, np.int32) for protocol in PROTOCOLS}
+        items = {protocol: np.zeros((self.num_examples, self._top), np.int32) for protocol in PROTOCOLS}
         broken = 0
-        for batch, (batch_ranks, finite, *batch_items) in zip(self._batches, jax.device_get(outputs), strict=True):
-            ranks[batch.rows] = batch_ranks[: len(batch.rows)]
-            for first in batch_items:
-                items[batch.rows] = first[: len(batch.rows)]
-            broken += int(np.count_nonzero(~finite[: len(batch.rows)]))
+        for batch, found in zip(self._batches, jax.device_get(outputs), strict=True):
+            all_items, unseen, finite, *lists = (of_rows[: len(batch.rows)] for of_rows in found)
+            ranks[ALL_ITEMS][batch.rows], ranks[SEEN_EXCLUDED][batch.rows] = all_items, unseen
+            if lists:
+                items[ALL_ITEMS][batch.rows], items[SEEN_EXCLUDED][batch.rows] = lists
+            broken += int(np.count_nonzero(~finite))
         if broken:
             raise FloatingPointError(
                 f"the scores of {broken} of {self.num_examples} evaluated rows are not finite; "
                 "the parameters hold NaN or infinity, or overflow: lower the learning rate or set clip_norm"
             )
-        metrics, standard_errors, parts = self._measure(params, ranks, items)
+        both = [self._measure(params, part, ranks[name], items[name]) for name, part in self.measured.items()]
         seconds = time.perf_counter() - started
-        return EvaluationResult(metrics, standard_errors, parts, ranks, self.measured, seconds)
+        result, *others = (EvaluationResult(*one, seconds) for one in both)
+        return dataclasses.replace(result, other=others[0]) if others else result
 
-    def _measure(self, params: Any, ranks: np.ndarray, items: np.ndarray) -> tuple[Any, Any, Any]:
-        """Returns the metrics, their standard errors, and the metrics of parts."""
-        lists = RankedLists(ranks, self.measured.lists, num_items=self._num_items, information=self._information)
+    def _measure(
+        self, params: Any, part: Measured, ranks: np.ndarray, items: np.ndarray
+    ) -> tuple[Any, Any, Any, np.ndarray, Measured]:
+        """Returns the metrics, their standard errors, the metrics of parts, and the ranks that are measured."""
+        ranks, items = ranks[part.kept], items[part.kept]
+        lists = RankedLists(ranks, part.lists, num_items=self._num_items, information=self._information)
         starts, directions = lists.starts, None
         if "directions" in self._needs:
             table = np.asarray(apply_method(self.model, variables(params), "item_table"), np.float64)
@@ -368,12 +438,12 @@ class FullSortEvaluator:
         values = values_per_list(lists, self._measures)
         parts = {}
         for name, labels in self._parts.items():
-            of_list, parts[name] = labels[starts], {}
+            of_list, parts[name] = labels[part.kept][starts], {}
             for label in np.unique(of_list):
                 chosen = np.flatnonzero(of_list == label)
                 own = means(lists, self._measures, values, chosen)
                 parts[name][str(label)] = {"lists": len(chosen)} | own
-        return means(lists, self._measures, values), errors(values), parts
+        return means(lists, self._measures, values), errors(values), parts, ranks, part
 
 
 def evaluate(

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 
-def rank_of_target(scores: jax.Array, targets: jax.Array, *, excluded: jax.Array | None = None) -> jax.Array:
+def rank_of_target(scores: jax.Array, targets: jax.Array) -> jax.Array:
     """Ranks each row's target among all items: rank = 1 + #{j != 0 : score_j > score_target}.
 
     A target whose score is NaN gets the rank v, one behind the last item, so that it can never count as a hit.
@@ -26,17 +26,32 @@ def rank_of_target(scores: jax.Array, targets: jax.Array, *, excluded: jax.Array
     Args:
       scores: [b, v] float; column 0 is the padding.
       targets: [b] int, columns of the relevant items, at least 1.
-      excluded: [b, v] bool, items left out of the ranking; the target itself always stays in it. None leaves none out.
 
     Returns:
       [b] int32, ranks from 1.
     """
     target_scores = jnp.take_along_axis(scores, targets[:, None].astype(jnp.int32), axis=1)
     better = (scores > target_scores).at[:, 0].set(False)
-    if excluded is not None:
-        better &= ~excluded
     ranks = 1 + better.sum(axis=1, dtype=jnp.int32)
     return jnp.where(jnp.isnan(target_scores[:, 0]), scores.shape[1], ranks).astype(jnp.int32)
+
+
+def ahead_among(scores: jax.Array, targets: jax.Array, items: jax.Array) -> jax.Array:
+    """Counts listed items ahead of each row's target: #{j in items, j != 0 : score_j > score_target}.
+
+    The target's rank among what is not listed, itself always with it, is `rank_of_target` less this.
+
+    Args:
+      scores: [b, v] float.
+      targets: [b] int.
+      items: [b, s] int, each item of a row once, 0 for none.
+
+    Returns:
+      [b] int32.
+    """
+    target_scores = jnp.take_along_axis(scores, targets[:, None].astype(jnp.int32), axis=1)
+    ahead = jnp.take_along_axis(scores, items, axis=1) > target_scores
+    return (ahead & (items > 0)).sum(axis=1, dtype=jnp.int32)
 
 
 def _places(ranks: np.ndarray, lists: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -173,37 +173,42 @@ def _broken(scores: Array, counts: Array) -> Array:
 
 
 def sharded_ranks(
-    hidden: Array, targets: Array, shard: Array, excluded: Array | None, *, vocab_size: int, tile: int = ITEM_TILE
-) -> tuple[Array, Array]:
+    hidden: Array, targets: Array, shard: Array, seen: Array, *, vocab_size: int, tile: int = ITEM_TILE
+) -> tuple[Array, Array, Array]:
     """Ranks targets inside `shard_map` as `evaluation.metrics.rank_of_target`, by counting each shard's better items.
+
+    The rank among unseen items is that among all, less the seen items ahead; the target itself always stays.
 
     Args:
       hidden: [t, d] of this device's rows, in the arithmetic's dtype; as many on every device.
       targets: int [t], at least 1.
       shard: [rows, d] of the table.
-      excluded: int [t n, s] items left out of the ranking, 0 for none, of the rows of all n devices of the axis, or
-        None.
+      seen: int [t n, s] items of the histories, each of a row once, 0 for none, of all n devices of the axis.
       vocab_size: v; rows beyond it are no items.
       tile: items scored at once.
 
     Returns:
-      int32 [t] ranks from 1, and whether all scores of a row are finite, bool [t]; of this device's rows.
+      int32 [t] ranks from 1 among all items and among the unseen, and whether all scores of a row are finite, bool [t];
+      of this device's rows.
     """
     hidden, targets = (jax.lax.all_gather(a, MODEL_AXIS, tiled=True) for a in (hidden, targets))
     # By a product of matrices like that of the tiles, so that items with equal rows tie.
     at_target = jax.lax.psum(jnp.diagonal(_scores(hidden, local_rows(shard, targets))), MODEL_AXIS)
 
-    def count(carry: tuple[Array, Array], scores: Array, ids: Array, counts: Array) -> tuple[Array, Array]:
+    def count(carry: Array, scores: Array, ids: Array, counts: Array) -> Array:
         better = (scores > at_target[:, None]) & counts & (ids != targets[:, None])
-        if excluded is not None:
-            better &= ~_among(excluded, ids)
-        return carry[0] + jnp.sum(better, axis=1, dtype=jnp.int32), carry[1] + _broken(scores, counts)
+        index = seen - ids[0]
+        here = (seen > 0) & (index >= 0) & (index < ids.size)
+        ahead = here & jnp.take_along_axis(better, jnp.where(here, index, 0), axis=1)
+        found = (jnp.sum(of_rows, axis=1, dtype=jnp.int32) for of_rows in (better, ahead))
+        return carry + jnp.stack([*found, _broken(scores, counts)], axis=1)
 
-    zeros = jnp.zeros(targets.shape, jnp.int32)
-    found = jnp.stack(_over_tiles(count, (zeros, zeros), hidden, shard, vocab_size, tile), axis=1)
-    better, broken = jax.lax.psum_scatter(found, MODEL_AXIS, scatter_dimension=0, tiled=True).T
-    own_target = _own(at_target, better.shape[0])
-    return jnp.where(jnp.isnan(own_target), vocab_size, 1 + better).astype(jnp.int32), broken == 0
+    zeros = jnp.zeros((targets.shape[0], 3), jnp.int32)
+    found = _over_tiles(count, zeros, hidden, shard, vocab_size, tile)
+    better, ahead, broken = jax.lax.psum_scatter(found, MODEL_AXIS, scatter_dimension=0, tiled=True).T
+    is_nan = jnp.isnan(_own(at_target, better.shape[0]))
+    all_items, unseen = (jnp.where(is_nan, vocab_size, 1 + of).astype(jnp.int32) for of in (better, better - ahead))
+    return all_items, unseen, broken == 0
 
 
 def local_top_k(

@@ -21,6 +21,7 @@ from tim4rec_jax.config import ExperimentConfig, flat
 from tim4rec_jax.data.interactions import InteractionLog
 from tim4rec_jax.devices import device_line, require_capture, require_kernels
 from tim4rec_jax.evaluation.full_sort import FullSortEvaluator
+from tim4rec_jax.evaluation.seen_targets import ALL_ITEMS
 from tim4rec_jax.figures import HINT, can_draw
 from tim4rec_jax.files import locked
 from tim4rec_jax.memory import (
@@ -448,10 +449,10 @@ def _validate_epoch(session: Session, state: TrainState, progress: Progress) -> 
     # Whatever happens in validation then costs no epoch.
     session.save(state, progress, seconds)
     session.rest(progress)
-    metrics, valid_seconds = {}, 0.0
+    metrics, valid, valid_seconds = {}, {"valid": {}}, 0.0
     if session.setup.validate is not None:
         result = session.setup.validate({**state.params, **session.setup.statistics})
-        metrics, valid_seconds = result.metrics, result.seconds
+        metrics, valid, valid_seconds = result.metrics, result.record("valid"), result.seconds
         return_freed_memory()
         progress.stop = progress.stop.after(metrics[monitor], progress.epoch)
     total, count = progress.epoch_losses
@@ -475,7 +476,7 @@ def _validate_epoch(session: Session, state: TrainState, progress: Progress) -> 
     # Where nothing validates the last epoch counts as the best.
     if progress.stop.improved or (not metrics and session.is_last(progress)):
         best = {**state.params, **session.setup.statistics}
-        session.checkpoints.save_best(progress.step, best, {"epoch": progress.epoch, "valid": metrics})
+        session.checkpoints.save_best(progress.step, best, {"epoch": progress.epoch, **valid})
     if session.is_last(progress):
         # The seconds are what a run that ended inside an epoch needs to go on with it.
         progress = dataclasses.replace(progress, finished=True, seconds=seconds)
@@ -513,13 +514,11 @@ def _test(session: Session, state: TrainState, progress: Progress) -> dict[str, 
         "epochs": progress.epoch,
         "steps": progress.step,
         "best_epoch": info["epoch"],
-        "valid": info["valid"],
+        **{name: metrics for name, metrics in info.items() if name.startswith("valid")},
         "test": metrics,
     }
     if ranked is not None:
-        results |= ranked.measured.report()
-        if ranked.parts:
-            results["test_parts"] = ranked.parts
+        results |= ranked.record("test") | ranked.measured.report()
     if setup.split.report:
         results["split"] = dataclasses.asdict(setup.split.report)
     if is_main():
@@ -529,7 +528,9 @@ def _test(session: Session, state: TrainState, progress: Progress) -> dict[str, 
         results |= _costs(lines)
         results["wall_seconds_of_this_process"] = time.perf_counter() - session.started
         if ranked is not None:
-            write_test_ranks(run_dir, setup.log.user_ids[ranked.measured.examples.users], ranked.ranks)
+            users = setup.log.user_ids[ranked.by_protocol[ALL_ITEMS].measured.examples.users]
+            others = {} if ranked.other is None else {ranked.other.measured.protocol_name: ranked.other.ranks_of_part}
+            write_test_ranks(run_dir, users, ranked.ranks_of_part, others)
         write_results(run_dir, results)
     session.callbacks.tell("on_end", results, None)
     return results

@@ -14,7 +14,7 @@ from tim4rec_jax.data.loader import Loader, make_loader, timestamps_for_device
 from tim4rec_jax.data.packing import LengthGroup, plan_length_groups, plan_packed_rows, window_histories
 from tim4rec_jax.data.splits import Split, split_log, training_times
 from tim4rec_jax.evaluation.full_sort import FullSortEvaluator, require_lengths
-from tim4rec_jax.evaluation.seen_targets import measured
+from tim4rec_jax.evaluation.seen_targets import ALL_ITEMS, first_rows, measured
 from tim4rec_jax.evaluation.slices import slices
 from tim4rec_jax.models import STATISTICS, SequentialModel, build_model
 from tim4rec_jax.parallel.mesh import Layout, make_layout
@@ -69,9 +69,9 @@ def split_that_fits(config: ExperimentConfig, log: InteractionLog) -> Split:
         window_histories(np.array([1]), config.model.max_len, config.train.window_context)
     if config.data.holds_out:
         require_lengths(config.eval, log.num_items)
-        for part in (split.valid, split.test):
-            examples = measured(log, part, config.eval).examples
-        slices(log, examples, config.eval)
+        first = first_rows(log)
+        measured(log, split.valid, config.eval, first)
+        slices(log, measured(log, split.test, config.eval, first)[ALL_ITEMS].examples, config.eval)
     return split
 
 
