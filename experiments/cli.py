@@ -24,7 +24,6 @@ from experiments.compiled import keep_compiled
 from tim4rec_jax.checks import listed, shortened
 from tim4rec_jax.config import ExperimentConfig
 from tim4rec_jax.files import write_atomically
-from tim4rec_jax.memory import keep_freed_memory
 from tim4rec_jax.parallel.processes import ProcessError, is_main
 from tim4rec_jax.training.checkpoint import CheckpointError
 from tim4rec_jax.training.signals import Interrupted, explain
@@ -325,7 +324,6 @@ def run_program(program: Callable[[list[str]], int], argv: Sequence[str] | None 
 
     An error of several lines, or of more than 300 characters, loses what does not fit.
     """
-    keep_freed_memory()
     try:
         keep_compiled(note)
         return program(list(sys.argv[1:] if argv is None else argv))
