@@ -18,7 +18,7 @@ from kernels import causal_conv1d, selective_scan, softmax_cross_entropy, ssd
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "experiments" / "results"
-DOCUMENTS = (ROOT / "README.md", RESULTS / "README.md", ROOT / "kernels" / "README.md")
+DOCUMENTS = (ROOT / "README.md", RESULTS / "README.md", RESULTS / "quality_ml1m.md", ROOT / "kernels" / "README.md")
 MEASURED = ROOT / "kernels" / "measured.py"
 BACKENDS = {
     "ssd": ssd.IMPLEMENTATIONS,
@@ -117,6 +117,40 @@ def baselines() -> str:
             for name, model in models.items()
         ],
     )
+
+
+# Trainings of `ml1m_tim4rec_causal`, and the same measured with seen items excluded where the run does not say it.
+_QUALITY = {
+    "ml1m_imputed_timestamps_tim4rec_causal": None,
+    "ml1m_imputed_timestamps_seen_bias": "ml1m_imputed_timestamps_seen_bias_excluded",
+    "ml1m_imputed_timestamps_seen_bias_d128": "ml1m_imputed_timestamps_seen_bias_d128_excluded",
+}
+_AFTER = (1, 2, 3, 5, 10)
+
+
+def quality_ml1m() -> str:
+    """Trainings of the causal model on MovieLens-1M with imputed timestamps: settings, validation, test."""
+    rows = []
+    for name, excluded in _QUALITY.items():
+        run = record(name)
+        model, train, epochs = run["config"]["model"], run["config"]["train"], run["epochs"]
+        best = run["results"]["best_epoch"]
+        other = record(excluded)["metrics"] if excluded else {}
+        tests = [values.get(m) for values in (run["results"]["test"], other) for m in ("hit@10", "ndcg@10")]
+        rows.append(
+            [
+                f"[run]({name}.json)",
+                str(model["d_model"]),
+                f"{train['batch_size']} at {train['learning_rate']:g}",
+                "yes" if model.get("seen_bias") else "no",
+                *(fraction(epochs[n - 1]["ndcg@10"]) for n in _AFTER),
+                f"{fraction(epochs[best - 1]['ndcg@10'])} ({best} of {len(epochs)})",
+                *map(fraction, tests),
+            ]
+        )
+    validation = [f"valid ndcg@10 after {_AFTER[0]}", *map(str, _AFTER[1:]), "best (epoch)"]
+    tests = ["test hit@10", "ndcg@10", "hit@10, seen excluded", "ndcg@10, seen excluded"]
+    return markdown(["", "width", "rows, rate", "seen bias", *validation, *tests], rows)
 
 
 def quickstart() -> str:
@@ -269,6 +303,7 @@ TABLES: dict[str, Callable[[], str]] = {
         beauty_runs,
         ml100k_runs,
         baselines,
+        quality_ml1m,
         quickstart,
         step_forms,
         operators_on_cpu,

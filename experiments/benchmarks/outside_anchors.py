@@ -112,7 +112,8 @@ def _trained(arguments: Arguments, log: InteractionLog, folder: pathlib.Path) ->
     program = pathlib.Path(__file__).with_name("outside_models.py")
     command = [arguments.python.absolute(), program, folder]
     done = subprocess.run(command, cwd=folder, stderr=subprocess.PIPE, text=True, check=False)
-    require(done.returncode == 0, f"{arguments.python}: {done.stderr.strip().splitlines()[-1:]}")
+    complaint = "".join(done.stderr.strip().splitlines()[-1:])
+    require(done.returncode == 0, f"{arguments.anchor} with {arguments.python}: {complaint}")
     return np.load(folder / "scores.npy"), json.loads((folder / "about.json").read_text())
 
 
