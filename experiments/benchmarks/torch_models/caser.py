@@ -8,12 +8,13 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from experiments.benchmarks.torch_models.next_item import NextItem
 from tim4rec_jax.models import CaserConfig
 
 _INITIAL_STD = 0.02
 
 
-class Caser(nn.Module):
+class Caser(NextItem):
     """The recommender: items of a history to scores of the next item.
 
     Args:
@@ -44,21 +45,3 @@ class Caser(nn.Module):
         """Returns the hidden state [b,l,d] at every position of item_seq i64[b,l]."""
         windows = F.pad(item_seq, (self.window - 1, 0)).unfold(1, self.window, 1)
         return self._of_windows(windows.flatten(0, 1)).unflatten(0, item_seq.shape)
-
-    def forward(self, item_seq, lengths, timestamps=None):
-        """Returns the hidden state [b,d] at each row's last item.
-
-        Args:
-          item_seq: i64[b,l], padded on the right with 0.
-          lengths: i64[b], items in each row, at least 1.
-          timestamps: not read.
-        """
-        return self.hidden(item_seq)[torch.arange(len(lengths)), lengths - 1]
-
-    def logits(self, seq_output):
-        """Returns the scores [b,v] of seq_output [b,d] against every embedding row, padding's included."""
-        return seq_output @ self.item_embedding.weight.T
-
-    def loss(self, item_seq, lengths, targets, timestamps=None):
-        """Returns the mean softmax cross-entropy of targets i64[b] over the whole catalogue."""
-        return F.cross_entropy(self.logits(self(item_seq, lengths)), targets)

@@ -5,14 +5,14 @@ The twin of the JAX model: the same mathematics by another framework, whose recu
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
+from experiments.benchmarks.torch_models.next_item import NextItem
 from tim4rec_jax.models import GRU4RecConfig
 
 _INITIAL_STD = 0.02
 
 
-class GRU4Rec(nn.Module):
+class GRU4Rec(NextItem):
     """The recommender: items of a history to scores of the next item.
 
     Args:
@@ -39,21 +39,3 @@ class GRU4Rec(nn.Module):
         """Returns the hidden state [b,l,d] at every position of item_seq i64[b,l]."""
         states, _ = self.gru_layers(self.emb_dropout(self.item_embedding(item_seq)))
         return self.dense(states)
-
-    def forward(self, item_seq, lengths, timestamps=None):
-        """Returns the hidden state [b,d] at each row's last item.
-
-        Args:
-          item_seq: i64[b,l], padded on the right with 0.
-          lengths: i64[b], items in each row, at least 1.
-          timestamps: not read.
-        """
-        return self.hidden(item_seq)[torch.arange(len(lengths)), lengths - 1]
-
-    def logits(self, seq_output):
-        """Returns the scores [b,v] of seq_output [b,d] against every embedding row, padding's included."""
-        return seq_output @ self.item_embedding.weight.T
-
-    def loss(self, item_seq, lengths, targets, timestamps=None):
-        """Returns the mean softmax cross-entropy of targets i64[b] over the whole catalogue."""
-        return F.cross_entropy(self.logits(self(item_seq, lengths)), targets)

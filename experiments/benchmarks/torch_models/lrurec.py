@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from experiments.benchmarks.torch_models.next_item import NextItem
 from tim4rec_jax.models import LRURecConfig
 
 _INITIAL_STD = 0.02
@@ -63,7 +64,7 @@ class Block(nn.Module):
         return self.ffn_norm(self.dropout(self.w_2(inner)) + h)
 
 
-class LRURec(nn.Module):
+class LRURec(NextItem):
     """The recommender: items of a history to scores of the next item.
 
     Args:
@@ -90,21 +91,3 @@ class LRURec(nn.Module):
         for block in self.blocks:
             x = block(x)
         return x
-
-    def forward(self, item_seq, lengths, timestamps=None):
-        """Returns the hidden state [b,d] at each row's last item.
-
-        Args:
-          item_seq: i64[b,l], padded on the right with 0.
-          lengths: i64[b], items in each row, at least 1.
-          timestamps: not read.
-        """
-        return self.hidden(item_seq)[torch.arange(len(lengths)), lengths - 1]
-
-    def logits(self, seq_output):
-        """Returns the scores [b,v] of seq_output [b,d] against every embedding row, padding's included."""
-        return seq_output @ self.item_embedding.weight.T
-
-    def loss(self, item_seq, lengths, targets, timestamps=None):
-        """Returns the mean softmax cross-entropy of targets i64[b] over the whole catalogue."""
-        return F.cross_entropy(self.logits(self(item_seq, lengths)), targets)

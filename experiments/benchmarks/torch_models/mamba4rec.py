@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from experiments.benchmarks.torch_models.next_item import NextItem
 from experiments.benchmarks.torch_models.selective_scan import selective_scan_sequential
 from tim4rec_jax.model_config import ModelConfig
 
@@ -74,7 +75,7 @@ class Layer(nn.Module):
         return self.ffn(self.LayerNorm(mixed + u if self.residual else mixed))
 
 
-class Mamba4Rec(nn.Module):
+class Mamba4Rec(NextItem):
     """The recommender: items of a history to scores of the next item.
 
     Args:
@@ -105,14 +106,6 @@ class Mamba4Rec(nn.Module):
         for layer in self.mamba_layers:
             hidden = layer(hidden)
         return hidden[torch.arange(len(lengths)), lengths - 1]
-
-    def logits(self, seq_output):
-        """Returns the scores [b,v] of seq_output [b,d] against every embedding row, padding's included."""
-        return seq_output @ self.item_embedding.weight.T
-
-    def loss(self, item_seq, lengths, targets, timestamps=None):
-        """Returns the mean softmax cross-entropy of targets i64[b] over the whole catalogue."""
-        return F.cross_entropy(self.logits(self(item_seq, lengths, timestamps)), targets)
 
 
 def _initialise(module: nn.Module) -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from experiments.benchmarks.torch_models.next_item import NextItem
 from tim4rec_jax.model_config import ModelConfig
 
 _INITIAL_STD = 0.02
@@ -90,7 +91,7 @@ class Encoder(nn.Module):
         return hidden
 
 
-class SASRec(nn.Module):
+class SASRec(NextItem):
     """The recommender: items of a history to scores of the next item.
 
     Args:
@@ -131,14 +132,6 @@ class SASRec(nn.Module):
         mask = torch.where(seen, 0.0, _MASKED_SCORE).to(hidden.dtype)
         hidden = self.trm_encoder(hidden, mask, self.time_pairs(timestamps))
         return hidden[torch.arange(len(lengths)), lengths - 1]
-
-    def logits(self, seq_output):
-        """Returns the scores [b,v] of seq_output [b,d] against every embedding row, padding's included."""
-        return seq_output @ self.item_embedding.weight.T
-
-    def loss(self, item_seq, lengths, targets, timestamps=None):
-        """Returns the mean softmax cross-entropy of targets i64[b] over the whole catalogue."""
-        return F.cross_entropy(self.logits(self(item_seq, lengths, timestamps)), targets)
 
 
 def _initialise(module: nn.Module) -> None:

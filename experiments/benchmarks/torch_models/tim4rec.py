@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from experiments.benchmarks.torch_models.next_item import NextItem
 from experiments.benchmarks.torch_models.ssd import ssd_chunked
 from tim4rec_jax.model_config import SSDConfig
 from tim4rec_jax.models import TiM4RecConfig
@@ -134,7 +135,7 @@ class Layer(nn.Module):
         return self.ffn(hidden) if hasattr(self, "ffn") else hidden, time
 
 
-class TiM4Rec(nn.Module):
+class TiM4Rec(NextItem):
     """The recommender: items and times of a history to scores of the next item.
 
     Args:
@@ -200,14 +201,6 @@ class TiM4Rec(nn.Module):
         time = self.time_channel(timestamps, lengths) if isinstance(self.config, TiM4RecConfig) else None
         hidden = self.hidden(item_seq, time)
         return hidden[torch.arange(len(lengths), device=lengths.device), lengths - 1]
-
-    def logits(self, seq_output):
-        """Returns the scores [b,v] of seq_output [b,d] against every embedding row, padding's included."""
-        return seq_output @ self.item_embedding.weight.T
-
-    def loss(self, item_seq, lengths, targets, timestamps=None):
-        """Returns the mean softmax cross-entropy of targets i64[b] over the whole catalogue."""
-        return F.cross_entropy(self.logits(self(item_seq, lengths, timestamps)), targets)
 
 
 def _initial_dt_bias(num_heads: int) -> torch.Tensor:
