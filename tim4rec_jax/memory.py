@@ -25,7 +25,7 @@ def keep_freed_memory() -> None:
 
     A program that XLA compiled for the CPU asks for the memory of its intermediate values at each call and frees it at
     the end. From 32 MB on glibc gets that from the system and gives it back each time, and to have its pages zeroed
-    and mapped anew costs a training step up to half of its time. Only glibc's main arena grows without bound, and it is
+    and mapped anew costs a training step much of its time. Only glibc's main arena grows without bound, and it is
     what threads share that start from now on, so call this first of all; where threads are there already, programs of
     less than 64 MB are still helped. Where the C library is another, nothing changes.
     """
