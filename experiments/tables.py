@@ -180,6 +180,23 @@ def step_forms() -> str:
     )
 
 
+def packed_step() -> str:
+    """An epoch at every position: one device, a device per core, PyTorch."""
+    found = record("benchmark_packed_step_ml1m_imputed_timestamps")
+    names = {
+        "pytorch": "our PyTorch model without time",
+        "one_device": "one device",
+        "all_devices": "a device per core",
+    }
+    return markdown(
+        ["form", "seconds per epoch", "PyTorch / this"],
+        [
+            [shown, f"{found['epoch_seconds'][name]:.1f}", f"{found['pytorch_over'][name]:.1f}"]
+            for name, shown in names.items()
+        ],
+    )
+
+
 def operators_on_cpu() -> str:
     """The plain-JAX operators against others."""
     others = {"PyTorch, chunked": "chunked PyTorch", "PyTorch, loop": "PyTorch loop", "lax.scan": "`lax.scan`"}
@@ -306,6 +323,7 @@ TABLES: dict[str, Callable[[], str]] = {
         quality_ml1m,
         quickstart,
         step_forms,
+        packed_step,
         operators_on_cpu,
         operators_on_h100,
         kernel_model,
