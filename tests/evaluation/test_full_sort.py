@@ -34,7 +34,7 @@ def both_of(config):
 class FixedScores(nn.Module):
     """Scores every history alike."""
 
-    packable = streamable = False
+    cloze = packable = streamable = False
 
     def setup(self):
         self.scores = self.param("score", nn.initializers.zeros, (5,))

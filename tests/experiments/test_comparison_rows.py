@@ -48,7 +48,7 @@ def test_numbers_are_those_of_the_folders(tmp_path, ranks):
     assert compare.main(arguments(tmp_path, "--note=Two widths.")) == 0
     numbers = json.loads((tmp_path / "out" / "rows.json").read_text())
     rows = {row["name"]: row for row in numbers["rows"]}
-    assert set(rows) == {*MEANS, "Markov", "popularity"} and numbers["best"]["ndcg@10"] == "wide"
+    assert set(rows) == {*MEANS, "Markov", "item-kNN", "popularity"} and numbers["best"]["ndcg@10"] == "wide"
     for name in MEANS:
         assert rows[name]["seeds"] == [3, 4]
         expected = [float(ndcg(ranks[name, seed], 10).mean()) for seed in (3, 4)]

@@ -179,6 +179,7 @@ def test_the_description(exported):
                 np.testing.assert_array_equal(file[key], leaf)
                 assert said["parameters"]["arrays"][key]["shape"] == list(leaf.shape)
     # The calls, spelled out, name their inputs.
+    said = json.loads((root / "tisasrec" / "export.json").read_text())
     call = "best, scores = call(parameters, items, lengths, timestamps, excluded, allowed)"
     assert said["programs"]["recommend"]["call"] == call
 
