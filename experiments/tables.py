@@ -13,8 +13,10 @@ import statistics
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+from experiments.comparison.numbers import both_protocols
 from experiments.comparison.published import PUBLISHED
 from kernels import causal_conv1d, selective_scan, softmax_cross_entropy, ssd
+from tim4rec_jax.evaluation.seen_targets import ALL_ITEMS, PROTOCOLS
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "experiments" / "results"
@@ -70,6 +72,27 @@ def all_positions() -> str:
         ]
         rows.append([shown, *values, f"{statistics.median(run['train_seconds'] for run in runs):.0f}"])
     return markdown(["", "hit@10", "ndcg@10", "seconds per run, one core"], rows)
+
+
+def models_ml100k() -> str:
+    """MovieLens-100K: every model in its recipe under both protocols, baselines, and models of other libraries."""
+    both = both_protocols(record("models_ml100k"))
+    found = {name: {row["name"]: row for row in of_one["rows"]} for name, of_one in both.items()}
+    rows = []
+    for row in both[ALL_ITEMS]["rows"]:
+        spreads = [found[name][row["name"]]["metrics"][m] for name in PROTOCOLS for m in ("hit@10", "ndcg@10")]
+        values = [
+            fraction(one["mean"]) + (f" ± {fraction(one['deviation'])}" if one["deviation"] is not None else "")
+            for one in spreads
+        ]
+        shown = f"`{row['name']}`" if row["trained"] else row["name"]
+        rows.append([shown, *values])
+    names = {"rectools_sasrec": "SASRec of RecTools, one seed", "rectools_hstu": "HSTU of RecTools, one seed"}
+    for name, shown in names.items():
+        anchor = record("outside_anchors_ml100k")[name]
+        tests = [anchor[part][m] for part in ("test", "test_seen_excluded") for m in ("hit@10", "ndcg@10")]
+        rows.append([shown, *map(fraction, tests)])
+    return markdown(["", "hit@10", "ndcg@10", "hit@10, seen excluded", "ndcg@10, seen excluded"], rows)
 
 
 def _run_row(shown: str, name: str) -> list[str]:
@@ -229,9 +252,9 @@ def speed() -> str:
         ]
     ]
     for one in record("gpu_h100_ops")["ops"]["comparisons"]:
-        if one["op"] != "ssd" or one["precision"] != "tfloat32":
-            continue
         forms, sizes = forward_and_backward(one), one["sizes"]
+        if (one["op"], one["precision"], sizes.get("l"), sizes.get("p")) != ("ssd", "tfloat32", 200, 32):
+            continue  # The other shapes stand in kernels/README.md.
         mine = forms["pallas_triton"]["median_seconds"]
         rows.append(
             [
@@ -316,6 +339,7 @@ def kernel_model() -> str:
 TABLES: dict[str, Callable[[], str]] = {
     function.__name__: function
     for function in (
+        models_ml100k,
         all_positions,
         beauty_runs,
         ml100k_runs,
