@@ -50,9 +50,8 @@ _ECHO = {"patience": 10, "dropout": 0.2}
 # (experiments/results/sweep_ml100k_tim4rec_causal), on Amazon Beauty of 2e-3 and 3e-3 the first, and less dropout than
 # the paper's (sweep_beauty_tim4rec_causal and sweep_beauty_tim4rec_causal_dropout). Of 1e-3, 4e-3 and 1e-2 for GRU4Rec
 # on MovieLens-100K it chose the last (sweep_ml100k_gru4rec): no norm comes before the units, whose inputs begin small.
-# Caser has none either, and got 1e-2 of the same three; LRURec got 4e-3 of 1e-3, 2e-3 and 4e-3 (sweep_ml100k_caser_
-# all_positions, sweep_ml100k_lrurec_all_positions).
-# Elsewhere nothing was searched.
+# Caser has none either, and got 1e-2 of the same three; LRURec got 4e-3 of 1e-3, 2e-3 and 4e-3
+# (sweep_ml100k_caser_all_positions, sweep_ml100k_lrurec_all_positions). Elsewhere nothing was searched.
 _OWN: dict[str, dict[str, dict[str, Any]]] = {
     "tim4rec_causal": _PACKED | {"beauty": _PACKED["beauty"] | {"learning_rate": 2e-3, "dropout": 0.3}},
     "gru4rec": {name: recipe | {"num_layers": 1, "learning_rate": 1e-2} for name, recipe in _PACKED.items()},

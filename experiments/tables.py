@@ -187,6 +187,13 @@ def quickstart() -> str:
     )
 
 
+def _beside_pytorch(found: dict[str, Any], names: dict[str, str], head: str, seconds: str, digits: int) -> str:
+    """A record of `benchmark train_step`: what is shown of each form, its seconds under a name, and PyTorch's ratio."""
+    over = {"pytorch": 1.0} | found["pytorch_over"]
+    rows = [[shown, f"{found[seconds][name]:.{digits}f}", f"{over[name]:.1f}"] for name, shown in names.items()]
+    return markdown(["form", head, "PyTorch / this"], rows)
+
+
 def step_forms() -> str:
     """A training step's forms against PyTorch."""
     found = record("benchmark_train_step_beauty")
@@ -196,11 +203,7 @@ def step_forms() -> str:
         "read_positions": "the last layer only where it is read",
         "grouped": "and rows of like length together (the default)",
     }
-    seconds, over = found["median_seconds"], {"pytorch": 1.0} | found["pytorch_over"]
-    return markdown(
-        ["form", "seconds per step", "PyTorch / this"],
-        [[shown, f"{seconds[name]:.2f}", f"{over[name]:.1f}"] for name, shown in names.items()],
-    )
+    return _beside_pytorch(found, names, "seconds per step", "median_seconds", 2)
 
 
 def packed_step() -> str:
@@ -211,13 +214,7 @@ def packed_step() -> str:
         "one_device": "one device",
         "all_devices": "a device per core",
     }
-    return markdown(
-        ["form", "seconds per epoch", "PyTorch / this"],
-        [
-            [shown, f"{found['epoch_seconds'][name]:.1f}", f"{found['pytorch_over'][name]:.1f}"]
-            for name, shown in names.items()
-        ],
-    )
+    return _beside_pytorch(found, names, "seconds per epoch", "epoch_seconds", 1)
 
 
 def operators_on_cpu() -> str:

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.benchmarks.timing import Form, reason, step_form, time_limit
+from experiments.benchmarks.timing import Form, reason, require_finite, step_form, time_limit
 from tim4rec_jax.config import ExperimentConfig
 
 Apply = Callable[..., Any]
@@ -391,8 +391,7 @@ def torch_step(
             loss = model.loss(*batch)
         loss.backward()
         optimizer.step()
-        if not np.isfinite(loss.item()):
-            raise FloatingPointError(f"the loss is {loss.item()}")
+        require_finite(loss.item())
 
     return update, tensors
 

@@ -38,6 +38,7 @@ from tim4rec_jax.evaluation.seen_targets import (
     Protocol,
     first_rows,
     measured,
+    new_items,
 )
 from tim4rec_jax.json_files import read_object
 from tim4rec_jax.run_dir import environment
@@ -88,12 +89,12 @@ def ranks_of_scores(log: InteractionLog, examples: Examples, scores: np.ndarray)
       ValueError: a score is NaN.
     """
     require(not np.isnan(scores).any(), f"{np.count_nonzero(np.isnan(scores))} scores are NaN")
-    new_items = np.where(first_rows(log) == np.arange(log.num_rows), log.items, 0)
+    unrepeated = new_items(log, first_rows(log))
     targets, found = examples.targets(log), []
     for first in range(0, len(targets), _ROWS):
         some = slice(first, first + _ROWS)
         users, ends = examples.users[some], examples.ends[some]
-        seen = gather_windows(new_items, log.timestamps, log.offsets, users, ends, int(ends.max())).items
+        seen = gather_windows(unrepeated, log.timestamps, log.offsets, users, ends, int(ends.max())).items
         rows = jnp.asarray(scores[some]), jnp.asarray(targets[some])
         ranks = rank_of_target(*rows)
         found.append((ranks, ranks - ahead_among(*rows, jnp.asarray(seen))))

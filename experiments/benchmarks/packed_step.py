@@ -18,8 +18,7 @@ import jax
 import numpy as np
 from rich.table import Table
 
-from experiments.benchmarks.opponents import require_torch
-from experiments.benchmarks.timing import step_form, time_in_turns
+from experiments.benchmarks.timing import require_finite, step_form, time_in_turns
 from experiments.family import of_model
 from tim4rec_jax.config import ExperimentConfig
 from tim4rec_jax.data.interactions import InteractionLog
@@ -41,8 +40,7 @@ def _our_step(
     def step(payload: Any) -> None:
         nonlocal state
         state, losses = compiled(state, setup.device_data, (payload,))
-        if not np.isfinite(float(losses[0])):
-            raise FloatingPointError(f"the loss is {float(losses[0])}")
+        require_finite(float(losses[0]))
 
     return setup, payloads, step
 
@@ -65,8 +63,7 @@ def _torch_step(config: ExperimentConfig) -> Callable[[PackedBatch], None]:
         loss = torch.nn.functional.cross_entropy(scores, targets[trained])
         loss.backward()
         optimizer.step()
-        if not np.isfinite(loss.item()):
-            raise FloatingPointError(f"the loss is {loss.item()}")
+        require_finite(loss.item())
 
     return step
 
@@ -79,7 +76,6 @@ def measure(config: ExperimentConfig, log: InteractionLog, repeats: int) -> tupl
       log: read for it.
       repeats: batches that each form takes.
     """
-    require_torch()
     config = with_data(config, log)
     setup, payloads, single = _our_step(config, log, "single", repeats)
     batch = jax.jit(setup.loader.batch)

@@ -63,6 +63,13 @@ def step_form(step: Callable[[Any], Any], batches: Iterable[Any]) -> Form:
     return Form(lambda: step(next(turn)), lambda _: None)
 
 
+def require_finite(loss: float) -> float:
+    """Returns the loss of a step, for which this waits; FloatingPointError if it is no finite number."""
+    if not math.isfinite(loss):
+        raise FloatingPointError(f"the loss is {loss}")
+    return loss
+
+
 @dataclass
 class Readings:
     """What was measured of a form.

@@ -29,7 +29,6 @@ import argparse
 import dataclasses
 import functools
 import itertools
-import math
 import pathlib
 import resource
 import sys
@@ -46,7 +45,16 @@ from rich.table import Table
 from experiments.benchmarks import packed_step
 from experiments.benchmarks.operators import PRECISIONS, matmul_precision
 from experiments.benchmarks.opponents import require_torch, torch_step, torch_step_forms
-from experiments.benchmarks.timing import Form, Part, Settings, build_all, over, step_form, time_in_turns
+from experiments.benchmarks.timing import (
+    Form,
+    Part,
+    Settings,
+    build_all,
+    over,
+    require_finite,
+    step_form,
+    time_in_turns,
+)
 from experiments.cli import OptionParser
 from experiments.configs import MODEL_NAMES, load_config
 from experiments.family import file_name
@@ -120,9 +128,7 @@ class Step:
           FloatingPointError: the loss is no finite number.
         """
         self.state, loss = self.compiled(self.state, (), batch)
-        if not math.isfinite(float(loss)):
-            raise FloatingPointError(f"the loss is {float(loss)}")
-        return float(loss)
+        return require_finite(float(loss))
 
 
 def compile_step(config: ExperimentConfig, model: Any, loader: Any, groups: tuple[LengthGroup, ...]) -> Step:

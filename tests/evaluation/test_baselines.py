@@ -173,7 +173,7 @@ def test_knn_ranks_equal_brute_force(log, part, exclude_seen):
             scores = np.round(sum(similar[item] for item in history), 12)
             rivals = set(range(1, 16)) - {target} - (history if exclude_seen else set())
             expected.append(1 + sum((scores[j] > scores[target]) + (scores[j] == scores[target]) / 2 for j in rivals))
-        ranks = knn_ranks(log, neighbours, examples, k=k)[PROTOCOLS[exclude_seen]]
+        ranks = knn_ranks(log, neighbours.nearest(k), examples)[PROTOCOLS[exclude_seen]]
         np.testing.assert_array_equal(ranks, expected)
 
 

@@ -226,6 +226,10 @@ class Neighbours(NamedTuple):
     items: np.ndarray
     similarities: np.ndarray
 
+    def nearest(self, k: int) -> "Neighbours":
+        """Returns the first k of each."""
+        return Neighbours(self.items[:, :k], self.similarities[:, :k])
+
 
 def item_neighbours(pairs: PairCounts, users_of_item: np.ndarray, *, k: int, shrinkage: float) -> Neighbours:
     """Finds the k nearest items of each by the cosine between columns of the user-item matrix, with shrinkage.
@@ -261,7 +265,7 @@ def item_neighbours(pairs: PairCounts, users_of_item: np.ndarray, *, k: int, shr
     return found
 
 
-def knn_ranks(log: InteractionLog, neighbours: Neighbours, examples: Examples, *, k: int | None = None) -> Ranks:
+def knn_ranks(log: InteractionLog, neighbours: Neighbours, examples: Examples) -> Ranks:
     """Ranks each example's target by its similarity to all that the user has had.
 
     score(j | history) = sum over the different items i of the history, j among the k nearest of i, of s_ij. The rank is
@@ -272,7 +276,6 @@ def knn_ranks(log: InteractionLog, neighbours: Neighbours, examples: Examples, *
       log: the cleaned log.
       neighbours: from `item_neighbours`.
       examples: what to predict.
-      k: neighbours of each item that count; None is all that `neighbours` has.
 
     Returns:
       Ranks under either protocol, as of `popularity_ranks`.
@@ -283,7 +286,7 @@ def knn_ranks(log: InteractionLog, neighbours: Neighbours, examples: Examples, *
     ranks, unseen = np.zeros(len(targets)), np.zeros(len(targets))
     for row, (user, end, target) in enumerate(zip(examples.users, examples.ends, targets, strict=True)):
         history = np.unique(log.items[log.offsets[user] : log.offsets[user] + end])
-        near, weights = neighbours.items[history, :k].ravel(), neighbours.similarities[history, :k].ravel()
+        near, weights = neighbours.items[history].ravel(), neighbours.similarities[history].ravel()
         scores = np.bincount(near, weights, minlength=v)
         scores[np.abs(scores - scores[target]) <= 1e-12 * scores[target]] = scores[target]
         target_score = float(scores[target])
@@ -327,13 +330,13 @@ def choose_knn(log: InteractionLog, split: Split, evaluation: EvalConfig) -> Knn
     users_of_item, _ = users_of_items(log, split.first_held_out)
     grid, chosen = [], None
     for shrinkage in KNN_SHRINKAGES:
-        neighbours = item_neighbours(pairs, users_of_item, k=max(KNN_NEIGHBOURS), shrinkage=shrinkage)
+        most = item_neighbours(pairs, users_of_item, k=max(KNN_NEIGHBOURS), shrinkage=shrinkage)
         for k in KNN_NEIGHBOURS:
-            ranks = knn_ranks(log, neighbours, part.examples, k=k)[part.protocol_name]
+            neighbours = most.nearest(k)
+            ranks = knn_ranks(log, neighbours, part.examples)[part.protocol_name]
             grid.append({"k": k, "shrinkage": shrinkage, metric: metrics_of_ranks(ranks, [metric], part.lists)[metric]})
             if all(grid[-1][metric] > one[metric] for one in grid[:-1]):
-                near = Neighbours(neighbours.items[:, :k], neighbours.similarities[:, :k])
-                chosen = KnnChoice(k, shrinkage, grid, near)
+                chosen = KnnChoice(k, shrinkage, grid, neighbours)
     assert chosen is not None  # The first is better than none.
     return chosen
 

@@ -45,6 +45,7 @@ from tim4rec_jax.evaluation.seen_targets import (
     Protocol,
     first_rows,
     measured,
+    new_items,
 )
 from tim4rec_jax.evaluation.slices import slices
 from tim4rec_jax.models import apply_method, item_scores, last_hidden, scores_read_history, variables
@@ -331,9 +332,7 @@ class FullSortEvaluator:
         examples = self.measured[ALL_ITEMS].examples
         self.num_examples = len(examples.users)
         timestamps = timestamps_for_device(log.timestamps, config.data.timestamp_precision)
-        new_items = np.where(first == np.arange(len(first)), log.items, 0)
-        items, offsets, new_items = (np.asarray(column, np.int32) for column in (log.items, log.offsets, new_items))
-        columns = items, timestamps, offsets, new_items
+        columns = np.asarray(log.items, np.int32), timestamps, np.asarray(log.offsets, np.int32), new_items(log, first)
         self._log = _DeviceLog(*(_put(column, mesh, P()) for column in columns))
         reads_seen = num_shards(mesh) > 1 or scores_read_history(model)
         self._seen_len = int(examples.ends.max()) if reads_seen else 0

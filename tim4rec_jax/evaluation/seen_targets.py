@@ -99,6 +99,16 @@ def first_rows(log: InteractionLog) -> np.ndarray:
     return first[which]
 
 
+def new_items(log: InteractionLog, first: np.ndarray) -> np.ndarray:
+    """Returns the items of all events, 0 where a user has had the item before; int32 [rows].
+
+    Args:
+      log: the cleaned log.
+      first: its `first_rows`.
+    """
+    return np.where(first == np.arange(log.num_rows), log.items, 0).astype(np.int32)
+
+
 def were_seen(log: InteractionLog, examples: Examples, first: np.ndarray | None = None) -> np.ndarray:
     """Tells which targets occur among the events that they are predicted from; bool [n].
 

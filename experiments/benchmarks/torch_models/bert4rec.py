@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from experiments.benchmarks.torch_models.sasrec import FeedForward
 from tim4rec_jax.model_config import ModelConfig
 
 _INITIAL_STD = 0.02
@@ -19,16 +20,6 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.query, self.key, self.value, self.dense = (nn.Linear(config.d_model, config.d_model) for _ in range(4))
-        self.LayerNorm = nn.LayerNorm(config.d_model, eps=config.norm_eps)
-
-
-class FeedForward(nn.Module):
-    """The parameters of one feed-forward block and of the norm behind it."""
-
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        self.dense_1 = nn.Linear(config.d_model, config.inner_size)
-        self.dense_2 = nn.Linear(config.inner_size, config.d_model)
         self.LayerNorm = nn.LayerNorm(config.d_model, eps=config.norm_eps)
 
 
@@ -47,15 +38,14 @@ class Layer(nn.Module):
 
     def forward(self, h, real):
         """Maps h [b,l,d] to [b,l,d]; every position attends to those that are real, bool [b,l]."""
-        own, block = self.multi_head_attention, self.feed_forward
+        own = self.multi_head_attention
         q, k, v = (part(h).unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in (own.query, own.key, own.value))
         mixed = F.scaled_dot_product_attention(
             q, k, v, attn_mask=real[:, None, None], dropout_p=self.weight_dropout if self.training else 0.0
         )
         mixed = own.dense(mixed.transpose(1, 2).flatten(-2))
         a = own.LayerNorm(h + F.dropout(mixed, self.dropout, self.training))
-        out = block.dense_2(F.gelu(block.dense_1(a)))
-        return block.LayerNorm(a + F.dropout(out, self.dropout, self.training))
+        return self.feed_forward(a)
 
 
 class Encoder(nn.Module):

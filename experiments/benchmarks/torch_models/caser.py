@@ -41,7 +41,7 @@ class Caser(NextItem):
         horizontal = [F.relu(conv(image)).amax(dim=(2, 3)) for conv in self.conv_h]
         return F.relu(self.dense(self.dropout(torch.cat([vertical, *horizontal], dim=1))))
 
-    def hidden(self, item_seq):
+    def hidden(self, item_seq, timestamps=None):
         """Returns the hidden state [b,l,d] at every position of item_seq i64[b,l]."""
         windows = F.pad(item_seq, (self.window - 1, 0)).unfold(1, self.window, 1)
         return self._of_windows(windows.flatten(0, 1)).unflatten(0, item_seq.shape)

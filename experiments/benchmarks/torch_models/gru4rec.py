@@ -35,7 +35,7 @@ class GRU4Rec(NextItem):
                 nn.init.zeros_(parameter)
         self.to(getattr(torch, config.dtype))
 
-    def hidden(self, item_seq):
+    def hidden(self, item_seq, timestamps=None):
         """Returns the hidden state [b,l,d] at every position of item_seq i64[b,l]."""
         states, _ = self.gru_layers(self.emb_dropout(self.item_embedding(item_seq)))
         return self.dense(states)

@@ -85,7 +85,7 @@ class LRURec(NextItem):
                     owner, _, last = name.rpartition(".")
                     setattr(self.get_submodule(owner), last, nn.Parameter(parameter.data.to(torch.cdouble)))
 
-    def hidden(self, item_seq):
+    def hidden(self, item_seq, timestamps=None):
         """Returns the hidden state [b,l,d] at every position of item_seq i64[b,l]."""
         x = self.norm(self.dropout(self.item_embedding(item_seq)))
         for block in self.blocks:

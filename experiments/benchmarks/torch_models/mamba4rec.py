@@ -94,18 +94,12 @@ class Mamba4Rec(NextItem):
         self.apply(_initialise)
         self.to(getattr(torch, config.dtype))
 
-    def forward(self, item_seq, lengths, timestamps=None):
-        """Returns the hidden state [b,d] at each row's last item.
-
-        Args:
-          item_seq: i64[b,l], padded on the right with 0.
-          lengths: i64[b], items in each row, at least 1.
-          timestamps: not read.
-        """
+    def hidden(self, item_seq, timestamps=None):
+        """Returns the hidden state [b,l,d] at every position of item_seq i64[b,l]."""
         hidden = self.LayerNorm(self.dropout(self.item_embedding(item_seq)))
         for layer in self.mamba_layers:
             hidden = layer(hidden)
-        return hidden[torch.arange(len(lengths)), lengths - 1]
+        return hidden
 
 
 def _initialise(module: nn.Module) -> None:

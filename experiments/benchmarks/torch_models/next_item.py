@@ -6,12 +6,12 @@ from torch.nn import functional as F
 
 
 class NextItem(nn.Module):
-    """A recommender with an `item_embedding`, and `hidden`, or a `forward` of its own."""
+    """A recommender with an `item_embedding`, and `hidden` or a `forward` of its own."""
 
     item_embedding: nn.Embedding
 
-    def hidden(self, item_seq):
-        """Returns the hidden state [b,l,d] at every position of item_seq i64[b,l]."""
+    def hidden(self, item_seq, timestamps=None):
+        """Returns the hidden state [b,l,d] at every position of item_seq i64[b,l]; timestamps as of `forward`."""
         raise NotImplementedError
 
     def forward(self, item_seq, lengths, timestamps=None):
@@ -20,9 +20,9 @@ class NextItem(nn.Module):
         Args:
           item_seq: i64[b,l], padded on the right with 0.
           lengths: i64[b], items in each row, at least 1.
-          timestamps: not read.
+          timestamps: [b,l] seconds, padded with 0; needed where time is read.
         """
-        return self.hidden(item_seq)[torch.arange(len(lengths)), lengths - 1]
+        return self.hidden(item_seq, timestamps)[torch.arange(len(lengths)), lengths - 1]
 
     def logits(self, seq_output):
         """Returns the scores [b,v] of seq_output [b,d] against every embedding row, padding's included."""

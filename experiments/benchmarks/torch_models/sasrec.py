@@ -117,21 +117,14 @@ class SASRec(NextItem):
         """Returns what each pair of positions adds to key and value, see `Attention.forward`."""
         return None
 
-    def forward(self, item_seq, lengths, timestamps=None):
-        """Returns the hidden state [b,d] at each row's last item.
-
-        Args:
-          item_seq: i64[b,l], padded on the right with 0.
-          lengths: i64[b], items in each row, at least 1.
-          timestamps: [b,l] seconds, padded with 0; needed where time is read.
-        """
+    def hidden(self, item_seq, timestamps=None):
+        """Returns the hidden state [b,l,d] at every position of item_seq i64[b,l]."""
         positions = torch.arange(item_seq.shape[1])
         embedded = self.item_embedding(item_seq) + self.position_embedding(positions)
         hidden = self.dropout(self.LayerNorm(embedded))
         seen = (positions <= positions[:, None]) & (item_seq != 0)[:, None]
         mask = torch.where(seen, 0.0, _MASKED_SCORE).to(hidden.dtype)
-        hidden = self.trm_encoder(hidden, mask, self.time_pairs(timestamps))
-        return hidden[torch.arange(len(lengths)), lengths - 1]
+        return self.trm_encoder(hidden, mask, self.time_pairs(timestamps))
 
 
 def _initialise(module: nn.Module) -> None:
