@@ -53,7 +53,8 @@ _ECHO = {"patience": 10, "dropout": 0.2}
 # Caser has none either, and got 1e-2 of the same three; LRURec got 4e-3 of 1e-3, 2e-3 and 4e-3
 # (sweep_ml100k_caser_all_positions, sweep_ml100k_lrurec_all_positions). Elsewhere nothing was searched.
 _OWN: dict[str, dict[str, dict[str, Any]]] = {
-    "tim4rec_causal": _PACKED | {"beauty": _PACKED["beauty"] | {"learning_rate": 2e-3, "dropout": 0.3}},
+    "tim4rec_causal": {name: recipe | {"seen_bias": True} for name, recipe in _PACKED.items()}
+    | {"beauty": _PACKED["beauty"] | {"seen_bias": True, "learning_rate": 2e-3, "dropout": 0.3}},
     "gru4rec": {name: recipe | {"num_layers": 1, "learning_rate": 1e-2} for name, recipe in _PACKED.items()},
     "lrurec": {name: recipe | {"learning_rate": 4e-3} for name, recipe in _PACKED.items()},
     "caser": {name: recipe | {"learning_rate": 1e-2} for name, recipe in _PACKED.items()},

@@ -7,7 +7,7 @@ import pytest
 
 import tim4rec_jax
 from tests.evaluation.logs import random_log
-from tim4rec_jax import DataConfig, EvalConfig, ExperimentConfig, SyntheticConfig, TrainConfig, fit, load_log
+from tim4rec_jax import DataConfig, EvalConfig, ExperimentConfig, SyntheticConfig, TrainConfig, fit, fitting, load_log
 from tim4rec_jax.run_dir import read_config, read_results
 
 SYNTHETIC = DataConfig(synthetic=SyntheticConfig(num_users=60, num_items=20, min_events=8, max_events=12, noise=0.02))
@@ -88,6 +88,29 @@ def test_settings_of_an_experiment(in_folder):
         "ndcg@5",
         "mrr@5",
     }
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize(
+    ("model", "settings", "expected"),
+    [
+        ("tim4rec_causal", {}, True),
+        ("sasrec", {"epochs": 3}, True),
+        ("sasrec", {"seen_bias": False}, False),
+        ("sasrec", {"loss": "ce"}, True),
+        ("sasrec", {"loss": "bce", "num_negatives": 1}, False),
+        ("gru4rec", {"loss": "sampled_ce", "num_negatives": 5}, False),
+        ("gru4rec", {"positions": "last"}, False),
+        ("tim4rec_causal", {"strategy": "sharded", "catalogue_shards": 2, "vocab_multiple": 2}, False),
+        ("tim4rec", {}, False),
+        ("bert4rec", {}, False),
+    ],
+)
+def test_what_was_seen_is_scored_where_the_rest_goes_with_it(log, in_folder, monkeypatch, model, settings, expected):
+    asked = []
+    monkeypatch.setattr(fitting, "train", lambda config, *_, **__: asked.append(config))
+    fit(log, model, **settings)
+    assert [config.model.seen_bias for config in asked] == [expected]
 
 
 @pytest.mark.parametrize(

@@ -289,7 +289,10 @@ class ExperimentConfig:
             f"model.seen_bias needs a causal model, which model.name={name!r} is not: take one of "
             f"{', '.join(known for known, kind in MODELS.items() if kind.causal)}",
         )
-        require(train.loss == "ce", f"model.seen_bias trains with train.loss='ce', not {train.loss!r}; use it")
+        require(
+            train.loss == "ce",
+            f"model.seen_bias trains with train.loss='ce', not {train.loss!r}; use it, or model.seen_bias=False",
+        )
         require(
             not train.loss_in_tiles or train.positions == "all",
             "model.seen_bias needs all scores of a last position: leave out train.loss_in_tiles, or take "
@@ -298,7 +301,7 @@ class ExperimentConfig:
         require(
             self.parallel.catalogue_shards == 1,
             f"model.seen_bias needs the item embedding whole: parallel.catalogue_shards="
-            f"{self.parallel.catalogue_shards} must be 1",
+            f"{self.parallel.catalogue_shards} must be 1, or model.seen_bias=False",
         )
 
     def _require_shardable(self) -> None:

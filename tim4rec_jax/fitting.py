@@ -123,9 +123,10 @@ def fit(
 ) -> FittedRun:
     """Trains a model on a log, tests its best epoch and leaves a run folder.
 
-    Without settings, a model that can be trained on every position of packed rows is, over 20 epochs, and one of the
-    cloze on masked events, over 100; others are on every prefix, until validation does not improve. Rows are as long as
-    the longest history, up to 200 (50) events, and batches so small that an epoch has 50 steps.
+    Without settings, a model that can be trained on every position of packed rows is, over 20 epochs, with `seen_bias`
+    where the other settings go with it, and one of the cloze on masked events, over 100; others are on every prefix,
+    until validation does not improve. Rows are as long as the longest history, up to 200 (50) events, and batches so
+    small that an epoch has 50 steps.
 
     Args:
       log: from `load_log`; or all settings of an experiment, whose log is then read.
@@ -163,7 +164,7 @@ def fit(
         begun, settings = read_config(folder).model, settings | {"init_from": str(folder)}
     if model is None:
         model = begun.name if begun is not None else "tim4rec_causal"
-    config = _with_settings(_default_config(log, model, begun) if isinstance(model, str) else model, settings)
+    config = _with_settings(_default_config(log, model, begun, settings) if isinstance(model, str) else model, settings)
     if run_dir is None and resume:
         raise ValueError("resume=True goes on with a run: give run_dir, its folder")
     if run_dir is None and jax.process_count() > 1:
@@ -210,10 +211,15 @@ def _free_folder(name: str) -> pathlib.Path:
     return folder
 
 
-def _default_config(log: InteractionLog, model: str, begun: ModelConfig | None) -> ExperimentConfig:
-    """Returns settings that suit a model and a log, and a run of that model that is begun with."""
+def _default_config(
+    log: InteractionLog, model: str, begun: ModelConfig | None, asked: dict[str, Any]
+) -> ExperimentConfig:
+    """Returns settings that suit a model, a log, a run of that model that is begun with, and what is asked for."""
     kind = model_class(model)
     settings, packable = kind.Config(), kind.packable and (kind.causal or kind.cloze)
+    goes_with_seen_bias = {"loss": "ce", "positions": "all", "catalogue_shards": 1}
+    if packable and kind.causal and all(asked.get(name, value) == value for name, value in goes_with_seen_bias.items()):
+        settings = dataclasses.replace(settings, seen_bias="seen_bias" in kind.Config.reads())
     lengths = np.diff(log.offsets)
     # A model of the cloze reads the mask behind the history, too.
     longest = int(np.clip(lengths.max() - 1 + kind.cloze, 2, LONGEST if packable else settings.max_len))

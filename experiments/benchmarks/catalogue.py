@@ -68,7 +68,8 @@ def model_settings(options: argparse.Namespace, items: int, length: int, **chang
     """Returns the settings of the experiment's model for a catalogue and rows of `length`."""
     model = load_config(options.config).model
     changes |= {name: size for name, size in _TINY.items() if hasattr(model, name)} if options.tiny else {}
-    return dataclasses.replace(model, vocab_size=items + 1, max_len=length, **changes)
+    # Neither sampled losses nor an item embedding in parts go with a score for what was seen.
+    return dataclasses.replace(model, vocab_size=items + 1, max_len=length, seen_bias=False, **changes)
 
 
 def settings_of(options: argparse.Namespace, items: int, shards: int, rows: int, length: int) -> ExperimentConfig:

@@ -6,6 +6,8 @@ one_device   what training runs with --parallel.strategy=single
 all_devices  the rows spread over all devices; JAX_NUM_CPU_DEVICES makes several of a CPU's cores
 pytorch      the PyTorch twin of TiM4Rec without time, on all cores; it does less work: it reads no times, and where a
              row holds several histories it reads them as one
+
+No form scores what was seen (`seen_bias`), for the twin cannot.
 """
 
 import dataclasses
@@ -76,7 +78,7 @@ def measure(config: ExperimentConfig, log: InteractionLog, repeats: int) -> tupl
       log: read for it.
       repeats: batches that each form takes.
     """
-    config = with_data(config, log)
+    config = with_data(dataclasses.replace(config, model=dataclasses.replace(config.model, seen_bias=False)), log)
     setup, payloads, single = _our_step(config, log, "single", repeats)
     batch = jax.jit(setup.loader.batch)
     forms = {"one_device": step_form(single, payloads)}

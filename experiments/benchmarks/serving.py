@@ -142,7 +142,7 @@ class Served:
     def tabling(self, items: np.ndarray, times: np.ndarray) -> Form:
         """Makes a form that gives one event of every user to a table of states."""
         recommender = self._recommender(pl.DataFrame({"user_id": [], "items": [], "timestamps": []}))
-        table = UserTable(recommender, keep_items=False)
+        table = UserTable(recommender, keep_items=self.config.model.seen_bias)
         events = [
             Event(f"user {i}", str(item), int(t))
             for i, (item, t) in enumerate(zip(items[:, 0], times[:, 0], strict=True))
@@ -178,7 +178,7 @@ class Served:
         _, hidden = self.streamer.extend(
             self.streamer.init_state(len(items)), items[:, first], lengths, times[:, first]
         )
-        return Form(lambda: self.streamer.top_k(hidden, LISTED))
+        return Form(lambda: self.streamer.top_k(hidden, LISTED, seen=list(items)))
 
 
 def grow(served: Served, options: argparse.Namespace, repeats: int) -> list[dict[str, Any]]:

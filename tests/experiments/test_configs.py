@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from experiments.configs import DATA_NAMES, MODEL_NAMES, config_names, load_config
-from experiments.family import file_name
+from experiments.family import family_names, file_name
 from tests.models.settings import settings_of
 from tim4rec_jax import build_model
 from tim4rec_jax.config import ExperimentConfig, TrainConfig, experiment_from_dict
@@ -127,6 +127,12 @@ def test_values_of_the_experiments_on_every_position(name):
     assert (config.name, model.name, train.positions, model.d_model) == (name, own, "all", 64)
     base = load_config(f"{data}_tim4rec")
     assert config.data == dataclasses.replace(base.data, timestamp_precision="int64")
+
+
+@pytest.mark.quick
+def test_only_the_model_of_no_paper_scores_what_was_seen():
+    with_bias = {name for name in family_names() if load_config(name).model.seen_bias}
+    assert with_bias == {f"{file_name(data)}_tim4rec_causal" for data in DATA_NAMES}
 
 
 @pytest.mark.parametrize("name", FAMILY)
