@@ -17,7 +17,7 @@
 `train_step` takes the same real batches through our training step in three forms and through a plain PyTorch model;
 of a config that trains at every position, on one device, on all devices, and in PyTorch.
 `ops` compares the plain-JAX operators with other forms of them, forward and backward. Both need PyTorch.
-`models` runs training steps and evaluation of the six models at the paper's shapes, in turns, with their memory.
+`models` runs training steps and evaluation of all models at the paper's shapes, in turns, with their memory.
 `serving` goes on from a causal model's state, one event at a time, against reading histories again.
 `logs` makes Parquet logs of several sizes and measures memory and speed from the file to training batches.
 `memory` reads resident memory and compiled programs over many saves, questions, streamed events and training epochs.
@@ -44,6 +44,7 @@ from experiments.benchmarks import (
     data,
     gpu,
     memory,
+    models,
     nearest_items,
     operator_speed,
     service,
@@ -57,7 +58,7 @@ from tim4rec_jax.files import write_atomically
 BENCHMARKS = {
     "train_step": train_step.run,
     "ops": operator_speed.run,
-    "models": train_step.run_models,
+    "models": models.run,
     "serving": serving.run,
     "logs": data.run,
     "memory": memory.run,

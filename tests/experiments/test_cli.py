@@ -6,7 +6,7 @@ import pathlib
 import pytest
 
 from experiments import benchmark, convert, evaluate, export, recommend, record, stream, sweep, train
-from experiments.benchmarks import catalogue, gpu, serving, train_step
+from experiments.benchmarks import catalogue, gpu, models, serving
 from experiments.cli import parse_settings, run_program
 from experiments.comparison.plan import parse as parse_comparison
 from experiments.comparison.plan import parse_rows
@@ -61,7 +61,7 @@ FLAGS = {
     "sweep": (sweep.parse, GRID, "--eval.exclude_seen", lambda parsed: parsed.base.eval.exclude_seen),
     "benchmark gpu": (gpu._parse, (), "--tiny", lambda parsed: parsed.tiny),
     "benchmark serving": (serving._parse, (), "--tiny", lambda parsed: parsed.tiny),
-    "benchmark models": (train_step._parse_models, (), "--tiny", lambda parsed: parsed.tiny),
+    "benchmark models": (models._parse, (), "--tiny", lambda parsed: parsed.tiny),
     "benchmark catalogue": (catalogue._parse, (), "--tiny", lambda parsed: parsed.tiny),
     "benchmark sampled": (catalogue._parse_sampled, (), "--tiny", lambda parsed: parsed.tiny),
 }
