@@ -52,6 +52,7 @@ from tim4rec_jax.layers.rows import Rows
 from tim4rec_jax.model_config import ModelConfig
 from tim4rec_jax.models import Cache, SequentialModel, build_model, model_class
 from tim4rec_jax.run_dir import environment
+from tim4rec_jax.training.setup import step_options
 from tim4rec_jax.training.step import init_state, make_optimizer, train_step
 from tim4rec_jax.typing import Array
 
@@ -95,7 +96,7 @@ class Step:
     def __init__(self, jitted: Any, state: Any, batch: Any) -> None:
         """Compiles (state, (), batch) -> (state, loss) for a batch and a state, or for shapes of these."""
         began = time.perf_counter()
-        self.compiled = jitted.lower(state, (), batch).compile()
+        self.compiled = jitted.lower(state, (), batch).compile(compiler_options=step_options())
         self.compile_seconds = time.perf_counter() - began
         self.state = state
 

@@ -73,7 +73,7 @@ def test_a_loss_that_is_no_number_stops_the_step():
         def lower(self, *_):
             return self
 
-        def compile(self):
+        def compile(self, **_):
             return lambda state, _, batch: (state + 1, np.float32(batch))
 
     step = train_step.Step(Jitted(), 0, 1.0)

