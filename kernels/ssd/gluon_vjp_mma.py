@@ -139,14 +139,18 @@ def _inside_chunk(
 
 @gluon.jit
 def _store_steps(
-    ddt_row, onward, leaving, arriving, through, x_du, A, delta, slope, first, first_slot,
+    ddt_row, onward, leaving, arriving, through, x_du, A, delta, slope, number, first, first_slot,
     LENGTH: gl.constexpr, HEADS: gl.constexpr, WIDTH: gl.constexpr, COLUMNS: gl.constexpr, W: gl.constexpr,
+    PACKED: gl.constexpr,
 ):  # fmt: skip
     """Stores the gradient of the steps, and returns what a chunk adds to that of A."""
     row = tile_rows(16, W)
     col = tile_columns(16, W)
     # What flows over each position (column): from the rows before it, and into those from it on.
     over = gl.where(row < col, onward + leaving[:, :, None], arriving[:, :, None])
+    if PACKED:
+        # Also where what flows in another history has overflowed.
+        over = gl.where(to_rows(number)[:, :, None] == to_columns(number)[:, None, :], over, 0.0)
     d_log = column_sums(over) + through
     d_delta = A * d_log + sums_from_rows(x_du)
     position = first + lane_numbers(W)
@@ -235,8 +239,8 @@ def _chunk(
     dB, leaving = _gradient_of_B(x, B, C_turned, Q, d_scores, to_end_rows, delta_rows, EXACT, PACKED)
     store_maps(dB_row, dB, first, first_slot, maps_size, LENGTH, GROUPS, STATE_WIDTH, STATES, W, JOIN, SLOTS)
     sum_A += _store_steps(
-        ddt_row, onward, leaving, arriving, through, x_du, A, delta, slope, first, first_slot,
-        LENGTH, HEADS, WIDTH, COLUMNS, W,
+        ddt_row, onward, leaving, arriving, through, x_du, A, delta, slope, number, first, first_slot,
+        LENGTH, HEADS, WIDTH, COLUMNS, W, PACKED,
     )  # fmt: skip
     if LENGTH % 16 != 0:
         dots = gl.where((first + gl.arange(0, 16, gl.SliceLayout(0, dots.type.layout)))[None, :] < LENGTH, dots, 0.0)

@@ -113,17 +113,17 @@ def test_steps_that_are_large(steps):
 def test_no_history_feels_another():
     """Not by one bit, also where a neighbour's values are huge."""
     arrays, _ = CASES["several histories"]
-    ids = jnp.asarray(ids_of(((5, 11, 14, 5),), 35))
+    ids = jnp.asarray(ids_of(((5, 8, 17, 5),), 35))
 
     def of(arrays):
         with interpreted():
             return gradients(arrays, ids, implementation="gluon", precision="highest")
 
-    other = {key: arrays[key].at[:, 5:16].multiply(-1e15 if key in "xBC" else -3.0) for key in ("x", "dt", "B", "C")}
+    other = {key: arrays[key].at[:, 5:13].multiply(-1e15 if key in "xBC" else -3.0) for key in ("x", "dt", "B", "C")}
     found, changed = of(arrays), of(arrays | other)
-    assert not np.array_equal(found["x"][:, 5:16], changed["x"][:, 5:16])
+    assert not np.array_equal(found["x"][:, 5:13], changed["x"][:, 5:13])
     for name in ("x", "dt", "B", "C"):
-        np.testing.assert_array_equal(np.delete(found[name], np.s_[5:16], 1), np.delete(changed[name], np.s_[5:16], 1))
+        np.testing.assert_array_equal(np.delete(found[name], np.s_[5:13], 1), np.delete(changed[name], np.s_[5:13], 1))
     np.testing.assert_array_equal(found["initial_state"], changed["initial_state"])
 
 
