@@ -267,8 +267,8 @@ GLUON_BOUNDS = {
     ),
     ("ssd b256 l200 h4 p128 n64", "forward"): (0.709, {"ssd_forward": (167.5, 171.5, 194, 0)}),
     ("ssd b256 l200 h4 p128 n64", "forward_backward"): (
-        0.249,
-        {"ssd_forward": (196.7, 246.0, 228, 0), "ssd_backward": (764.0, 1322.7, 255, 64)},
+        0.355,
+        {"ssd_forward": (196.7, 246.0, 228, 0), "ssd_backward_wgmma": (398.6, 602.9, 255, 24)},
     ),
 }
 

@@ -159,6 +159,8 @@ def call():
         (r"bar\.sync", "race|nobody wrote|no fence", 4),
         (r"fence\.proxy\.async", "no fence.proxy.async", 0),
         (r"wgmma\.wait_group", "nobody wrote|race|never waited for", 0),
+        # Products that are waited for together belong to the last one's group then.
+        (r"wgmma\.commit_group", "nobody wrote|race|never waited for", 4),
         (r"cp\.async\.(commit|wait)_group", "nobody wrote|race|never waited for|no fence", 0),
     ],
 )
