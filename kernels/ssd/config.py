@@ -130,6 +130,7 @@ class GluonConfig:
       block: positions between the states that are kept for the gradient; a multiple of 16. Those before each 16
         positions of a block lie in shared memory.
       forward_registers, backward_registers: of a thread at most, or None for the compiler's choice.
+      wgmma: the gradient by `wgmma`, for TF32 factors, p = 128, n = 64 and blocks of 64 on compute capability 9.0.
     """
 
     warps: int
@@ -138,6 +139,7 @@ class GluonConfig:
     block: int = 64
     forward_registers: int | None = None
     backward_registers: int | None = None
+    wgmma: bool = False
 
     def check(self, *, heads: int, width: int) -> None:
         """Refuses what the kernels cannot do for these shapes.

@@ -45,7 +45,7 @@ from kernels.ssd.gluon_tiles import (
     tile_rows,
     tile_slots,
 )
-from kernels.ssd.gluon_vjp import backward, that_fits
+from kernels.ssd.gluon_vjp import backward, check_wgmma, that_fits
 from kernels.ssd.tiles import history_numbers, states_before, uncut_segments
 from kernels.triton import DTYPES, tile_precision
 
@@ -317,7 +317,9 @@ def ssd_gluon(
         packed=segment_ids is not None,
     )
     if config is None:
-        params = that_fits(params, x.dtype.itemsize)
+        params = that_fits(params, x.dtype)
+    else:
+        check_wgmma(params, x.dtype)
     zeros = jnp.zeros(x.shape[2], jnp.float32)
     inputs = (
         x,

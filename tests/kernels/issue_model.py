@@ -9,7 +9,8 @@ counts), and
 3. takes the largest of both and of the time of the bytes moved.
 
 What comes out is a prediction: it ranks cuts and finds regressions. It does not know spills that leave the first cache,
-bank conflicts, that warps of a program wait for each other, and what programs share. Where constants have no other
+bank conflicts, that warps of different quarters wait for each other, that loads of warps and those of `wgmma` share the
+banks of shared memory, and what programs share. Where constants have no other
 source, they are from public microbenchmarks of Hopper; those marked "calibrated" were set so that kernels timed on an
 H100 come out near their times.
 """
@@ -50,8 +51,8 @@ _TENSOR_COST = {
     "HMMA.1688.F32.BF16": 3.2,
     "HMMA.1688.F32": 3.2,
     "WARPGROUP": 1.0,
-    "HGMMA": 32.0,
 }
+_WARPGROUP_PRODUCT = re.compile(r"HGMMA\.64x(\d+)x")
 # Kind of an instruction: its pipe, and the cycles from issue until its result's barrier clears.
 _KINDS = {
     "mma": ("tensor", 18.0),
@@ -179,7 +180,7 @@ class Code:
         return max(1, min(by_registers, by_shared, MAX_PROGRAMS, MAX_WARPS // self.num_warps))
 
 
-def _classify(opcode: str) -> tuple[str, str, float, float]:
+def _classify(opcode: str, operands: str) -> tuple[str, str, float, float]:
     """Returns kind, pipe, cost and latency.
 
     Raises:
@@ -195,6 +196,11 @@ def _classify(opcode: str) -> tuple[str, str, float, float]:
     cost = _COST[pipe]
     if pipe == "tensor":
         cost = _TENSOR_COST.get(opcode, _TENSOR_COST.get(base, cost))
+        if match := _WARPGROUP_PRODUCT.match(opcode):
+            # Half a cycle per column of sums. Rows of 32 bytes of both factors come from shared memory at 128 bytes per
+            # cycle, unless registers have the first one.
+            columns, first_rows = int(match[1]), 64 if operands.split(", ")[1].startswith("gdesc") else 0
+            cost = max(columns / 2, (first_rows + columns) * 32 / 128)
     elif base in ("LDSM", "STSM"):
         cost *= 4 if "4" in modifiers else 2 if "2" in modifiers else 1
     elif pipe == "memory" and kind != "constant_load":
@@ -247,7 +253,7 @@ def _instruction(address: int, text: str, high: int, labels: dict[str, int]) -> 
         control >> 5 & 7,
         control >> 8 & 7,
         tuple(barrier for barrier in range(6) if control >> 11 >> barrier & 1),
-        *_classify(opcode),
+        *_classify(opcode, operands),
     )
 
 
@@ -373,6 +379,8 @@ def read_before(code: Code, taken: Sequence[int]) -> list[bool]:
 
 # All groups of asynchronous copies but the latest few have arrived.
 _WAIT_FOR_COPIES = re.compile(r"SB\d, 0x([0-9a-f]+)")
+# Likewise of products of warpgroups.
+_WAIT_FOR_PRODUCTS = re.compile(r"gsb\d, 0x([0-9a-f]+)")
 
 
 class _Quarter:
@@ -390,13 +398,19 @@ class _Quarter:
                 self.stall[k] = max(self.stall[k], int(one.latency))
             elif one.opcode.startswith("BRA") and k + 1 < len(taken) and taken[k + 1] != taken[k] + 1:
                 self.stall[k] = max(self.stall[k], _TAKEN_BRANCH)
-        # Warps start apart, as they do in a grid that has run for a while.
-        self.ready = [warp * 1.3 * len(self.path) / warps for warp in range(warps)]
+        # Warps of a program begin together and meet at its barriers.
+        self.together = max(1, min(code.num_warps // QUARTERS, warps))
+        # Programs start apart, as they do in a grid that has run for a while.
+        firsts = [warp // self.together * self.together for warp in range(warps)]
+        self.ready = [first * 1.3 * len(self.path) / warps for first in firsts]
+        self.met: dict[int, list[int]] = {}
         self.place = [0] * warps
         self.barriers = [[0.0] * 6 for _ in range(warps)]
         # Asynchronous copies: when the latest arrives, and when each group of them does.
         self.copied = [0.0] * warps
         self.groups: list[list[float]] = [[] for _ in range(warps)]
+        # Likewise products of warpgroups.
+        self.products: list[list[float]] = [[] for _ in range(warps)]
         self.free = dict.fromkeys(_COST, 0.0)
         self.free["control"] = self.free["barrier"] = float("-inf")
 
@@ -407,6 +421,9 @@ class _Quarter:
             time = max(time, barriers[barrier])
         if match := _WAIT_FOR_COPIES.match(one.operands) if one.opcode == "DEPBAR.LE" else None:
             groups = self.groups[warp]
+            time = max(time, *groups[: len(groups) - int(match[1], 16)], time)
+        if match := _WAIT_FOR_PRODUCTS.match(one.operands) if one.opcode == "WARPGROUP.DEPBAR.LE" else None:
+            groups = self.products[warp]
             time = max(time, *groups[: len(groups) - int(match[1], 16)], time)
         if one.pipe == "memory":
             return max(time, self.free["memory"] - _MEMORY_QUEUE * _COST["memory"])
@@ -430,12 +447,23 @@ class _Quarter:
             self.copied[warp] = max(self.copied[warp], finish + self.latency[k])
         elif one.opcode == "LDGDEPBAR":
             self.groups[warp].append(self.copied[warp])
+        elif one.kind == "wgmma" and "gsb0" in one.operands and one.opcode.startswith("HGMMA"):
+            self.products[warp].append(finish + one.cost + self.latency[k])
         elif one.write_barrier < 6:
             barriers[one.write_barrier] = max(barriers[one.write_barrier], finish + self.latency[k])
         if one.read_barrier < 6:
             barriers[one.read_barrier] = max(barriers[one.read_barrier], finish + 10.0)
         self.ready[warp] = time + self.stall[k]
         self.place[warp] += 1
+        if one.kind == "barrier" and self.together > 1:
+            program = warp // self.together
+            met = self.met.setdefault(program, [])
+            met.append(warp)
+            last = len(met) == min(self.together, len(self.ready) - program * self.together)
+            for other in met:
+                self.ready[other] = self.ready[warp] if last else float("inf")
+            if last:
+                met.clear()
 
     def run(self, rounds: int) -> float:
         """Returns the cycles in which each warp runs the path so often."""
@@ -449,7 +477,7 @@ class _Quarter:
             if self.place[warp] == len(self.path):
                 end = max(end, *self.barriers[warp], time)
                 self.place[warp], self.barriers[warp] = 0, [0.0] * 6
-                self.copied[warp], self.groups[warp] = 0.0, []
+                self.copied[warp], self.groups[warp], self.products[warp] = 0.0, [], []
                 self.ready[warp] = time + _NEXT_PROGRAM
                 left[warp] -= 1
                 if not left[warp]:

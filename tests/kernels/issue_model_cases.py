@@ -145,20 +145,23 @@ def gluon_launches(case: Case, of: str) -> tuple[list[Launch], float]:
     with mock.patch("kernels.dispatch.missing", lambda name: None), interpreted(only_shapes=True) as found:
         jax.eval_shape(function, *inputs)
     launches, outside = [], 0.0
+    chunks, values, maps, steps = -(-length // 16), b * length * h * p, b * length * n, b * length * h
     for name, kernel, grid in found.seen:
         constants = dict(kernel.constants)
         _, cubin, shared_bytes = compiled(kernel, 90)
         code = read_cubin(cubin, shared_bytes=shared_bytes, num_warps=kernel.num_warps)
-        splits = -(-p // constants["COLUMNS"])
-        parts = h * splits // kernel.num_warps
-        chunks, blocks = -(-length // 16), -(-length // constants["BLOCK"])
-        values, maps, steps = b * length * h * p, b * length * n, b * length * h
+        block = constants.get("BLOCK", 64)
+        blocks = -(-length // block)
         kept = b * (blocks - 1) * h * p * n if of != "forward" else 0
         if name == "ssd_forward":
             numbers, turns = 2 * values + 2 * maps + steps + kept, (chunks,)
         else:
+            # A program of two warpgroups has a whole head.
+            by_head = name == "ssd_backward_wgmma"
+            splits = 1 if by_head else -(-p // constants["COLUMNS"])
+            parts = h if by_head else h * splits // kernel.num_warps
             numbers = 3 * values + (2 + 2 * parts) * maps + (1 + splits) * steps + kept
-            turns = backward_trips(chunks, constants["BLOCK"] // 16)
+            turns = (blocks,) if by_head else backward_trips(chunks, block // 16)
             outside += 4 * 2 * (parts + 1) * maps if parts > 1 else 0
         launches.append(Launch(name, code, grid, turns, units(case), 4 * numbers))
     return launches, outside
