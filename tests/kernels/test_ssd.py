@@ -169,6 +169,18 @@ class TestSsd(RecurrenceSuite):
         for array in jax.tree.leaves(self.run(any_form, arrays, ids_of([(9, 11, 30)] * 3, 50), (dy, dstate))):
             assert jnp.isfinite(array).all()
 
+    def test_what_overflows_in_a_history_stays_there(self, any_form):
+        """Its neighbours in the same chunk keep the bits of all their gradients."""
+        arrays, weights = self.given(dataclasses.replace(HISTORIES, rows=None))
+        arrays, ids = {name: np.array(a) for name, a in arrays.items()}, ids_of([(5, 8, 30, 7)] * 3, 50)
+        large, part = {name: np.array(a) for name, a in arrays.items()}, slice(5, 13)
+        for name in ("x", "B", "C"):
+            large[name][:, part] *= 1e15
+        found = [self.run(any_form, given, ids, weights) for given in (arrays, large)]
+        for name in ("x", "dt", "B", "C"):
+            alone, beside = (np.delete(gradients[name], np.s_[part], axis=1) for _, _, gradients in found)
+            np.testing.assert_array_equal(alone, beside, err_msg=name)
+
     def test_a_history_does_not_see_the_step_that_leads_to_it(self, form):
         """It decays nothing, however long: float32 sums that held it would have no digits for the others."""
         arrays, weights = self.given(Case(50, sizes=PAIRS))
