@@ -20,7 +20,11 @@ from tim4rec_jax.evaluation.seen_targets import ALL_ITEMS, PROTOCOLS
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "experiments" / "results"
-DOCUMENTS = (ROOT / "README.md", RESULTS / "README.md", RESULTS / "quality_ml1m.md", ROOT / "kernels" / "README.md")
+DOCUMENTS = (
+    ROOT / "README.md",
+    *(RESULTS / name for name in ("README.md", "quality_ml1m.md", "causal_time_branch.md")),
+    ROOT / "kernels" / "README.md",
+)
 MEASURED = ROOT / "kernels" / "measured.py"
 BACKENDS = {
     "ssd": ssd.IMPLEMENTATIONS,
@@ -74,25 +78,76 @@ def all_positions() -> str:
     return markdown(["", "hit@10", "ndcg@10", "seconds per run, one core"], rows)
 
 
-def models_ml100k() -> str:
-    """MovieLens-100K: every model in its recipe under both protocols, baselines, and models of other libraries."""
-    both = both_protocols(record("models_ml100k"))
-    found = {name: {row["name"]: row for row in of_one["rows"]} for name, of_one in both.items()}
-    rows = []
+# What the tables of models show of a row, per protocol of `PROTOCOLS`.
+_QUALITIES = ("hit@10", "ndcg@10")
+_BIASED = " with seen bias"
+
+
+def _model_rows(name: str) -> dict[str, list[str]]:
+    """Returns the rows of a comparison, best first: `_QUALITIES` under each protocol, with deviations over seeds."""
+    both = both_protocols(record(name))
+    found = {protocol: {row["name"]: row["metrics"] for row in both[protocol]["rows"]} for protocol in PROTOCOLS}
+    rows = {}
     for row in both[ALL_ITEMS]["rows"]:
-        spreads = [found[name][row["name"]]["metrics"][m] for name in PROTOCOLS for m in ("hit@10", "ndcg@10")]
-        values = [
+        spreads = [found[protocol][row["name"]][m] for protocol in PROTOCOLS for m in _QUALITIES]
+        plain, biased, _ = row["name"].partition(_BIASED)
+        shown = f"`{plain}`{' + seen bias' if biased else ''}" if row["trained"] else row["name"]
+        rows[shown] = [
             fraction(one["mean"]) + (f" ± {fraction(one['deviation'])}" if one["deviation"] is not None else "")
             for one in spreads
         ]
-        shown = f"`{row['name']}`" if row["trained"] else row["name"]
-        rows.append([shown, *values])
+    return rows
+
+
+def _anchor_rows() -> dict[str, list[str]]:
+    """Returns the rows of other libraries' models on MovieLens-100K."""
     names = {"rectools_sasrec": "SASRec of RecTools, one seed", "rectools_hstu": "HSTU of RecTools, one seed"}
-    for name, shown in names.items():
-        anchor = record("outside_anchors_ml100k")[name]
-        tests = [anchor[part][m] for part in ("test", "test_seen_excluded") for m in ("hit@10", "ndcg@10")]
-        rows.append([shown, *map(fraction, tests)])
-    return markdown(["", "hit@10", "ndcg@10", "hit@10, seen excluded", "ndcg@10, seen excluded"], rows)
+    found = record("outside_anchors_ml100k")
+    parts = ("test", "test_seen_excluded")
+    return {
+        shown: [fraction(found[name][part][m]) for part in parts for m in _QUALITIES] for name, shown in names.items()
+    }
+
+
+def _model_table(rows: dict[str, list[str]]) -> str:
+    head = [*_QUALITIES, *(f"{m}, seen excluded" for m in _QUALITIES)]
+    return markdown(["", *head], [[shown, *cells] for shown, cells in rows.items()])
+
+
+def models_ml100k() -> str:
+    """MovieLens-100K: every model in its recipe, without and with a seen bias, baselines, models of other libraries."""
+    rows = _model_rows("models_ml100k") | _model_rows("models_ml100k_seen_bias") | _anchor_rows()
+    return _model_table(dict(sorted(rows.items(), key=lambda row: float(row[1][1].split()[0]), reverse=True)))
+
+
+def models_beauty() -> str:
+    """Amazon Beauty: every model in its recipe, and baselines."""
+    return _model_table(_model_rows("models_beauty"))
+
+
+def models() -> str:
+    """Both logs: causal models with a seen bias, the causal TiM4Rec without, baselines, models of other libraries."""
+    first, second = _model_rows("models_ml100k_seen_bias"), _model_rows("models_beauty")
+    plain = "`tim4rec_causal`"
+    first |= {plain: _model_rows("models_ml100k")[plain]} | _anchor_rows()
+    shown = [0, 1, 3]
+    head = [
+        f"{log}{part}" for log in ("MovieLens-100K ", "Beauty ") for part in (*_QUALITIES, "ndcg@10, seen excluded")
+    ]
+    rows = [
+        [name, *(cells[i] for i in shown), *(second[name][i] if name in second else "" for i in shown)]
+        for name, cells in first.items()
+    ]
+    return markdown(["", *head], rows)
+
+
+def time_branch() -> str:
+    """Amazon Beauty: the causal TiM4Rec with time and without, by leaving one out and by a temporal split."""
+    splits = {"leave one out": "time_branch_beauty", "temporal split": "time_branch_beauty_temporal"}
+    names = ["`tim4rec_causal` + seen bias", "`ssd4rec` + seen bias", "item-kNN"]
+    found = {split: _model_rows(name) for split, name in splits.items()}
+    heads = ["with time", "time off (`ssd4rec`)", "item-kNN"]
+    return markdown(["", *heads], [[split, *(rows[name][1] for name in names)] for split, rows in found.items()])
 
 
 def _run_row(shown: str, name: str) -> list[str]:
@@ -147,6 +202,7 @@ _QUALITY = {
     "ml1m_imputed_timestamps_tim4rec_causal": None,
     "ml1m_imputed_timestamps_seen_bias": "ml1m_imputed_timestamps_seen_bias_excluded",
     "ml1m_imputed_timestamps_seen_bias_d128": "ml1m_imputed_timestamps_seen_bias_d128_excluded",
+    "ml1m_imputed_timestamps_seen_bias_d128_4_layers": None,
 }
 _AFTER = (1, 2, 3, 5, 10)
 
@@ -158,12 +214,12 @@ def quality_ml1m() -> str:
         run = record(name)
         model, train, epochs = run["config"]["model"], run["config"]["train"], run["epochs"]
         best = run["results"]["best_epoch"]
-        other = record(excluded)["metrics"] if excluded else {}
+        other = record(excluded)["metrics"] if excluded else run["results"].get("test_seen_excluded", {})
         tests = [values.get(m) for values in (run["results"]["test"], other) for m in ("hit@10", "ndcg@10")]
         rows.append(
             [
                 f"[run]({name}.json)",
-                str(model["d_model"]),
+                f"{model['d_model']}, {model['num_layers']}",
                 f"{train['batch_size']} at {train['learning_rate']:g}",
                 "yes" if model.get("seen_bias") else "no",
                 *(fraction(epochs[n - 1]["ndcg@10"]) for n in _AFTER),
@@ -173,7 +229,7 @@ def quality_ml1m() -> str:
         )
     validation = [f"valid ndcg@10 after {_AFTER[0]}", *map(str, _AFTER[1:]), "best (epoch)"]
     tests = ["test hit@10", "ndcg@10", "hit@10, seen excluded", "ndcg@10, seen excluded"]
-    return markdown(["", "width", "rows, rate", "seen bias", *validation, *tests], rows)
+    return markdown(["", "width, layers", "rows, rate", "seen bias", *validation, *tests], rows)
 
 
 def quickstart() -> str:
@@ -336,7 +392,10 @@ def kernel_model() -> str:
 TABLES: dict[str, Callable[[], str]] = {
     function.__name__: function
     for function in (
+        models,
         models_ml100k,
+        models_beauty,
+        time_branch,
         all_positions,
         beauty_runs,
         ml100k_runs,
