@@ -188,7 +188,11 @@ def usual_fusion(monkeypatch):
     quick = jax.stages.Lowered.compile
     # Where quick flags leave it alone, XLA need not know the option.
     options = {"xla_cpu_use_fusion_emitters": True} if "fusion_emitters" in quick_flags() else {}
-    monkeypatch.setattr(jax.stages.Lowered, "compile", lambda lowered: quick(lowered, compiler_options=options))
+
+    def compiled(lowered, compiler_options=None):
+        return quick(lowered, compiler_options={**(compiler_options or {}), **options})
+
+    monkeypatch.setattr(jax.stages.Lowered, "compile", compiled)
 
 
 @pytest.mark.usefixtures("usual_fusion")
