@@ -17,6 +17,7 @@ Behind the row's end tiles are zeros, and steps as well.
 # Kernels are of Gluon's own language, in which constants are given as plain numbers.
 # pyright: reportArgumentType=false, reportAssignmentType=false, reportOperatorIssue=false, reportMissingImports=false
 # pyright: reportCallIssue=false, reportAttributeAccessIssue=false, reportIndexIssue=false, reportReturnType=false
+# pyright: reportGeneralTypeIssues=false
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
