@@ -172,28 +172,19 @@ def forward_tile(inputs: Inputs, D: Array, state: Array | None) -> tuple[Array, 
     return (y + own * u + D[..., None] * x).astype(compute), from_before, final, before
 
 
-def _crossing(flows: Array, histories: _Histories | None) -> Array:
+def _crossing(flows: Array, between: Array, starts: Array | None) -> Array:
     """Sums flows [.., j, i] from position j to i over each position t [.., t]: those with j < t <= i.
 
     Each of them has passed the decay at t. A running sum of what arrives less what leaves would need one sum alone, but
     rounds all that passes elsewhere into a position that nothing passes.
     """
-    to_or_beyond = cumsum_matmul(flows, reverse=True)
+    # In other histories running sums hold 0 or, of what has overflowed, no number.
+    to_or_beyond = _mask_by_decay(between, cumsum_matmul(flows, reverse=True), starts)
     size = flows.shape[-1]
-    passed = jnp.triu(jnp.ones((size, size), bool), 1)
-    if histories is not None:
-        passed = passed & histories.together
-    return jnp.sum(jnp.where(passed, to_or_beyond, 0), axis=-2)
+    return jnp.sum(jnp.where(jnp.triu(jnp.ones((size, size), bool), 1), to_or_beyond, 0), axis=-2)
 
 
-def _where_it_flows(sums: Array, mask: Array | None) -> Array:
-    """Sets running sums to 0 in other histories, where they hold none or, of what has overflowed, no number."""
-    return sums if mask is None else jnp.where(mask, sums, 0)
-
-
-def _inside_backward(
-    inputs: Inputs, between: Array, dy: Array, histories: _Histories | None
-) -> tuple[Array, Array, Array, Array]:
+def _inside_backward(inputs: Inputs, between: Array, dy: Array) -> tuple[Array, Array, Array, Array]:
     """What positions of a chunk give to later ones: gradients of u, the log decays [.., c], B and C [b, k, g, c, n].
 
     Maps between positions are transposed here: what is multiplied from the left has to lie in rows on CPUs.
@@ -206,7 +197,7 @@ def _inside_backward(
     d_scores = _sum_heads(d_mixed).astype(compute)
     mixing = _apply_decay(between, scores, starts).astype(compute)
     du = _heads_last(dot("bkgrji,bkigrp->bkgrjp", mixing, dy_n))
-    d_log = _crossing(_mask_by_decay(between, d_mixed * scores, starts), histories)
+    d_log = _crossing(_mask_by_decay(between, d_mixed * scores, starts), between, starts)
     return du, d_log, dot("bkgji,bkign->bkgjn", d_scores, C), dot("bkgji,bkjgn->bkgin", d_scores, B)
 
 
@@ -225,6 +216,7 @@ def _before_backward(
     d_state, d_after = _recurrence(d_after, chunk_decay, state_cotangent, reverse=True)
     through = _apply_decay(chunk_decay, _sum_last(jnp.swapaxes(_sum_last(d_after * before), 3, 4)), inputs.starts)
     arriving = cumsum_matmul(jnp.moveaxis(_sum_last(dy * from_before), 2, -1), reverse=True)
+    arriving = _mask_by_decay(jnp.moveaxis(decays.from_start, 2, -1), arriving, inputs.starts)
     return d_state, d_after, arriving + through[..., None], dot("bkcgrp,bkgnrp->bkgcn", dy_from, before.astype(compute))
 
 
@@ -236,6 +228,7 @@ def _after_backward(inputs: Inputs, decays: _Decays, d_after: Array) -> tuple[Ar
     du = _heads_last(dot("bkcgn,bkgnrp->bkgcrp", inputs.B, d_after), 3)
     du = _apply_decay(decays.to_end[..., None], du, inputs.starts)
     d_log = cumsum_matmul(jnp.moveaxis(_sum_last(du * u), 2, -1), exclusive=True)
+    d_log = _mask_by_decay(jnp.moveaxis(decays.to_end, 2, -1), d_log, inputs.starts)
     return du, d_log, dot("bkcgrp,bkgnrp->bkgcn", (decays.to_end[..., None] * u).astype(compute), d_after)
 
 
@@ -256,21 +249,18 @@ def backward_tile(
       Gradients of x, delta, log_decay, B, C and, at each position, of D; and of the state before the tile.
     """
     x, delta, log_decay, B, C, starts = inputs
-    histories = _histories(starts)
-    decays = _decays(log_decay, histories, transposed=True)
-    du, d_log, dB, dC = _inside_backward(inputs, decays.between, dy, histories)
+    decays = _decays(log_decay, _histories(starts), transposed=True)
+    du, d_log, dB, dC = _inside_backward(inputs, decays.between, dy)
     d_state = None
     if before is not None:
         assert from_before is not None and d_after is not None  # Both come with it.
         d_state, d_after, d_log_before, dC_before = _before_backward(inputs, decays, from_before, before, dy, d_after)
-        d_log_before = _where_it_flows(d_log_before, None if histories is None else histories.from_start)
         d_log, dC = d_log + d_log_before, dC + dC_before
     elif d_after is not None:
         d_after = d_after[:, None]
     if d_after is not None:
         beyond = _after_backward(inputs, decays, d_after)
-        d_log_after = _where_it_flows(beyond[1], None if histories is None else histories.to_end)
-        du, d_log, dB = du + beyond[0], d_log + d_log_after, dB + beyond[2]
+        du, d_log, dB = du + beyond[0], d_log + beyond[1], dB + beyond[2]
     # What a position gives to itself.
     own, dy_x = _sum_last(C.astype(delta.dtype) * B)[..., None], _sum_last(dy * x)
     d_own = _sum_last(delta * dy_x)[..., None]
