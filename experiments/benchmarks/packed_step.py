@@ -2,12 +2,11 @@
 
 All take the same real batches of packed rows through a step with Adam and wait for its loss, in turns:
 
-one_device   what training runs with --parallel.strategy=single
-all_devices  the rows spread over all devices; JAX_NUM_CPU_DEVICES makes several of a CPU's cores
-pytorch      the PyTorch twin of TiM4Rec without time, on all cores; it does less work: it reads no times, and where a
-             row holds several histories it reads them as one
-
-No form scores what was seen (`seen_bias`), for the twin cannot.
+one_device         what training runs with --parallel.strategy=single
+all_devices        the rows spread over all devices; JAX_NUM_CPU_DEVICES makes several of a CPU's cores
+without_seen_bias  one_device without a score for what was seen, where the config has one: the twin has none
+pytorch            the PyTorch twin of TiM4Rec without time, on all cores; it does less work: it reads no times, and
+                   where a row holds several histories it reads them as one
 """
 
 import dataclasses
@@ -78,13 +77,17 @@ def measure(config: ExperimentConfig, log: InteractionLog, repeats: int) -> tupl
       log: read for it.
       repeats: batches that each form takes.
     """
-    config = with_data(dataclasses.replace(config, model=dataclasses.replace(config.model, seen_bias=False)), log)
+    config = with_data(config, log)
     setup, payloads, single = _our_step(config, log, "single", repeats)
     batch = jax.jit(setup.loader.batch)
     forms = {"one_device": step_form(single, payloads)}
     if jax.device_count() > 1:
         _, spread, sharded = _our_step(config, log, "sharded", repeats)
         forms["all_devices"] = step_form(sharded, spread)
+    if config.model.seen_bias:
+        plain = dataclasses.replace(config, model=dataclasses.replace(config.model, seen_bias=False))
+        _, same, without = _our_step(plain, log, "single", repeats)
+        forms["without_seen_bias"] = step_form(without, same)
     forms["pytorch"] = step_form(
         _torch_step(config), [jax.device_get(batch(setup.device_data, payload)) for payload in payloads]
     )

@@ -302,6 +302,12 @@ class _TileIndex(NamedTuple):
 _TILE_VALUES = 2**17
 
 
+def _near_divisor(length: int, chunk: int) -> int:
+    """Returns the largest divisor of the length within a quarter of the chunk, or the chunk: padding is work, too."""
+    near = range(chunk + chunk // 4, chunk - chunk // 4 - 1, -1)
+    return next((c for c in near if length % c == 0), chunk)
+
+
 def _tiling(
     batch: int, length: int, heads: int, widths: tuple[int, int], chunk_size: int, precision: str | None
 ) -> _Tiling:
@@ -310,9 +316,10 @@ def _tiling(
     On CPUs each operation on whole arrays would go through memory, and through memory that the system has to hand out
     anew at every run. Elsewhere one tile is everything, for small ones would leave a GPU idle.
     """
-    chunk = min(chunk_size, length)
+    on_cpu = jax.default_backend() == "cpu"
+    chunk = _near_divisor(length, min(chunk_size, length)) if on_cpu else min(chunk_size, length)
     rows, chunks = batch, -(-length // chunk)
-    if jax.default_backend() == "cpu":
+    if on_cpu:
         fit = max(1, _TILE_VALUES // (heads * chunk * max(chunk, *widths)))
         rows = -(-batch // -(-batch // fit))
         most = min(chunks, max(1, fit // rows))

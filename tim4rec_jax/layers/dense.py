@@ -5,11 +5,14 @@ from collections.abc import Sequence
 import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
+from jax.typing import DTypeLike
+
+from kernels.products import matmul
 
 INIT_STD = 0.02
 
 
-def wide(dtype: str) -> jnp.dtype:
+def wide(dtype: DTypeLike) -> jnp.dtype:
     """Returns the dtype of parameters, norms and decays beside arithmetic in `dtype`: float32, or float64."""
     return jnp.promote_types(jnp.dtype(dtype), jnp.float32)
 
@@ -39,7 +42,7 @@ class Linear(nn.Module):
         if columns is not None:
             kernel = jnp.concatenate([kernel[:, c] for c in columns], axis=1)
             bias = None if bias is None else jnp.concatenate([bias[c] for c in columns])
-        y = x.astype(self.dtype) @ kernel.astype(self.dtype)
+        y = matmul(x.astype(self.dtype), kernel.astype(self.dtype), self.dtype)
         return y if bias is None else y + bias.astype(self.dtype)
 
 

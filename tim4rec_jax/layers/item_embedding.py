@@ -4,6 +4,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
 
+from kernels.products import matmul
 from tim4rec_jax.layers.dense import INIT_STD, wide
 from tim4rec_jax.model_config import ModelConfig
 
@@ -54,5 +55,4 @@ def table_rows(items: ItemEmbedding) -> Array:
 def tied_scores(hidden: Array, items: ItemEmbedding) -> Array:
     """Returns hidden E^T for hidden [.., d] over all rows of the catalogue, [.., v], float32 or wider."""
     table = table_rows(items)
-    dtype = jnp.promote_types(table.dtype, jnp.float32)
-    return jnp.einsum("...d,vd->...v", hidden.astype(table.dtype), table, preferred_element_type=dtype)
+    return matmul(hidden.astype(table.dtype), table.T, wide(table.dtype))

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from kernels.products import matmul
 from kernels.softmax_cross_entropy import softmax_cross_entropy
 from tim4rec_jax.data.negatives import Negatives
 
@@ -180,7 +181,7 @@ def softmax_losses(
         return sampled_cross_entropy(hidden, table, targets, negatives)
     wide = jnp.promote_types(jnp.float32, hidden.dtype)
     if not in_tiles and hidden.shape[0] * table.shape[0] * wide.itemsize <= _SCORE_BYTES:
-        return cross_entropy(jnp.matmul(hidden, table.T, preferred_element_type=wide), targets)
+        return cross_entropy(matmul(hidden, table.T, wide), targets)
     return softmax_cross_entropy(hidden, table, targets, implementation=kernels)
 
 
