@@ -201,6 +201,7 @@ def baselines() -> str:
 _QUALITY = {
     "ml1m_imputed_timestamps_tim4rec_causal": None,
     "ml1m_imputed_timestamps_seen_bias": "ml1m_imputed_timestamps_seen_bias_excluded",
+    "ml1m_imputed_timestamps_seen_bias_window_context_50": None,
     "ml1m_imputed_timestamps_seen_bias_d128": "ml1m_imputed_timestamps_seen_bias_d128_excluded",
     "ml1m_imputed_timestamps_seen_bias_d128_4_layers": None,
 }
@@ -219,17 +220,17 @@ def quality_ml1m() -> str:
         rows.append(
             [
                 f"[run]({name}.json)",
-                f"{model['d_model']}, {model['num_layers']}",
+                f"{model['d_model']}, {model['num_layers']}, {model['dropout']:g}",
                 f"{train['batch_size']} at {train['learning_rate']:g}",
                 "yes" if model.get("seen_bias") else "no",
-                *(fraction(epochs[n - 1]["ndcg@10"]) for n in _AFTER),
+                *(fraction(of["ndcg@10"]) if (of := dict(enumerate(epochs, 1)).get(n)) else "" for n in _AFTER),
                 f"{fraction(epochs[best - 1]['ndcg@10'])} ({best} of {len(epochs)})",
                 *map(fraction, tests),
             ]
         )
     validation = [f"valid ndcg@10 after {_AFTER[0]}", *map(str, _AFTER[1:]), "best (epoch)"]
     tests = ["test hit@10", "ndcg@10", "hit@10, seen excluded", "ndcg@10, seen excluded"]
-    return markdown(["", "width, layers", "rows, rate", "seen bias", *validation, *tests], rows)
+    return markdown(["", "width, layers, dropout", "rows, rate", "seen bias", *validation, *tests], rows)
 
 
 def quickstart() -> str:
@@ -295,15 +296,22 @@ def forward_and_backward(comparison: dict[str, Any]) -> dict[str, Any]:
 
 
 def speed() -> str:
-    """A training step on a CPU and the SSD on a GPU, each with what it is measured beside."""
+    """Training on a CPU and the SSD on a GPU, each with what it is measured beside."""
     step = record("benchmark_train_step_beauty")
+    epoch = record("benchmark_packed_step_ml1m_imputed_timestamps")
     rows = [
+        [
+            f"epoch of `{epoch['config']}`, MovieLens-1M with imputed timestamps, two CPU cores "
+            "([run](experiments/results/benchmark_packed_step_ml1m_imputed_timestamps.json))",
+            f"{epoch['epoch_seconds']['one_device']:.1f} s",
+            f"our PyTorch model without time and seen bias: {epoch['pytorch_over']['one_device']:.1f}x",
+        ],
         [
             f"training step of `beauty_tim4rec`, batch {step['batch_size']}, two CPU cores "
             "([run](experiments/results/benchmark_train_step_beauty.json))",
             f"{step['median_seconds']['grouped']:.2f} s",
             f"our PyTorch model, padded as the original program is: {step['pytorch_over']['grouped']:.1f}x",
-        ]
+        ],
     ]
     for one in record("gpu_h100_ops")["ops"]["comparisons"]:
         forms, sizes = forward_and_backward(one), one["sizes"]

@@ -4,11 +4,14 @@ import json
 import subprocess
 import sys
 
+import jax.numpy as jnp
 import numpy as np
+import polars as pl
 import pytest
 
 from experiments import export as program
 from tests.serving.tiny_run import make_causal_config, make_config, make_run
+from tim4rec_jax.models.recommender import SEEN_BIAS_SCALE
 from tim4rec_jax.serving import item_index
 from tim4rec_jax.serving.export import export_model
 from tim4rec_jax.serving.item_index import write_index
@@ -78,6 +81,28 @@ def test_the_exported_index_answers_as_the_model_does(tmp_path, recommender):
     best, scores = recommender.top_k(histories, 10)
     np.testing.assert_array_equal(found["keys"][:6], best)
     np.testing.assert_allclose(found["scores"][:6], scores, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("bias", [-3.0, 3.0])
+def test_the_seen_bias_is_added_to_what_the_index_finds(tmp_path, log, bias):
+    """The index measures inner products; the description says what items of the history have beside theirs."""
+    make_run(tmp_path / "run", log, make_causal_config(seen_bias=True))
+    recommender = Recommender.from_run(tmp_path / "run")
+    recommender.params["seen_bias"] = jnp.full_like(recommender.params["seen_bias"], bias / SEEN_BIAS_SCALE)
+    ann = export_model(recommender, tmp_path / "out", k=5, platforms=("cpu",), ann=True)["ann"]
+    assert ann["recall_at_10"] == 1.0 and ann["seen_bias"] == pytest.approx(bias)
+    index = item_index.require_usearch().Index.restore(str(tmp_path / "out" / "items.usearch"))
+    index.expansion_search = ann["expansion_search"]
+    table = np.stack(pl.read_parquet(tmp_path / "out" / "items.parquet")["embedding"].to_numpy())
+    histories = [recommender.history_of_user(user) for user in recommender.users[:6]]
+    best, scores = recommender.top_k(histories, 5)
+    for place, (history, hidden) in enumerate(zip(histories, recommender.hidden(histories), strict=True)):
+        seen = np.unique(history.items)
+        found = np.union1d(index.search(hidden, min(5 + len(seen), len(index))).keys.astype(np.int64), seen)
+        of_found = table[found - 1] @ hidden + ann["seen_bias"] * np.isin(found, seen)
+        order = np.argsort(-of_found)[:5]
+        np.testing.assert_array_equal(found[order], best[place])
+        np.testing.assert_allclose(of_found[order], scores[place], rtol=1e-4, atol=1e-4)
 
 
 def test_the_program(tmp_path, run, capsys, monkeypatch):

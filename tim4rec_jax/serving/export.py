@@ -1,6 +1,7 @@
 """A trained model as programs that run without this library: StableHLO by `jax.export`, arrays, and a description."""
 
 import dataclasses
+import functools
 import importlib.metadata
 import json
 import pathlib
@@ -18,7 +19,7 @@ from tim4rec_jax.evaluation.metrics import check_top_k
 from tim4rec_jax.files import locked, replacing_folder
 from tim4rec_jax.models import apply_method, build_model, item_scores, last_hidden, variables
 from tim4rec_jax.serving.item_index import RECALL_AT, require_usearch, write_index
-from tim4rec_jax.serving.ranking import best_columns
+from tim4rec_jax.serving.ranking import best_columns, score_rows
 from tim4rec_jax.serving.recommender import Recommender
 
 EXPORT_FORMAT = 2
@@ -188,8 +189,16 @@ def _write_index(recommender: Recommender, folder: pathlib.Path) -> dict[str, An
     measured = [users[i] for i in np.linspace(0, len(users) - 1, min(len(users), MEASURED_USERS)).astype(int)]
     histories = [recommender.history_of_user(user) for user in measured]
 
+    model, read, rows = recommender.model, variables(recommender.params), score_rows(recommender.num_items + 1)
+
+    @functools.partial(jax.jit, static_argnums=2)
+    def best_of(read: Any, hidden: jax.Array, k: int) -> jax.Array:
+        # Nothing is seen: what the history adds to a score is no inner product.
+        scores = item_scores(model, read, hidden, jnp.zeros((len(hidden), 1), jnp.int32))
+        return jax.lax.top_k(scores[:, 1 : recommender.num_items + 1], k)[1] + 1
+
     def best(queries: np.ndarray, k: int) -> np.ndarray:
-        return recommender.top_k(histories, k)[0]
+        return np.concatenate([best_of(read, queries[i : i + rows], k) for i in range(0, len(queries), rows)])
 
     found = write_index(folder / INDEX, _item_table(recommender), recommender.hidden(histories), best)
     return {
@@ -201,6 +210,7 @@ def _write_index(recommender: Recommender, folder: pathlib.Path) -> dict[str, An
         f"recall_at_{RECALL_AT}": found.recall,
         "expansion_search": found.expansion_search,
         "queries": found.queries,
+        **({"seen_bias": float(apply_method(model, read, "seen_bias"))} if model.config.seen_bias else {}),
     }
 
 
