@@ -557,7 +557,7 @@ def ssd_xla(
     """Runs the operator in chunks; arguments and results are those of `reference.ssd_reference`.
 
     Args:
-      chunk_size: c, positions handled densely at once; l need not be a multiple.
+      chunk_size: c, positions handled densely at once; l need not be a multiple. On a CPU a near divisor of l is taken.
     """
     batch, length, heads, width = x.shape
     groups, state_width = B.shape[2:]

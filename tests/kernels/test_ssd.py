@@ -388,6 +388,13 @@ def test_the_dense_mask_keeps_small_steps_beside_large_ones(x64):
     np.testing.assert_allclose(small, wide, rtol=2e-5, atol=0)
 
 
+@pytest.mark.parametrize(
+    ("length", "chunk"), [(200, 40), (50, 25), (64, 32), (7, 7), (33, 33), (97, 32), (1000, 40), (20, 20)]
+)
+def test_chunks_divide_the_length_where_a_near_number_does(length, chunk):
+    assert xla._tiling(2, length, 4, (8, 8), 32, None).chunk == chunk
+
+
 @pytest.mark.parametrize("pieces", [(1,) * 4, (3, 1, 17, 2, 27), (49, 1)], ids=str)
 @pytest.mark.parametrize("implementation", ["reference", "xla"])
 def test_a_history_in_pieces_equals_one_pass(implementation, pieces, x64):
