@@ -100,7 +100,7 @@ def test_values_of_the_masked_experiments(name):
 EVERY_POSITION = {
     "ml1m_tim4rec_causal": (200, 16, 30, 0.2, 1e-3, 2),
     "ml100k_tim4rec_causal": (200, 8, 20, 0.2, 1e-3, 2),
-    "beauty_tim4rec_causal": (50, 32, 10, 0.3, 2e-3, 2),
+    "beauty_tim4rec_causal": (50, 32, 10, 0.4, 4e-3, 2),
     "ml1m_gru4rec": (200, 16, 30, 0.2, 1e-2, 1),
     "ml100k_gru4rec": (200, 8, 20, 0.2, 1e-2, 1),
     "beauty_lrurec": (50, 32, 10, 0.4, 4e-3, 2),
