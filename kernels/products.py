@@ -1,6 +1,7 @@
 """Products with a matrix of parameters."""
 
 import functools
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -45,4 +46,5 @@ def matmul(x: Array, w: Array, dtype: DTypeLike) -> Array:
       [.., out].
     """
     flat, w = pvary_together(x.reshape(-1, x.shape[-1]), w)
-    return _product(jnp.dtype(dtype), flat, w).reshape(*x.shape[:-1], w.shape[1])
+    y = cast(Array, _product(jnp.dtype(dtype), flat, w))
+    return y.reshape(*x.shape[:-1], w.shape[1])
