@@ -18,8 +18,8 @@ for what it is asked with; scores are inner products, and what rules leave out i
     index.expansion_search = description["ann"]["expansion_search"]
     nearest = index.search(numpy.asarray(encode.call(parameters, items, lengths, timestamps)), 10).keys
 
-A model with the seen bias gives items of the history description["ann"]["seen_bias"] beside their inner product: search for
-as many more as the history holds, join its own items, add that number to theirs, and sort.
+A model with the seen bias gives items of the history description["ann"]["seen_bias"] beside their inner product: search
+for as many more as the history holds, join its own items, add that number to theirs, and sort.
 
 `excluded` holds what a user has seen, if that is to be left out. items.parquet has the embeddings, whose cosines say
 which items are alike, and training_events, the popularity, for users without a history.

@@ -26,7 +26,8 @@ def test_equals_the_product_and_its_gradients(leading: tuple[int, ...], features
         dx, dw = pull_back(dy)
         np.testing.assert_allclose(y, np.asarray(x) @ np.asarray(w), rtol=1e-12, atol=1e-12)
         np.testing.assert_allclose(dx, np.asarray(dy) @ np.asarray(w).T, rtol=1e-12, atol=1e-12)
-        np.testing.assert_allclose(dw, np.reshape(x, (-1, features_in)).T @ np.reshape(dy, (-1, features_out)), rtol=1e-12, atol=1e-12)
+        flat_x, flat_dy = np.reshape(x, (-1, features_in)), np.reshape(dy, (-1, features_out))
+        np.testing.assert_allclose(dw, flat_x.T @ flat_dy, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
