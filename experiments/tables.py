@@ -109,6 +109,11 @@ def _anchor_rows() -> dict[str, list[str]]:
     }
 
 
+def _best_first(rows: dict[str, list[str]]) -> dict[str, list[str]]:
+    """Returns the rows of several comparisons by ndcg@10 among all items."""
+    return dict(sorted(rows.items(), key=lambda row: float(row[1][1].split()[0]), reverse=True))
+
+
 def _model_table(rows: dict[str, list[str]]) -> str:
     head = [*_QUALITIES, *(f"{m}, seen excluded" for m in _QUALITIES)]
     return markdown(["", *head], [[shown, *cells] for shown, cells in rows.items()])
@@ -117,13 +122,12 @@ def _model_table(rows: dict[str, list[str]]) -> str:
 def models_ml100k() -> str:
     """MovieLens-100K: every model in its recipe, without and with a seen bias, baselines, models of other libraries."""
     rows = _model_rows("models_ml100k") | _model_rows("models_ml100k_seen_bias") | _anchor_rows()
-    return _model_table(dict(sorted(rows.items(), key=lambda row: float(row[1][1].split()[0]), reverse=True)))
+    return _model_table(_best_first(rows))
 
 
 def _beauty_rows() -> dict[str, list[str]]:
     """Returns the rows of Amazon Beauty, the best first; two models are of an earlier comparison alone."""
-    rows = _model_rows("models_beauty_first") | _model_rows("models_beauty")
-    return dict(sorted(rows.items(), key=lambda row: float(row[1][1].split()[0]), reverse=True))
+    return _best_first(_model_rows("models_beauty_first") | _model_rows("models_beauty"))
 
 
 def models_beauty() -> str:
@@ -230,7 +234,7 @@ def quality_ml1m() -> str:
                 f"{model['d_model']}, {model['num_layers']}, {model['dropout']:g}",
                 f"{train['batch_size']} at {train['learning_rate']:g}",
                 "yes" if model.get("seen_bias") else "no",
-                *(fraction(of["ndcg@10"]) if (of := dict(enumerate(epochs, 1)).get(n)) else "" for n in _AFTER),
+                *(fraction(epochs[n - 1]["ndcg@10"]) for n in _AFTER),
                 f"{fraction(epochs[best - 1]['ndcg@10'])} ({best} of {len(epochs)})",
                 *map(fraction, tests),
             ]

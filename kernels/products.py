@@ -35,7 +35,7 @@ def matmul(x: Array, w: Array, dtype: DTypeLike) -> Array:
     """Multiplies by a matrix, y = x w, with the gradient of w in the order that a CPU multiplies fastest.
 
     All positions are one axis of one product: over two axes XLA copies an operand first. And the narrower side of dw
-    comes first: over 3,200 positions, 64 by 256 takes .6 of the time of 256 by 64 on one core.
+    comes first, for few rows of many columns are multiplied faster than many of few.
 
     Args:
       x: [.., in].
