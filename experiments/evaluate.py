@@ -153,7 +153,7 @@ def main(argv: list[str]) -> int:
             rows.append((name, TITLES[protocol], *(f"{of[name]:.4f}" if name in of else "–" for of in columns)))
     captions = [f"{TITLES[p]}: {one.measured.protocol(config, arguments.split)}" for p, one in both.items()]
     title = f"{arguments.run} · {arguments.split} · {result.measured.total:,} targets · {result.seconds:.1f} s"
-    caption = f"{'; '.join(captions)}; padding excluded; ties in the target's favour"
+    caption = f"{'; '.join(captions)}; padding excluded; equals share their mean rank"
     header = ("metric", "ranked", "value", "standard error", "results.json")
     Console().print(cli.table(header, rows, title=title, caption=caption, left=(0, 1)))
     for protocol, one in both.items():

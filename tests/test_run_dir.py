@@ -413,3 +413,19 @@ def test_outputs_do_not_replace_what_a_run_consists_of(tmp_path):
                 run_dir.require_no_run_file(tmp_path / folder / name)
     for name in ("top.parquet", "longer.json", "sub/config.json"):
         run_dir.require_no_run_file(tmp_path / "run" / name)
+
+
+def test_ranks_in_halves_and_ranks_of_an_earlier_version(tmp_path):
+    users = pl.Series(["a", "b", "c"])
+    run_dir.write_test_ranks(tmp_path, users, np.array([1, 2.5, 7], np.float32), {"seen_excluded": np.array([1, 2, 0])})
+    assert run_dir.read_test_ranks(tmp_path).rows() == [("a", 1.0), ("b", 2.5), ("c", 7.0)]
+    assert run_dir.read_test_ranks(tmp_path, "seen_excluded").rows() == [("a", 1.0), ("b", 2.0)]
+    earlier = {"user_id": users, "rank": pl.Series([1, 2, 3], dtype=pl.Int32)}
+    pl.DataFrame(earlier | {"rank_seen_excluded": pl.Series([1, None, 3], dtype=pl.Int32)}).write_parquet(
+        tmp_path / "test_ranks.parquet"
+    )
+    assert run_dir.read_test_ranks(tmp_path).rows() == [("a", 1.0), ("b", 2.0), ("c", 3.0)]
+    assert run_dir.read_test_ranks(tmp_path, "seen_excluded").rows() == [("a", 1.0), ("c", 3.0)]
+    pl.DataFrame(earlier | {"rank": ["1", "2", "3"]}).write_parquet(tmp_path / "test_ranks.parquet")
+    with pytest.raises(ValueError, match="it does not have the columns user_id String, rank Float32"):
+        run_dir.read_test_ranks(tmp_path)

@@ -9,7 +9,8 @@
     bad_rows.csv        file, line, reason, text of rows that were left out of the log; only where there are any
     trackers.json       ids of the run with MLflow and Weights & Biases; only where it was told to them
     test_ranks.parquet  user_id, rank, rank_seen_excluded (or rank_all_items, where eval.exclude_seen is on): where each
-                        test target stood, the best item at 1, null where it was left out; written with results.json
+                        test target stood, the best item at 1, equals at their mean rank, null where it was left
+                        out; written with results.json
     profile/            traces of steps; only where they were asked for
     metrics.jsonl  results.json  curves.png  checkpoints/
 
@@ -317,11 +318,11 @@ def write_test_ranks(
     Args:
       path: the run folder.
       user_ids: [n] raw ids of the tested users, one a target.
-      ranks: [n] int, ranks from 1 of their test items, 0 where one was left out.
+      ranks: [n] ranks from 1 of their test items, whole or in halves, 0 where one was left out.
       others: the same under other protocols, by their names.
     """
     columns = {"rank": ranks} | {f"rank_{name}": of_one for name, of_one in (others or {}).items()}
-    series = {name: pl.Series(np.asarray(column), dtype=pl.Int32) for name, column in columns.items()}
+    series = {name: pl.Series(np.asarray(column), dtype=pl.Float32) for name, column in columns.items()}
     frame = pl.DataFrame({"user_id": user_ids.cast(pl.String)} | series)
     frame = frame.with_columns(pl.when(pl.col(name) > 0).then(pl.col(name)) for name in columns)
     with replacing(path / TEST_RANKS) as temporary:
@@ -329,7 +330,7 @@ def write_test_ranks(
 
 
 def read_test_ranks(path: pathlib.Path, protocol: str | None = None) -> pl.DataFrame:
-    """Returns user_id (String) and rank (Int32, from 1) of every target that was measured.
+    """Returns user_id (String) and rank (Float32, from 1) of every target that was measured.
 
     Args:
       path: the run folder.
@@ -396,7 +397,7 @@ _SCHEMAS = {
     ITEMS: {"index": pl.Int32, "item_id": pl.String, "title": pl.String},
     HISTORIES: {"user_id": pl.String, "items": pl.List(pl.Int32), "timestamps": pl.List(pl.Int64)},
     _PARTS: {"before_valid": pl.Int64, "before_test": pl.Int64},
-    TEST_RANKS: {"user_id": pl.String, "rank": pl.Int32},
+    TEST_RANKS: {"user_id": pl.String, "rank": pl.Float32},
 }
 _MAY_BE_NULL = ("title",)
 # Only where seen items are excluded are targets left out.
@@ -426,8 +427,11 @@ def _read_table(path: pathlib.Path, name: str) -> pl.DataFrame:
         schema |= _SCHEMAS[_PARTS]
     may_be_null = _MAY_BE_NULL
     if name == TEST_RANKS and (others := [column for column in _OTHER_RANKS if column in table.columns][:1]):
-        schema |= {others[0]: pl.Int32}
+        schema |= {others[0]: pl.Float32}
         may_be_null += ("rank" if others == ["rank_all_items"] else "rank_seen_excluded",)
+    if name == TEST_RANKS:
+        # Whole numbers in runs of earlier versions, which counted no halves.
+        table = table.with_columns(pl.col(c).cast(pl.Float32) for c, of in table.schema.items() if of == pl.Int32)
     if table.schema != schema:
         wanted = ", ".join(f"{column} {kind}" for column, kind in schema.items())
         raise _not_a_run(path, name, f"it does not have the columns {wanted}")

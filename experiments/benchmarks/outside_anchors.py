@@ -78,7 +78,7 @@ class Arguments:
 
 
 def ranks_of_scores(log: InteractionLog, examples: Examples, scores: np.ndarray) -> dict[Protocol, np.ndarray]:
-    """Ranks each example's target by the library's rule under either protocol, [n] int32.
+    """Ranks each example's target by the library's rule under either protocol, [n] float32.
 
     Args:
       log: the cleaned log.

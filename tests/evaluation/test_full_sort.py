@@ -100,7 +100,7 @@ def test_equals_row_by_row(log, examples, config, small_limits):
     result = evaluator(params)
     expected = _row_by_row(model, params, log, examples, config.eval.exclude_seen)
     np.testing.assert_array_equal(result.ranks, expected)
-    assert result.ranks.dtype == np.int32
+    assert result.ranks.dtype == np.float32
     assert result.metrics["hit@10"] == np.mean(expected <= 10)
     assert result.metrics["mrr@20"] == pytest.approx(np.mean(np.where(expected <= 20, 1 / expected, 0)), rel=1e-12)
     assert result.seconds > 0
@@ -167,6 +167,17 @@ def test_both_protocols_by_hand():
     found = evaluate(FixedScores(), {"score": score}, by_id, leave_one_out(by_id).test, ranked)
     assert found.other.ranks.tolist() == [1, 1, 2]  # A target stays among its rivals, seen or not.
     assert found.record("test") == {"test": found.metrics, "test_seen_excluded": found.other.metrics}
+
+
+def test_where_all_items_tie_every_target_has_the_mean_rank(log, examples, small_limits):
+    model, params = init_toy(NUM_ITEMS + 1)
+    found = evaluate(model, jax.tree.map(jnp.zeros_like, params), log, examples, CONFIG)
+    assert set(found.ranks.tolist()) == {(NUM_ITEMS + 1) / 2} and found.metrics["hit@10"] == 0
+    users, ends = examples.users[found.other.measured.kept], examples.ends[found.other.measured.kept]
+    left = [
+        NUM_ITEMS - len(set(log.items[log.offsets[u] :][:end].tolist())) for u, end in zip(users, ends, strict=True)
+    ]
+    np.testing.assert_array_equal(found.other.ranks, (np.array(left) + 1) / 2)
 
 
 def test_short_rows_of_a_time_aware_model_are_cut_exactly(log, examples, monkeypatch):

@@ -14,7 +14,7 @@ def _ranks(scores, targets, seen=None):
     ranks = metrics.rank_of_target(scores, targets)
     if seen is not None:
         ranks -= metrics.ahead_among(scores, targets, jnp.asarray(seen))
-    assert ranks.dtype == jnp.int32
+    assert ranks.dtype == jnp.float32
     return ranks.tolist()
 
 
@@ -23,10 +23,25 @@ def test_rank_counts_strictly_greater_scores():
     assert _ranks(scores, [1, 2, 3]) == [1, 3, 2]
 
 
-def test_ties_do_not_push_the_target_down():
+def test_equals_share_their_mean_rank():
     scores = [[0.0, 5.0, 5.0, 5.0, 7.0]]
-    assert _ranks(scores * 4, [1, 2, 3, 4]) == [2, 2, 2, 1]
-    assert _ranks([[1.0, 1.0, 1.0]], [2]) == [1]
+    assert _ranks(scores * 4, [1, 2, 3, 4]) == [3, 3, 3, 1]
+    assert _ranks([[1.0, 1.0, 1.0]], [2]) == [1.5], "the padding is no equal"
+
+
+def test_where_all_items_tie_nobody_hits_above_chance():
+    scores, targets = jnp.zeros((100, 101)), jnp.arange(1, 101)
+    ranks = np.asarray(metrics.rank_of_target(scores, targets))
+    np.testing.assert_array_equal(ranks, 50.5)
+    assert metrics.hit(ranks, 10).mean() == 0
+
+
+def test_excluded_equals_are_no_equals_and_the_target_stays():
+    scores = [[0.0, 5.0, 5.0, 5.0, 7.0]]
+    assert _ranks(scores, [1], [[2, 0]]) == [2.5]
+    assert _ranks(scores, [1], [[2, 3]]) == [2]
+    assert _ranks(scores, [1], [[1, 4]]) == [2], "itself, and one ahead"
+    assert _ranks([[0.0, 0.0, 0.0]], [1], [[0, 0]]) == [1.5], "the padding is no equal"
 
 
 def test_padding_column_never_counts():

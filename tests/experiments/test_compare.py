@@ -405,7 +405,7 @@ def test_a_comparison_for_real(tmp_path, monkeypatch, capfd, log):
     trained = [row for row in numbers["rows"] if row["trained"]]
     assert {row["name"]: row["seeds"] for row in trained} == {"sasrec": [2020, 2021], "ssd4rec": [2020, 2021]}
     ranks, results = read_test_ranks(first), read_results(first)
-    assert ranks.schema == {"user_id": pl.String, "rank": pl.Int32} and ranks["user_id"].equals(log.user_ids)
+    assert ranks.schema == {"user_id": pl.String, "rank": pl.Float32} and ranks["user_id"].equals(log.user_ids)
     assert metrics_of_ranks(ranks["rank"].to_numpy(), names((1, 5, 10))) == results["test"]
     epochs = [line for line in read_metrics(first) if line["kind"] == "valid"]
     assert results["seconds_per_epoch"] == statistics.median(line["train_seconds"] for line in epochs)

@@ -61,9 +61,11 @@ def test_ranks():
     ranks, unseen, finite = on_parts("rank")(hidden, table, targets, once(excluded))
     np.testing.assert_array_equal(ranks, rank_of_target(jnp.asarray(scores), jnp.asarray(targets)))
     left = np.ones(scores.shape, bool)
-    left[np.arange(HISTORIES)[:, None], excluded] = left[:, 0] = False
-    better = (scores > scores[np.arange(HISTORIES), targets][:, None]) & left
-    np.testing.assert_array_equal(unseen, 1 + better.sum(axis=1))
+    left[np.arange(HISTORIES)[:, None], excluded] = left[:, 0] = left[np.arange(HISTORIES), targets] = False
+    at_target = scores[np.arange(HISTORIES), targets][:, None]
+    ahead = ((scores > at_target) & left).sum(axis=1) + ((scores == at_target) & left).sum(axis=1) / 2
+    np.testing.assert_array_equal(unseen, 1 + ahead)
+    assert (unseen % 1 == 0.5).any(), "there should be ties"
     assert finite.all() and len(set(np.asarray(ranks).tolist())) > 5 and (unseen < ranks).any()
 
 

@@ -52,8 +52,7 @@ def popularity_ranks(log: InteractionLog, counts: np.ndarray, examples: Examples
     """Ranks each example's target by popularity: rank = 1 + #{greater count} + #{other items of equal count} / 2.
 
     Counts tie often, and nothing says which of the equals comes first: this is the mean rank over all their orders, a
-    multiple of 1/2, and the metrics are those of this rank. (A model's scores hardly ever tie; `metrics.rank_of_target`
-    reads ties in the target's favour, also where a hidden state is 0 and all items tie.)
+    multiple of 1/2, as of a model's scores (`metrics.rank_of_target`), and the metrics are those of this rank.
 
     Args:
       log: the cleaned log.

@@ -83,7 +83,7 @@ class EvaluationResult:
       standard_errors: of these means, as far as they are some and there is more than one list.
       parts: the same of parts of the lists, {"gender": {"F": {"lists": 12, "hit@10": ...}}, "month": ..}, as asked for
         by eval.groups and eval.time_buckets.
-      ranks: [n] int32 from 1, in the order of the examples that were measured.
+      ranks: [n] float32 from 1, whole or in halves where scores tie, in the order of the examples that were measured.
       measured: which these are.
       seconds: wall time, of both protocols together.
       other: the same evaluation under the other protocol; None in that one itself, and where every target was seen and
@@ -106,8 +106,8 @@ class EvaluationResult:
 
     @property
     def ranks_of_part(self) -> np.ndarray:
-        """Ranks of all targets of the part, int32 [total], 0 where one is left out."""
-        ranks = np.zeros(self.measured.total, np.int32)
+        """Ranks of all targets of the part, float32 [total], 0 where one is left out."""
+        ranks = np.zeros(self.measured.total, np.float32)
         ranks[self.measured.kept] = self.ranks
         return ranks
 
@@ -227,7 +227,7 @@ def _rank_rows(
     """Ranks the rows' targets.
 
     Returns:
-      Ranks [b] int32 among all items and among the unseen, whether all scores of a row are finite [b] bool, and the
+      Ranks [b] float32 among all items and among the unseen, whether all scores of a row are finite [b] bool, and the
       first `top` items of each list [b, top] int32 of the one and of the other, 0 where fewer are left; nothing of the
       kind for top 0.
     """
@@ -258,7 +258,7 @@ def _rank_rows(
 def _seen_ahead(
     scores: jax.Array, targets: jax.Array, log: _DeviceLog, users: jax.Array, ends: jax.Array, listed: bool
 ) -> tuple[jax.Array, jax.Array | None]:
-    """Counts the seen items ahead of the targets, int32 [b]; and the scores without the seen, where they are listed."""
+    """Counts the seen items ahead of the targets, float32 [b]; and the scores without the seen, where listed."""
     steps, rows = jnp.arange(SEEN_AT_ONCE), jnp.arange(len(users))[:, None]
 
     def add(turn: jax.Array, found: tuple[jax.Array, jax.Array | None]) -> tuple[jax.Array, jax.Array | None]:
@@ -269,7 +269,7 @@ def _seen_ahead(
         unseen = None if unseen is None else unseen.at[rows, items].set(-jnp.inf)
         return ahead + ahead_among(scores, targets, items), unseen
 
-    nothing = jnp.zeros(len(users), jnp.int32), scores if listed else None
+    nothing = jnp.zeros(len(users), jnp.float32), scores if listed else None
     return jax.lax.fori_loop(0, -(-ends.max() // SEEN_AT_ONCE), add, nothing)
 
 
@@ -403,7 +403,7 @@ class FullSortEvaluator:
             )
             for batch in self._batches
         ]
-        ranks = {protocol: np.zeros(self.num_examples, np.int32) for protocol in PROTOCOLS}
+        ranks = {protocol: np.zeros(self.num_examples, np.float32) for protocol in PROTOCOLS}
         items = {protocol: np.zeros((self.num_examples, self._top), np.int32) for protocol in PROTOCOLS}
         broken = 0
         for batch, found in zip(self._batches, jax.device_get(outputs), strict=True):

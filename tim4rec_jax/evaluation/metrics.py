@@ -1,9 +1,10 @@
 """Metrics of ranked lists, from the ranks of what is relevant and from the items at the top.
 
-The ranking rule: rank = 1 + the number of items whose score is strictly greater than the target's. Items that tie with
-the target do not push it down, so a tie is read in the target's favour. Column 0 of the scores is the padding and never
-counts as an item. Counting baselines, whose scores do tie, give the mean rank over the orders of the equals, which may
-end in a half (`evaluation.baselines`); the metrics take it as it is.
+The ranking rule: rank = 1 + the number of items of greater score + half the number of others of the target's own score,
+which is the mean rank over all orders of the equals and may end in a half; the metrics take it as it is. A model's
+scores hardly ever tie, and then this is the rank of RecBole's protocol. Where they do, as all do after a hidden state
+of 0, the target is no better than any other of the equals. Column 0 of the scores is the padding and never counts as an
+item.
 
 A list is made before a target, and that is all that is relevant to it: recall@k is then hit@k, map@k is mrr@k, and
 precision@k is hit@k / k. Where one list is made for several targets of a user (eval.lists="user"), `lists` says which
@@ -18,28 +19,43 @@ import jax.numpy as jnp
 import numpy as np
 
 
-def rank_of_target(scores: jax.Array, targets: jax.Array) -> jax.Array:
-    """Ranks each row's target among all items: rank = 1 + #{j != 0 : score_j > score_target}.
+def halves_ahead(scores: jax.Array, target_scores: jax.Array) -> jax.Array:
+    """Returns twice how far each item pushes a target down: 2 for a greater score, 1 for an equal one, else 0.
 
-    A target whose score is NaN gets the rank v, one behind the last item, so that it can never count as a hit.
+    Args:
+      scores: [..., n] float.
+      target_scores: [..., 1] float.
+
+    Returns:
+      [..., n] int32; sums of it are exact, and `1 + sum / 2` over the other items is the rank.
+    """
+    return (scores > target_scores).astype(jnp.int32) + (scores >= target_scores)
+
+
+def rank_of_target(scores: jax.Array, targets: jax.Array) -> jax.Array:
+    """Ranks each row's target among all items: 1 + #{j : score_j > score_target} + #{j : score_j = score_target} / 2.
+
+    j runs over the items but the padding and the target. A target whose score is NaN gets the rank v, one behind the
+    last item, so that it can never count as a hit.
 
     Args:
       scores: [b, v] float; column 0 is the padding.
       targets: [b] int, columns of the relevant items, at least 1.
 
     Returns:
-      [b] int32, ranks from 1.
+      [b] float32, ranks from 1, multiples of 1/2 (exact for fewer than 2**23 items).
     """
     target_scores = jnp.take_along_axis(scores, targets[:, None].astype(jnp.int32), axis=1)
-    better = (scores > target_scores).at[:, 0].set(False)
-    ranks = 1 + better.sum(axis=1, dtype=jnp.int32)
-    return jnp.where(jnp.isnan(target_scores[:, 0]), scores.shape[1], ranks).astype(jnp.int32)
+    # The target ties with itself: a half that is none of another item.
+    halves = halves_ahead(scores, target_scores).at[:, 0].set(0).sum(axis=1) - 1
+    return jnp.where(jnp.isnan(target_scores[:, 0]), scores.shape[1], 1 + halves / 2).astype(jnp.float32)
 
 
 def ahead_among(scores: jax.Array, targets: jax.Array, items: jax.Array) -> jax.Array:
-    """Counts listed items ahead of each row's target: #{j in items, j != 0 : score_j > score_target}.
+    """Counts listed items ahead of each row's target: #{j : score_j > score_target} + #{j : equal} / 2.
 
-    The target's rank among what is not listed, itself always with it, is `rank_of_target` less this.
+    j runs over the listed items but the target: its rank among what is not listed, itself always with it, is
+    `rank_of_target` less this.
 
     Args:
       scores: [b, v] float.
@@ -47,11 +63,11 @@ def ahead_among(scores: jax.Array, targets: jax.Array, items: jax.Array) -> jax.
       items: [b, s] int, each item of a row once, 0 for none.
 
     Returns:
-      [b] int32.
+      [b] float32, multiples of 1/2.
     """
-    target_scores = jnp.take_along_axis(scores, targets[:, None].astype(jnp.int32), axis=1)
-    ahead = jnp.take_along_axis(scores, items, axis=1) > target_scores
-    return (ahead & (items > 0)).sum(axis=1, dtype=jnp.int32)
+    targets = targets[:, None].astype(jnp.int32)
+    halves = halves_ahead(jnp.take_along_axis(scores, items, axis=1), jnp.take_along_axis(scores, targets, axis=1))
+    return (jnp.where((items > 0) & (items != targets), halves, 0).sum(axis=1) / 2).astype(jnp.float32)
 
 
 def _places(ranks: np.ndarray, lists: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

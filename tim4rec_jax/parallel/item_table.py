@@ -17,6 +17,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from kernels.softmax_cross_entropy import log_sum_exp
+from tim4rec_jax.evaluation.metrics import halves_ahead
 from tim4rec_jax.models.recommender import SequentialModel, last_hidden, variables
 
 PyTree = Any
@@ -175,7 +176,7 @@ def _broken(scores: Array, counts: Array) -> Array:
 def sharded_ranks(
     hidden: Array, targets: Array, shard: Array, seen: Array, *, vocab_size: int, tile: int = ITEM_TILE
 ) -> tuple[Array, Array, Array]:
-    """Ranks targets inside `shard_map` as `evaluation.metrics.rank_of_target`, by counting each shard's better items.
+    """Ranks targets inside `shard_map` as `evaluation.metrics.rank_of_target`, by counting each shard's items ahead.
 
     The rank among unseen items is that among all, less the seen items ahead; the target itself always stays.
 
@@ -188,26 +189,28 @@ def sharded_ranks(
       tile: items scored at once.
 
     Returns:
-      int32 [t] ranks from 1 among all items and among the unseen, and whether all scores of a row are finite, bool [t];
-      of this device's rows.
+      float32 [t] ranks from 1 among all items and among the unseen, and whether all scores of a row are finite, bool
+      [t]; of this device's rows.
     """
     hidden, targets = (jax.lax.all_gather(a, MODEL_AXIS, tiled=True) for a in (hidden, targets))
     # By a product of matrices like that of the tiles, so that items with equal rows tie.
     at_target = jax.lax.psum(jnp.diagonal(_scores(hidden, local_rows(shard, targets))), MODEL_AXIS)
 
     def count(carry: Array, scores: Array, ids: Array, counts: Array) -> Array:
-        better = (scores > at_target[:, None]) & counts & (ids != targets[:, None])
+        halves = jnp.where(counts & (ids != targets[:, None]), halves_ahead(scores, at_target[:, None]), 0)
         index = seen - ids[0]
         here = (seen > 0) & (index >= 0) & (index < ids.size)
-        ahead = here & jnp.take_along_axis(better, jnp.where(here, index, 0), axis=1)
-        found = (jnp.sum(of_rows, axis=1, dtype=jnp.int32) for of_rows in (better, ahead))
+        of_seen = jnp.where(here, jnp.take_along_axis(halves, jnp.where(here, index, 0), axis=1), 0)
+        found = halves.sum(axis=1), of_seen.sum(axis=1)
         return carry + jnp.stack([*found, _broken(scores, counts)], axis=1)
 
     zeros = jnp.zeros((targets.shape[0], 3), jnp.int32)
     found = _over_tiles(count, zeros, hidden, shard, vocab_size, tile)
-    better, ahead, broken = jax.lax.psum_scatter(found, MODEL_AXIS, scatter_dimension=0, tiled=True).T
-    is_nan = jnp.isnan(_own(at_target, better.shape[0]))
-    all_items, unseen = (jnp.where(is_nan, vocab_size, 1 + of).astype(jnp.int32) for of in (better, better - ahead))
+    halves, of_seen, broken = jax.lax.psum_scatter(found, MODEL_AXIS, scatter_dimension=0, tiled=True).T
+    is_nan = jnp.isnan(_own(at_target, halves.shape[0]))
+    all_items, unseen = (
+        jnp.where(is_nan, vocab_size, 1 + of / 2).astype(jnp.float32) for of in (halves, halves - of_seen)
+    )
     return all_items, unseen, broken == 0
 
 
