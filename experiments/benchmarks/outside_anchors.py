@@ -104,18 +104,29 @@ def ranks_of_scores(log: InteractionLog, examples: Examples, scores: np.ndarray)
     }
 
 
-def _trained(arguments: Arguments, log: InteractionLog, folder: pathlib.Path) -> tuple[np.ndarray, dict[str, Any]]:
-    """Lets the library train; returns the scores of the test targets and what it says of itself."""
-    names = ("anchor", "d_model", "num_layers", "epochs", "patience", "seed")
-    (folder / "settings.json").write_text(json.dumps({name: getattr(arguments, name) for name in names}))
+def of_library(
+    python: pathlib.Path, log: InteractionLog, folder: pathlib.Path, settings: dict[str, Any]
+) -> dict[str, Any]:
+    """Lets a library work in its own environment and returns what it says of itself.
+
+    Args:
+      python: an interpreter that has the library.
+      log: the cleaned log.
+      folder: an empty folder; what the library writes lies there.
+      settings: as `outside_models` reads them.
+
+    Raises:
+      ValueError: the library fails.
+    """
+    (folder / "settings.json").write_text(json.dumps(settings))
     columns = {"items": log.items, "timestamps": log.timestamps, "offsets": log.offsets, "num_items": log.num_items}
     np.savez(folder / "log.npz", **columns)
     program = pathlib.Path(__file__).with_name("outside_models.py")
-    command = [arguments.python.absolute(), program, folder]
+    command = [python.absolute(), program, folder]
     done = subprocess.run(command, cwd=folder, stderr=subprocess.PIPE, text=True, check=False)
     complaint = "".join(done.stderr.strip().splitlines()[-1:])
-    require(done.returncode == 0, f"{arguments.anchor} with {arguments.python}: {complaint}")
-    return np.load(folder / "scores.npy"), json.loads((folder / "about.json").read_text())
+    require(done.returncode == 0, f"{settings['anchor']} with {python}: {complaint}")
+    return json.loads((folder / "about.json").read_text())
 
 
 def evidence(arguments: Arguments) -> dict[str, Any]:
@@ -131,8 +142,12 @@ def evidence(arguments: Arguments) -> dict[str, Any]:
     require(
         len(test) == log.num_users, f"{log.num_users - len(test)} users have fewer than 3 events; set data.k_core=3"
     )
-    with tempfile.TemporaryDirectory() as folder:
-        scores, about = _trained(arguments, log, pathlib.Path(folder).resolve())
+    names = ("anchor", "d_model", "num_layers", "epochs", "patience", "seed")
+    settings = {name: getattr(arguments, name) for name in names}
+    with tempfile.TemporaryDirectory() as name:
+        folder = pathlib.Path(name).resolve()
+        about = of_library(arguments.python, log, folder, settings)
+        scores = np.load(folder / "scores.npy")
     ranks, parts = ranks_of_scores(log, test, scores), measured(log, test, evaluation)
     config = load_config(arguments.config)
     protocols = {name: part.protocol(config) for name, part in parts.items()}

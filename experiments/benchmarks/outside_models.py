@@ -1,6 +1,7 @@
 """Trains a model of RecTools or RecBole and scores the targets; run by `outside_anchors` with an interpreter not ours.
 
-python outside_models.py folder: reads settings.json and log.npz there, writes scores.npy and about.json.
+python outside_models.py folder: reads settings.json and log.npz there, writes scores.npy and about.json; or, where the
+settings ask for `timed_epochs`, about.json alone, with the seconds of each (for `packed_step`).
 """
 
 import copy
@@ -55,6 +56,8 @@ class OfRecTools:
         seed_everything(settings["seed"], workers=True, verbose=False)
         kind = {"rectools_sasrec": SASRecModel, "rectools_hstu": HSTUModel}[name]
         self.options = {"n_factors": settings["d_model"], "n_blocks": settings["num_layers"], "deterministic": True}
+        if "max_len" in settings:
+            self.options["session_max_len"] = settings["max_len"]
         self.model, self.events = kind(**self.options), events
         self.training = self._dataset(events.before(2))
 
@@ -92,6 +95,34 @@ class OfRecTools:
         ranks = np.full(len(target), 11)
         ranks[hits["user_id"]] = hits["rank"]
         return ndcg_at_10(ranks)
+
+    def epoch_seconds(self, epochs: int) -> list[float]:
+        """Trains for some epochs; returns the seconds of each, validation and what comes before training left out."""
+        from pytorch_lightning import Callback, Trainer
+
+        class Clock(Callback):
+            def __init__(self) -> None:
+                self.began, self.seconds = 0.0, []
+
+            def on_train_epoch_start(self, *_: Any) -> None:
+                self.began = time.perf_counter()
+
+            def on_train_epoch_end(self, *_: Any) -> None:
+                self.seconds.append(time.perf_counter() - self.began)
+
+        quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+        self.model = type(self.model)(
+            **self.options,
+            get_trainer_func=lambda: Trainer(max_epochs=epochs, accelerator="cpu", callbacks=[Clock()], **quiet),
+        )
+        self.model.fit(self.training)
+        # The library trains with a copy of its trainer.
+        return next(one for one in self.model.fit_trainer.callbacks if isinstance(one, Clock)).seconds
+
+    def targets_per_epoch(self) -> int:
+        """Returns how many events of the training part are predicted: those of a user's last session but its first."""
+        longest = self.model.get_config(simple_types=True)["session_max_len"]
+        return int(np.minimum(self.events.lengths - 3, longest).clip(0).sum())
 
     def state(self) -> Any:
         """Returns the parameters as they are now."""
@@ -198,9 +229,20 @@ def main(folder: pathlib.Path) -> None:
     import torch
 
     warnings.filterwarnings("ignore")
-    torch.set_num_threads(1)
     settings = json.loads((folder / "settings.json").read_text()) | {"folder": str(folder)}
     events = Events(np.load(folder / "log.npz"))
+    if "timed_epochs" in settings:
+        timed = OfRecTools(settings["anchor"], events, settings)
+        about = {
+            "versions": {name: version(name) for name in OfRecTools.packages},
+            "settings": timed.options,
+            "seconds": timed.epoch_seconds(settings["timed_epochs"]),
+            "targets_per_epoch": timed.targets_per_epoch(),
+            "threads": torch.get_num_threads(),
+        }
+        (folder / "about.json").write_text(json.dumps(about, default=str))
+        return
+    torch.set_num_threads(1)
     kind = OfRecBole if settings["anchor"].startswith("recbole") else OfRecTools
     model, validations, best, seconds = kind(settings["anchor"], events, settings), [], None, []
     while len(validations) < settings["epochs"]:

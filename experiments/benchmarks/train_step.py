@@ -16,6 +16,7 @@ import argparse
 import dataclasses
 import functools
 import itertools
+import pathlib
 import resource
 import time
 from collections.abc import Callable, Iterator
@@ -40,9 +41,11 @@ from experiments.benchmarks.timing import (
     step_form,
     time_in_turns,
 )
+from experiments.cli import OptionParser
 from experiments.configs import load_config
 from experiments.family import file_name
 from experiments.train import parse as parse_experiment
+from tim4rec_jax.checks import require
 from tim4rec_jax.config import ExperimentConfig
 from tim4rec_jax.data.interactions import InteractionLog, load_log, with_precision
 from tim4rec_jax.data.loader import Batch, Loader, PrefixSampler
@@ -187,11 +190,15 @@ def report_savings(result: dict[str, Any]) -> Table:
 
 def run(options: argparse.Namespace, rest: list[str]) -> tuple[dict[str, Any], Table]:
     """Reads the config of `experiments.train` from `rest`; returns the record and its table."""
+    parser = OptionParser(prog="experiments.benchmark train_step")
+    parser.add_argument("--rectools", type=pathlib.Path, help="an interpreter that has RecTools")
+    own, rest = parser.parse_known_args(rest)
     config, _, _ = parse_experiment(rest)
     require_torch()
     log = load_log(config.data)
     if config.train.positions == "all":
-        return packed_step.measure(config, log, options.repeats)
+        return packed_step.measure(config, log, options.repeats, own.rectools)
+    require(own.rectools is None, f"--rectools={own.rectools} is measured with train.positions=all alone; leave it out")
     config = dataclasses.replace(config, data=with_precision(config.data, log))
     result = compare_savings(config, log, options.repeats)
     return {"environment": environment(log.fingerprint), **result}, report_savings(result)

@@ -51,6 +51,26 @@ def test_every_position_beside_pytorch(tmp_path):
         assert record["pytorch_over"][name] == pytest.approx(record["median_seconds"]["pytorch"] / median)
 
 
+def test_epochs_of_another_library_follow(tmp_path):
+    """What the other library does is trained by hand; a script in its place says what it would."""
+    python, output = tmp_path / "python", tmp_path / "step.json"
+    about = '{"seconds": [9.0, 2.0, 4.0], "targets_per_epoch": 60, "threads": 2}'
+    python.write_text(f"#!/bin/sh\ncp $2/settings.json {tmp_path}\necho '{about}' > $2/about.json\n")
+    python.chmod(0o755)
+    argv = ["train_step", "--config=quickstart_tim4rec_causal", "--data.synthetic.num_users=40", f"--output={output}"]
+    argv += ["--data.synthetic.num_items=24", "--model.max_len=6", "--model.d_model=8", "--model.head_dim=16"]
+    assert benchmark.main([*argv, "--train.batch_size=8", "--repeats=1", f"--rectools={python}"]) == 0
+    asked = json.loads((tmp_path / "settings.json").read_text())
+    assert (asked["anchor"], asked["d_model"], asked["max_len"], asked["timed_epochs"]) == ("rectools_sasrec", 8, 6, 3)
+    found = json.loads(output.read_text())["rectools_sasrec"]
+    assert found["epoch_seconds"] == 3.0 and found["microseconds_per_target"] == pytest.approx(5e4)
+
+
+def test_another_library_is_beside_training_on_every_position_alone(capsys):
+    assert benchmark.main(["train_step", "--config=quickstart", "--rectools=python"]) == 2
+    assert "--rectools=python is measured with train.positions=all alone; leave it out" in capsys.readouterr().err
+
+
 @pytest.mark.exhaustive
 def test_padded_rows_have_the_loss_of_grouped_ones():
     """All forms of the step compute the same."""
