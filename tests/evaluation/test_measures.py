@@ -82,8 +82,8 @@ def test_rectools_and_ranx_agree(case):
 
 @pytest.mark.quick
 def test_of_several_relevant_items_by_hand():
-    ranks, lists = np.array([3, 1, 9, 4, 4, 7]), np.array([5, 5, 5, 8, 8, 9])
-    np.testing.assert_allclose(metrics.recall(ranks, 4, lists), [2 / 3, 1 / 2, 0])  # Of two at 4, one comes 5th.
+    ranks, lists = np.array([3, 1, 9, 4.5, 4.5, 7]), np.array([5, 5, 5, 8, 8, 9])
+    np.testing.assert_allclose(metrics.recall(ranks, 4, lists), [2 / 3, 1 / 2, 0])  # Of two at 4.5, one comes 4th.
     np.testing.assert_allclose(metrics.precision(ranks, 4, lists), [2 / 4, 1 / 4, 0])
     np.testing.assert_allclose(
         metrics.mean_average_precision(ranks, 5, lists), [(1 + 2 / 3) / 3, (1 / 4 + 2 / 5) / 2, 0]
@@ -92,6 +92,16 @@ def test_of_several_relevant_items_by_hand():
     np.testing.assert_array_equal(metrics.hit(ranks, 3, lists), [1, 0, 0])
     ideal = 1 + 1 / np.log2(3)
     np.testing.assert_allclose(metrics.ndcg(ranks, 2, lists)[:2], [1 / ideal, 0])
+
+
+@pytest.mark.quick
+def test_relevant_items_of_equal_rank():
+    alone = metrics.mean_average_precision(np.array([1.5, 1.5]), 5, np.array([0, 0]))
+    np.testing.assert_allclose(alone, [1])  # The two are all that tie: first and second.
+    of_many = np.array([50.5, 50.5, 50.5, 1, 50.5]), np.array([0, 0, 0, 1, 1])
+    np.testing.assert_allclose(metrics.mrr(*of_many[:1], 100, of_many[1]), [1 / 49.5, 1])
+    np.testing.assert_allclose(metrics.mrr(np.array([3, 2]), 5, np.array([0, 1])), [1 / 3, 1 / 2])
+    np.testing.assert_array_equal(metrics.recall(of_many[0], 50, of_many[1]), [1 / 3, 1 / 2])
 
 
 @pytest.mark.quick

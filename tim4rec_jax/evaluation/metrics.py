@@ -9,7 +9,7 @@ item.
 A list is made before a target, and that is all that is relevant to it: recall@k is then hit@k, map@k is mrr@k, and
 precision@k is hit@k / k. Where one list is made for several targets of a user (eval.lists="user"), `lists` says which
 ranks belong together, and the metrics are those of RecTools and ranx: with R the relevant items of a list and r_1 < r_2
-< .. their ranks. Relevant items of equal rank stand one behind the other.
+< .. their ranks. Relevant items of equal rank stand around it, one behind the other.
 """
 
 from collections.abc import Sequence
@@ -81,9 +81,14 @@ def _places(ranks: np.ndarray, lists: np.ndarray) -> tuple[np.ndarray, np.ndarra
     sizes = np.diff(np.append(starts, len(lists)))
     ordered = np.asarray(ranks, np.float64)[np.lexsort((ranks, lists))]
     nth = np.arange(len(lists)) - np.repeat(starts, sizes) + 1.0
+    # Two that tie with each other alone have rank g + 1.5 and stand at g + 1 and g + 2.
+    list_of = np.repeat(np.arange(len(starts)), sizes)
+    differs = (np.diff(ordered, prepend=-1) != 0) | (np.diff(list_of, prepend=-1) != 0)
+    equals = np.diff(np.flatnonzero(differs), append=len(lists))
+    behind = ordered - np.repeat((equals - 1) / 2, equals) - nth
     # r_i = i + max over j <= i of (r_j - j) within each list; a step that no rank reaches keeps lists apart.
-    apart = np.repeat(np.arange(len(starts)), sizes) * (ordered.max(initial=0) + len(lists) + 1)
-    return nth + np.maximum.accumulate(ordered - nth + apart) - apart, nth, starts
+    apart = list_of * (ordered.max(initial=0) + len(lists) + 1)
+    return nth + np.maximum.accumulate(np.maximum(behind, 0) + apart) - apart, nth, starts
 
 
 def hit(ranks: np.ndarray, k: int, lists: np.ndarray | None = None) -> np.ndarray:
