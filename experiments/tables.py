@@ -126,8 +126,9 @@ def models_ml100k() -> str:
 
 
 def _beauty_rows() -> dict[str, list[str]]:
-    """Returns the rows of Amazon Beauty, the best first; two models are of an earlier comparison alone."""
-    return _best_first(_model_rows("models_beauty_first") | _model_rows("models_beauty"))
+    """Returns the rows of Amazon Beauty, the best first; three models are of comparisons of their own."""
+    names = ("models_beauty_first", "models_beauty_caser", "models_beauty")
+    return _best_first({name: row for of in names for name, row in _model_rows(of).items()})
 
 
 def models_beauty() -> str:
@@ -135,19 +136,24 @@ def models_beauty() -> str:
     return _model_table(_beauty_rows())
 
 
+def models_ml1m() -> str:
+    """MovieLens-1M with imputed timestamps: every model at one rate for few epochs, and baselines."""
+    return _model_table(_best_first(_model_rows("models_ml1m_imputed_timestamps")))
+
+
 def models() -> str:
-    """Both logs: causal models with a seen bias, the causal TiM4Rec without, baselines, models of other libraries."""
-    first, second = _model_rows("models_ml100k_seen_bias"), _beauty_rows()
+    """Three logs: causal models with a seen bias, the causal TiM4Rec without, baselines, models of other libraries."""
+    first = _model_rows("models_ml100k_seen_bias")
     plain = "`tim4rec_causal`"
     first |= {plain: _model_rows("models_ml100k")[plain]} | _anchor_rows()
+    logs = {
+        "MovieLens-100K": first,
+        "Beauty": _beauty_rows(),
+        "MovieLens-1M (imputed timestamps)": _model_rows("models_ml1m_imputed_timestamps"),
+    }
     shown = [0, 1, 3]
-    head = [
-        f"{log}{part}" for log in ("MovieLens-100K ", "Beauty ") for part in (*_QUALITIES, "ndcg@10, seen excluded")
-    ]
-    rows = [
-        [name, *(cells[i] for i in shown), *(second[name][i] if name in second else "" for i in shown)]
-        for name, cells in first.items()
-    ]
+    head = [f"{log} {part}" for log in logs for part in (*_QUALITIES, "ndcg@10, seen excluded")]
+    rows = [[name, *(rows[name][i] if name in rows else "" for rows in logs.values() for i in shown)] for name in first]
     return markdown(["", *head], rows)
 
 
@@ -212,6 +218,7 @@ _QUALITY = {
     "ml1m_imputed_timestamps_tim4rec_causal": None,
     "ml1m_imputed_timestamps_seen_bias": "ml1m_imputed_timestamps_seen_bias_excluded",
     "ml1m_imputed_timestamps_seen_bias_window_context_50": None,
+    "ml1m_imputed_timestamps_seen_bias_rate_8e-3": None,
     "ml1m_imputed_timestamps_seen_bias_d128": "ml1m_imputed_timestamps_seen_bias_d128_excluded",
     "ml1m_imputed_timestamps_seen_bias_d128_4_layers": None,
     "ml1m_imputed_timestamps_seen_bias_d128_4_layers_dropout_3": None,
@@ -283,6 +290,11 @@ def packed_step() -> str:
         "one_device": "as the experiment trains",
         "all_devices": "a device per core",
     }
+    other, seconds = found["rectools_sasrec"], found["epoch_seconds"]
+    share = other["targets_per_epoch"] / found["targets_per_epoch"]
+    names |= {"rectools": f"SASRec of RecTools, for {share:.0%} of the targets"}
+    over = found["pytorch_over"] | {"rectools": seconds["pytorch"] / other["epoch_seconds"]}
+    found = found | {"epoch_seconds": seconds | {"rectools": other["epoch_seconds"]}, "pytorch_over": over}
     return _beside_pytorch(found, names, "seconds per epoch", "epoch_seconds", 1)
 
 
@@ -310,12 +322,15 @@ def speed() -> str:
     """Training on a CPU and the SSD on a GPU, each with what it is measured beside."""
     step = record("benchmark_train_step_beauty")
     epoch = record("benchmark_packed_step_ml1m_imputed_timestamps")
+    per_target = 1e6 * epoch["epoch_seconds"]["one_device"] / epoch["targets_per_epoch"]
+    rectools = epoch["rectools_sasrec"]["microseconds_per_target"] / per_target
     rows = [
         [
             f"epoch of `{epoch['config']}`, MovieLens-1M with imputed timestamps, two CPU cores "
             "([run](experiments/results/benchmark_packed_step_ml1m_imputed_timestamps.json))",
             f"{epoch['epoch_seconds']['one_device']:.1f} s",
-            f"our PyTorch model without time and seen bias: {epoch['pytorch_over']['one_device']:.1f}x",
+            f"our PyTorch model without time and seen bias: {epoch['pytorch_over']['one_device']:.1f}x; "
+            f"SASRec of RecTools, per target: {rectools:.1f}x",
         ],
         [
             f"training step of `beauty_tim4rec`, batch {step['batch_size']}, two CPU cores "
@@ -415,6 +430,7 @@ TABLES: dict[str, Callable[[], str]] = {
         models,
         models_ml100k,
         models_beauty,
+        models_ml1m,
         time_branch,
         all_positions,
         beauty_runs,

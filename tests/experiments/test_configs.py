@@ -83,7 +83,7 @@ FAMILY = {
 MASKED = {
     "quickstart_bert4rec": (20, 32, 60, 0.0, 0.2),
     "ml100k_bert4rec": (200, 8, 100, 0.2, 0.2),
-    "ml1m_bert4rec": (200, 16, 150, 0.2, 0.2),
+    "ml1m_bert4rec": (200, 32, 150, 0.2, 0.2),
     "beauty_bert4rec": (50, 32, 100, 0.4, 0.6),
 }
 
@@ -98,10 +98,10 @@ def test_values_of_the_masked_experiments(name):
 
 # Columns: length, rows per batch, epochs, dropout, learning rate, layers.
 EVERY_POSITION = {
-    "ml1m_tim4rec_causal": (200, 16, 30, 0.2, 1e-3, 2),
+    "ml1m_tim4rec_causal": (200, 32, 10, 0.2, 8e-3, 2),
     "ml100k_tim4rec_causal": (200, 8, 20, 0.2, 1e-3, 2),
     "beauty_tim4rec_causal": (50, 32, 10, 0.4, 4e-3, 2),
-    "ml1m_gru4rec": (200, 16, 30, 0.2, 1e-2, 1),
+    "ml1m_gru4rec": (200, 32, 10, 0.2, 1e-2, 1),
     "ml100k_gru4rec": (200, 8, 20, 0.2, 1e-2, 1),
     "beauty_lrurec": (50, 32, 10, 0.4, 4e-3, 2),
     "ml100k_lrurec": (200, 8, 20, 0.2, 4e-3, 2),
