@@ -344,8 +344,10 @@ def plan_packed_rows(
       platform: "cpu", "gpu" or "tpu".
 
     Returns:
-      One group.
+      One group. Its rows share the batch as evenly as they can: 32 with room for 20 at once are two of 16, for what is
+      short of a whole group is computed as padding.
     """
     if microbatch_tokens is None:
         microbatch_tokens = _CPU_PACKED_TOKENS if platform == "cpu" else batch_size * max_len
-    return (LengthGroup(max_len, int(np.clip(microbatch_tokens // max_len, 1, batch_size))),)
+    turns = -(-batch_size // int(np.clip(microbatch_tokens // max_len, 1, batch_size)))
+    return (LengthGroup(max_len, -(-batch_size // turns)),)
