@@ -222,6 +222,7 @@ _QUALITY = {
     "ml1m_imputed_timestamps_seen_bias_d128": "ml1m_imputed_timestamps_seen_bias_d128_excluded",
     "ml1m_imputed_timestamps_seen_bias_d128_4_layers": None,
     "ml1m_imputed_timestamps_seen_bias_d128_4_layers_dropout_3": None,
+    "ml1m_imputed_timestamps_seen_bias_d128_4_layers_rate_2e-3": None,
 }
 _AFTER = (1, 2, 3, 5, 10)
 
