@@ -18,18 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-
-def halves_ahead(scores: jax.Array, target_scores: jax.Array) -> jax.Array:
-    """Returns twice how far each item pushes a target down: 2 for a greater score, 1 for an equal one, else 0.
-
-    Args:
-      scores: [..., n] float.
-      target_scores: [..., 1] float.
-
-    Returns:
-      [..., n] int32; sums of it are exact, and `1 + sum / 2` over the other items is the rank.
-    """
-    return (scores > target_scores).astype(jnp.int32) + (scores >= target_scores)
+from tim4rec_jax.parallel.item_table import halves_ahead
 
 
 def rank_of_target(scores: jax.Array, targets: jax.Array) -> jax.Array:

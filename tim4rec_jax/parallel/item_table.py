@@ -17,7 +17,6 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from kernels.softmax_cross_entropy import log_sum_exp
-from tim4rec_jax.evaluation.metrics import halves_ahead
 from tim4rec_jax.models.recommender import SequentialModel, last_hidden, variables
 
 PyTree = Any
@@ -171,6 +170,19 @@ def _among(excluded: Array, ids: Array) -> Array:
 
 def _broken(scores: Array, counts: Array) -> Array:
     return jnp.sum(~jnp.isfinite(scores) & counts, axis=1, dtype=jnp.int32)
+
+
+def halves_ahead(scores: Array, target_scores: Array) -> Array:
+    """Returns twice how far each item pushes a target down: 2 for a greater score, 1 for an equal one, else 0.
+
+    Args:
+      scores: [..., n] float.
+      target_scores: [..., 1] float.
+
+    Returns:
+      [..., n] int32; sums of it are exact, and `1 + sum / 2` over the other items is the rank.
+    """
+    return (scores > target_scores).astype(jnp.int32) + (scores >= target_scores)
 
 
 def sharded_ranks(
