@@ -10,6 +10,7 @@ import polars as pl
 import pytest
 
 from experiments import export as program
+from experiments.benchmarks.nearest_items import draw
 from tests.serving.tiny_run import make_causal_config, make_config, make_run
 from tim4rec_jax.models.recommender import SEEN_BIAS_SCALE
 from tim4rec_jax.serving import item_index
@@ -53,6 +54,14 @@ def test_the_best_of_many_items(tmp_path):
     found = [set(index.search(query, 10).keys.tolist()) for query in queries]
     hits = [len(one & set(other)) for one, other in zip(found, exact(table, queries, 10).tolist(), strict=True)]
     assert np.sum(hits) / 500 == pytest.approx(report.recall)
+
+
+def test_the_same_table_gives_the_same_index_and_no_item_is_lost(tmp_path):
+    table, queries = draw(2_000, 16, 20, 0)
+    for number in range(8):
+        report = write_index(tmp_path / f"{number}", table, queries, lambda q, k: exact(table, q, k))
+        assert report.recall >= 0.99
+    assert len({(tmp_path / f"{number}").read_bytes() for number in range(8)}) == 1
 
 
 def test_an_index_that_finds_too_little_is_refused(tmp_path):

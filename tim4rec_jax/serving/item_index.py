@@ -55,7 +55,7 @@ def write_index(
 ) -> IndexReport:
     """Builds an index of the items and writes it once it finds what exact search does.
 
-    The candidates of a search are doubled until the recall reaches LEAST_RECALL.
+    The candidates of a search are doubled until the recall reaches LEAST_RECALL. The same table gives the same index.
 
     Args:
       file: what to write; keys are item indices from 1.
@@ -71,7 +71,8 @@ def write_index(
     index = usearch.Index(
         ndim=table.shape[1], metric="ip", dtype="f32", connectivity=CONNECTIVITY, expansion_add=EXPANSION_ADD
     )
-    index.add(np.arange(1, len(table), dtype=np.uint64), np.ascontiguousarray(table[1:]))
+    # On several threads at once items can be left without a way to them, others in every build.
+    index.add(np.arange(1, len(table), dtype=np.uint64), np.ascontiguousarray(table[1:]), threads=1)
     exact, expansion = best(queries, k), LEAST_EXPANSION
     while True:
         index.expansion_search = expansion
