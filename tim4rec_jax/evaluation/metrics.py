@@ -36,7 +36,7 @@ def rank_of_target(scores: jax.Array, targets: jax.Array) -> jax.Array:
     """
     target_scores = jnp.take_along_axis(scores, targets[:, None].astype(jnp.int32), axis=1)
     # The target ties with itself: a half that is none of another item.
-    halves = halves_ahead(scores, target_scores).at[:, 0].set(0).sum(axis=1) - 1
+    halves = halves_ahead(scores, target_scores).at[:, 0].set(0).sum(axis=1, dtype=jnp.int32) - 1
     return jnp.where(jnp.isnan(target_scores[:, 0]), scores.shape[1], 1 + halves / 2).astype(jnp.float32)
 
 
@@ -56,7 +56,8 @@ def ahead_among(scores: jax.Array, targets: jax.Array, items: jax.Array) -> jax.
     """
     targets = targets[:, None].astype(jnp.int32)
     halves = halves_ahead(jnp.take_along_axis(scores, items, axis=1), jnp.take_along_axis(scores, targets, axis=1))
-    return (jnp.where((items > 0) & (items != targets), halves, 0).sum(axis=1) / 2).astype(jnp.float32)
+    halves = jnp.where((items > 0) & (items != targets), halves, 0).sum(axis=1, dtype=jnp.int32)
+    return (halves / 2).astype(jnp.float32)
 
 
 def _places(ranks: np.ndarray, lists: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

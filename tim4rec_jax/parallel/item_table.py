@@ -213,7 +213,7 @@ def sharded_ranks(
         index = seen - ids[0]
         here = (seen > 0) & (index >= 0) & (index < ids.size)
         of_seen = jnp.where(here, jnp.take_along_axis(halves, jnp.where(here, index, 0), axis=1), 0)
-        found = halves.sum(axis=1), of_seen.sum(axis=1)
+        found = (of_rows.sum(axis=1, dtype=jnp.int32) for of_rows in (halves, of_seen))
         return carry + jnp.stack([*found, _broken(scores, counts)], axis=1)
 
     zeros = jnp.zeros((targets.shape[0], 3), jnp.int32)
