@@ -137,7 +137,7 @@ def models_beauty() -> str:
 
 
 def models_ml1m() -> str:
-    """MovieLens-1M with imputed timestamps: every model at one rate for few epochs, and baselines."""
+    """MovieLens-1M with imputed timestamps: every model for few epochs, at one rate for nearly all, and baselines."""
     return _model_table(_best_first(_model_rows("models_ml1m_imputed_timestamps")))
 
 

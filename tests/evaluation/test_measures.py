@@ -98,10 +98,10 @@ def test_of_several_relevant_items_by_hand():
 def test_relevant_items_of_equal_rank():
     alone = metrics.mean_average_precision(np.array([1.5, 1.5]), 5, np.array([0, 0]))
     np.testing.assert_allclose(alone, [1])  # The two are all that tie: first and second.
-    of_many = np.array([50.5, 50.5, 50.5, 1, 50.5]), np.array([0, 0, 0, 1, 1])
-    np.testing.assert_allclose(metrics.mrr(*of_many[:1], 100, of_many[1]), [1 / 49.5, 1])
+    ranks, lists = np.array([50.5, 50.5, 50.5, 1, 50.5]), np.array([0, 0, 0, 1, 1])
+    np.testing.assert_allclose(metrics.mrr(ranks, 100, lists), [1 / 49.5, 1])
     np.testing.assert_allclose(metrics.mrr(np.array([3, 2]), 5, np.array([0, 1])), [1 / 3, 1 / 2])
-    np.testing.assert_array_equal(metrics.recall(of_many[0], 50, of_many[1]), [1 / 3, 1 / 2])
+    np.testing.assert_array_equal(metrics.recall(ranks, 50, lists), [1 / 3, 1 / 2])
 
 
 @pytest.mark.quick
